@@ -1,0 +1,38 @@
+"""Position schemes: one published method a file, all behind the hooks of `PositionScheme`.
+
+To add one: write its file, add its config class to POSITIONS, write configs/position/<name>.yaml. The model,
+both attention backends, cached decoding, the evaluator and the contract tests then serve it as they stand.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from alibi_lm.positions.alibi import AlibiConfig
+from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
+from alibi_lm.positions.learned import LearnedConfig
+from alibi_lm.positions.rotary import RotaryConfig
+from alibi_lm.positions.sinusoidal import SinusoidalConfig
+from alibi_lm.positions.t5 import T5Config
+
+
+class PositionConfig(Protocol):
+    """What the registry asks of a scheme's config."""
+
+    name: str
+
+    def build(self, shape: PositionShape) -> PositionScheme:
+        """Build the scheme for a model of this shape."""
+        ...
+
+
+POSITIONS: dict[str, type] = {
+    "none": NoneConfig,
+    "sinusoidal": SinusoidalConfig,
+    "learned": LearnedConfig,
+    "rotary": RotaryConfig,
+    "alibi": AlibiConfig,
+    "t5": T5Config,
+}
+
+__all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

@@ -1,0 +1,96 @@
+"""ALiBi: attention with linear biases. Each head lowers a score in proportion to the distance of its key.
+
+Source: Press, Smith & Lewis 2022, "Train Short, Test Long", arXiv 2108.12409, section 3; slopes as in the
+authors' code (ofirpress/attention_with_linear_biases, fairseq/models/transformer.py, `get_slopes`).
+
+    scores[h, i, j] = q_i . k_j / sqrt(head_dim) - slopes[h] * (i - j),    j <= i
+
+`slopes` is the paper's m: positive, fixed, the same in every layer. The bias is not scaled by sqrt(head_dim)
+(footnote 10) and nothing is added to embeddings or values.
+
+Past the trained length: defined everywhere; the bias keeps growing linearly.
+Differs from the paper: nothing. `learned_slopes=true` trains the slopes (kept positive), which the paper
+tried and found to extrapolate badly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+
+
+@dataclass
+class AlibiConfig:
+    """Attention with linear biases."""
+
+    name: str = "alibi"
+    learned_slopes: bool = False
+    """Train one slope per head, starting from the fixed ones."""
+
+    def build(self, shape: PositionShape) -> Alibi:
+        """Build the scheme for a model of this shape."""
+        return Alibi(self, shape)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes of the heads, in head order, by the authors' rule.
+
+    A power of two n gives 2^(-8h/n), h = 1..n. Otherwise the slopes of the largest power of two c below n are
+    followed by every other slope of 2c heads (those that lie between), n - c of them; not sorted.
+
+    Args:
+        num_heads: >= 1.
+
+    Returns:
+        `num_heads` floats in (0, 1).
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads = {num_heads}. ALiBi needs at least one head.")
+    closest = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * h / closest) for h in range(1, closest + 1)]
+    between = [2.0 ** (-8.0 * h / (2 * closest)) for h in range(1, 2 * closest + 1, 2)]
+    return slopes + between[: num_heads - closest]
+
+
+class Alibi(PositionScheme):
+    """Linear biases with one slope per head."""
+
+    def __init__(self, config: AlibiConfig, shape: PositionShape) -> None:
+        super().__init__(shape)
+        fixed = torch.tensor(alibi_slopes(shape.num_heads), dtype=torch.float32, device="cpu")
+        self.learned = config.learned_slopes
+        if self.learned:
+            # The logarithm keeps a trained slope positive.
+            self.log_slopes = nn.Parameter(torch.empty(shape.num_heads))
+            self.initialise()
+        else:
+            self.register_exact("slopes", fixed)
+
+    def initialise(self) -> None:
+        """Start learned slopes at the fixed ones."""
+        if self.learned and not self.log_slopes.is_meta:
+            with torch.no_grad():
+                self.log_slopes.copy_(torch.tensor(alibi_slopes(self.shape.num_heads)).log())
+
+    def slopes_per_head(self) -> Tensor:
+        """The slopes, (H,) float32."""
+        return self.log_slopes.float().exp() if self.learned else self.slopes
+
+    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """See the base class; exact for slopes that are powers of two and distances below 2^24."""
+        return -self.slopes_per_head()[:, None, None] * distances(q_pos, k_pos).float()
+
+    def bias_factors(self, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class: -m (i - j) = m (j - c) + constant of the query, which is one column.
+
+        c is the last key position, so that the values are smallest, and most precise, at the sequence's end.
+        """
+        slopes = self.slopes_per_head()[:, None]
+        keys = slopes * (k_pos - k_pos[-1]).float()
+        queries = torch.ones((), device=keys.device).expand(len(slopes), len(q_pos))
+        return queries[..., None], keys[..., None]

@@ -1,0 +1,166 @@
+"""The position-scheme protocol: optional hooks around embeddings, queries, keys and scores.
+
+The base class is itself a scheme: no position information at all (NoPE; Haviv et al. 2022, arXiv 2203.16634;
+Kazemnejad et al. 2023, arXiv 2305.19466). A published method overrides the one hook that it defines.
+
+Positions are absolute, counted from 0, int64 vectors on the model's device. Lengths and offsets are never
+passed: `positions = arange(offset, offset + T)` says both.
+
+Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head dim, R factor columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class PositionShape:
+    """What a scheme may know about the model it serves."""
+
+    model_dim: int
+    head_dim: int
+    num_heads: int
+    num_layers: int
+    train_length: int
+    """Tokens in a training sequence."""
+    context_length: int
+    """Longest sequence the built scheme must serve: train_length in training, the length under test after."""
+
+
+@dataclass
+class NoneConfig:
+    """No position information: the causal mask alone breaks the symmetry between positions."""
+
+    name: str = "none"
+
+    def build(self, shape: PositionShape) -> PositionScheme:
+        """Build the scheme for a model of this shape."""
+        return PositionScheme(shape)
+
+
+class PositionScheme(nn.Module):
+    """A position scheme; every hook is a no-op until a subclass defines it.
+
+    Hooks are pure functions of their arguments and the module's parameters. Their arithmetic is float32 or
+    better, whatever the dtype of the model; the attention backend casts once.
+    """
+
+    max_position: int | None = None
+    """Number of positions that the scheme has; None where any position is defined."""
+    share_across_layers: ClassVar[bool] = True
+    """One instance serves all layers (its parameters, if any, are shared)."""
+    translation_invariant: ClassVar[bool] = True
+    """Whether shifting all positions by a constant changes nothing."""
+
+    def __init__(self, shape: PositionShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self._exact: dict[str, Tensor] = {}
+
+    def register_exact(self, name: str, value: Tensor) -> None:
+        """Register a constant that follows the module's device but never its dtype, and is not saved.
+
+        A plain buffer would be rounded by `model.bfloat16()`, and converting back would keep the rounding.
+
+        Args:
+            name: attribute name.
+            value: CPU tensor, any floating dtype.
+        """
+        self._exact[name] = value
+        self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PositionScheme:
+        super()._apply(fn, recurse)
+        for name, value in self._exact.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def initialise(self) -> None:
+        """Draw the scheme's own parameters, if it has any."""
+
+    def add_to_embeddings(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Add position vectors to the (scaled) token embeddings.
+
+        Args:
+            x: (B, T, D).
+            positions: (T,) int64.
+
+        Returns:
+            (B, T, D), same dtype.
+        """
+        return x
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """What `transform_qk` needs for these positions, computed once per forward pass.
+
+        Args:
+            positions: (T,) int64.
+        """
+        return ()
+
+    def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Transform queries and keys of the new tokens, before the keys enter the cache.
+
+        Args:
+            q: (B, H, T, K).
+            k: (B, H, T, K).
+            tables: the value of `tables(positions)`.
+
+        Returns:
+            q, k of the same shapes and dtypes.
+        """
+        return q, k
+
+    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """Score bias of every head for every query and key, added after q.k / sqrt(head_dim).
+
+        Args:
+            q_pos: (T,) int64, absolute query positions.
+            k_pos: (S,) int64, absolute key positions.
+
+        Returns:
+            (H, T, S) float32, finite also where k_pos > q_pos (masking is the backend's work), or None.
+        """
+        return None
+
+    def bias_factors(self, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The bias as a low-rank product, up to a constant for each query and head, where there is one.
+
+        Softmax ignores a constant added to a row of scores, so a backend may append these columns to queries
+        and keys and call a plain causal kernel; no (T, S) tensor is built.
+
+        Args:
+            q_pos: (T,) int64.
+            k_pos: (S,) int64.
+
+        Returns:
+            (query columns (H, T, R), key columns (H, S, R)), float32, whose product over R equals
+            `bias(q_pos, k_pos)` plus a term that does not depend on the key, for all k_pos <= q_pos; or None.
+        """
+        return None
+
+
+def distances(q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """Distances from each query back to each key, 0 where the key lies ahead.
+
+    Args:
+        q_pos: (T,) int64.
+        k_pos: (S,) int64.
+
+    Returns:
+        (T, S) int64, >= 0.
+    """
+    return (q_pos[:, None] - k_pos[None, :]).clamp_min(0)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+__all__ = ["NoneConfig", "PositionScheme", "PositionShape", "distances", "require"]

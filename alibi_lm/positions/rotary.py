@@ -1,0 +1,144 @@
+"""Rotary position embeddings: queries and keys are rotated by angles proportional to their positions.
+
+Source: Su et al. 2021, arXiv 2104.09864, section 3.4.2; the ALiBi paper used JunnYu/RoFormer_pytorch: all of
+the head dimension, interleaved pairs, in every layer, values not rotated.
+
+    (x_2i, x_2i+1) -> rotation by p * inv_freq_i,    inv_freq_i = theta^(-2i / head_dim)
+
+so that q_i . k_j depends on positions only through i - j.
+
+Changes of frequency at test time (`scaling`), each from its paper, with factor s = context / train length:
+    linear  inv_freq / s                            Chen et al. 2023, arXiv 2306.15595 (position interpolation)
+    ntk     theta * s^(head_dim / (head_dim - 2))   bloc97 2023 ("NTK-aware")
+    yarn    per frequency between the two, and an amplitude 0.1 ln s + 1   Peng et al. 2023, arXiv 2309.00071
+
+Past the trained length: defined, at angles never seen in training (or rescaled ones).
+Differs from the paper: nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alibi_lm.positions.base import PositionScheme, PositionShape, require
+
+
+@dataclass
+class RotaryConfig:
+    """Rotation of queries and keys."""
+
+    name: str = "rotary"
+    theta: float = 10000.0
+    """Base of the frequencies, > 1."""
+    scaling: str = "none"
+    """none, linear, ntk or yarn."""
+    factor: float | None = None
+    """Scaling factor >= 1; null: max(1, context_length / train_length)."""
+
+    def __post_init__(self) -> None:
+        require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
+        require(
+            self.scaling in SCALINGS,
+            f"position.scaling = {self.scaling!r}. Allowed: {', '.join(SCALINGS)}.",
+        )
+        require(
+            self.factor is None or self.factor >= 1,
+            f"position.factor = {self.factor}. Use a number >= 1, or null for context / train length.",
+        )
+
+    def build(self, shape: PositionShape) -> Rotary:
+        """Build the scheme for a model of this shape."""
+        return Rotary(self, shape)
+
+
+Frequencies = tuple[Tensor, float]
+"""(inv_freq (K/2,) float64, amplitude of queries and of keys)."""
+
+
+def plain_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
+    """inv_freq of the paper."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+    return theta**-exponent, 1.0
+
+
+def linear_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
+    """Position interpolation: all angles shrink by the factor."""
+    return plain_frequencies(head_dim, theta, factor, train_length)[0] / factor, 1.0
+
+
+def ntk_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
+    """NTK-aware: the slowest frequency shrinks by the factor, the fastest stays."""
+    changed = theta * factor ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta
+    return plain_frequencies(head_dim, changed, factor, train_length)
+
+
+def yarn_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
+    """YaRN: dimensions with over 32 turns in the trained length stay, those with under one are interpolated.
+
+    Between the two a linear ramp over the dimension index, as in the authors' code (beta_fast 32, beta_slow 1).
+    """
+
+    def dimension_of(turns: float) -> float:
+        return head_dim * math.log(train_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    inv_freq = plain_frequencies(head_dim, theta, factor, train_length)[0]
+    low = max(math.floor(dimension_of(32.0)), 0)
+    high = min(math.ceil(dimension_of(1.0)), head_dim - 1)
+    index = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
+    ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+    amplitude = 0.1 * math.log(factor) + 1.0
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), amplitude
+
+
+SCALINGS: dict[str, Callable[[int, float, float, int], Frequencies]] = {
+    "none": plain_frequencies,
+    "linear": linear_frequencies,
+    "ntk": ntk_frequencies,
+    "yarn": yarn_frequencies,
+}
+
+
+class Rotary(PositionScheme):
+    """Rotation of interleaved pairs over the whole head dimension."""
+
+    def __init__(self, config: RotaryConfig, shape: PositionShape) -> None:
+        super().__init__(shape)
+        require(
+            shape.head_dim % 2 == 0,
+            f"model_dim / num_heads = {shape.head_dim} with position=rotary. Pairs are rotated: it must be even.",
+        )
+        factor = config.factor or max(1.0, shape.context_length / shape.train_length)
+        inv_freq, self.amplitude = SCALINGS[config.scaling](
+            shape.head_dim, config.theta, factor, shape.train_length
+        )
+        self.register_exact("inv_freq", inv_freq)
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines, each (T, K/2) float32; the angles are float64, so exact at any length."""
+        angles = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq
+        return (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
+
+    def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        cos, sin = tables
+        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x_2i, x_2i+1) by given angles.
+
+    Args:
+        x: (B, H, T, K).
+        cos: (T, K/2).
+        sin: (T, K/2).
+
+    Returns:
+        (B, H, T, K), same dtype; the arithmetic is at least float32.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
