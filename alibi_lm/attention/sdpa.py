@@ -48,7 +48,7 @@ class SdpaAttention(AttentionBackend):
             window = None
         if num_queries == num_keys and window is None:
             factors = scheme.bias_factors(q_pos, k_pos)
-            if factors is not None and num_keys > SHORT and dtype != torch.float16:
+            if factors is not None and num_keys > SHORT and dtype in (torch.float32, torch.bfloat16):
                 return SdpaPrepared(columns=_columns(*factors, scheme.shape.head_dim, dtype))
             if factors is None and scheme.bias(q_pos[:1], k_pos[:1]) is None:
                 return SdpaPrepared()

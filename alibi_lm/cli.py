@@ -1,0 +1,59 @@
+"""What all scripts share: errors as short messages, and multiruns in which one failure hides no other."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+_failures: list[str] = []
+
+
+def report_errors(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Decorate a Hydra task: a user's mistake ends in a message and exit status 1, without a traceback.
+
+    In a multirun the other jobs go on, and all failures are listed again at the end (see `exit_status`).
+    """
+
+    @functools.wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        try:
+            return task(cfg)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:
+            status = getattr(error, "status", None)
+            if status is not None:  # asked to stop: not an error
+                print(error, file=sys.stderr)
+                sys.exit(status)
+            message = _describe(error)
+            if HydraConfig.get().mode == RunMode.RUN:
+                print(message, file=sys.stderr)
+                sys.exit(1)
+            job = HydraConfig.get().job
+            _failures.append(f"job {job.num} ({job.override_dirname}): {message}")
+            print(f"FAILED {_failures[-1]}", file=sys.stderr, flush=True)
+            return None
+
+    return run
+
+
+def exit_status() -> int:
+    """0, or 1 after listing every failed job of a multirun."""
+    if _failures:
+        print(f"\n{len(_failures)} of the jobs failed:", *_failures, sep="\n  ", file=sys.stderr)
+    return 1 if _failures else 0
+
+
+def _describe(error: Exception) -> str:
+    """A message for a mistake of the user, a traceback for a mistake of ours."""
+    if isinstance(error, ValueError | OSError | RuntimeError | NotImplementedError):
+        return f"error: {error}"
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,275 @@
+"""The two root configs, the registries behind each config group, and the way from YAML to dataclasses.
+
+A dataclass owns names, types, defaults and meaning; the YAML files under configs/ only choose values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from alibi_lm.attention import ATTENTION
+from alibi_lm.data.sources import DataConfig
+from alibi_lm.data.tokenizers import TOKENIZERS
+from alibi_lm.model.transformer import ModelConfig
+from alibi_lm.optim import OPTIMIZERS, SCHEDULES
+from alibi_lm.positions import POSITIONS
+from alibi_lm.positions.base import require
+from alibi_lm.runtime import DEVICES, PRECISIONS
+from alibi_lm.tracking import TRACKING
+
+MODES = ("nonoverlapping", "sliding")
+SPLITS = ("validation", "test")
+
+
+@dataclass
+class EvaluationConfig:
+    """What `make eval-extrapolation` measures of an experiment's runs."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Inference lengths in tokens."""
+    mode: str = "nonoverlapping"
+    """nonoverlapping or sliding."""
+    stride: int | None = None
+    """Targets scored per window in sliding mode, at most the shortest length."""
+    split: str = "validation"
+    """validation or test."""
+    tokens_per_forward: int = 8192
+    """Tokens of a forward pass, whatever the length."""
+
+    def __post_init__(self) -> None:
+        require(self.mode in MODES, f"mode = {self.mode!r}. Allowed: {', '.join(MODES)}.")
+        require(self.split in SPLITS, f"split = {self.split!r}. Allowed: {', '.join(SPLITS)}.")
+        for length in self.lengths:
+            require(length >= 1, f"lengths = {self.lengths}. Inference lengths are whole numbers >= 1.")
+        require(
+            (self.stride is not None) == (self.mode == "sliding"),
+            f"mode = {self.mode} with stride = {self.stride}. Sliding windows need a stride, nonoverlapping "
+            "ones have none.",
+        )
+        if self.stride is not None:
+            for length in self.lengths:
+                require(
+                    1 <= self.stride <= length,
+                    f"stride = {self.stride} at inference length {length}. Allowed: 1 to {length}.",
+                )
+        require(self.tokens_per_forward >= 1, f"tokens_per_forward = {self.tokens_per_forward}. Use >= 1.")
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    position: Any = None
+    attention: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: Any = None
+    optimizer: Any = None
+    schedule: Any = None
+    tracking: Any = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    experiment: str = "quick"
+    """Name of the experiment; its runs lie in outputs/<experiment>/runs."""
+    study: list[str] = field(default_factory=list)
+    """The experiment's runs, as multirun overrides: each entry is one sweep of `make reproduce`."""
+    train_length: int = 64
+    """Tokens of a training sequence (the paper's L)."""
+    seed: int = 1
+    """Of initialisation, data order and dropout; >= 0."""
+    steps: int = 1000
+    """Optimizer steps."""
+    tokens_per_step: int = 4096
+    """Targets of an optimizer step, rounded down to whole sequences."""
+    batch_multiple: int = 1
+    """Sequences of a step are rounded down to a multiple of this (the paper: 8, one share per GPU)."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward and backward pass on one process; null: the whole step."""
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 never clips."""
+    log_every: int = 20
+    """Steps between rows of training metrics."""
+    validate_every: int = 500
+    """Steps between validations; the last step always validates."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always writes one."""
+    keep_last: int = 1
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0: none."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """auto, float32 or bfloat16 (autocast)."""
+    compile: bool = False
+    """Compile the training step with torch.compile."""
+    threads: int | None = None
+    """CPU threads; null: torch's choice."""
+    output_dir: str | None = None
+    """The run folder; null: outputs/<experiment>/runs/<name>."""
+    overwrite: bool = False
+    """Delete what the run folder holds and start over."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "train_length", "steps", "tokens_per_step", "batch_multiple", "log_every", "validate_every",
+            "checkpoint_every", "keep_last",
+        ):  # fmt: skip
+            require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}. Use a whole number >= 1.")
+        for name in ("seed", "clip_norm", "keep_every"):
+            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}. Use a number >= 0.")
+        require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
+        require(
+            self.precision in PRECISIONS,
+            f"precision = {self.precision!r}. Allowed: {', '.join(PRECISIONS)}.",
+        )
+        require(
+            self.rows_per_step >= 1,
+            f"tokens_per_step = {self.tokens_per_step} holds no {self.batch_multiple} sequences of "
+            f"train_length = {self.train_length}. Use at least {self.batch_multiple * self.train_length}.",
+        )
+        require(
+            self.micro_batch_tokens is None or self.micro_batch_tokens >= self.train_length,
+            f"micro_batch_tokens = {self.micro_batch_tokens} is less than train_length = {self.train_length}: "
+            "one sequence does not fit. Raise it, or use null.",
+        )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences of an optimizer step, by the authors' floor rule."""
+        rows = self.tokens_per_step // self.train_length
+        return rows - rows % self.batch_multiple
+
+
+@dataclass
+class EvaluateData:
+    """Which text to evaluate on, where it is not the run's own."""
+
+    path: str | None = None
+    """Folder of wiki.valid.tokens / wiki.test.tokens; null: the run's own corpus."""
+    cache_dir: str | None = None
+    """Where prepared streams go; null: as in the run's config."""
+
+
+@dataclass
+class EvaluateConfig:
+    """One evaluation of one or more run folders."""
+
+    experiment: str = "quick"
+    """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
+    runs: str | None = None
+    """A run folder or a glob of them."""
+    lengths: list[int] = field(default_factory=list)
+    """Inference lengths; empty: the experiment's own."""
+    mode: str | None = None
+    """nonoverlapping or sliding; null: the experiment's own."""
+    stride: int | None = None
+    """Targets scored per window in sliding mode."""
+    split: str | None = None
+    """validation or test; null: the experiment's own."""
+    tokens_per_forward: int | None = None
+    """Tokens of a forward pass; null: the experiment's own."""
+    checkpoint: str = "best"
+    """best (lowest validation loss) or last."""
+    attention: str = "sdpa"
+    """Attention backend."""
+    position: dict[str, Any] = field(default_factory=dict)
+    """Test-time changes of the scheme's settings, such as +position.scaling=yarn."""
+    data: EvaluateData = field(default_factory=EvaluateData)
+    tracking: Any = None
+    device: str = "auto"
+    precision: str = "float32"
+    """float32 by default, also where training ran in bfloat16."""
+    threads: int | None = None
+    output_dir: str | None = None
+    """The folder of results.jsonl; null: outputs/<experiment>/extrapolation."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.checkpoint in ("best", "last"), f"checkpoint = {self.checkpoint!r}. Allowed: best, last."
+        )
+        require(self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}.")
+        require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
+
+
+GROUPS: dict[str, dict[str, type]] = {
+    "position": POSITIONS,
+    "attention": ATTENTION,
+    "tokenizer": TOKENIZERS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "tracking": TRACKING,
+}
+"""Config groups whose entries are classes of their own; `name` in a saved config tells which."""
+
+
+def register() -> None:
+    """Store every dataclass with Hydra as `<group>/base_<name>`; call before `hydra.main`."""
+    store = ConfigStore.instance()
+    store.store(name="base_train", node=TrainConfig)
+    store.store(name="base_evaluate", node=EvaluateConfig)
+    store.store(group="model", name="base_model", node=ModelConfig)
+    store.store(group="data", name="base_data", node=DataConfig)
+    for group, registry in GROUPS.items():
+        for name, node in registry.items():
+            store.store(group=group, name=f"base_{name}", node=node)
+
+
+def to_config(cfg: DictConfig) -> Any:
+    """Typed dataclasses from a composed Hydra config; all checks of settings run here.
+
+    Raises:
+        ValueError: a setting out of range, or settings that do not fit together.
+    """
+    return OmegaConf.to_object(cfg)
+
+
+def from_dict(settings: dict[str, Any]) -> TrainConfig:
+    """The TrainConfig of a saved config.yaml.
+
+    Raises:
+        ValueError: unknown keys, wrong types or an unknown scheme, naming the key.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(settings) - known)
+    require(not unknown, f"config.yaml has unknown settings {unknown}. Was it written by another version?")
+    try:
+        root = OmegaConf.structured(TrainConfig)
+        for group, registry in GROUPS.items():
+            name = (settings.get(group) or {}).get("name")
+            require(
+                name in registry, f"config.yaml: {group}.name = {name!r}. Allowed: {', '.join(registry)}."
+            )
+            root[group] = OmegaConf.structured(registry[name])
+        return OmegaConf.to_object(OmegaConf.merge(root, settings))  # type: ignore[return-value]
+    except (OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise ValueError(f"config.yaml cannot be read: {error}") from error
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain nested settings, as saved in config.yaml."""
+    return dataclasses.asdict(config)
+
+
+def load_config(run_folder: Path) -> TrainConfig:
+    """Read a run folder's config.yaml.
+
+    Raises:
+        ValueError: missing or unreadable file.
+    """
+    path = run_folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run_folder} is no run folder: it has no config.yaml.")
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:
+        raise ValueError(f"{path} is not readable YAML: {error}") from error
+    require(isinstance(settings, dict), f"{path} holds no settings.")
+    return from_dict(settings)  # type: ignore[arg-type]

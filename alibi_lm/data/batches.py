@@ -1,0 +1,149 @@
+"""From a token stream to training batches and scoring windows: pure functions of their arguments.
+
+Both cut the stream in the same way: the inputs of a block are the tokens before its targets *in the stream*, so
+that every target has at least one token of context. Only the stream's very first target is predicted from the
+start token (`</s>` or `<|endoftext|>`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TrainingBatches:
+    """Batches of fixed blocks of the training stream, in the authors' order.
+
+    The stream is cut into blocks of `length` targets at fixed borders (a shorter last block is left out). Which
+    blocks share a batch is drawn once from the seed; the order of the batches is drawn anew each epoch from
+    (seed, epoch), as fairseq does. Batch n is therefore a function of (seed, n) alone.
+
+    Args:
+        tokens: (N,) integers.
+        start_id: input in front of the stream's first target.
+        length: targets of a block.
+        rows: blocks of a batch.
+        seed: >= 0.
+
+    Raises:
+        ValueError: the stream is too short for one batch.
+    """
+
+    def __init__(self, tokens: np.ndarray, start_id: int, length: int, rows: int, seed: int) -> None:
+        self.tokens, self.start_id, self.length, self.rows, self.seed = tokens, start_id, length, rows, seed
+        num_blocks = len(tokens) // length
+        self.batches_per_epoch = num_blocks // rows
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"tokens_per_step = {rows * length} is more than the training text holds in whole blocks of "
+                f"train_length = {length}: {num_blocks * length} tokens. Use a smaller tokens_per_step or a "
+                "longer text."
+            )
+        composition = np.random.default_rng([seed, 0]).permutation(num_blocks)
+        self.composition = composition[: self.batches_per_epoch * rows].reshape(-1, rows)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def blocks(self, step: int) -> np.ndarray:
+        """Block numbers of the batch of a step (counted from 0): (rows,) int64."""
+        epoch, index = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, 1 + epoch]).permutation(self.batches_per_epoch)
+            self._epoch = epoch
+        return self.composition[self._order[index]]
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step.
+
+        Args:
+            step: >= 0.
+            rows: which rows of the batch.
+
+        Returns:
+            input_ids, target_ids: (rows, length) int64, on the CPU.
+        """
+        starts = self.blocks(step)[rows] * self.length
+        chunk = self.tokens[starts[:, None] + np.arange(-1, self.length)].astype(np.int64)
+        chunk[starts == 0, 0] = self.start_id
+        both = torch.from_numpy(chunk)
+        return both[:, :-1], both[:, 1:]
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """Windows of one shape.
+
+    Attributes:
+        starts: (B,) int64, index in the stream of each window's first target.
+        input_ids: (B, T) int64.
+        target_ids: (B, T) int64.
+        score_from: targets before this column are context only; the rest are scored.
+    """
+
+    starts: np.ndarray
+    input_ids: Tensor
+    target_ids: Tensor
+    score_from: int
+
+
+def scoring_windows(num_tokens: int, length: int, stride: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows that score each target of a stream exactly once.
+
+    Nonoverlapping (stride None or equal to length): window k has targets [k n, (k+1) n). Sliding: window k
+    scores targets [k s, (k+1) s) and starts at max(0, k s - (n - s)). The last window may be shorter.
+
+    Args:
+        num_tokens: N.
+        length: n, tokens of a window.
+        stride: s, targets scored in a window; None: n.
+
+    Returns:
+        first target of each window, first scored target, and end (exclusive): three (windows,) int64.
+
+    Raises:
+        ValueError: length or stride out of range.
+    """
+    if length < 1:
+        raise ValueError(f"inference length = {length}. Use a whole number >= 1.")
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride = {stride} at inference length {length}. Allowed: 1 to {length}.")
+    scored = np.arange(0, num_tokens, stride, dtype=np.int64)
+    return np.maximum(0, scored - (length - stride)), scored, np.minimum(scored + stride, num_tokens)
+
+
+def scoring_batches(
+    tokens: np.ndarray,
+    start_id: int,
+    length: int,
+    stride: int | None = None,
+    tokens_per_forward: int = 8192,
+    windows: slice = slice(None),
+) -> Iterator[ScoringBatch]:
+    """Group windows of equal shape into batches of about `tokens_per_forward` tokens.
+
+    Args:
+        tokens: (N,) integers.
+        start_id: input in front of the stream's first target.
+        length: tokens of a window.
+        stride: see `scoring_windows`.
+        tokens_per_forward: largest batch times length; one window at least.
+        windows: which of the windows, in stream order (a share of them, for several processes).
+    """
+    starts, scored, ends = (a[windows] for a in scoring_windows(len(tokens), length, stride))
+    shape = np.stack([ends - starts, scored - starts], axis=1)
+    borders = np.flatnonzero((shape[1:] != shape[:-1]).any(axis=1)) + 1
+    for group in np.split(np.arange(len(starts)), borders):
+        if len(group) == 0:
+            continue
+        width, context = (int(v) for v in shape[group[0]])
+        per_batch = max(1, tokens_per_forward // width)
+        for i in range(0, len(group), per_batch):
+            first = starts[group[i : i + per_batch]]
+            chunk = tokens[first[:, None] + np.arange(-1, width)].astype(np.int64)
+            chunk[first == 0, 0] = start_id
+            both = torch.from_numpy(chunk)
+            yield ScoringBatch(first, both[:, :-1], both[:, 1:], context)

@@ -1,0 +1,227 @@
+"""Runs times inference lengths: the rows of an extrapolation curve."""
+
+from __future__ import annotations
+
+import glob
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alibi_lm import runtime
+from alibi_lm.config import EvaluateConfig, EvaluationConfig, TrainConfig, load_config
+from alibi_lm.data.corpus import Corpus, TokenStream, prepare
+from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.evaluation.load import load_run
+from alibi_lm.evaluation.results import ResultRow, upsert_rows, write_csv
+from alibi_lm.evaluation.score import score_tokens
+from alibi_lm.parallel import World
+from alibi_lm.positions.base import require
+from alibi_lm.run_folder import finished
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run and how it is to be evaluated."""
+
+    folder: Path
+    config: TrainConfig
+    settings: EvaluationConfig
+
+
+def plan(config: EvaluateConfig) -> list[Task]:
+    """Find the runs and settle lengths, mode, stride and split; nothing is loaded yet.
+
+    Raises:
+        ValueError: no run, a run that is not finished, no lengths, or settings that do not fit together.
+    """
+    pattern = config.runs or f"outputs/{config.experiment}/runs/*"
+    folders = [Path(p) for p in sorted(glob.glob(glob.escape(pattern) if Path(pattern).is_dir() else pattern))]
+    folders = [f for f in folders if f.is_dir()]
+    require(
+        bool(folders),
+        f"runs = {pattern} matches no folder. Train first (make train), or give runs=<run folder or glob>.",
+    )
+    explicit = config.runs is not None
+    if not explicit:
+        # A sweep still under way has unfinished folders beside finished ones: those can be evaluated already.
+        unfinished = [f.name for f in folders if finished(f) is None]
+        folders = [f for f in folders if finished(f) is not None]
+        require(bool(folders), f"runs = {pattern} holds no finished run yet ({', '.join(unfinished)}).")
+        if unfinished:
+            print(f"left out, not finished: {', '.join(unfinished)}", flush=True)
+    return [Task(f, *_settings(config, load_config(f), f)) for f in folders]
+
+
+def _settings(config: EvaluateConfig, run: TrainConfig, folder: Path) -> tuple[TrainConfig, EvaluationConfig]:
+    own = run.evaluation
+    mode = config.mode or ("sliding" if config.stride is not None else own.mode)
+    stride = config.stride if config.stride is not None else (own.stride if mode == own.mode else None)
+    settings = EvaluationConfig(
+        lengths=config.lengths or own.lengths,
+        mode=mode,
+        stride=stride,
+        split=config.split or own.split,
+        tokens_per_forward=config.tokens_per_forward or own.tokens_per_forward,
+    )
+    require(
+        bool(settings.lengths),
+        f"lengths = [] and {folder} names none of its own. Give them, quoted: 'lengths=[64,128,256]'.",
+    )
+    return run, settings
+
+
+def open_corpus(config: EvaluateConfig, task: Task) -> Corpus:
+    """The text to evaluate on, encoded with the run's own tokenizer.
+
+    Raises:
+        ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
+    """
+    import dataclasses
+
+    data = task.config.data
+    if config.data.path is not None:
+        data = dataclasses.replace(data, path=config.data.path)
+    if config.data.cache_dir is not None:
+        data = dataclasses.replace(data, cache_dir=config.data.cache_dir)
+    tokenizer = Tokenizer.load(task.folder / "tokenizer.json")
+    return prepare(data, tokenizer, splits=(task.settings.split,))
+
+
+def evaluate_length(
+    task: Task, config: EvaluateConfig, corpus: Corpus, length: int, device: torch.device, world: World
+) -> ResultRow:
+    """Evaluate one run at one inference length; a scheme that cannot run there gives a row with the reason."""
+    settings = task.settings
+    stream = corpus.split(settings.split)
+    label = task.folder.name + "".join(f"+{k}={v}" for k, v in sorted(config.position.items()))
+    common: dict[str, Any] = dict(
+        position=task.config.position.name,
+        mode=settings.mode,
+        split=settings.split,
+        tokens=stream.num_tokens,
+        inference_length=length,
+        run=label,
+        train_length=task.config.train_length,
+        seed=task.config.seed,
+        stride=settings.stride,
+        corpus=corpus.hash,
+        words=stream.words,
+        bytes=stream.bytes,
+        commit=runtime.code_version()[0],
+    )
+    model = load_run(
+        task.folder, length, config.checkpoint, config.attention, device, position=config.position or None
+    )
+    if model.max_position is not None and length > model.max_position:
+        reason = f"position={task.config.position.name} has {model.max_position} positions"
+        return ResultRow(**common, reason=reason)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    nats = score_tokens(
+        model,
+        stream.tokens,
+        corpus.start_id,
+        length,
+        settings.stride,
+        settings.tokens_per_forward,
+        runtime.autocast(device, config.precision),
+        world=world,
+        progress=f"{label} @ {length}",
+    )
+    seconds = time.perf_counter() - started
+    total = float(nats.sum(dtype=np.float64))
+    if not math.isfinite(total):
+        return ResultRow(**common, reason=f"the sum of nats is {total}")
+    return ResultRow(
+        **common,
+        nats=total,
+        perplexity=math.exp(total / stream.num_tokens),
+        word_perplexity=math.exp(total / stream.words),
+        tokens_per_second=stream.num_tokens / seconds,
+        peak_memory_bytes=runtime.peak_memory_bytes(device),
+    )
+
+
+def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
+    """The baseline that knows only how often each token occurs in the training text (add-one smoothed)."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, train.num_tokens, 1 << 24):
+        counts += np.bincount(train.tokens[start : start + (1 << 24)], minlength=vocab_size)
+    log_probs = np.log((counts + 1) / (counts.sum() + vocab_size))
+    occurrences = np.bincount(stream.tokens, minlength=vocab_size)
+    total = float(-(occurrences * log_probs).sum())
+    return ResultRow(
+        position="unigram",
+        nats=total,
+        tokens=stream.num_tokens,
+        words=stream.words,
+        bytes=stream.bytes,
+        perplexity=math.exp(total / stream.num_tokens),
+        word_perplexity=math.exp(total / stream.words),
+        **common,
+    )
+
+
+def evaluate(config: EvaluateConfig, world: World) -> Iterator[ResultRow]:
+    """Evaluate every run at every length, writing each row as soon as it is known.
+
+    Yields:
+        The rows, in order of work.
+
+    Raises:
+        ValueError: see `plan` and `open_corpus`.
+    """
+    device = runtime.start(config.device, world.local_rank, config.threads)
+    tasks = plan(config)
+    output = output_folder(config)
+    results = output / "results.jsonl"
+    corpora: dict[str, Corpus] = {}
+    for task in tasks:
+        corpus = open_corpus(config, task)
+        if corpus.hash not in corpora:
+            corpora[corpus.hash] = corpus
+            row = _baseline(config, task, corpus)
+            if row is not None:
+                if world.is_main:
+                    upsert_rows(results, [row])
+                yield row
+        for length in task.settings.lengths:
+            row = evaluate_length(task, config, corpus, length, device, world)
+            if world.is_main:
+                upsert_rows(results, [row])
+            yield row
+    if world.is_main:
+        write_csv(output / "results.csv", upsert_rows(results, []))
+
+
+def output_folder(config: EvaluateConfig) -> Path:
+    """Where results.jsonl goes."""
+    return Path(config.output_dir or f"outputs/{config.experiment}/extrapolation")
+
+
+def _baseline(config: EvaluateConfig, task: Task, corpus: Corpus) -> ResultRow | None:
+    """The unigram row, where the run's own training text is at hand."""
+    if config.data.path is not None or config.position:
+        return None
+    try:
+        own = prepare(task.config.data, Tokenizer.load(task.folder / "tokenizer.json"), splits=("train",))
+    except ValueError:
+        return None
+    settings = task.settings
+    return unigram_row(
+        own.split("train"),
+        corpus.split(settings.split),
+        corpus.vocab_size,
+        mode=settings.mode,
+        stride=settings.stride,
+        split=settings.split,
+        corpus=corpus.hash,
+        commit=runtime.code_version()[0],
+    )
