@@ -4,13 +4,13 @@ Source: Baevski & Auli 2019, "Adaptive Input Representations", arXiv 1809.10853,
 Grave et al. 2017, arXiv 1609.04309. Tying and initialisation as in fairseq (modules/adaptive_input.py and
 modules/adaptive_softmax.py), which the ALiBi paper's WikiText-103 models use.
 
-Words are numbered by falling frequency and cut into bands at the cutoffs c_1 < c_2 < ... Band i has vectors of
-D_i = D / factor^i dimensions: a table E_i (words of the band, D_i) and a projection P_i (D, D_i).
+Words are numbered by falling frequency and cut into bands at the cutoffs c_1 < c_2 < ... Band i has vectors
+of D_i = D / factor^i dimensions: a table E_i (words of the band, D_i) and a projection P_i (D, D_i).
 
-    input:  embed(w) = P_i E_i[w - c_i]                             for w in band i, with c_0 = 0
-    output: head = softmax over [E_0 h, C h]                        the words of band 0 and a cluster for each tail
-            log p(w) = head[w]                                      w in band 0
-            log p(w) = head[cluster i] + log_softmax(E_i P_i^T h)[w - c_i]      w in tail i
+    input:  embed(w) = P_i E_i[w - c_i]                     w in band i; c_0 = 0
+    output: head = log_softmax([E_0 h, C h])                the words of band 0, and a cluster for each tail
+            log p(w) = head[w]                              w in band 0
+            log p(w) = head[cluster i] + log_softmax(E_i P_i^T h)[w - c_i]          w in tail i
 
 Tied: every E_i, and the P_i of the tails. P_0 serves the input alone; the cluster vectors C the output alone.
 There are no biases.
@@ -52,14 +52,14 @@ class AdaptiveVocabulary(nn.Module):
         borders = [0, *cutoffs, vocab_size]
         if not cutoffs or any(low >= high for low, high in pairwise(borders)):
             raise ValueError(
-                f"model.adaptive_cutoffs = {list(cutoffs)} with a vocabulary of {vocab_size}. Use word counts "
-                f"that grow, all between 1 and {vocab_size - 1}; or [] for a plain softmax."
+                f"model.adaptive_cutoffs = {list(cutoffs)} with a vocabulary of {vocab_size}. Use word "
+                f"counts that grow, all between 1 and {vocab_size - 1}; or [] for a plain softmax."
             )
         dims = [int(model_dim // factor**band) for band in range(len(borders) - 1)]
         if dims[-1] < 1:
             raise ValueError(
-                f"model.adaptive_factor = {factor} leaves the vectors of band {len(dims)} without dimensions: "
-                f"model.model_dim = {model_dim}. Use a smaller factor or fewer cutoffs."
+                f"model.adaptive_factor = {factor} leaves the vectors of band {len(dims)} without "
+                f"dimensions: model.model_dim = {model_dim}. Use a smaller factor or fewer cutoffs."
             )
         self.vocab_size = vocab_size
         self.bands = tuple(pairwise(borders))
@@ -73,8 +73,8 @@ class AdaptiveVocabulary(nn.Module):
     def initialise(self) -> None:
         """The authors' distributions: tables normal with std D_i^-0.5, all else Xavier uniform.
 
-        Word 1 of *every* band starts at zero: a quirk of the authors' code, which means the padding token (word
-        1 of the first band) and so also zeroes one real word a tail.
+        Word 1 of *every* band starts at zero. It is the padding token in the first band, and by a quirk of
+        the authors' code one real word in each tail.
         """
         for table in self.embeddings:
             nn.init.normal_(table, std=table.shape[1] ** -0.5)
@@ -87,8 +87,8 @@ class AdaptiveVocabulary(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Word vectors, not scaled.
 
-        Every band looks at every token, and words of other bands contribute zeros. That is less than a percent
-        of the model's work, and needs no copy of the band sizes to the host.
+        Every band looks at every token, and words of other bands contribute zeros. That is less than a
+        percent of the model's work, and nothing has to be read from the device.
 
         Args:
             ids: (B, T) int64.
@@ -96,18 +96,20 @@ class AdaptiveVocabulary(nn.Module):
         Returns:
             (B, T, D).
         """
-        parts = []
+        total: Tensor | None = None
         for (low, high), table, projection in zip(self.bands, self.embeddings, self.projections, strict=True):
             inside = (ids >= low) & (ids < high)
             vectors = F.embedding((ids - low).clamp(0, high - low - 1), table)
-            parts.append(F.linear(vectors * inside[..., None], projection))
-        return torch.stack(parts).sum(0)
+            part = F.linear(vectors * inside[..., None], projection)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Minus the natural logarithm of each target's probability.
 
-        A tail's softmax is computed for the targets in that tail alone. The band sizes are read from the device
-        once.
+        A tail's softmax is computed for the targets in that tail alone; for that the number of targets in
+        each band is read from the device, once.
 
         Args:
             hidden: (N, D).
@@ -118,13 +120,14 @@ class AdaptiveVocabulary(nn.Module):
         """
         hidden = self.dropout(hidden)
         head_size = self.bands[0][1]
-        borders = torch.tensor([low for low, _ in self.bands[1:]], device=targets.device)
-        band = torch.bucketize(targets, borders, right=True)
+        band = torch.zeros_like(targets)
+        for low, _ in self.bands[1:]:
+            band += targets >= low
         head_targets = torch.where(band == 0, targets, head_size + band - 1)
         nats = F.cross_entropy(self._head_logits(hidden), head_targets, reduction="none")
 
-        # Rows sorted by band, so that a tail is a slice. An empty slice still gives its weights a gradient (of
-        # zeros), so that all processes and all steps see the same set of gradients.
+        # Rows sorted by band, so that a tail is a slice. An empty slice still gives its weights a gradient
+        # (of zeros), so that all processes and all steps see the same set of gradients.
         order = torch.argsort(band, stable=True)
         sizes = torch.bincount(band, minlength=len(self.bands)).tolist()
         for tail, rows in enumerate(order.split(sizes)):
@@ -148,9 +151,8 @@ class AdaptiveVocabulary(nn.Module):
 
     def _head_logits(self, hidden: Tensor) -> Tensor:
         """Scores of the first band's words and of the tails: (N, D) -> (N, c_1 + tails)."""
-        return _exact(
-            torch.cat([F.linear(hidden, self.embeddings[0]), F.linear(hidden, self.clusters)], dim=-1)
-        )
+        # Joining the weights copies less than joining the scores would.
+        return _exact(F.linear(hidden, torch.cat([self.embeddings[0], self.clusters])))
 
     def _tail_logits(self, hidden: Tensor, tail: int) -> Tensor:
         """Scores of a tail's words: (n, D) -> (n, words of the band)."""
