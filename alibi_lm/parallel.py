@@ -1,0 +1,167 @@
+"""Data parallel training on what `torchrun` starts: the process group, shards, sums of gradients.
+
+Every process holds the whole model and takes its share of the sequences of a step; gradients are
+sums over tokens, so adding them up over the processes gives the gradient of the whole batch and a
+division by the number of tokens gives the mean that one process would have had.
+All functions do nothing (and need no process group) when there is one process.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients are sent in pieces of about this size: large enough for bandwidth, small enough to copy."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A process among those that train together."""
+
+    rank: int = 0
+    """Number of this process, from 0."""
+    world_size: int = 1
+    """How many processes train together."""
+    local_rank: int = 0
+    """Number of this process on its machine, which is the index of its GPU."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+
+def start(device: str | None = None) -> World:
+    """Joins the process group that `torchrun` announces in the environment.
+
+    Args:
+        device: `cpu` keeps a process on a GPU machine off the GPUs; None or `cuda` takes the GPU of
+            the local rank where there is one.
+
+    Returns:
+        This process's place; `World()` outside `torchrun` and for a single process.
+
+    Raises:
+        ValueError: the environment variables are incomplete or make no sense.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return World()
+    world = World(_environment("RANK"), _environment("WORLD_SIZE"), _environment("LOCAL_RANK"))
+    if not 0 <= world.rank < world.world_size:
+        raise ValueError(
+            f"RANK = {world.rank} with WORLD_SIZE = {world.world_size}: ranks go from 0 to WORLD_SIZE - 1. "
+            "Start the processes with torchrun."
+        )
+    if world.world_size == 1:
+        return world
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"  # counters and objects travel on the CPU, gradients on the GPUs
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    if not dist.is_initialized():
+        dist.init_process_group(backend)
+    return world
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(n_items: int, world: World) -> range:
+    """Indices of the items that belong to this process.
+
+    The shares are contiguous, in rank order and differ by one item at most: gathered in rank order
+    they are `range(n_items)` again, each index once, also when there are fewer items than processes.
+    """
+    return range(
+        n_items * world.rank // world.world_size,
+        n_items * (world.rank + 1) // world.world_size,
+    )
+
+
+def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+    """Sum of `tensor` over all processes, in place, in the tensor's own dtype. Returns `tensor`."""
+    if world.world_size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def barrier(world: World) -> None:
+    """Waits until every process has come here."""
+    # A sum on the CPU, because a barrier of NCCL guesses the device and warns.
+    all_reduce_sum(torch.zeros(1), world)
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """`value` of every process, in rank order, on every process.
+
+    Values are pickled between the processes of one training run, never to or from a file.
+    """
+    if world.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_gradients(model: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Replaces each parameter's gradient by its sum over all processes.
+
+    A gradient that is None on some processes counts as zero there; one that is None on all of them
+    stays None, so that an optimizer skips it just as with one process.
+
+    Args:
+        model: the same model on every process, with gradients of this process's share.
+        world: this process's place.
+        bucket_bytes: size of the pieces that are sent, in bytes.
+    """
+    if world.world_size == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, anywhere in zip(parameters, present.tolist(), strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients, bucket_bytes):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+        for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def _buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> Iterable[list[Tensor]]:
+    """Splits tensors, in order, into lists of one dtype and device and about `bucket_bytes` bytes."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        bytes_here = tensor.numel() * tensor.element_size()
+        other_kind = bool(bucket) and (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
+        if bucket and (other_kind or size + bytes_here > bucket_bytes):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += bytes_here
+    if bucket:
+        yield bucket
+
+
+def _environment(name: str) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{name} = {text!r} in the environment is not a whole number, but WORLD_SIZE is set. "
+            "Start the processes with torchrun, or unset WORLD_SIZE."
+        ) from None

@@ -1,0 +1,311 @@
+"""Metrics of a run: always rows of metrics.jsonl, and the same names in Weights & Biases if wanted.
+
+The file is the truth and wandb a view of it. A row is on disk before `log` returns, so it is there
+when a later checkpoint is; on resume the rows after the checkpoint are dropped and written again.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from alibi_lm.run_folder import write_text_atomic
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_run_id"
+WANDB_MODES = ("offline", "online", "disabled")
+
+log = logging.getLogger("alibi_lm")
+
+
+@dataclass
+class JsonlConfig:
+    """Local files only."""
+
+    name: str = "jsonl"
+    """Registry name."""
+
+
+@dataclass
+class WandbConfig:
+    """Local files and Weights & Biases."""
+
+    name: str = "wandb"
+    """Registry name."""
+    mode: str = "offline"
+    """offline (files in <run folder>/wandb, to be sent by `wandb sync`), online, or disabled (not used)."""
+    project: str = "alibi_lm"
+    """Project that the run belongs to."""
+    entity: str | None = None
+    """User or team; null: the account's default."""
+    group: str | None = None
+    """Group in the project; null: the experiment, so that its runs lie together."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run, each 1 to 64 characters."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in WANDB_MODES:
+            raise ValueError(f"tracking.mode = {self.mode!r}. Allowed: {', '.join(WANDB_MODES)}.")
+        if not self.project or re.search(r"[/\\#?%:]", self.project):
+            raise ValueError(f"tracking.project = {self.project!r}. Use a name without any of / \\ # ? % :")
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(f"tracking.tags has {tag!r}. A tag has 1 to 64 characters.")
+
+
+TRACKING: dict[str, type] = {"jsonl": JsonlConfig, "wandb": WandbConfig}
+
+
+class Tracker:
+    """Takes metrics and forgets them: for processes other than the main one, and the interface of all."""
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Records metrics of a step.
+
+        Args:
+            step: optimizer steps done; never less than in an earlier call.
+            metrics: values by name, such as `train/loss`.
+        """
+
+    def table(
+        self,
+        name: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        line_plot: tuple[str, str, str] | None = None,
+    ) -> None:
+        """Shows a table, and a plot of it, where the tracker can; files of results are not its business.
+
+        Args:
+            name: of the table; the plot is called `<name>_plot`.
+            columns: names of the columns.
+            rows: values, in the order of the columns.
+            line_plot: columns of x, of y and of the line that a row belongs to; None for no plot.
+        """
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Records final values of the run."""
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(failed=exc_type is not None)
+
+    def close(self, failed: bool) -> None:
+        """Ends the tracking of the run; `failed` tells that an exception is why."""
+
+
+class _Process(Protocol):
+    @property
+    def is_main(self) -> bool: ...
+
+
+def open_tracker(
+    config: JsonlConfig | WandbConfig,
+    run_folder: Path,
+    run_name: str,
+    group: str,
+    resolved_config: Mapping[str, Any],
+    resume_step: int,
+    world: _Process | None = None,
+) -> Tracker:
+    """The tracker of a run, to be used with `with`.
+
+    Args:
+        config: one of the `TRACKING` dataclasses.
+        run_folder: existing folder of the run.
+        run_name: shown name.
+        group: group of the run where the config names none; the experiment.
+        resolved_config: all settings, shown beside the run.
+        resume_step: step of the checkpoint that training goes on from; rows after it are dropped. 0
+            for a new run: all rows are dropped.
+        world: this process's place; all but the main one get a tracker that does nothing.
+
+    Raises:
+        ValueError: metrics.jsonl is damaged before its last line, or wandb is not installed or cannot start.
+    """
+    if world is not None and not world.is_main:
+        return Tracker()
+    if isinstance(config, JsonlConfig) or config.mode == "disabled":
+        return _JsonlTracker(run_folder, resume_step)
+    return _WandbTracker(config, run_folder, run_name, group, resolved_config, resume_step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line before the last is not a row; the message names file and line.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("not an object with a whole number as step")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # what follows the last line end: nothing, or a torn row
+                break
+            raise ValueError(
+                f"{path}, line {number} is not a row of metrics ({error}). Delete that line to go on."
+            ) from error
+        rows.append(row)
+    return rows
+
+
+class _JsonlTracker(Tracker):
+    def __init__(self, run_folder: Path, resume_step: int):
+        self.path = Path(run_folder) / METRICS_FILE
+        kept = []
+        if resume_step > 0 and self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+        write_text_atomic(self.path, "".join(_line(row) for row in kept))
+        self._file = open(self.path, "ab")
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        self._file.write(_line({"step": step, **metrics}).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+
+class _WandbTracker(_JsonlTracker):
+    """metrics.jsonl and a wandb run with the same names.
+
+    The run's id is kept in the run folder. Online, a resumed run goes on in the same wandb run, which
+    ignores steps that it has already. Offline, every process adds a file of the same id under
+    <run folder>/wandb; `wandb sync --append` joins them.
+    """
+
+    def __init__(
+        self,
+        config: WandbConfig,
+        run_folder: Path,
+        run_name: str,
+        group: str,
+        resolved_config: Mapping[str, Any],
+        resume_step: int,
+    ):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"tracking = wandb needs the package wandb ({error}). Install it, or use tracking=jsonl."
+            ) from error
+        super().__init__(run_folder, resume_step)
+        self._wandb = wandb
+        self._step = resume_step
+        folder = Path(run_folder).resolve()
+        # wandb would keep copies of tables in the user's home folder.
+        self._environment = _environment(WANDB_DATA_DIR=str(folder / "wandb" / "data"))
+        self._environment.__enter__()
+        try:
+            self._run = wandb.init(
+                dir=folder,
+                id=_wandb_id(folder),
+                name=run_name,
+                project=config.project,
+                entity=config.entity,
+                group=config.group or group,
+                tags=list(config.tags),
+                config=dict(resolved_config),
+                mode=config.mode,  # type: ignore[arg-type]
+                # Offline runs cannot ask the server what it has; wandb warns when told to resume.
+                resume="allow" if config.mode == "online" else None,
+                reinit="create_new",
+                settings=wandb.Settings(
+                    silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True
+                ),
+            )
+        except Exception as error:
+            super().close(failed=True)
+            self._environment.__exit__(None, None, None)
+            raise ValueError(
+                f"tracking = wandb with mode = {config.mode} could not start: {error}. "
+                "Use tracking.mode=offline, or tracking=jsonl."
+            ) from error
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        super().log(step, metrics)
+        self._step = step
+        self._run.log(dict(metrics), step=step)
+
+    def table(
+        self,
+        name: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        line_plot: tuple[str, str, str] | None = None,
+    ) -> None:
+        table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        entries: dict[str, Any] = {name: table}
+        if line_plot is not None:
+            x, y, series = line_plot
+            entries[f"{name}_plot"] = self._wandb.plot.line(table, x=x, y=y, stroke=series, title=name)
+        self._run.log(entries, step=self._step)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(values))
+
+    def close(self, failed: bool) -> None:
+        super().close(failed)
+        try:
+            self._run.finish(exit_code=1 if failed else 0)
+        except Exception as error:  # the numbers are in metrics.jsonl: a view must not fail a run
+            log.warning("wandb could not be closed: %s", error)
+        finally:
+            self._environment.__exit__(None, None, None)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """One row as strict JSON; a value that is not finite becomes null."""
+    return json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if hasattr(value, "item"):  # NumPy scalars, tensors of one element
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _wandb_id(run_folder: Path) -> str:
+    """The run's id, made once for a run folder; it becomes part of file names, so it is checked."""
+    path = run_folder / WANDB_ID_FILE
+    if not path.exists():
+        write_text_atomic(path, secrets.token_hex(8) + "\n")
+    run_id = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
+        raise ValueError(f"{path} holds {run_id[:80]!r}, which is not a run id. Delete that file")
+    return run_id
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
