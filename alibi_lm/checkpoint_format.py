@@ -221,10 +221,23 @@ def _read_record(folder: Path) -> dict[str, Any]:
     for field, kind in kinds.items():
         if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]
             raise ValueError(f"{path}: {field} is missing or of the wrong type")
+    if record["optimizer"] is not None and not _is_optimizer_record(record["optimizer"]):
+        raise ValueError(f"{path}: optimizer is not what this version writes")
     expected = {WEIGHTS_FILE} | ({OPTIMIZER_FILE} if record["optimizer"] is not None else set())
     if set(record["files"]) != expected:
         raise ValueError(f"{path}: files are {sorted(record['files'])}, should be {sorted(expected)}")
     return record
+
+
+def _is_optimizer_record(value: dict[str, Any]) -> bool:
+    groups, values = value.get("groups"), value.get("values")
+    return (
+        isinstance(value.get("class"), str)
+        and isinstance(groups, list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        and isinstance(values, dict)
+        and all(isinstance(entries, dict) for entries in values.values())
+    )
 
 
 def _record_hash(record: Mapping[str, Any]) -> str:
@@ -272,7 +285,8 @@ def _copy_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, same
         if found.shape != target.shape or (same_dtype and found.dtype != target.dtype):
             raise ValueError(
                 f"{path} does not fit the model: {name} is {tuple(found.shape)} {found.dtype}, "
-                f"the model's is {tuple(target.shape)} {target.dtype}. Use the configuration that it was trained with."
+                f"the model's is {tuple(target.shape)} {target.dtype}. "
+                "Use the configuration that the checkpoint was trained with."
             )
     with torch.no_grad():
         for name, target in targets.items():
@@ -285,34 +299,35 @@ def _restore_optimizer(
 ) -> None:
     parameters = _plain_names(dict(model.named_parameters()))
     names = {id(parameter): name for name, parameter in parameters.items()}
-    groups = record["groups"]
     expected = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
-    if record["class"] != type(optimizer).__name__ or [group["params"] for group in groups] != expected:
+    if record["class"] != type(optimizer).__name__ or [g["params"] for g in record["groups"]] != expected:
         raise ValueError(
             f"{path} is the state of {record['class']} over other parameter groups than this run's "
             f"{type(optimizer).__name__}. Use the optimizer settings that it was trained with."
         )
+    # What belongs to a parameter and, under `/<index>`, to a group; all of it placed before any is used.
+    places: dict[str, dict[str, Any]] = {str(name): {} for group in expected for name in group}
+    places |= {f"/{index}": {} for index in range(len(expected))}
+    values = {
+        f"{name}/{entry}": v for name, of_one in record["values"].items() for entry, v in of_one.items()
+    }
+    for key, value in (values | entries).items():
+        name, _, entry = key.rpartition("/")
+        if name not in places or (name.startswith("/") and entry == "params"):
+            raise ValueError(f"{path} has {key}, which belongs to nothing that this optimizer trains")
+        places[name][entry] = value
+
     optimizer.state.clear()
-    for name, values in record["values"].items():
-        optimizer.state[parameters[name]].update(values)
-    for key, tensor in entries.items():
-        name, entry = key.rsplit("/", 1)
-        if name.startswith("/"):
-            optimizer.param_groups[int(name[1:])][entry] = tensor
-            continue
-        if name not in parameters:
-            raise ValueError(f"{path} has state of {name}, which the optimizer does not train")
-        optimizer.state[parameters[name]][entry] = tensor
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for option, value in saved.items():
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, record["groups"], strict=True)):
+        for option, value in (saved | places[f"/{index}"]).items():
             if option != "params":
                 group[option] = tuple(value) if isinstance(group.get(option), tuple) else value
         # Step counters stay on the CPU unless the optimizer's kernel reads them on the device.
-        on_device = group.get("capturable") or group.get("fused")
+        on_device = bool(group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
-            for entry, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
-                if isinstance(value, Tensor) and (entry != "step" or on_device):
-                    optimizer.state[parameter][entry] = value.to(parameter.device)
+            for entry, value in places[names[id(parameter)]].items():
+                moves = isinstance(value, Tensor) and (entry != "step" or on_device)
+                optimizer.state[parameter][entry] = value.to(parameter.device) if moves else value
 
 
 def _listing(names: list[str]) -> str:
