@@ -193,7 +193,9 @@ class EvaluateConfig:
         require(
             self.checkpoint in ("best", "last"), f"checkpoint = {self.checkpoint!r}. Allowed: best, last."
         )
-        require(self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}.")
+        require(
+            self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}."
+        )
         require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
 
 
@@ -243,7 +245,7 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
     try:
         root = OmegaConf.structured(TrainConfig)
         for group, registry in GROUPS.items():
-            name = (settings.get(group) or {}).get("name")
+            name = str((settings.get(group) or {}).get("name"))
             require(
                 name in registry, f"config.yaml: {group}.name = {name!r}. Allowed: {', '.join(registry)}."
             )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,11 @@ def _mask_slices(
         rows, columns = slice(start, stop), slice(first, offset + stop)
         if whole:
             mask = dense(rows, columns)
-            slices.append((rows, columns, lambda mask=mask: mask))
+            slices.append((rows, columns, partial(_same, mask)))
         else:
-            slices.append((rows, columns, lambda rows=rows, columns=columns: dense(rows, columns)))
+            slices.append((rows, columns, partial(dense, rows, columns)))
     return slices
+
+
+def _same(mask: Tensor) -> Tensor:
+    return mask

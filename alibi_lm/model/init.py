@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from alibi_lm.model.transformer import TransformerLM
+    from alibi_lm.model.transformer import Block, TransformerLM
 
 INITIALISATIONS = ("scaled", "fairseq")
 
@@ -30,18 +30,18 @@ INITIALISATIONS = ("scaled", "fairseq")
 def initialise(model: TransformerLM) -> None:
     """Draw all parameters of a model from torch's global generator."""
     model.vocabulary.initialise()
-    for scheme in model.positions:
+    for scheme in model.schemes:
         scheme.initialise()
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     draw = _fairseq if model.config.initialisation == "fairseq" else _scaled
-    for block in model.blocks:
-        draw(block, len(model.blocks))
+    for block in model.layers:
+        draw(block, len(model.layers))
 
 
-def _scaled(block: nn.Module, num_layers: int) -> None:
+def _scaled(block: Block, num_layers: int) -> None:
     depth = (2 * num_layers) ** -0.5
     for layer, scale in (
         (block.attention.qkv, 1.0),
@@ -53,7 +53,7 @@ def _scaled(block: nn.Module, num_layers: int) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _fairseq(block: nn.Module, num_layers: int) -> None:
+def _fairseq(block: Block, num_layers: int) -> None:
     for projection in block.attention.qkv.weight.chunk(3):
         nn.init.xavier_uniform_(projection, gain=2**-0.5)
     nn.init.xavier_uniform_(block.attention.out.weight)

@@ -6,8 +6,9 @@ Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,10 @@ from alibi_lm.attention import AttentionBackend, build_backend
 from alibi_lm.model.adaptive import AdaptiveVocabulary
 from alibi_lm.model.init import INITIALISATIONS, initialise
 from alibi_lm.model.vocabulary import Vocabulary
-from alibi_lm.positions import PositionConfig, PositionShape
+from alibi_lm.positions import PositionConfig, PositionScheme, PositionShape
 from alibi_lm.positions.base import require
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclass
@@ -179,7 +180,7 @@ class Block(nn.Module):
 class LayerPositions:
     """What one scheme contributes to a forward pass, computed once and used by every layer it serves."""
 
-    scheme: Any
+    scheme: PositionScheme
     tables: tuple[Tensor, ...]
     prepared: Any
 
@@ -240,9 +241,19 @@ class TransformerLM(nn.Module):
         initialise(self)
 
     @property
+    def schemes(self) -> list[PositionScheme]:
+        """One scheme for all layers, or one for each."""
+        return cast(list[PositionScheme], list(self.positions))
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return cast(list[Block], list(self.blocks))
+
+    @property
     def max_position(self) -> int | None:
         """Number of positions that the scheme has; None where any position is defined."""
-        return self.positions[0].max_position
+        return self.schemes[0].max_position
 
     def forward(
         self,
@@ -274,7 +285,7 @@ class TransformerLM(nn.Module):
         else:
             last = int(positions[-1]) if self.max_position is not None else 0
         if self.max_position is not None and last >= self.max_position:
-            raise ValueError(past_the_table(self.positions[0], last))
+            raise ValueError(past_the_table(self.schemes[0], last))
         k_pos = positions
         if cache is not None:
             k_pos = positions if cache.positions is None else torch.cat([cache.positions, positions])
@@ -283,7 +294,7 @@ class TransformerLM(nn.Module):
         x = self.vocabulary.embed(input_ids)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.model_dim)
-        x = self.positions[0].add_to_embeddings(x, positions)
+        x = self.schemes[0].add_to_embeddings(x, positions)
         x = self.dropout(x)
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -294,9 +305,9 @@ class TransformerLM(nn.Module):
                 scheme.tables(positions),
                 self.backend.prepare(scheme, positions, k_pos, window, dtype),
             )
-            for scheme in self.positions
+            for scheme in self.schemes
         ]
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             x = block(x, layer, shared[layer % len(shared)], cache)
         return self.final_norm(x)
 
@@ -323,7 +334,7 @@ class TransformerLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def past_the_table(scheme: Any, position: int) -> str:
+def past_the_table(scheme: PositionScheme, position: int) -> str:
     """The message for a position that a scheme does not have."""
     return (
         f"position={_scheme_name(scheme)} has {scheme.max_position} positions; got position {position}. "
@@ -332,5 +343,5 @@ def past_the_table(scheme: Any, position: int) -> str:
     )
 
 
-def _scheme_name(scheme: Any) -> str:
+def _scheme_name(scheme: PositionScheme) -> str:
     return type(scheme).__name__.lower()

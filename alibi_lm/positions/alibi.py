@@ -60,6 +60,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
 class Alibi(PositionScheme):
     """Linear biases with one slope per head."""
 
+    slopes: Tensor
+
     def __init__(self, config: AlibiConfig, shape: PositionShape) -> None:
         super().__init__(shape)
         fixed = torch.tensor(alibi_slopes(shape.num_heads), dtype=torch.float32, device="cpu")

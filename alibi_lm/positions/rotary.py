@@ -106,6 +106,8 @@ SCALINGS: dict[str, Callable[[int, float, float, int], Frequencies]] = {
 class Rotary(PositionScheme):
     """Rotation of interleaved pairs over the whole head dimension."""
 
+    inv_freq: Tensor
+
     def __init__(self, config: RotaryConfig, shape: PositionShape) -> None:
         super().__init__(shape)
         require(

@@ -48,6 +48,7 @@ class Sinusoidal(PositionScheme):
     """Absolute wave vectors, computed for any position."""
 
     translation_invariant = False
+    frequencies: Tensor
 
     def __init__(self, config: SinusoidalConfig, shape: PositionShape) -> None:
         super().__init__(shape)

@@ -1,0 +1,138 @@
+"""ALiBi against its paper: numbers written out or computed here in float64, and Hugging Face's module."""
+
+import math
+
+import pytest
+import torch
+
+from alibi_lm.positions.alibi import Alibi, AlibiConfig, alibi_slopes
+from alibi_lm.positions.base import PositionShape
+
+EXPONENTS = {
+    1: [8],
+    2: [4, 8],
+    4: [2, 4, 6, 8],
+    6: [2, 4, 6, 8, 1, 3],
+    8: [1, 2, 3, 4, 5, 6, 7, 8],
+    12: [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5],
+    16: [0.5 * h for h in range(1, 17)],
+    20: [0.5 * h for h in range(1, 17)] + [0.25, 0.75, 1.25, 1.75],
+}
+
+
+def alibi(num_heads: int = 8, head_dim: int = 16, learned: bool = False) -> Alibi:
+    shape = PositionShape(num_heads * head_dim, head_dim, num_heads, 2, 64, 64)
+    return AlibiConfig(learned_slopes=learned).build(shape)
+
+
+@pytest.mark.parametrize("num_heads", sorted(EXPONENTS))
+def test_slopes_match_the_authors_rule(num_heads):
+    expected = [2.0**-e for e in EXPONENTS[num_heads]]
+    assert alibi_slopes(num_heads) == pytest.approx(expected, rel=1e-14)
+    torch.testing.assert_close(alibi(num_heads).slopes, torch.tensor(expected))
+
+
+def test_slopes_for_head_counts_not_a_power_of_two():
+    """The rule as the authors state it: those of the next lower power, then every other one of the next higher."""
+    for num_heads in range(1, 65):
+        slopes = alibi_slopes(num_heads)
+        assert len(slopes) == len(set(slopes)) == num_heads
+        power = 1 << (num_heads.bit_length() - 1)
+        assert slopes[:power] == alibi_slopes(power)
+        assert slopes[power:] == alibi_slopes(2 * power)[0::2][: num_heads - power]
+
+
+def test_slopes_equal_hugging_face():
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    for num_heads in range(1, 65):
+        # Row 1 of Bloom's (heads, 1, keys) tensor at key 1 is the slope itself.
+        theirs = build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]
+        torch.testing.assert_close(torch.tensor(alibi_slopes(num_heads)), theirs, rtol=1e-6, atol=0)
+
+
+def test_first_slope_is_not_one():
+    for num_heads in (2, 4, 8, 16, 32):
+        slopes = alibi_slopes(num_heads)
+        assert slopes[0] == 2.0 ** (-8 / num_heads) < 1
+        assert slopes[-1] == 2.0**-8
+
+
+def test_slopes_are_positive_and_far_keys_score_lower():
+    scheme = alibi()
+    assert (scheme.slopes > 0).all() and (scheme.slopes < 1).all()
+    row = scheme.bias(torch.tensor([9]), torch.arange(10))[:, 0]
+    assert (row.diff(dim=1) > 0).all(), "nearer keys must score higher"
+    assert (row[:, 9] == 0).all() and (row[:, :9] < 0).all()
+
+
+def test_bias_is_the_papers_formula():
+    scheme, positions = alibi(12), torch.arange(20)
+    bias = scheme.bias(positions, positions)
+    for head, exponent in enumerate(EXPONENTS[12]):
+        for i in range(20):
+            for j in range(i + 1):
+                assert bias[head, i, j].item() == pytest.approx(-(2.0**-exponent) * (i - j), rel=1e-6)
+
+
+def test_bias_is_not_scaled_by_head_dim():
+    positions = torch.arange(7)
+    assert torch.equal(alibi(8, 4).bias(positions, positions), alibi(8, 64).bias(positions, positions))
+
+
+def test_scores_are_scaled_before_the_bias_is_added():
+    """softmax(q.k / sqrt(K) - m (i - j)) v, in float64, by hand."""
+    from alibi_lm.attention import build_backend
+
+    q, k, v = (torch.randn(1, 8, 5, 16, dtype=torch.float64) for _ in range(3))
+    positions = torch.arange(5)
+    expected = torch.zeros_like(v)
+    for h in range(8):
+        for i in range(5):
+            scores = [
+                float(q[0, h, i] @ k[0, h, j]) / math.sqrt(16) - 2.0 ** -(h + 1) * (i - j)
+                for j in range(i + 1)
+            ]
+            weights = [math.exp(s - max(scores)) for s in scores]
+            for j in range(i + 1):
+                expected[0, h, i] += weights[j] / sum(weights) * v[0, h, j]
+    for name in ("eager", "sdpa"):
+        backend = build_backend(name)
+        prepared = backend.prepare(alibi(), positions, positions, None, q.dtype)
+        torch.testing.assert_close(backend(q, k, v, prepared, 0.0), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bias_is_causal_only_finite():
+    bias = alibi().bias(torch.arange(6), torch.arange(6))
+    assert torch.isfinite(bias).all()
+    assert (bias.triu(1) == 0).all(), "keys ahead are the backend's to mask, not mirrored distances"
+
+
+def test_bias_survives_half_precision():
+    for cast in (torch.bfloat16, torch.float16):
+        scheme = alibi().to(cast)
+        bias = scheme.bias(torch.tensor([3071]), torch.arange(3072))
+        assert bias.dtype == torch.float32
+        distance = torch.arange(3071, -1, -1, dtype=torch.float64)
+        expected = -torch.tensor([2.0**-h for h in range(1, 9)], dtype=torch.float64)[:, None] * distance
+        assert torch.equal(bias[:, 0].double(), expected)
+    # The cast is not kept when it is undone.
+    assert torch.equal(alibi(12).bfloat16().float().slopes, alibi(12).slopes)
+
+
+def test_no_parameters_and_nothing_in_the_state_dict():
+    scheme = alibi()
+    assert list(scheme.parameters()) == [] and scheme.state_dict() == {}
+
+
+def test_learned_slopes_start_at_the_fixed_ones_and_stay_positive():
+    scheme = alibi(6, learned=True)
+    torch.testing.assert_close(scheme.slopes_per_head(), alibi(6).slopes, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        scheme.log_slopes.sub_(20)
+    assert (scheme.slopes_per_head() > 0).all()
+
+
+def test_no_heads_is_an_error():
+    with pytest.raises(ValueError, match="num_heads = 0"):
+        alibi_slopes(0)
