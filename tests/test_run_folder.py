@@ -1,0 +1,179 @@
+"""Run folders: names, whole-or-absent files, marks, and a lock that dies with its process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import alibi_lm.run_folder
+from alibi_lm.run_folder import (
+    RunLock,
+    clear_failed,
+    failed,
+    finished,
+    is_locked,
+    mark_failed,
+    mark_finished,
+    read_json_object,
+    run_name,
+    short_hash,
+    status,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from alibi_lm.run_folder import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alibi_lm.run_folder, "_LOCK_WAIT_SECONDS", 0.1)
+
+
+def test_names() -> None:
+    assert run_name("alibi", 64, 1, None) == "alibi_L64_s1"
+    assert run_name("t5", 512, 12, "0f3a9c21") == "t5_L512_s12_0f3a9c21"
+
+
+@pytest.mark.parametrize("position", ["../x", "a/b", "", ".hidden", "a b", "a\n", "\u00e9"])
+def test_names_that_are_paths_are_refused(position: str) -> None:
+    if position == "":
+        assert run_name(position + "x", 1, 1) == "x_L1_s1"
+    with pytest.raises(ValueError, match=r"is not a plain folder name"):
+        run_name(position, 64, 1)
+
+
+def test_hash_is_of_the_content() -> None:
+    assert short_hash({"a": 1, "b": {"c": [1.5, None]}}) == short_hash({"b": {"c": [1.5, None]}, "a": 1})
+    assert len({short_hash({"a": value}) for value in (1, 1.5, "1", True, None, [1])}) == 6
+    assert short_hash({"model.dim": 64}) == "bcf11e67"  # must never change: folders are named by it
+
+
+def test_atomic_write_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    write_text_atomic(path, "old \u00e9")
+    assert path.read_text(encoding="utf-8") == "old \u00e9"
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space left"):
+                write_text_atomic(path, "new")
+        assert path.read_text(encoding="utf-8") == "old \u00e9"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+    write_text_atomic(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_json_objects(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json_atomic(path, {"b": 1, "a": [None, 0.1]})
+    assert read_json_object(path) == {"b": 1, "a": [None, 0.1]}
+    assert path.read_text().endswith("\n")
+    for content, message in (
+        (b"[1]", "one JSON object, not a list"),
+        (b"{", "not a JSON"),
+        (b"\xff", "not a JSON"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            read_json_object(path)
+        assert str(path) in str(caught.value)
+
+
+def test_marks_and_status(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert status(run) == "missing"
+    assert finished(run) is None and failed(run) is None
+    run.mkdir()
+    assert status(run) == "missing"
+    (run / "config.yaml").write_text("seed: 1\n")
+    assert status(run) == "partial"
+    with RunLock(run):
+        assert status(run) == "running"
+    assert status(run) == "partial"
+    mark_failed(run, "loss is not finite", step=12)
+    assert status(run) == "failed"
+    assert failed(run) == {"message": "loss is not finite", "step": 12}
+    with RunLock(run):
+        assert status(run) == "running"  # tried again
+    clear_failed(run)
+    clear_failed(run)
+    assert status(run) == "partial"
+    mark_failed(run, "again")
+    mark_finished(run, {"steps": 100})
+    assert status(run) == "finished" and failed(run) is None
+    assert finished(run) == {"steps": 100}
+
+
+def test_status_creates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    status(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_torn_mark_counts_as_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "finished.json").write_text('{"steps": 1')
+    assert finished(tmp_path) is None
+    assert "finished.json is not a JSON file" in caplog.text
+    assert status(tmp_path) == "partial"
+
+
+def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert is_locked(tmp_path) and status(tmp_path) == "running"
+        with pytest.raises(ValueError, match=r"output_dir = .* is in use by another process"), RunLock(tmp_path):
+            pytest.fail("entered a folder that is in use")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()  # type: ignore[union-attr]
+    assert not is_locked(tmp_path)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_lock_waits_out_a_status_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alibi_lm.run_folder, "_LOCK_WAIT_SECONDS", 20)
+    code = HOLDER.replace("time.sleep(60)", "time.sleep(0.3)")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with RunLock(tmp_path):
+            pass
+
+
+def test_one_process_cannot_enter_twice(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        with pytest.raises(ValueError, match="in use"), RunLock(tmp_path):
+            pytest.fail("entered twice")
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+
+
+def test_lock_is_released_on_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), RunLock(tmp_path):
+        raise KeyError
+    assert not is_locked(tmp_path)
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir = .* cannot be written"), RunLock(tmp_path / "file" / "run"):
+        pytest.fail("entered")
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(ValueError, match="cannot be written"), RunLock(tmp_path / "locked"):
+            pytest.fail("entered")
