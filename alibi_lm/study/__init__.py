@@ -1,1 +1,1 @@
-
+"""Studies made from result files: figures, tables, the paper beside them, claims and reports."""

@@ -1,0 +1,158 @@
+"""What differs between compared runs other than the scheme.
+
+A curve of one scheme above another's says something about the schemes only if the runs had the same model,
+text, budget and code. Every other difference is listed; those that can move a perplexity are marked on
+figures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alibi_lm.evaluation.results import ResultRow
+from alibi_lm.study.records import RunRecord, find_records
+
+LABELLED = ("position", "train_length", "seed")
+"""Settings that every figure, table and claim names: they are what is compared."""
+WITHOUT_EFFECT = (
+    "device",
+    "tracking",
+    "threads",
+    "output_dir",
+    "overwrite",
+    "keep_last",
+    "keep_every",
+    "study",
+    "experiment",
+    "evaluation",
+    "log_every",
+    "checkpoint_every",
+    "data.path",
+    "data.cache_dir",
+)
+"""Settings that no trained weight depends on; the text behind a path is compared by its hash."""
+ROUNDING_ONLY = ("attention", "compile", "micro_batch_tokens")
+"""Settings that change results by rounding: listed, not marked."""
+SMALL_PARAMETERS = 0.02
+"""A scheme's own parameters (a table of positions, a bias a head) are part of it; more is a difference."""
+SMALL_TOKENS = 0.005
+"""Steps are cut to whole sequences, so tokens seen may differ a little between training lengths."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing in which runs differ."""
+
+    what: str
+    """Setting or fact, for example `optimizer.lr`."""
+    values: dict[str, list[str]]
+    """Value -> runs, the most frequent first."""
+    matters: bool
+    """Whether it can move a perplexity beyond rounding: figures are marked."""
+
+    @property
+    def sentence(self) -> str:
+        """For people: `optimizer.lr: 0.002 in 5 runs, 0.001 in rotary_L64_s1`."""
+        parts = []
+        for value, runs in self.values.items():
+            named = ", ".join(runs) if len(runs) <= 2 else f"{len(runs)} runs"
+            parts.append(f"{value} in {named}")
+        return f"{self.what}: " + "; ".join(parts)
+
+
+def differences(rows: Sequence[ResultRow], folder: str | os.PathLike[str]) -> list[Difference]:
+    """All differences between the runs of these rows, those that matter first.
+
+    Args:
+        rows: of one study.
+        folder: where its `results.jsonl` is; the run folders are found from there.
+
+    Raises:
+        ValueError: a run folder's file is damaged.
+    """
+    own = [row for row in rows if row.run is not None]
+    records = find_records(own, folder)
+    found = [*_of_rows(own), *_of_records(records)]
+    return sorted(found, key=lambda item: (not item.matters, item.what))
+
+
+def _of_rows(rows: Iterable[ResultRow]) -> list[Difference]:
+    rows = list(rows)
+    found = []
+    for split in sorted({row.split for row in rows}):
+        part = [row for row in rows if row.split == split]
+        found += _compare(f"{split} text (hash)", {(r.run or "", r.key): _short(r.corpus) for r in part}, True)
+        found += _compare(f"{split} tokens scored", {(r.run or "", r.key): f"{r.tokens:,}" for r in part}, True)
+    found += _compare("commit of the evaluation", {(r.run or "", r.key): _short(r.commit) for r in rows}, True)
+    return found
+
+
+def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
+    known = {name: record for name, record in records.items() if record.config}
+    found = []
+    for key in sorted({key for record in known.values() for key in record.config}):
+        if _below(key, LABELLED) or _below(key, WITHOUT_EFFECT):
+            continue
+        values = {name: _show(record.config.get(key, "unset")) for name, record in known.items()}
+        found += _compare(key, values, not _below(key, ROUNDING_ONLY))
+    found += _compare_counts(records, "num_parameters", "parameters", SMALL_PARAMETERS)
+    found += _compare_counts(records, "tokens_seen", "tokens seen in training", SMALL_TOKENS)
+    done = {name: record for name, record in records.items() if record.finished}
+    found += _compare(
+        "training text (hash)",
+        {n: _short(r.finished["corpus"]) for n, r in done.items() if r.finished.get("corpus")},
+        True,
+    )
+    env = {name: record.environment for name, record in records.items() if record.environment}
+    found += _compare("commit of the training", {n: _commit(e) for n, e in env.items()}, True)
+    for key in ("torch", "python", "device"):
+        found += _compare(f"environment: {key}", {n: _show(e.get(key)) for n, e in env.items()}, False)
+    unknown = sorted(set(records) - set(known))
+    if unknown and len(records) > 1:
+        found.append(Difference("settings not compared", {"no config.yaml at hand": unknown}, False))
+    return found
+
+
+def _compare_counts(records: Mapping[str, RunRecord], key: str, what: str, small: float) -> list[Difference]:
+    counts = {
+        name: int(record.finished[key])
+        for name, record in records.items()
+        if isinstance(record.finished.get(key), int | float)
+    }
+    if not counts:
+        return []
+    matters = max(counts.values()) > min(counts.values()) * (1 + small)
+    return _compare(what, {name: f"{count:,}" for name, count in counts.items()}, matters)
+
+
+def _compare(what: str, values: Mapping[Any, str], matters: bool) -> list[Difference]:
+    """One difference, or none; keys are runs, or pairs that begin with a run."""
+    by_value: dict[str, list[str]] = {}
+    for key, value in values.items():
+        runs = by_value.setdefault(value, [])
+        name = key[0] if isinstance(key, tuple) else key
+        if name not in runs:
+            runs.append(name)
+    if len(by_value) < 2:
+        return []
+    ordered = dict(sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0])))
+    return [Difference(what, {value: sorted(runs) for value, runs in ordered.items()}, matters)]
+
+
+def _below(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _short(text: Any) -> str:
+    return "unknown" if not text else str(text)[:10]
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    return _short(environment.get("commit")) + (" with changes" if environment.get("dirty") else "")

@@ -1,0 +1,277 @@
+"""The paper's published perplexities, and our results beside them.
+
+Source: Press, Smith and Lewis, "Train Short, Test Long", ICLR 2022 (arXiv 2108.12409v2), Tables 2-10 and
+13-15, one file a table in `paper_tables/`. All are word-level perplexities.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib.resources
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from alibi_lm.evaluation.results import ResultRow
+from alibi_lm.study.curves import Curve, View, curves, views
+from alibi_lm.study.records import RunRecord
+from alibi_lm.study.style import look
+
+TOKENS = {"validation": 217_646, "test": 245_569}
+"""Scored words of WikiText-103's splits, line ends included."""
+STEPS = 286_000
+GPUS = 8
+SETTINGS: dict[str, Any] = {
+    "model.num_layers": 16,
+    "model.model_dim": 1024,
+    "model.num_heads": 8,
+    "model.ffn_dim": 4096,
+    "model.activation": "relu",
+    "model.dropout": 0.3,
+    "model.attention_dropout": 0.1,
+    "model.activation_dropout": 0.1,
+    "model.final_norm": False,
+    "model.adaptive_cutoffs": [20000, 60000],
+    "data.name": "wikitext103",
+    "tokenizer.name": "word",
+    "optimizer.name": "nag",
+    "clip_norm": 0.1,
+    "steps": STEPS,
+}
+"""The paper's settings of the WikiText-103 models, by their names here."""
+
+
+@dataclass(frozen=True)
+class PaperValue:
+    """One published number."""
+
+    table: int
+    model: str
+    position: str
+    """Empty for systems of other papers, which have no scheme, length or mode here."""
+    train_length: int | None
+    inference_length: int | None
+    mode: str
+    stride: int | None
+    split: str
+    corpus: str
+    """`wikitext103` or `bookcorpus`."""
+    perplexity: float | None
+    """Per word; None where the paper has none (out of memory)."""
+    note: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Our value beside the paper's for the same scheme, lengths, mode and split."""
+
+    view: View
+    curve: Curve
+    inference_length: int
+    ours: float
+    """Per word, mean over seeds of the loss per word."""
+    our_ratio: float | None
+    """To our value at the training length."""
+    paper: float
+    paper_ratio: float | None
+    paper_length: int
+    """Differs from `inference_length` only where near lengths were asked for."""
+    tables: tuple[int, ...]
+
+
+@functools.cache
+def paper_values() -> tuple[PaperValue, ...]:
+    """Every published number, by table."""
+    found = []
+    tables = importlib.resources.files("alibi_lm.study") / "paper_tables"
+    for file in sorted(tables.iterdir(), key=lambda entry: entry.name):
+        match = re.fullmatch(r"table_(\d+)\.csv", file.name)
+        if match is None:
+            continue
+        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+            found.append(
+                PaperValue(
+                    table=int(match[1]),
+                    train_length=int(row.pop("train_length") or 0) or None,
+                    inference_length=int(row.pop("inference_length") or 0) or None,
+                    stride=int(row.pop("stride") or 0) or None,
+                    perplexity=float(row.pop("perplexity") or "nan"),
+                    **row,
+                )
+            )
+    return tuple(v if v.perplexity == v.perplexity else replace(v, perplexity=None) for v in found)
+
+
+def find(
+    position: str, train_length: int, inference_length: int, view: View, near: float = 0.0
+) -> list[PaperValue]:
+    """The paper's WikiText-103 values for one measurement, one for each table that has it.
+
+    Args:
+        position: scheme.
+        train_length: tokens in a training sequence.
+        inference_length: tokens in a window.
+        view: split, mode and stride.
+        near: accept the nearest inference length within this share (0.02: two per cent) where the exact one
+            is missing; the paper's values move by 0.05 or so from one length to the next.
+    """
+    same = [
+        value
+        for value in paper_values()
+        if value.corpus == "wikitext103"
+        and (value.position, value.train_length) == (position, train_length)
+        and (value.mode, value.stride, value.split) == (view.mode, view.stride, view.split)
+        and value.inference_length is not None
+        and value.perplexity is not None
+    ]
+    off = {value.inference_length: abs(value.inference_length / inference_length - 1) for value in same}  # type: ignore[operator]
+    best = min(off, key=lambda length: (off[length], length), default=None)
+    if best is None or off[best] > near:
+        return []
+    return [value for value in same if value.inference_length == best]
+
+
+def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
+    """The paper's curves of the same schemes and training lengths, where it has two points or more."""
+    found = []
+    for position, train_length in sorted({(c.position, c.train_length) for c in ours}):
+        losses: dict[int, dict[str, float]] = {}
+        for value in paper_values():
+            same = (value.position, value.train_length, value.corpus) == (
+                position,
+                train_length,
+                "wikitext103",
+            )
+            if same and View(value.split, value.mode, value.stride) == view:
+                if value.inference_length is not None and value.perplexity is not None:
+                    losses.setdefault(value.inference_length, {})["paper"] = math.log(value.perplexity)
+        if len(losses) > 1:
+            found.append(Curve(position, train_length, "paper", losses))
+    return found
+
+
+def compare(rows: Sequence[ResultRow], near: float = 0.0) -> list[Comparison]:
+    """Our values beside the paper's, wherever it has one. Ours are per word, whatever the tokenizer."""
+    per_word = [row if row.nats is None or not row.words else replace_tokens(row) for row in rows]
+    found = []
+    for view in views(per_word):
+        for curve in curves(per_word, view):
+            own = find(curve.position, curve.train_length, curve.train_length, view)
+            for length in curve.lengths:
+                values = find(curve.position, curve.train_length, length, view, near)
+                if not values:
+                    continue
+                paper = values[0].perplexity
+                base = own[0].perplexity if own else None
+                assert paper is not None
+                found.append(
+                    Comparison(
+                        view,
+                        curve,
+                        length,
+                        curve.perplexity(length),
+                        curve.ratio(length),
+                        paper,
+                        paper / base if base else None,
+                        values[0].inference_length or length,
+                        tuple(sorted({value.table for value in values})),
+                    )
+                )
+    return found
+
+
+def replace_tokens(row: ResultRow) -> ResultRow:
+    """The same row counted in words, so that its perplexity is per word as the paper's."""
+    assert row.nats is not None and row.words
+    return replace(row, tokens=row.words, perplexity=math.exp(row.nats / row.words))
+
+
+def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list[str]:
+    """In what model, data and budget these runs differ from the paper's; empty when nothing is known to."""
+    found = []
+    for split in sorted({row.split for row in rows if row.run is not None}):
+        words = {row.words for row in rows if row.run is not None and row.split == split}
+        expected = TOKENS.get(split)
+        if words != {expected}:
+            counts = ", ".join("unknown" if n is None else f"{n:,}" for n in sorted(words, key=lambda n: n or 0))
+            found.append(f"text: {split} has {counts} words, the paper's {expected or 0:,}")
+    if any(row.words is not None and row.words != row.tokens for row in rows):
+        found.append("text: tokens are not words; our perplexities below are per word all the same")
+    known = [record for record in records.values() if record.config]
+    if len(known) < len(records):
+        found.append(f"unknown: {len(records) - len(known)} runs have no config.yaml at hand")
+    for key, expected in SETTINGS.items():
+        values = {_show(r.config[key]) for r in known if key in r.config and r.config[key] != expected}
+        if values:
+            found.append(f"{key} = {' or '.join(sorted(values))}, the paper's {_show(expected)}")
+    shares = sorted({share for record in known if (share := _budget(record)) is not None})
+    if shares and (min(shares) < 0.99 or max(shares) > 1.01):
+        span = f"{shares[0]:.2%}" if len(shares) == 1 else f"{shares[0]:.2%} to {shares[-1]:.2%}"
+        found.append(f"budget: {span} of the paper's training tokens")
+    elif len([r for r in known if _budget(r) is None]):
+        found.append("budget: tokens seen in training are not recorded for every run")
+    return found
+
+
+def comparison_markdown(rows: Sequence[ResultRow], records: Mapping[str, RunRecord], near: float) -> str:
+    """`paper.md`: what differs from the paper, then paper | ours | difference | ratios."""
+    parts = ["# Beside the paper's numbers\n"]
+    notes = caveats(rows, records)
+    if notes:
+        parts.append("**These are not the paper's experiments.** What differs:\n")
+        parts.append("".join(f"- {note}\n" for note in notes))
+        parts.append(
+            "Absolute perplexities are then not comparable; the ratios to the value at the training length "
+            "say whether the shape is the same.\n"
+        )
+    else:
+        parts.append("Model, text, recipe and budget are the paper's, as far as the run folders tell.\n")
+    found = compare(rows, near)
+    for view in dict.fromkeys(item.view for item in found):
+        parts.append(f"## {view.title[0].upper()}{view.title[1:]}\n")
+        parts.append(_table([item for item in found if item.view == view]))
+    if not found:
+        parts.append("The paper has no number for any of these schemes, lengths, modes and splits.\n")
+    else:
+        parts.append("Ratio: to the value at the training length. Ours: mean over seeds of the loss per word.\n")
+    return "\n".join(parts)
+
+
+def _table(items: Sequence[Comparison]) -> str:
+    lines = [
+        "| scheme | trained at | tested at | paper | table | ours | seeds | difference "
+        "| paper's ratio | our ratio |",
+        "| --- | --: | --: | --: | --- | --: | --: | --: | --: | --: |",
+    ]
+    for item in items:
+        curve = item.curve
+        name = look(curve.position).name + (f" ({curve.variant})" if curve.variant else "")
+        tested = str(item.inference_length)
+        if item.paper_length != item.inference_length:
+            tested += f" (paper: {item.paper_length})"
+        lines.append(
+            f"| {name} | {curve.train_length} | {tested} | {item.paper:.2f} | "
+            f"{', '.join(map(str, item.tables))} | {item.ours:.2f} | "
+            f"{len(curve.losses[item.inference_length])} | "
+            f"{item.ours - item.paper:+.2f} | {_ratio(item.paper_ratio)} | {_ratio(item.our_ratio)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _budget(record: RunRecord) -> float | None:
+    """Tokens seen in training as a share of the paper's at this training length."""
+    seen, length = record.finished.get("tokens_seen"), record.config.get("train_length")
+    if not isinstance(seen, int | float) or not isinstance(length, int) or not 1 <= length <= 9216:
+        return None
+    return seen / (9216 // length * length * GPUS * STEPS)  # 9,216 tokens a GPU, cut to whole sequences
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

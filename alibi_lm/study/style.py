@@ -1,0 +1,56 @@
+"""How each scheme looks: colour, marker, line and name, the same in every figure.
+
+Colours are Okabe and Ito's eight, which stay apart for colour-blind readers; markers and dashes repeat
+the distinction for print without colour. A scheme that is not listed gets a look from a hash of its name,
+so that it, too, never changes between figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+Dashes = tuple[float, ...]
+SOLID: Dashes = ()
+
+
+@dataclass(frozen=True)
+class Look:
+    """Appearance of one scheme; dashes are lengths on and off in units of the line width."""
+
+    name: str
+    color: str
+    marker: str
+    dashes: Dashes = SOLID
+
+
+LOOKS = {
+    "alibi": Look("ALiBi", "#D55E00", "o"),
+    "sinusoidal": Look("sinusoidal", "#0072B2", "s", (5, 1.6)),
+    "rotary": Look("rotary", "#009E73", "^", (6, 1.5, 1.2, 1.5)),
+    "t5": Look("T5 bias", "#B88700", "D", (2.6, 1.2)),
+    "learned": Look("learned", "#CC79A7", "X"),
+    "none": Look("no positions", "#222222", "v", (1.2, 1.4)),
+    "kerple": Look("KERPLE", "#7A3B00", "P", (4, 1.2, 1.2, 1.2)),
+    "fire": Look("FIRE", "#A01C48", "h", (3, 1, 3, 2.4)),
+    "sandwich": Look("Sandwich", "#56B4E9", "p", (4, 2)),
+    "xpos": Look("xPos", "#00594B", "<", (6, 1.5, 1.2, 1.5)),
+    "cope": Look("CoPE", "#6F5BB5", ">", (2, 1)),
+}
+
+_COLORS = ("#56B4E9", "#6F5BB5", "#7A3B00", "#A01C48", "#00594B", "#5B6770", "#3D6B00")
+_MARKERS = ("P", "p", "h", "<", ">", "d", "*", "8")
+_DASHES: tuple[Dashes, ...] = ((4, 2), (2, 1), (4, 1.2, 1.2, 1.2), (3, 1, 3, 2.4), (7, 2))
+
+
+def look(position: str) -> Look:
+    """Appearance of a scheme, listed or not; depends on the name alone."""
+    if position in LOOKS:
+        return LOOKS[position]
+    digest = hashlib.sha256(position.encode()).digest()
+    return Look(
+        position,
+        _COLORS[digest[0] % len(_COLORS)],
+        _MARKERS[digest[1] % len(_MARKERS)],
+        _DASHES[digest[2] % len(_DASHES)],
+    )

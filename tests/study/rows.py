@@ -1,0 +1,74 @@
+"""Hand-made result rows for the tests of studies."""
+
+import json
+import math
+
+from alibi_lm.evaluation.results import ResultRow, write_rows
+
+TOKENS = 10_000
+WORDS = 8_000
+
+
+def row(position="alibi", length=64, perplexity=20.0, *, train=64, seed=1, suffix="", reason=None, **changes):
+    """One row of a run; perplexity None makes it a refused one."""
+    nats = None if perplexity is None else TOKENS * math.log(perplexity)
+    values = dict(
+        run=f"{position}_L{train}_s{seed}{suffix}",
+        position=position,
+        train_length=train,
+        seed=seed,
+        inference_length=length,
+        mode="nonoverlapping",
+        stride=None,
+        split="validation",
+        corpus="c0ffee",
+        tokens=TOKENS,
+        words=WORDS,
+        bytes=50_000,
+        nats=nats,
+        perplexity=perplexity,
+        word_perplexity=None if nats is None else math.exp(nats / WORDS),
+        commit="abc1234",
+        reason=reason or ("positions end at 64" if nats is None else None),
+    )
+    return ResultRow(**(values | changes))
+
+
+def curve(position, values, **changes):
+    """Rows of one run from {length: perplexity}."""
+    return [row(position, length, value, **changes) for length, value in values.items()]
+
+
+def unigram(perplexity=500.0):
+    """The baseline's row."""
+    return row("unigram", None, perplexity, run=None, train_length=None, seed=None)
+
+
+SHAPES = {
+    "alibi": {32: 22.0, 64: 20.0, 128: 19.0, 512: 18.5},
+    "sinusoidal": {32: 22.5, 64: 20.5, 128: 40.0, 512: 160.0},
+    "learned": {32: 23.0, 64: 21.0, 128: None, 512: None},
+}
+
+
+def study(folder, seeds=(1,), **changes):
+    """A small study on disk: three schemes at L=64, ALiBi at L=32, and the baseline; returns its rows."""
+    rows = [unigram()]
+    for seed in seeds:
+        for position, shape in SHAPES.items():
+            values = {n: v if v is None else v * (1 + 0.01 * seed) for n, v in shape.items()}
+            rows += curve(position, values, seed=seed, **changes)
+        rows += curve("alibi", {32: 24.0, 64: 21.5, 128: 20.5, 512: 20.2}, seed=seed, train=32, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_rows(folder / "results.jsonl", rows)
+
+
+def write_run(folder, name, config="", finished=None, environment=None, corpus=None):
+    """A run folder's own account, config given as YAML."""
+    place = folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.yaml").write_text(config)
+    parts = {"finished.json": finished, "environment.json": environment, "corpus.json": corpus}
+    for file, value in parts.items():
+        if value is not None:
+            (place / file).write_text(json.dumps(value))
