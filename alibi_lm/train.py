@@ -56,7 +56,9 @@ class Interrupted(Exception):
     """
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by signal {signal_number} after step {step}; give the command again to resume")
+        super().__init__(
+            f"stopped by signal {signal_number} after step {step}; give the command again to resume"
+        )
         self.status = 128 + signal_number
 
 
@@ -89,7 +91,9 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             done = finished(folder)
             if done is not None:
                 _require_same_run(config, folder)
-                print(f"{folder}: already finished at step {done['steps']}. Use overwrite=true to start over.")
+                print(
+                    f"{folder}: already finished at step {done['steps']}. Use overwrite=true to start over."
+                )
                 return done
             clear_failed(folder)
             try:
@@ -122,7 +126,9 @@ def _train_locked(config: TrainConfig, folder: Path, world: World, device: torch
             flush=True,
         )
     tracked = dict(to_dict(config), num_parameters=model.num_parameters(), corpus=corpus.hash)
-    with open_tracker(config.tracking, folder, folder.name, config.experiment, tracked, step, world) as tracker:
+    with open_tracker(
+        config.tracking, folder, folder.name, config.experiment, tracked, step, world
+    ) as tracker:
         result = trainer.run(step, tracker)
     if world.is_main:
         _self_check(config, folder, corpus, device, result)
@@ -151,7 +157,9 @@ class _Trainer:
             corpus.split("train").tokens, corpus.start_id, config.train_length, rows, config.seed
         )
         self.share = parallel.shard(rows, world)
-        self.micro_rows = max(1, (config.micro_batch_tokens or rows * config.train_length) // config.train_length)
+        self.micro_rows = max(
+            1, (config.micro_batch_tokens or rows * config.train_length) // config.train_length
+        )
         self.store = CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_every)
         self.best, self.best_step = math.inf, 0
         self.losses: list[float] = []
@@ -388,7 +396,9 @@ def _require_same_run(config: TrainConfig, folder: Path) -> None:
     differences = [
         f"{key}: {old_value!r} there, {new_value!r} now"
         for key, old_value, new_value in _flat_differences(old, new)
-        if key.split(".")[0] not in NOT_THE_RUN and key != "data.cache_dir" and not key.startswith("evaluation.")
+        if key.split(".")[0] not in NOT_THE_RUN
+        and key != "data.cache_dir"
+        and not key.startswith("evaluation.")
     ]
     require(
         not differences,

@@ -14,10 +14,23 @@ register()
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
 @report_errors
 def main(cfg: DictConfig) -> None:
-    """Evaluate, write results.jsonl, and draw figure and table."""
-    from alibi_lm.extrapolation import measure_and_draw
+    """Evaluate, write results.jsonl row by row, then draw figure and table."""
+    from alibi_lm import parallel
+    from alibi_lm.evaluation.sweep import describe, evaluate, log_curve, output_folder
+    from alibi_lm.study.figures import draw
 
-    measure_and_draw(to_config(cfg))
+    config = to_config(cfg)
+    world = parallel.start(config.device)
+    try:
+        for row in evaluate(config, world):
+            if world.is_main:
+                print(describe(row), flush=True)
+        if world.is_main:
+            log_curve(config)
+            paths = draw(output_folder(config))
+            print(next(p for p in paths if p.suffix == ".md").read_text(), *paths, sep="\n")
+    finally:
+        parallel.stop()
 
 
 if __name__ == "__main__":

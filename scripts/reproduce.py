@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # What finished is evaluated even where a run failed; the failure stays in the exit status.
-    evaluate = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), f"experiment={experiment}"]
+    shared = [a for a in arguments if a.startswith(("tracking", "device=", "threads="))]
+    evaluate = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), f"experiment={experiment}", *shared]
     return subprocess.run(evaluate, check=False).returncode or status
 
 

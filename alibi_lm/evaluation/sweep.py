@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import math
 import time
@@ -18,11 +19,12 @@ from alibi_lm.config import EvaluateConfig, EvaluationConfig, TrainConfig, load_
 from alibi_lm.data.corpus import Corpus, TokenStream, prepare
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.evaluation.load import load_run
-from alibi_lm.evaluation.results import ResultRow, upsert_rows, write_csv
+from alibi_lm.evaluation.results import ResultRow, read_rows, upsert_rows, write_csv
 from alibi_lm.evaluation.score import score_tokens
 from alibi_lm.parallel import World
 from alibi_lm.positions.base import require
 from alibi_lm.run_folder import finished
+from alibi_lm.tracking import open_tracker
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ def plan(config: EvaluateConfig) -> list[Task]:
         ValueError: no run, a run that is not finished, no lengths, or settings that do not fit together.
     """
     pattern = config.runs or f"outputs/{config.experiment}/runs/*"
-    folders = [Path(p) for p in sorted(glob.glob(glob.escape(pattern) if Path(pattern).is_dir() else pattern))]
+    folders = [
+        Path(p) for p in sorted(glob.glob(glob.escape(pattern) if Path(pattern).is_dir() else pattern))
+    ]
     folders = [f for f in folders if f.is_dir()]
     require(
         bool(folders),
@@ -82,8 +86,6 @@ def open_corpus(config: EvaluateConfig, task: Task) -> Corpus:
     Raises:
         ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
     """
-    import dataclasses
-
     data = task.config.data
     if config.data.path is not None:
         data = dataclasses.replace(data, path=config.data.path)
@@ -225,3 +227,34 @@ def _baseline(config: EvaluateConfig, task: Task, corpus: Corpus) -> ResultRow |
         corpus=corpus.hash,
         commit=runtime.code_version()[0],
     )
+
+
+def describe(row: ResultRow) -> str:
+    """One line for a person."""
+    name = row.run or row.position
+    length = "" if row.inference_length is None else f" at {row.inference_length}"
+    if row.nats is None:
+        return f"{name}{length}: not evaluated, {row.reason}"
+    speed = "" if row.tokens_per_second is None else f" ({row.tokens_per_second:,.0f} tokens/s)"
+    return f"{name}{length}: perplexity {row.perplexity:.3f}{speed}"
+
+
+def log_curve(config: EvaluateConfig) -> None:
+    """Show the curves in Weights & Biases, where it is chosen: a table and a line plot, one run for all."""
+    if config.tracking.name != "wandb":
+        return
+    output = output_folder(config)
+    rows = [row for row in read_rows(output / "results.jsonl") if row.nats is not None and row.run is not None]
+    settings = {"experiment": config.experiment, "runs": sorted({str(row.run) for row in rows})}
+    name = f"{config.experiment} extrapolation"
+    with open_tracker(config.tracking, output, name, config.experiment, settings, 0) as tracker:
+        tracker.table(
+            "extrapolation",
+            ["run", "position", "train_length", "seed", "inference_length", "mode", "split", "perplexity"],
+            [
+                [r.run, r.position, r.train_length, r.seed, r.inference_length, r.mode, r.split, r.perplexity]
+                for r in rows
+            ],
+            line_plot=("inference_length", "perplexity", "run"),
+        )
+        tracker.summary({f"extrapolation/{r.run}@{r.inference_length}": r.perplexity for r in rows})

@@ -1,0 +1,109 @@
+"""Training batches and scoring windows against their definitions, on streams small enough to write down."""
+
+import numpy as np
+import pytest
+
+from alibi_lm.data.batches import TrainingBatches, scoring_batches, scoring_windows
+
+START = 99
+
+
+def stream(n: int) -> np.ndarray:
+    return np.arange(n, dtype=np.uint16)
+
+
+def test_training_inputs_are_the_tokens_before_the_targets_in_the_stream():
+    batches = TrainingBatches(stream(50), START, length=4, rows=3, seed=1)
+    for step in range(12):
+        inputs, targets = batches.batch(step)
+        assert inputs.shape == targets.shape == (3, 4)
+        assert (inputs[:, 1:] == targets[:, :-1]).all()
+        for row_inputs, row_targets in zip(inputs.tolist(), targets.tolist(), strict=True):
+            first = row_targets[0]
+            assert first % 4 == 0, "blocks have fixed borders"
+            assert row_inputs[0] == (START if first == 0 else first - 1)
+
+
+def test_an_epoch_uses_each_block_once_and_each_epoch_has_its_own_order():
+    batches = TrainingBatches(stream(48), START, length=4, rows=3, seed=1)
+    assert batches.batches_per_epoch == 4
+    epochs = [[tuple(batches.blocks(4 * e + i)) for i in range(4)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(b for batch in epoch for b in batch) == list(range(12))
+    # The authors' order: which blocks share a batch is fixed, the order of batches is not.
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert len({tuple(e) for e in epochs}) > 1
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    make = lambda seed: TrainingBatches(stream(400), START, 4, 3, seed)  # noqa: E731
+    forwards = [make(7).batch(s)[1].tolist() for s in range(70)]
+    one = make(7)
+    backwards = [one.batch(s)[1].tolist() for s in reversed(range(70))][::-1]
+    assert forwards == backwards
+    assert forwards != [make(8).batch(s)[1].tolist() for s in range(70)]
+
+
+def test_rows_of_a_batch_can_be_taken_apart():
+    batches = TrainingBatches(stream(400), START, 4, 6, seed=1)
+    whole, part = batches.batch(3)[0], batches.batch(3, slice(2, 5))[0]
+    assert (whole[2:5] == part).all()
+
+
+def test_a_text_shorter_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"tokens_per_step = 12 is more than .* 8 tokens"):
+        TrainingBatches(stream(11), START, length=4, rows=3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "length", "stride"),
+    [(10, 4, None), (10, 4, 4), (10, 4, 1), (10, 4, 3), (3, 8, 2), (1, 1, 1), (12, 4, 2), (7, 100, None)],
+)
+def test_every_target_is_scored_once_with_the_context_of_the_definition(num_tokens, length, stride):
+    step = stride or length
+    tokens = stream(num_tokens)
+    context = {}
+    for batch in scoring_batches(tokens, START, length, stride, tokens_per_forward=3 * length):
+        assert batch.input_ids.shape == batch.target_ids.shape
+        assert batch.input_ids.shape[1] <= length
+        for row in range(len(batch.starts)):
+            for column in range(batch.score_from, batch.target_ids.shape[1]):
+                target = int(batch.target_ids[row, column])
+                assert target not in context
+                context[target] = batch.input_ids[row, : column + 1].tolist()
+    assert sorted(context) == list(range(num_tokens))
+    for target, inputs in context.items():
+        k = target // step
+        first = max(0, k * step - (length - step))
+        assert inputs == [START if t == 0 else t - 1 for t in range(first, target + 1)]
+
+
+def test_counts_of_the_paper():
+    """217,646 targets: 426 blocks of 512 (the last 46 long), 71 of 3072 (2,606)."""
+    for length, blocks, last in ((512, 426, 46), (1024, 213, 558), (2048, 107, 558), (3072, 71, 2606)):
+        starts, scored, ends = scoring_windows(217_646, length, None)
+        assert len(starts) == blocks and ends[-1] - starts[-1] == last
+        assert (starts == scored).all()
+
+
+def test_batches_hold_about_the_asked_number_of_tokens():
+    sizes = [b.input_ids.numel() for b in scoring_batches(stream(1000), START, 10, None, tokens_per_forward=64)]
+    assert set(sizes) == {60, 40} and sum(sizes) == 1000
+    assert max(b.input_ids.numel() for b in scoring_batches(stream(1000), START, 100, None, 64)) == 100
+
+
+def test_a_share_of_the_windows():
+    shares = [slice(0, 3), slice(3, 7), slice(7, 10)]
+    targets = [
+        t
+        for share in shares
+        for b in scoring_batches(stream(95), START, 10, None, 40, share)
+        for t in b.target_ids.flatten().tolist()
+    ]
+    assert targets == list(range(95))
+
+
+@pytest.mark.parametrize(("length", "stride"), [(0, None), (4, 0), (4, 5), (-1, None)])
+def test_lengths_and_strides_out_of_range(length, stride):
+    with pytest.raises(ValueError, match="inference length"):
+        scoring_windows(10, length, stride)

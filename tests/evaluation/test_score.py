@@ -1,0 +1,114 @@
+"""Identities that an honest scorer satisfies."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from alibi_lm.evaluation.score import mean_nats, score_tokens
+from alibi_lm.parallel import World
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 50, 333).astype(np.uint16)
+
+
+def by_hand(model, tokens, length, stride) -> list[float]:
+    """One forward pass for each target, as the protocol's words say."""
+    inputs = [7, *tokens.tolist()]
+    nats = []
+    for t in range(len(tokens)):
+        first = max(0, t // stride * stride - (length - stride))
+        context = torch.tensor([inputs[first : t + 1]])
+        log_probs = model.vocabulary.log_probs(model(context)[0, -1:])
+        nats.append(-log_probs[0, int(tokens[t])].item())
+    return nats
+
+
+@pytest.mark.parametrize("position", ["alibi", "sinusoidal", "rotary"])
+@pytest.mark.parametrize(("length", "stride"), [(16, None), (16, 16), (16, 5), (16, 1), (400, None)])
+def test_scores_equal_one_pass_per_target(tiny_model, tokens, position, length, stride):
+    model = tiny_model(position, "sdpa")
+    tokens = tokens[:70]
+    with torch.no_grad():
+        expected = by_hand(model, tokens, length, stride or length)
+    actual = score_tokens(model, tokens, 7, length, stride)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+def test_stride_equal_to_length_is_nonoverlapping(tiny_model, tokens):
+    model = tiny_model("alibi", "sdpa")
+    assert np.array_equal(score_tokens(model, tokens, 7, 32, 32), score_tokens(model, tokens, 7, 32, None))
+
+
+def test_batch_size_does_not_matter(tiny_model, tokens):
+    model = tiny_model("rotary", "sdpa")
+    results = [score_tokens(model, tokens, 7, 32, tokens_per_forward=n) for n in (1, 64, 10_000)]
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-5)
+
+
+def test_a_uniform_model_gives_exactly_the_vocabulary_size(tiny_model, tokens):
+    model = tiny_model("alibi", "sdpa").double()
+    with torch.no_grad():
+        model.vocabulary.embedding.zero_()
+    for length, stride in ((16, None), (32, 8)):
+        nats = score_tokens(model, tokens, 7, length, stride)
+        assert math.exp(mean_nats(nats)) == pytest.approx(50, rel=1e-14)
+
+
+def test_a_model_of_known_probabilities_gives_their_entropy(tiny_model):
+    """Logits fixed at log p: on a stream that holds each token p N times, perplexity is exp(entropy of p)."""
+    model = tiny_model("none", "sdpa", vocab_size=3).double()
+    p = np.array([0.5, 0.25, 0.25])
+    with torch.no_grad():
+        model.final_norm.weight.zero_()
+        model.final_norm.bias.zero_()
+        model.final_norm.bias[0] = 1
+        model.vocabulary.embedding.zero_()
+        model.vocabulary.embedding[:, 0] = torch.tensor(p).log()
+    tokens = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [200, 100, 100]))
+    nats = score_tokens(model, tokens, 0, 24, 7)
+    assert mean_nats(nats) == pytest.approx(-(p * np.log(p)).sum(), rel=1e-12)
+
+
+def test_processes_share_the_windows_and_score_each_target_once(tiny_model, tokens, monkeypatch):
+    model = tiny_model("alibi", "sdpa")
+    whole = score_tokens(model, tokens, 7, 16, 4)
+    # Each process sums arrays that are zero outside of its share; here the sum is taken by hand.
+    parts: list[list[torch.Tensor]] = []
+    for rank in range(3):
+        seen: list[torch.Tensor] = []
+
+        def record(tensor, world, seen=seen):
+            seen.append(tensor.clone())
+            return torch.ones_like(tensor) if tensor.dtype == torch.int32 else tensor
+
+        monkeypatch.setattr("alibi_lm.evaluation.score.all_reduce_sum", record)
+        score_tokens(model, tokens, 7, 16, 4, world=World(rank, 3, 0))
+        parts.append(seen)
+    np.testing.assert_allclose(sum(p[0] for p in parts).numpy(), whole, rtol=0, atol=1e-5)
+    assert (sum(p[1] for p in parts) == 1).all()
+
+
+def test_training_mode_is_restored_and_off_while_scoring(tiny_model, tokens, tiny_config):
+    model = tiny_model("alibi", "sdpa")
+    model.dropout.p = 0.9
+    model.train()
+    first = score_tokens(model, tokens, 7, 16)
+    assert model.training
+    assert np.array_equal(first, score_tokens(model, tokens, 7, 16))
+
+
+def test_an_empty_split_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="0 tokens"):
+        score_tokens(tiny_model("alibi"), np.empty(0, dtype=np.uint16), 0, 16)
+
+
+def test_a_window_as_long_as_the_text_limits_nothing(tiny_model, tokens):
+    model = tiny_model("alibi", "sdpa")
+    full = score_tokens(model, tokens, 7, 64)
+    np.testing.assert_allclose(score_tokens(model, tokens, 7, 64, window=64), full, atol=1e-5)
+    assert np.abs(score_tokens(model, tokens, 7, 64, window=4) - full).max() > 1e-3
