@@ -1,1 +1,1 @@
-
+"""Models of other code bases as run folders of ours."""

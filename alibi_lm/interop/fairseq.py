@@ -1,0 +1,223 @@
+"""Turn a checkpoint of the ALiBi authors' fairseq into a run folder that everything else takes.
+
+The run's weights are float32 and its words are those of the checkpoint's own dictionary. Which positions the
+model was trained with has to be told: the tensors of an ALiBi and of a sinusoidal model have the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from alibi_lm import runtime
+from alibi_lm.attention import ATTENTION
+from alibi_lm.checkpoint import CheckpointStore
+from alibi_lm.config import TrainConfig
+from alibi_lm.data.sources import DataConfig
+from alibi_lm.data.storage import sha256_of
+from alibi_lm.data.tokenizers import Tokenizer, WordConfig
+from alibi_lm.interop.fairseq_checkpoint import (
+    FairseqCheckpoint,
+    convert_weights,
+    has_final_norm,
+    model_config,
+    read_checkpoint,
+)
+from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.optim import FairseqCosineConfig, NAGConfig
+from alibi_lm.positions.alibi import AlibiConfig
+from alibi_lm.positions.sinusoidal import SinusoidalConfig
+from alibi_lm.run_folder import RunLock, finished, mark_finished, write_json_atomic, write_text_atomic
+from alibi_lm.tracking import TRACKING
+
+POSITIONS = ("alibi", "sinusoidal")
+
+
+@dataclasses.dataclass
+class ImportConfig:
+    """What to import, as what, and where to."""
+
+    checkpoint: str
+    """The .pt file as fairseq wrote it."""
+    dictionary: str
+    """The dict.txt of the data it was trained on."""
+    position: str
+    """alibi or sinusoidal (fairseq's variant)."""
+    output_dir: str
+    """The run folder to be made."""
+    overwrite: bool = False
+    """Replace an imported run that lies there."""
+
+    def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            raise ValueError(
+                f"position = {self.position!r}. Allowed: {', '.join(POSITIONS)}. A checkpoint does not tell how "
+                "its model was given positions; say what it was trained with."
+            )
+
+
+def import_fairseq(config: ImportConfig) -> Path:
+    """Import one checkpoint; nothing is written before all of it was checked.
+
+    Args:
+        config: the files and the position scheme.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: a file that is missing, unreadable or refused, a model that is not one of the paper's kind, a
+            dictionary that does not fit, or an output folder that holds something else.
+    """
+    folder = Path(config.output_dir).expanduser()
+    _check_output(folder, config.overwrite)
+    tokenizer = Tokenizer.from_fairseq_dictionary(Path(config.dictionary).expanduser())
+    path = Path(config.checkpoint).expanduser()
+    checkpoint = read_checkpoint(path)
+    doubt = _doubt(checkpoint, config.position)
+    if doubt is not None:
+        print(doubt, file=sys.stderr)
+    run = train_config(checkpoint, config.position, tokenizer.vocab_size)
+    model = build(checkpoint, run, tokenizer.vocab_size)
+
+    best = None if checkpoint.best_loss is None else checkpoint.best_loss * math.log(2)
+    with RunLock(folder):
+        _empty(folder)
+        settings = OmegaConf.create(dataclasses.asdict(run))
+        write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(settings))
+        write_json_atomic(folder / "environment.json", runtime.environment(torch.device("cpu")))
+        tokenizer.save(folder / "tokenizer.json")
+        store = CheckpointStore(folder / "checkpoints")
+        store.save(run.steps, model, None, {"vocab_size": tokenizer.vocab_size})
+        store.mark_best(run.steps, {"validation_loss": best})
+        record = {
+            "from": "fairseq",
+            "checkpoint": str(path.resolve()),
+            "sha256": sha256_of(path),
+            "updates": checkpoint.num_updates,
+            "settings": {k: v for k, v in sorted(checkpoint.settings.values.items()) if _is_plain(v)},
+        }
+        write_json_atomic(folder / "import.json", record)
+        mark_finished(
+            folder,
+            {
+                "steps": run.steps,
+                "tokens_seen": None,
+                "train_length": run.train_length,
+                "position": config.position,
+                "num_parameters": model.num_parameters(),
+                "validation_loss": None,
+                "best_validation_loss": best,
+                "corpus": None,
+            },
+        )
+    return folder
+
+
+def train_config(checkpoint: FairseqCheckpoint, position: str, vocab_size: int) -> TrainConfig:
+    """The run's config. Model, train_length, seed and steps are the checkpoint's; the rest is the paper's recipe.
+
+    Args:
+        checkpoint: as read.
+        position: alibi or sinusoidal.
+        vocab_size: of the dictionary.
+
+    Raises:
+        ValueError: see `model_config`.
+    """
+    settings = checkpoint.settings
+    scheme = AlibiConfig() if position == "alibi" else SinusoidalConfig(variant="fairseq")
+    length = settings.whole("tokens_per_sample")
+    if position == "sinusoidal" and settings.get("no_token_positional_embeddings"):
+        raise ValueError(
+            f"position = sinusoidal, but {settings.source} has no_token_positional_embeddings = True: "
+            "the model was not given such vectors. Use position=alibi if it was trained with it."
+        )
+    return TrainConfig(
+        model=model_config(settings, vocab_size, has_final_norm(checkpoint)),
+        position=scheme,
+        attention=ATTENTION["sdpa"](),
+        data=DataConfig(name="wikitext103"),
+        tokenizer=WordConfig(),
+        optimizer=NAGConfig(),
+        schedule=FairseqCosineConfig(),
+        tracking=TRACKING["jsonl"](),
+        experiment="imported",
+        train_length=length,
+        seed=int(settings.number("seed")),
+        steps=max(1, checkpoint.num_updates),
+        tokens_per_step=max(length, 8 * (9216 // length) * length),
+        clip_norm=0.1,
+    )
+
+
+def build(checkpoint: FairseqCheckpoint, run: TrainConfig, vocab_size: int) -> TransformerLM:
+    """The model with the checkpoint's weights, in evaluation mode, float32, on the CPU.
+
+    Args:
+        checkpoint: as read.
+        run: the value of `train_config`.
+        vocab_size: of the dictionary.
+
+    Raises:
+        ValueError: weights that are missing, unknown or of other shapes; a dictionary of another size.
+    """
+    weights = convert_weights(checkpoint, run.model)
+    words = sum(w.shape[0] for name, w in weights.items() if name.startswith("vocabulary.embeddings."))
+    if words != vocab_size:
+        raise ValueError(
+            f"{checkpoint.source} has vectors for {words} words, the dictionary has {vocab_size} "
+            "(4 of them special). Give the dict.txt of the data that the checkpoint was trained on."
+        )
+    model = TransformerLM(run.model, run.position, run.attention.name, vocab_size, run.train_length)
+    for name, parameter in model.state_dict().items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"{checkpoint.source}: {name} has shape {tuple(weights[name].shape)}, but by its settings it "
+                f"should have {tuple(parameter.shape)}."
+            )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _doubt(checkpoint: FairseqCheckpoint, position: str) -> str | None:
+    """What speaks against the scheme that was named, if anything does."""
+    if checkpoint.marked_alibi is None or checkpoint.marked_alibi == (position == "alibi"):
+        return None
+    has, other = ("has", "an ALiBi") if checkpoint.marked_alibi else ("lacks", "a sinusoidal")
+    return (
+        f"warning: position = {position}, but the model's settings {has} max_tokens, as those of {other} "
+        "model do. With the wrong scheme the run gives wrong numbers without further notice."
+    )
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir = {folder} is a file. Give a folder.")
+    entries = [p for p in folder.iterdir() if p.name != ".lock"] if folder.is_dir() else []
+    if not entries:
+        return
+    if not (folder / "import.json").is_file():
+        raise ValueError(f"output_dir = {folder} holds something else than an imported run. Give another folder.")
+    if finished(folder) is not None and not overwrite:
+        raise ValueError(
+            f"output_dir = {folder} holds an imported run already. Use overwrite=true to replace it, or another "
+            "output_dir."
+        )
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != ".lock":
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
