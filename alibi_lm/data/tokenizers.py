@@ -1,0 +1,310 @@
+"""From lines of text to token ids and back: words, or byte-level pairs (BPE), both kept as one JSON file.
+
+Word level, as fairseq prepares WikiText-103 for the paper: a line is its whitespace-separated words followed by
+`</s>`, a blank line a lone `</s>`. Ids: 0 `<s>`, 1 `<pad>`, 2 `</s>`, 3 `<unk>`, then the words of the training
+text by falling count, ties by code points, then made-up words up to a multiple of 8. The order matters: an
+adaptive vocabulary cuts its bands by id. A word of the text that is spelled like one of the four takes its id.
+
+BPE: all bytes can be written, so nothing is unknown and the text comes back exactly. A line with its line end is
+encoded by itself: no token reaches over a line end, and a text gives the same ids however it is cut in pieces.
+`<|endoftext|>` (id 0) is the input before the first token and ends each document of a prepared stream, as a
+target too; the same characters in the text are ordinary text.
+
+The file is that of the `tokenizers` library, which can read it alone; loading it runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alibi_lm.data.storage import whole_file
+
+WORD_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+LINE_END_ID = 2
+UNKNOWN_ID = 3
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+
+
+@dataclass
+class TokenizerConfig:
+    """What the tokenizers of all kinds share."""
+
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """Names the tokenizer's file: kind and settings."""
+        raise NotImplementedError
+
+    def train(self, lines: Iterable[list[str]]) -> Tokenizer:
+        """Build the tokenizer from the training text, given as lists of lines."""
+        raise NotImplementedError
+
+
+@dataclass
+class WordConfig(TokenizerConfig):
+    """Whole words, every word of the training text."""
+
+    name: str = "word"
+    pad_to_multiple: int = 8
+    """Made-up words are added until the vocabulary is a multiple of this; >= 1."""
+
+    def __post_init__(self) -> None:
+        if self.pad_to_multiple < 1:
+            raise ValueError(
+                f"tokenizer.pad_to_multiple = {self.pad_to_multiple}. It must be 1 (no padding) or more; "
+                "the paper's is 8."
+            )
+
+    @property
+    def label(self) -> str:
+        """`word8` for a vocabulary padded to a multiple of 8."""
+        return f"word{self.pad_to_multiple}"
+
+    def train(self, lines: Iterable[list[str]]) -> Tokenizer:
+        """Count the words of the training text."""
+        counts: Counter[str] = Counter()
+        for block in lines:
+            counts.update("\n".join(block).split())
+        for special in WORD_SPECIALS:
+            del counts[special]
+        if not counts:
+            raise ValueError("tokenizer=word: the training text has no words. Give a text with words in it.")
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        return word_tokenizer(pad_vocabulary(ranked, self.pad_to_multiple))
+
+
+@dataclass
+class BPEConfig(TokenizerConfig):
+    """Byte-level BPE, trained on the training split."""
+
+    name: str = "bpe"
+    vocab_size: int = 4096
+    """Tokens at most, with the 256 bytes and `<|endoftext|>`; a small text may give fewer; >= 257."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 257:
+            raise ValueError(
+                f"tokenizer.vocab_size = {self.vocab_size}. It must be 257 or more: 256 bytes and {END_OF_TEXT}."
+            )
+
+    @property
+    def label(self) -> str:
+        """`bpe4096` for at most 4,096 tokens."""
+        return f"bpe{self.vocab_size}"
+
+    def train(self, lines: Iterable[list[str]]) -> Tokenizer:
+        """Merge the most frequent pairs of the training text."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split("\n", "merged_with_previous"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(("\n".join(block) + "\n" for block in lines), trainer)
+        return Tokenizer(backend.to_str(pretty=True).encode())
+
+
+TOKENIZERS: dict[str, type[TokenizerConfig]] = {"word": WordConfig, "bpe": BPEConfig}
+"""Kinds of tokenizer by name."""
+
+
+class Tokenizer:
+    """A fixed vocabulary; made by a config's `train`, `load` or `from_fairseq_dictionary`.
+
+    Attributes:
+        kind: `word` or `bpe`.
+        hash: hex SHA-256 of the saved file.
+        vocab_size: number of ids, made-up words included.
+        start_id: the input before a stream's first token.
+        document_end_id: id that ends each document in a stream, or None where lines have their own end.
+        unknown_id: id of words outside the vocabulary, or None where there are none.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self._content = content
+        self.hash = hashlib.sha256(content).hexdigest()
+        try:
+            model = json.loads(content)["model"]
+            self._backend = Backend.from_str(content.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"not a file of the tokenizers library ({error})") from None
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = len(vocabulary)
+        if sorted(vocabulary.values()) != list(range(self.vocab_size)):
+            raise ValueError("its ids are not 0, 1, 2, ... without gaps")
+        self.kind: str
+        self.start_id: int
+        self.document_end_id: int | None
+        self.unknown_id: int | None
+        if model["type"] == "WordLevel":
+            self._expect({word: id for id, word in enumerate(WORD_SPECIALS)}, vocabulary)
+            self.kind, self.start_id, self.document_end_id = "word", LINE_END_ID, None
+            self.unknown_id = UNKNOWN_ID
+            self._ids = _WordIds(vocabulary)
+            self._words = sorted(vocabulary, key=vocabulary.__getitem__)
+        elif model["type"] == "BPE":
+            self._expect({END_OF_TEXT: END_OF_TEXT_ID}, vocabulary)
+            self.kind, self.start_id, self.document_end_id = "bpe", END_OF_TEXT_ID, END_OF_TEXT_ID
+            self.unknown_id = None
+            self._backend.encode_special_tokens = True  # "<|endoftext|>" in the text is text
+        else:
+            raise ValueError(f"its model is {model['type']}; only WordLevel and BPE are known here")
+
+    @staticmethod
+    def _expect(wanted: dict[str, int], vocabulary: dict[str, int]) -> None:
+        for token, id in wanted.items():
+            if vocabulary.get(token) != id:
+                raise ValueError(f"{token} must have id {id}, but has {vocabulary.get(token)}")
+
+    def encode_lines(self, lines: Sequence[str]) -> NDArray[np.int32]:
+        """Ids of the lines, each with its line end; no document ends.
+
+        Args:
+            lines: without line ends.
+
+        Returns:
+            (N,) int32.
+        """
+        return self.encode_blocks([lines])[0]
+
+    def encode_blocks(self, blocks: Sequence[Sequence[str]]) -> list[NDArray[np.int32]]:
+        """`encode_lines` of several blocks of lines, on all cores where the kind allows it."""
+        if self.kind == "word":
+            return [self._encode_words(lines) for lines in blocks]
+        texts = ["\n".join(lines) + "\n" if lines else "" for lines in blocks]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _encode_words(self, lines: Sequence[str]) -> NDArray[np.int32]:
+        # Python's own notion of whitespace is fairseq's (\s+), and a dict is ten times faster than the library.
+        words = " </s>\n".join([*lines, ""]).split()
+        return np.fromiter(map(self._ids.__getitem__, words), dtype=np.int32, count=len(words))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids.
+
+        Word level gives the words with one blank between them and a newline for `</s>`; BPE gives the exact
+        text, without `<|endoftext|>`.
+        """
+        if self.kind == "bpe":
+            return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
+        pieces: list[str] = []
+        for id in ids:
+            if id == LINE_END_ID:
+                pieces.append("\n")
+            else:
+                pieces.append((" " if pieces and pieces[-1] != "\n" else "") + self._words[id])
+        return "".join(pieces)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        with whole_file(Path(path)) as file:
+            file.write(self._content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a saved tokenizer.
+
+        Raises:
+            ValueError: no such file, or not one of ours.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"There is no tokenizer file {path}. It is written beside prepared streams and runs.")
+        try:
+            return cls(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used as tokenizer: {error}.") from None
+
+    @classmethod
+    def from_fairseq_dictionary(cls, path: str | Path) -> Tokenizer:
+        """Word level from a fairseq dict.txt: `word count` a line; line i (from 0) has id 4 + i.
+
+        Raises:
+            ValueError: no such file, a malformed line, a repeated word, or one of the four special words.
+        """
+        return word_tokenizer(list(_read_dictionary(Path(path))))
+
+
+class _WordIds(dict[str, int]):
+    """Ids by word; unknown words have the id of `<unk>`."""
+
+    def __missing__(self, word: str) -> int:
+        return UNKNOWN_ID
+
+
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """Word-level tokenizer of these words, ids from 4 on, in this order."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, processors
+
+    vocabulary = {word: id for id, word in enumerate([*WORD_SPECIALS, *words])}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", LINE_END_ID)]
+    )
+    return Tokenizer(backend.to_str(pretty=True).encode())
+
+
+def pad_vocabulary(words: Sequence[str], multiple: int) -> list[str]:
+    """Add madeupword0000, madeupword0001, ... until the words and the four specials are a multiple."""
+    padded, known, number = list(words), set(words), 0
+    while (len(WORD_SPECIALS) + len(padded)) % multiple:
+        made_up = f"madeupword{number:04d}"
+        number += 1
+        if made_up not in known:
+            padded.append(made_up)
+    return padded
+
+
+def _read_dictionary(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise ValueError(
+            f"dictionary = {path}: there is no such file. Give the dict.txt of the checkpoint's data."
+        )
+    seen: set[str] = set(WORD_SPECIALS)
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                word, _, count = line.rstrip("\r\n").rpartition(" ")
+                where = f"dictionary = {path}, line {number}"
+                if not word or not count.isascii() or not count.isdigit():
+                    raise ValueError(f"{where}: expected `word count`, got {_shown(line)}.")
+                if word in seen:
+                    kind = "special word" if word in WORD_SPECIALS else "word that occurred before"
+                    raise ValueError(f"{where}: {_shown(word)} is a {kind}. Each word must stand there once.")
+                seen.add(word)
+                yield word
+    except UnicodeDecodeError:
+        raise ValueError(f"dictionary = {path} is not UTF-8 text. Give the dict.txt of the checkpoint.") from None
+    if len(seen) == len(WORD_SPECIALS):
+        raise ValueError(f"dictionary = {path} is empty. Give the dict.txt of the checkpoint's data.")
+
+
+def _shown(text: Any) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "...")
