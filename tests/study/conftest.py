@@ -1,4 +1,4 @@
-"""Makes the hand-made rows importable: tests have no packages."""
+"""Makes the hand-made rows (study_rows.py) importable: tests have no packages."""
 
 import sys
 from pathlib import Path

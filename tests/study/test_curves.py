@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from rows import curve, row, unigram
+from study_rows import curve, row, unigram
 
 from alibi_lm.study.curves import View, baselines, curves, variant_of, views
 

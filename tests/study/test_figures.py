@@ -2,12 +2,9 @@
 
 import itertools
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from rows import curve, study, unigram, write_run
+from study_rows import curve, run_script, study, unigram, write_run
 
 from alibi_lm.evaluation.results import write_rows
 from alibi_lm.study.axes import length_ticks, spread
@@ -17,7 +14,6 @@ from alibi_lm.study.style import LOOKS, look
 from alibi_lm.study.tables import markdown, view_table
 
 PLAIN = View("validation", "nonoverlapping")
-ROOT = Path(__file__).parents[2]
 
 
 def texts(figure):
@@ -208,11 +204,6 @@ def test_no_rows_or_no_runs_is_a_clear_error(tmp_path):
     write_rows(tmp_path / "results.jsonl", [unigram()])
     with pytest.raises(ValueError, match="holds no row of a run"):
         draw(tmp_path)
-
-
-def run_script(name, *arguments, cwd=None):
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
 def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_traceback(tmp_path):

@@ -2,9 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 from alibi_lm.evaluation.results import ResultRow, write_rows
 
+ROOT = Path(__file__).parents[2]
 TOKENS = 10_000
 WORDS = 8_000
 
@@ -72,3 +76,9 @@ def write_run(folder, name, config="", finished=None, environment=None, corpus=N
     for file, value in parts.items():
         if value is not None:
             (place / file).write_text(json.dumps(value))
+
+
+def run_script(name, *arguments, cwd=None):
+    """Run a script of the repository as a user would."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)

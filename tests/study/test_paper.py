@@ -1,0 +1,168 @@
+"""The paper's tables are whole and agree with each other, and ours are set beside the right numbers."""
+
+import math
+
+import pytest
+from study_rows import curve, row, run_script, unigram, write_run
+
+from alibi_lm.evaluation.results import ResultRow, write_rows
+from alibi_lm.study.curves import View, curves
+from alibi_lm.study.paper import SETTINGS, caveats, compare, find, paper_curves, paper_values
+from alibi_lm.study.records import find_records
+
+PLAIN = View("validation", "nonoverlapping")
+
+
+def value(table, position, train, test, split="validation", stride=None):
+    found = [
+        v.perplexity
+        for v in paper_values()
+        if (v.table, v.position, v.train_length, v.inference_length, v.split, v.stride)
+        == (table, position, train, test, split, stride)
+    ]
+    assert len(found) == 1, (table, position, train, test)
+    return found[0]
+
+
+def test_every_table_is_there_in_full():
+    counts = {}
+    for item in paper_values():
+        counts[item.table] = counts.get(item.table, 0) + 1
+    # four schemes at 35, 35 and 33 lengths; the triangle of Table 5 with its 14 further values
+    assert counts == {
+        2: 140, 3: 140, 4: 132, 5: 50, 6: 10, 7: 21, 8: 9, 9: 6, 10: 13, 13: 10, 14: 10, 15: 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        ((2, "sinusoidal", 512, 1012), 43.54),
+        ((2, "alibi", 512, 15512), 18.31),
+        ((2, "t5", 512, 13512), None),
+        ((3, "rotary", 1024, 2024), 31.17),
+        ((4, "t5", 3072, 6072), 17.68),
+        ((5, "alibi", 64, 3072), 21.53),
+        ((5, "alibi", 1536, 2048), 17.90),
+        ((5, "sinusoidal", 128, 128), 23.81),
+        ((6, "alibi", 512, 3072, "test"), 19.08),
+        ((7, "alibi", 3072, 3072, "test", 512), 17.66),
+        ((8, "sinusoidal", 1024, 1024), 14.73),
+        ((10, "alibi", 512, 3072, "validation", 512), 13.76),
+        ((13, "sinusoidal", 512, 1024, "validation", 1), 204.42),
+        ((14, "t5", 1024, 3072, "validation", 1), 20.66),
+        ((15, "alibi", 512, 512, "validation", 1), 17.98),
+    ],
+)
+def test_values_stand_where_they_belong(args, expected):
+    assert value(*args) == expected
+
+
+def test_tables_agree_where_they_overlap():
+    for table, length in ((2, 512), (3, 1024), (4, 3072)):
+        for position in ("sinusoidal", "rotary", "t5", "alibi"):
+            assert value(table, position, length, length) == value(5, position, length, length)
+    for position in ("sinusoidal", "rotary", "t5", "alibi"):
+        assert value(6, position, 3072, 3072) == value(5, position, 3072, 3072)
+
+
+def test_columns_are_not_swapped():
+    """At every length past the training length's reach the order of Figure 1 holds in each table."""
+    for table, length, far in ((2, 512, 5512), (3, 1024, 8024), (4, 3072, 12072)):
+        order = [value(table, name, length, far) for name in ("alibi", "t5", "rotary", "sinusoidal")]
+        assert order == sorted(order)
+
+
+def test_find_is_exact_unless_near_is_asked_for():
+    assert [v.perplexity for v in find("alibi", 512, 512, PLAIN)] == [19.73, 19.73]
+    assert {v.table for v in find("alibi", 512, 512, PLAIN)} == {2, 5}
+    assert find("rotary", 512, 1024, PLAIN) == []
+    (close,) = find("rotary", 512, 1024, PLAIN, near=0.02)
+    assert (close.inference_length, close.perplexity) == (1012, 21.37)
+    assert find("rotary", 512, 2048, PLAIN, near=0.02) == []
+    assert find("alibi", 512, 3072, View("validation", "sliding", 256)) == []
+    assert find("t5", 512, 13512, PLAIN) == []  # out of memory: no number
+
+
+def test_book_corpus_numbers_are_never_taken_for_wikitext():
+    for item in find("alibi", 512, 1024, PLAIN):
+        assert item.perplexity == 18.81
+
+
+def test_ours_stand_beside_the_papers_per_word():
+    rows = [*curve("alibi", {512: 19.0, 1024: 18.0, 777: 18.5}, train=512), unigram()]
+    found = {item.inference_length: item for item in compare(rows)}
+    assert set(found) == {512, 1024}  # the paper has no 777
+    word = [math.exp(math.log(v) * 10_000 / 8_000) for v in (19.0, 18.0)]
+    assert found[512].ours == pytest.approx(word[0])
+    assert found[512].paper == 19.73 and found[512].tables == (2, 5)
+    assert found[1024].our_ratio == pytest.approx(word[1] / word[0])
+    assert found[1024].paper_ratio == pytest.approx(18.81 / 19.73)
+
+
+def test_the_papers_curves_leave_out_what_it_did_not_measure():
+    ours = curves(curve("t5", {512: 20.0}, train=512) + curve("none", {512: 20.0}, train=512), PLAIN)
+    (found,) = paper_curves(ours, PLAIN)
+    assert found.position == "t5" and max(found.losses) == 12512
+
+
+def paper_config(**changes):
+    import yaml
+
+    nested = {"train_length": 512}
+    for key, item in (SETTINGS | changes).items():
+        place = nested
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = item
+    return yaml.safe_dump(nested)
+
+
+def real_row(**changes):
+    nats = 217_646 * math.log(19.7)
+    counts = dict(tokens=217_646, words=217_646, nats=nats, perplexity=19.7, word_perplexity=19.7)
+    return ResultRow(**(row(train=512, length=512).__dict__ | counts | changes))
+
+
+def notes_for(tmp_path, config, finished, **changes):
+    rows = [real_row(**changes)]
+    write_run(tmp_path / "runs", rows[0].run, config, finished)
+    return caveats(rows, find_records(rows, tmp_path / "extrapolation"))
+
+
+def test_the_papers_own_settings_have_no_caveat(tmp_path):
+    assert notes_for(tmp_path, paper_config(), {"tokens_seen": 286_000 * 73_728}) == []
+
+
+@pytest.mark.parametrize(
+    "config, finished, changes, message",
+    [
+        ({"model.num_layers": 4}, {}, {}, "model.num_layers = 4, the paper's 16"),
+        ({"data.name": "wikitext2"}, {}, {}, "data.name = wikitext2, the paper's wikitext103"),
+        ({}, {"tokens_seen": 2_108_620_800}, {}, "budget: 10.00% of the paper's training tokens"),
+        ({}, {}, {}, "budget: tokens seen in training are not recorded"),
+        ({}, {}, {"tokens": 300_000, "perplexity": 19.7 ** (217_646 / 300_000)}, "tokens are not words"),
+        (
+            {},
+            {},
+            {"words": 9_000, "word_perplexity": None},
+            "text: validation has 9,000 words, the paper's 217,646",
+        ),
+    ],
+)
+def test_each_difference_from_the_paper_is_said(tmp_path, config, finished, changes, message):
+    notes = notes_for(tmp_path, paper_config(**config), finished, **changes)
+    assert any(message in note for note in notes), notes
+
+
+def test_the_script_prints_and_writes_the_comparison(tmp_path):
+    rows = curve("alibi", {512: 19.0, 1024: 18.0}, train=512)
+    write_rows(tmp_path / "results.jsonl", rows)
+    done = run_script("compare_paper.py", f"folder={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "**These are not the paper's experiments.**" in done.stdout
+    assert "| ALiBi | 512 | 512 | 19.73 | 2, 5 |" in done.stdout
+    assert (tmp_path / "paper.md").read_text().strip() == done.stdout.strip()
+    failed = run_script("compare_paper.py", f"folder={tmp_path}", "near=3")
+    assert failed.returncode == 1 and "near = 3.0; it must be a share" in failed.stderr
