@@ -64,7 +64,7 @@ def start(device: str | None = None) -> World:
         backend = "cpu:gloo,cuda:nccl"  # counters and objects travel on the CPU, gradients on the GPUs
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, store=_fresh_store(world), rank=world.rank, world_size=world.world_size)
     return world
 
 
@@ -154,6 +154,23 @@ def _buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> Iterable[list[Tens
         size += bytes_here
     if bucket:
         yield bucket
+
+
+_store: dist.Store | None = None
+_groups_joined = 0
+
+
+def _fresh_store(world: World) -> dist.Store:
+    """The store through which processes find each other, with a name space for each group of a process.
+
+    A multirun joins a new group for each run; without this it would read the addresses of the last one
+    and now and then wait for them for ever.
+    """
+    global _store, _groups_joined
+    if _store is None:
+        _store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size))
+    _groups_joined += 1
+    return dist.PrefixStore(f"alibi_lm/{_groups_joined}", _store)
 
 
 def _environment(name: str) -> int:
