@@ -183,9 +183,11 @@ class EvaluateConfig:
     data: EvaluateData = field(default_factory=EvaluateData)
     tracking: Any = None
     device: str = "auto"
+    """auto, cpu or cuda."""
     precision: str = "float32"
     """float32 by default, also where training ran in bfloat16."""
     threads: int | None = None
+    """CPU threads; null: torch's choice."""
     output_dir: str | None = None
     """The folder of results.jsonl; null: outputs/<experiment>/extrapolation."""
 
@@ -210,8 +212,13 @@ GROUPS: dict[str, dict[str, type]] = {
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
 
-def register() -> None:
-    """Store every dataclass with Hydra as `<group>/base_<name>`; call before `hydra.main`."""
+def register(plain: str | None = None) -> None:
+    """Store every dataclass with Hydra as `<group>/base_<name>`; call before `hydra.main`.
+
+    Args:
+        plain: a group whose entries are stored under their own names as well, for a root that lies outside
+            configs/ and does not see the group's files.
+    """
     store = ConfigStore.instance()
     store.store(name="base_train", node=TrainConfig)
     store.store(name="base_evaluate", node=EvaluateConfig)
@@ -220,6 +227,8 @@ def register() -> None:
     for group, registry in GROUPS.items():
         for name, node in registry.items():
             store.store(group=group, name=f"base_{name}", node=node)
+            if group == plain:
+                store.store(group=group, name=name, node=node)
 
 
 def to_config(cfg: DictConfig) -> Any:
@@ -228,7 +237,21 @@ def to_config(cfg: DictConfig) -> Any:
     Raises:
         ValueError: a setting out of range, or settings that do not fit together.
     """
-    return OmegaConf.to_object(cfg)
+    config = OmegaConf.to_object(cfg)
+    _refuse_additions(config, "")
+    return config
+
+
+def _refuse_additions(config: Any, path: str) -> None:
+    """A setting forced in with `+` would be carried along and change nothing."""
+    known = {f.name for f in dataclasses.fields(config)}
+    for name, value in vars(config).items():
+        require(
+            name in known,
+            f"+{path}{name}: {type(config).__name__} has no such setting. Allowed: {', '.join(sorted(known))}.",
+        )
+        if dataclasses.is_dataclass(value):
+            _refuse_additions(value, f"{path}{name}.")
 
 
 def from_dict(settings: dict[str, Any]) -> TrainConfig:

@@ -22,15 +22,17 @@ def compose(overrides: list[str]) -> TrainConfig:
         ValueError: settings that do not fit together.
         hydra.errors.HydraException: an override that does not fit the schema.
     """
-    from hydra._internal.utils import create_config_search_path
+    from hydra import version
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode
+    from omegaconf import OmegaConf, open_dict
+
+    version.setbase("1.3")
 
     register()
     loader = ConfigLoaderImpl(create_config_search_path(str(ROOT / "configs")))
     cfg = loader.load_configuration("train", overrides=overrides, run_mode=RunMode.RUN)
-    from omegaconf import OmegaConf, open_dict
-
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.resolve(cfg)
@@ -54,7 +56,10 @@ def run_folder(config: TrainConfig) -> Path:
     )
     differences = differing_settings(config, baseline)
     name = run_name(
-        config.position.name, config.train_length, config.seed, short_hash(differences) if differences else None
+        config.position.name,
+        config.train_length,
+        config.seed,
+        short_hash(differences) if differences else None,
     )
     return Path("outputs") / config.experiment / "runs" / name
 

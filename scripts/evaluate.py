@@ -8,10 +8,10 @@ from omegaconf import DictConfig
 from alibi_lm.cli import exit_status, report_errors
 from alibi_lm.config import register, to_config
 
-register()
+register(plain="tracking")
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
+@hydra.main(version_base="1.3", config_path="../configs/evaluation", config_name="evaluate")
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Evaluate, write results.jsonl row by row, then draw figure and table."""

@@ -40,10 +40,9 @@ def test_experiments_compose_and_build(experiment):
             assert scheme in GROUPS["position"]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("position", sorted(GROUPS["position"]))
-def test_a_saved_config_is_the_config(experiment, position):
-    config = compose([f"experiment={experiment}", f"position={position}"])
+def test_a_saved_config_is_the_config(position):
+    config = compose(["experiment=quick", f"position={position}"])
     assert from_dict(to_dict(config)) == config
 
 
@@ -57,7 +56,7 @@ def test_every_setting_is_described(config):
     source = inspect.getsource(config)
     groups = {*GROUPS, "name", "model", "data", "evaluation", "tracking"}
     for f in dataclasses.fields(config):
-        if f.name in groups or f.name in ("threads", "seed"):
+        if f.name in groups:
             continue
         after = source.split(f"\n    {f.name}:", 1)[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), f"{config.__name__}.{f.name} has no description"
@@ -109,10 +108,10 @@ def test_settings_out_of_range_are_refused(override, words):
 @pytest.mark.parametrize(
     "override",
     ["position.slop=1", "stepz=3", "steps=many", "position=albi", "model.num_heads=two", "+position.x=1",
-     "experiment=nothing", "seed=1.5", "optimizer.lr=fast", "model=[1]"],
+     "experiment=nothing", "seed=1.5", "optimizer.lr=fast"],
 )  # fmt: skip
 def test_typos_and_wrong_types_are_refused(override):
-    with pytest.raises((HydraException, OmegaConfBaseException)) as error:
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as error:
         compose(["experiment=smoke", override])
     name = override.lstrip("+").split("=")[0]
     assert any(part in str(error.value) for part in (name, name.split(".")[-1], override.split("=")[1]))

@@ -30,9 +30,11 @@ class ModelConfig:
 
     name: str = "transformer"
     num_layers: int = 4
+    """Blocks of attention and feed-forward."""
     model_dim: int = 128
     """Width of the residual stream."""
     num_heads: int = 8
+    """Attention heads; must divide model_dim."""
     ffn_dim: int = 512
     """Width of the feed-forward layer's inside."""
     activation: str = "gelu"
