@@ -25,11 +25,9 @@ from alibi_lm.data.storage import sha256_of
 from alibi_lm.data.tokenizers import Tokenizer, WordConfig
 from alibi_lm.interop.fairseq_checkpoint import (
     FairseqCheckpoint,
-    convert_weights,
-    has_final_norm,
-    model_config,
     read_checkpoint,
 )
+from alibi_lm.interop.fairseq_weights import convert_weights, has_final_norm, model_config
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.optim import FairseqCosineConfig, NAGConfig
 from alibi_lm.positions.alibi import AlibiConfig
@@ -135,7 +133,7 @@ def train_config(checkpoint: FairseqCheckpoint, position: str, vocab_size: int) 
     settings = checkpoint.settings
     scheme = AlibiConfig() if position == "alibi" else SinusoidalConfig(variant="fairseq")
     length = settings.whole("tokens_per_sample")
-    if position == "sinusoidal" and settings.get("no_token_positional_embeddings"):
+    if position == "sinusoidal" and settings.peek("no_token_positional_embeddings"):
         raise ValueError(
             f"position = sinusoidal, but {settings.source} has no_token_positional_embeddings = True: "
             "the model was not given such vectors. Use position=alibi if it was trained with it."

@@ -1,0 +1,367 @@
+"""Imported runs give what fairseq gives; everything that is not the paper's kind of model is refused."""
+
+import argparse
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alibi_lm import load_run
+from alibi_lm.attention import ATTENTION
+from alibi_lm.config import load_config
+from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.interop.fairseq import ImportConfig, import_fairseq
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "import_fairseq.py"
+IDS = torch.tensor([2, 5, 39, 9, 10, 21, 22, 0, 1, 38, 11, 2, 30])
+
+
+def run_import(path: Path, make: Any, position: str = "alibi", **more: Any) -> Path:
+    folder = make.folder / "run"
+    return import_fairseq(ImportConfig(str(path), str(make.dictionary), position, str(folder), **more))
+
+
+# -- equal to fairseq ------------------------------------------------------------------------------------------
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"decoder_attention_heads": 4},
+    {"decoder_attention_heads": 3},
+    {"adaptive_softmax_cutoff": "12", "adaptive_input_cutoff": "12"},
+    {
+        "adaptive_softmax_cutoff": "3,4,30",
+        "adaptive_input_cutoff": "3,4,30",
+        "adaptive_softmax_factor": 2.0,
+        "adaptive_input_factor": 2.0,
+    },
+    {"no_decoder_final_norm": False},
+    {"no_scale_embedding": True},
+]
+
+
+@pytest.mark.parametrize("position", ["alibi", "sinusoidal"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(f"{k[-12:]}={v}" for k, v in s.items()))
+@torch.no_grad()
+def test_log_probs(
+    make: Any, reference: Callable[..., torch.Tensor], settings: dict[str, Any], position: str
+) -> None:
+    path, tensors, values = make(**settings)
+    folder = run_import(path, make, position)
+    expected = reference(tensors, values, position, IDS)
+    for attention in ATTENTION:
+        model = load_run(folder, len(IDS), attention=attention)
+        assert not model.training
+        hidden = model(IDS[None])[0]
+        log_probs = model.vocabulary.log_probs(hidden)
+        torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=1e-5)
+    exact = load_run(folder, len(IDS), attention="eager").double()
+    log_prob = exact.log_prob(IDS[None, :-1], IDS[None, 1:])[0]
+    torch.testing.assert_close(log_prob, expected[:-1].gather(1, IDS[1:, None])[:, 0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_becomes_float32(
+    make: Any, reference: Callable[..., torch.Tensor], dtype: torch.dtype
+) -> None:
+    path, tensors, values = make(dtype=dtype)
+    model = load_run(run_import(path, make), attention="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    log_probs = model.vocabulary.log_probs(model(IDS[None])[0])
+    torch.testing.assert_close(log_probs.double(), reference(tensors, values, "alibi", IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["args", "old names", "model as Namespace", "old torch", "references"])
+@torch.no_grad()
+def test_other_forms_of_the_same_checkpoint(make: Any, reference: Callable[..., torch.Tensor], form: str) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        if form == "old names":
+            del content["args"].no_decoder_final_norm
+            content["args"].no_tie_adaptive_proj = False
+        if form == "model as Namespace":
+            content["cfg"]["model"] = argparse.Namespace(**content["cfg"]["model"])
+        if form == "references":
+            content["cfg"]["model"]["tokens_per_sample"] = "${task.tokens_per_sample}"
+            content["cfg"]["task"] = {"tokens_per_sample": 16}
+
+    path, tensors, values = make(
+        as_args=form in ("args", "old names"),
+        edit=edit,
+        drop=("tie_adaptive_proj", "layernorm_embedding") if form == "old names" else (),
+        zip_format=form != "old torch",
+    )
+    model = load_run(run_import(path, make), attention="eager")
+    log_probs = model.vocabulary.log_probs(model(IDS[None])[0])
+    torch.testing.assert_close(log_probs.double(), reference(tensors, values, "alibi", IDS), rtol=0, atol=1e-5)
+
+
+# -- the run folder --------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_says_what_it_is(make: Any) -> None:
+    path, _, _ = make()
+    folder = run_import(path, make)
+    config = load_config(folder)
+    model = config.model
+    assert (config.position.name, config.train_length, config.seed, config.steps) == ("alibi", 16, 7, 286_000)
+    assert (model.num_layers, model.model_dim, model.num_heads, model.ffn_dim) == (2, 24, 6, 20)
+    assert (model.dropout, model.attention_dropout, model.activation_dropout) == (0.3, 0.1, 0.1)
+    assert (model.adaptive_cutoffs, model.adaptive_factor, model.adaptive_dropout) == ([10, 22], 4.0, 0.2)
+    assert (model.activation, model.final_norm, model.scale_embeddings) == ("relu", False, True)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    assert tokenizer.vocab_size == 40
+    assert tokenizer.encode_lines(["word0 word35 unheard-of <unk>", ""]).tolist() == [4, 39, 3, 3, 2, 2]
+    finished = json.loads((folder / "finished.json").read_text())
+    assert finished["best_validation_loss"] == pytest.approx(4.3 * math.log(2))
+    record = json.loads((folder / "import.json").read_text())
+    assert record["settings"]["decoder_attention_heads"] == 6
+    assert len(record["sha256"]) == 64
+    assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+
+
+def test_sinusoidal_runs_use_the_fairseq_variant(make: Any) -> None:
+    path, _, _ = make()
+    assert load_config(run_import(path, make, "sinusoidal")).position.variant == "fairseq"
+
+
+def test_relu_dropout_of_older_checkpoints(make: Any) -> None:
+    path, _, _ = make(activation_dropout=0.0, relu_dropout=0.15)
+    assert load_config(run_import(path, make)).model.activation_dropout == 0.15
+
+
+def test_a_checkpoint_that_does_not_say_its_updates(make: Any) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["optimizer_history"], content["extra_state"] = [], None
+
+    path, _, _ = make(edit=edit)
+    folder = run_import(path, make)
+    assert load_config(folder).steps == 1
+    assert load_run(folder, checkpoint="last") is not None
+    assert json.loads((folder / "finished.json").read_text())["best_validation_loss"] is None
+
+
+def test_an_imported_run_is_replaced_only_when_asked(make: Any) -> None:
+    path, _, _ = make()
+    folder = run_import(path, make)
+    with pytest.raises(ValueError, match=r"holds an imported run already. Use overwrite=true"):
+        run_import(path, make)
+    path, _, _ = make(decoder_layers=1)
+    assert run_import(path, make, overwrite=True) == folder
+    assert load_config(folder).model.num_layers == 1
+
+
+def test_other_folders_are_never_touched(make: Any) -> None:
+    path, _, _ = make()
+    folder = make.folder / "run"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds something else than an imported run"):
+        run_import(path, make, overwrite=True)
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_a_doubtful_position_is_reported(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _, _ = make()
+    run_import(path, make)
+    assert capsys.readouterr().err == ""
+    run_import(path, make, "sinusoidal", overwrite=True)
+    assert "position = sinusoidal, but the model's settings has max_tokens" in capsys.readouterr().err
+    path, _, _ = make(drop=("max_tokens",))
+    run_import(path, make, overwrite=True)
+    assert "position = alibi, but the model's settings lacks max_tokens" in capsys.readouterr().err
+
+
+# -- refusals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adaptive_input": False}, "adaptive_input = False"),
+        ({"tie_adaptive_weights": False}, "tie_adaptive_weights = False"),
+        ({"tie_adaptive_proj": False}, "tie_adaptive_proj = False"),
+        ({"decoder_normalize_before": False}, "decoder_normalize_before = False"),
+        ({"character_embeddings": True}, "character_embeddings = True"),
+        ({"decoder_learned_pos": True}, "decoder_learned_pos = True"),
+        ({"layernorm_embedding": True}, "layernorm_embedding = True"),
+        ({"add_bos_token": True}, "add_bos_token = True"),
+        ({"decoder_layers_to_keep": "0"}, "decoder_layers_to_keep = '0'"),
+        ({"base_layers": 1}, "base_layers = 1"),
+        ({"quant_noise_pq": 0.1}, "quant_noise_pq = 0.1"),
+        ({"activation_fn": "gelu_fast"}, "activation_fn = 'gelu_fast'"),
+        ({"adaptive_input_cutoff": "10,23"}, "adaptive_input_cutoff = '10,23'"),
+        ({"adaptive_input_factor": 2.0}, "adaptive_input_factor = 2.0"),
+        ({"decoder_input_dim": 12}, "decoder_input_dim = 12"),
+        ({"decoder_attention_heads": 5}, "model.num_heads = 5 does not divide"),
+        ({"decoder_attention_heads": 0}, "decoder_attention_heads = 0"),
+        ({"tokens_per_sample": "many"}, "tokens_per_sample = 'many'"),
+    ],
+)
+def test_other_models_are_refused(make: Any, settings: dict[str, Any], message: str) -> None:
+    path, _, _ = make(edit=lambda content: content["cfg"]["model"].update(settings))
+    with pytest.raises(ValueError, match=message):
+        run_import(path, make)
+    assert not (make.folder / "run").exists()
+
+
+def test_sinusoidal_without_position_embeddings_is_refused(make: Any) -> None:
+    path, _, _ = make(no_token_positional_embeddings=True)
+    with pytest.raises(ValueError, match="no_token_positional_embeddings = True"):
+        run_import(path, make, "sinusoidal")
+    assert run_import(path, make, "alibi")
+
+
+NAME = "decoder.layers.1.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["model"].pop(NAME), rf"missing {NAME}; unknown nothing"),
+        (lambda c: c["model"].update(extra=torch.zeros(1)), "missing nothing; unknown extra"),
+        (lambda c: c["model"].pop("decoder.adaptive_softmax.tail.1.2.weight"), r"missing .*tail\.1\.2\.weight"),
+        (lambda c: c["model"].update({NAME: torch.zeros(20, 23)}), r"ffn\.up\.weight has shape \(20, 23\)"),
+        (lambda c: c["model"].update({NAME: torch.full((20, 24), math.nan)}), f"{NAME} holds NaN"),
+        (
+            lambda c: c["model"].update({"decoder.adaptive_softmax.tail.0.0.weight": torch.zeros(24, 6)}),
+            r"tail\.0\.0\.weight and .*embeddings\.1\.1\.weight differ",
+        ),
+        (lambda c: c.pop("model"), "no fairseq checkpoint"),
+        (lambda c: c.update(model={"weights": [1, 2]}), "no fairseq checkpoint"),
+        (lambda c: c.update(cfg=None), "holds no model settings"),
+        (lambda c: c["cfg"]["model"].pop("decoder_layers"), "does not say decoder_layers"),
+    ],
+)
+def test_altered_checkpoints_are_refused(make: Any, edit: Callable[[Any], Any], message: str) -> None:
+    path, _, _ = make(edit=edit)
+    with pytest.raises(ValueError, match=message):
+        run_import(path, make)
+    assert not (make.folder / "run").exists()
+
+
+def test_a_version_counter_of_2_switches_the_final_norm_off(make: Any) -> None:
+    """fairseq's rule: such checkpoints were trained without it, whatever the settings say."""
+
+    def edit(content: dict[str, Any]) -> None:
+        content["model"]["decoder.version"] = torch.tensor([2.0])
+        for kind in ("weight", "bias"):
+            del content["model"][f"decoder.layer_norm.{kind}"]
+
+    path, _, _ = make(no_decoder_final_norm=False, edit=edit)
+    assert load_config(run_import(path, make)).model.final_norm is False
+
+
+def test_a_dictionary_of_another_size_is_refused(make: Any) -> None:
+    path, _, _ = make()
+    make.dictionary.write_text(make.dictionary.read_text() + "another 1\n")
+    with pytest.raises(ValueError, match="vectors for 40 words, the dictionary has 41"):
+        run_import(path, make)
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["args", "extra_state", "inside the Namespace"])
+def test_nothing_in_a_checkpoint_is_executed(make: Any, place: str) -> None:
+    payload = Payload(make.folder / "executed")
+
+    def edit(content: dict[str, Any]) -> None:
+        if place == "inside the Namespace":
+            content["args"] = argparse.Namespace(x=payload)
+        else:
+            content[place] = payload
+
+    path, _, _ = make(edit=edit)
+    with pytest.raises(ValueError, match=r"object of class posix\.mkdir"):
+        run_import(path, make)
+    assert not payload.path.exists()
+
+
+def test_other_classes_are_refused_even_if_harmless(make: Any) -> None:
+    path, _, _ = make(edit=lambda content: content.update(extra_state=Path("x")))
+    with pytest.raises(ValueError, match=r"object of class pathlib"):
+        run_import(path, make)
+    path, _, _ = make(edit=lambda content: content.update(extra_state=OrderedDict(best=1.0)))
+    assert run_import(path, make)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"PK\x03\x04 cut short", b"<html>not found</html>"])
+def test_files_that_are_no_checkpoints(make: Any, content: bytes) -> None:
+    path = make.folder / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"no readable torch checkpoint|no fairseq checkpoint"):
+        run_import(path, make)
+
+
+def test_a_checkpoint_that_was_cut_short(make: Any) -> None:
+    path, _, _ = make()
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(ValueError, match="Is it complete"):
+        run_import(path, make)
+
+
+# -- the script ------------------------------------------------------------------------------------------------
+
+
+def test_the_script_imports(make: Any) -> None:
+    path, _, _ = make()
+    folder = make.folder / "a = run [1]"
+    settings = [f"checkpoint={path}", f"dictionary={make.dictionary}", f"output_dir={folder}"]
+    done = script_process(*settings, "position=alibi")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(folder) in done.stdout
+    assert load_run(folder).num_parameters() > 0
+
+
+def test_the_script_ends_in_words_not_in_a_traceback(make: Any) -> None:
+    done = script_process("checkpoint=a", "dictionary=b", f"output_dir={make.folder / 'run'}", "position=alibi")
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "error: dictionary = b: there is no such file. Give the dict.txt of the checkpoint's data.\n"
+    )
+    assert not (make.folder / "run").exists()
+
+
+def script_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["checkpoint=a", "dictionary=b", "output_dir=c", "position=rotary"],
+            "position = 'rotary'. Allowed: alibi,",
+        ),
+        (["checkpoint=a", "dictionary=b", "output_dir=c"], "missing: position=..."),
+        (["checkpoint=a", "dictionary=b", "output_dir=c", "positions=x"], "'positions=x' is not understood"),
+        (["alibi"], "'alibi' is not understood"),
+        (["checkpoint=a", "dictionary=b", "output_dir=c", "position=alibi", "overwrite=1"], "overwrite = '1'"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runpy.run_path(str(SCRIPT))["main"](arguments) == 1
+    assert message in capsys.readouterr().err
