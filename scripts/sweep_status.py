@@ -1,0 +1,66 @@
+"""State of every run of an experiment: python scripts/sweep_status.py experiment=quick [overrides of training].
+
+A line a run: finished, running (a living process holds its folder), failed (with its error), partial (was
+stopped or killed: the training command resumes it) or missing (named by the experiment's `study`, never begun).
+"""
+
+import sys
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from alibi_lm.experiment import compose, run_folder
+from alibi_lm.run_folder import Status, failed, status
+from alibi_lm.tracking import METRICS_FILE, read_metrics
+
+STATES: tuple[Status, ...] = ("finished", "running", "failed", "partial", "missing")
+
+
+def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, int]:
+    """Folders of the experiment's runs and the steps of each, by the rules of a Hydra multirun."""
+    parser = OverridesParser.create()
+    runs = {}
+    for sweep in compose([f"experiment={experiment}"]).study:
+        parsed = parser.parse_overrides([*sweep.split(), *overrides])
+        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+        for job in jobs:
+            config = compose([f"experiment={experiment}", *job])
+            runs[run_folder(config)] = config.steps
+    return runs
+
+
+def progress(folder: Path, steps: int | None) -> str:
+    """`<last step with metrics>/<steps>`; empty before the first row."""
+    try:
+        rows = read_metrics(folder / METRICS_FILE)
+    except (OSError, ValueError):
+        rows = []
+    return f"{rows[-1]['step']}/{steps or '?'}" if rows else ""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table and its sum; returns the exit status."""
+    names = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("experiment=")]
+    experiment = names[-1] if names else "quick"
+    try:
+        runs: dict[Path, int | None] = {
+            **planned_runs(experiment, [a for a in arguments if not a.startswith("experiment=")])
+        }
+    except Exception as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for config in sorted(Path("outputs", experiment, "runs").glob("*/config.yaml")):
+        runs.setdefault(config.parent, None)  # there, but not of the study
+    states = {folder: status(folder) for folder in runs}
+    for folder in sorted(runs, key=lambda f: (STATES.index(states[f]), f)):
+        failure = failed(folder) if states[folder] == "failed" else None
+        message = failure.get("message", "") if failure else ""
+        print(f"{states[folder]:8}  {folder!s:50}  {progress(folder, runs[folder]):>12}  {message}".rstrip())
+    counts = {state: list(states.values()).count(state) for state in STATES}
+    print(", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "finished"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
