@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.evaluation.load import load_run
 from alibi_lm.evaluation.results import ResultRow, read_rows, upsert_rows, write_csv
 from alibi_lm.evaluation.score import score_tokens
+from alibi_lm.evaluation.store import Scoring, TokenStore, identity
+from alibi_lm.evaluation.summary import summarise, upsert_summaries
 from alibi_lm.parallel import World
 from alibi_lm.positions.base import require
 from alibi_lm.run_folder import finished
@@ -43,9 +44,7 @@ def plan(config: EvaluateConfig) -> list[Task]:
         ValueError: no run, a run that is not finished, no lengths, or settings that do not fit together.
     """
     pattern = config.runs or f"outputs/{config.experiment}/runs/*"
-    folders = [
-        Path(p) for p in sorted(glob.glob(glob.escape(pattern) if Path(pattern).is_dir() else pattern))
-    ]
+    folders = [Path(p) for p in sorted(glob.glob(glob.escape(pattern) if Path(pattern).is_dir() else pattern))]
     folders = [f for f in folders if f.is_dir()]
     require(
         bool(folders),
@@ -125,29 +124,51 @@ def evaluate_length(
         return ResultRow(**common, reason=reason)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
-    nats = score_tokens(
-        model,
-        stream.tokens,
-        corpus.start_id,
-        length,
-        settings.stride,
-        settings.tokens_per_forward,
-        runtime.autocast(device, config.precision),
-        world=world,
-        progress=f"{label} @ {length}",
+    scored = TokenStore(output_folder(config) / "tokens").get(
+        label,
+        Scoring(settings.split, settings.mode, length, settings.stride),
+        _identity(task, config, corpus, device),
+        lambda: score_tokens(
+            model,
+            stream.tokens,
+            corpus.start_id,
+            length,
+            settings.stride,
+            settings.tokens_per_forward,
+            runtime.autocast(device, config.precision),
+            world=world,
+            progress=f"{label} @ {length}",
+        ),
+        lambda: runtime.peak_memory_bytes(device),
+        world,
     )
-    seconds = time.perf_counter() - started
-    total = float(nats.sum(dtype=np.float64))
+    total = float(scored.nats.sum(dtype=np.float64))
     if not math.isfinite(total):
         return ResultRow(**common, reason=f"the sum of nats is {total}")
-    return ResultRow(
-        **common,
+    row = ResultRow(
+        **common | {"commit": scored.commit},
         nats=total,
         perplexity=math.exp(total / stream.num_tokens),
         word_perplexity=math.exp(total / stream.words),
-        tokens_per_second=stream.num_tokens / seconds,
-        peak_memory_bytes=runtime.peak_memory_bytes(device),
+        tokens_per_second=stream.num_tokens / scored.seconds,
+        peak_memory_bytes=scored.peak_memory_bytes,
+    )
+    if world.is_main:
+        upsert_summaries(output_folder(config) / "summary.npz", [summarise(scored.nats, stream.documents, row)])
+    return row
+
+
+def _identity(task: Task, config: EvaluateConfig, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+    """What the run's stored nats depend on, beside the way of scoring."""
+    return identity(
+        task.config,
+        task.folder,
+        config.checkpoint,
+        config.position,
+        corpus,
+        task.settings.split,
+        config.attention,
+        config.precision if config.precision != "auto" else f"auto on {device.type}",
     )
 
 
