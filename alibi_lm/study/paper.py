@@ -1,7 +1,7 @@
 """The paper's published perplexities, and our results beside them.
 
-Source: Press, Smith and Lewis, "Train Short, Test Long", ICLR 2022 (arXiv 2108.12409v2), Tables 2-10 and
-13-15, one file a table in `paper_tables/`. All are word-level perplexities.
+Source: Press, Smith and Lewis, "Train Short, Test Long", ICLR 2022 (arXiv 2108.12409v2), Tables 2-15, one
+file a table in `paper_tables/`. WikiText-103's perplexities are per word, the others' per token of their text.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class PaperValue:
     stride: int | None
     split: str
     corpus: str
-    """`wikitext103` or `bookcorpus`."""
+    """`wikitext103`, `bookcorpus` or `cc100_roberta`."""
     perplexity: float | None
-    """Per word; None where the paper has none (out of memory)."""
+    """None where the paper has none (out of memory)."""
     note: str
 
 

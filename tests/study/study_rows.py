@@ -13,9 +13,21 @@ TOKENS = 10_000
 WORDS = 8_000
 
 
-def row(position="alibi", length=64, perplexity=20.0, *, train=64, seed=1, suffix="", reason=None, **changes):
+def row(
+    position="alibi",
+    length=64,
+    perplexity=20.0,
+    *,
+    train=64,
+    seed=1,
+    suffix="",
+    reason=None,
+    tokens=TOKENS,
+    words=WORDS,
+    **changes,
+):
     """One row of a run; perplexity None makes it a refused one."""
-    nats = None if perplexity is None else TOKENS * math.log(perplexity)
+    nats = None if perplexity is None else tokens * math.log(perplexity)
     values = dict(
         run=f"{position}_L{train}_s{seed}{suffix}",
         position=position,
@@ -26,12 +38,12 @@ def row(position="alibi", length=64, perplexity=20.0, *, train=64, seed=1, suffi
         stride=None,
         split="validation",
         corpus="c0ffee",
-        tokens=TOKENS,
-        words=WORDS,
+        tokens=tokens,
+        words=words,
         bytes=50_000,
         nats=nats,
         perplexity=perplexity,
-        word_perplexity=None if nats is None else math.exp(nats / WORDS),
+        word_perplexity=None if nats is None else math.exp(nats / words),
         commit="abc1234",
         reason=reason or ("positions end at 64" if nats is None else None),
     )
@@ -82,3 +94,27 @@ def run_script(name, *arguments, cwd=None):
     """Run a script of the repository as a user would."""
     command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def paper_rows():
+    """The paper's own WikiText-103 tables as result rows of one seed each."""
+    from alibi_lm.study.paper import TOKENS as COUNTS
+    from alibi_lm.study.paper import paper_values
+
+    found = {}
+    for value in paper_values():
+        if value.position and value.corpus == "wikitext103":
+            count = COUNTS[value.split]
+            made = row(
+                value.position,
+                value.inference_length,
+                value.perplexity,
+                train=value.train_length,
+                mode=value.mode,
+                stride=value.stride,
+                split=value.split,
+                tokens=count,
+                words=count,
+            )
+            found.setdefault(made.key, made)
+    return list(found.values())

@@ -24,13 +24,13 @@ def value(table, position, train, test, split="validation", stride=None):
     return found[0]
 
 
-def test_every_table_is_there_in_full():
+def test_every_table_of_perplexities_is_there_in_full():
     counts = {}
     for item in paper_values():
         counts[item.table] = counts.get(item.table, 0) + 1
     # four schemes at 35, 35 and 33 lengths; the triangle of Table 5 with its 14 further values
     assert counts == {
-        2: 140, 3: 140, 4: 132, 5: 50, 6: 10, 7: 21, 8: 9, 9: 6, 10: 13, 13: 10, 14: 10, 15: 10,
+        2: 140, 3: 140, 4: 132, 5: 50, 6: 10, 7: 21, 8: 9, 9: 6, 10: 13, 11: 4, 12: 12, 13: 10, 14: 10, 15: 10,
     }  # fmt: skip
 
 
@@ -166,3 +166,33 @@ def test_the_script_prints_and_writes_the_comparison(tmp_path):
     assert (tmp_path / "paper.md").read_text().strip() == done.stdout.strip()
     failed = run_script("compare_paper.py", f"folder={tmp_path}", "near=3")
     assert failed.returncode == 1 and "near = 3.0; it must be a share" in failed.stderr
+
+
+def test_where_alibi_is_not_the_best():
+    assert value(5, "t5", 512, 512) < value(5, "alibi", 512, 512)
+    for length in (64, 128):
+        assert value(5, "sinusoidal", length, length) < value(5, "alibi", length, length)
+    for length in (256, 512, 1024, 1536, 2048, 3072):
+        assert value(5, "alibi", length, length) < value(5, "sinusoidal", length, length)
+
+
+def test_equal_time_and_equal_updates_disagree():
+    assert value(11, "alibi", 1024, 2048) < value(11, "sinusoidal", 2048, 2048)
+    assert value(12, "alibi", 1024, 2048) > value(12, "sinusoidal", 2048, 2048)
+
+
+def test_longer_is_not_always_better_for_alibi():
+    curve_of_512 = [value(12, "alibi", 512, n) for n in (512, 1024, 2048)]
+    assert curve_of_512[1] == min(curve_of_512) and curve_of_512[2] > curve_of_512[1]
+
+
+def test_no_gain_at_equal_length_in_the_large_model():
+    for length in (512, 1024, 2048):
+        assert value(12, "alibi", length, length) > value(12, "sinusoidal", length, length)
+
+
+def test_the_gain_vanishes_when_every_token_has_a_full_window():
+    for length, longer in ((512, 3072), (1024, 3072)):
+        blocks = value(5, "alibi", length, longer) / value(5, "alibi", length, length)
+        sliding = value(15, "alibi", length, longer, stride=1) / value(15, "alibi", length, length, stride=1)
+        assert blocks < 0.97 and sliding > 1.01

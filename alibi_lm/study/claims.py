@@ -1,0 +1,259 @@
+"""The paper's claims against result rows: HOLDS, FAILS, NOT SETTLED or NOT RUN, with the numbers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alibi_lm.evaluation.results import ResultRow, RowKey
+from alibi_lm.study.claim_files import Claim, ClaimFile, Side, length_of
+from alibi_lm.study.curves import View, curves
+from alibi_lm.study.fairness import Difference
+from alibi_lm.study.records import RunRecord
+from alibi_lm.study.settle import Measured, Verdict, judge, measure, overall
+from alibi_lm.study.tables import escape
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A claim at one training length and one pair of inference lengths."""
+
+    what: str
+    verdict: Verdict
+    numbers: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim and what the results say about it."""
+
+    claim: Claim
+    verdict: Verdict
+    instances: list[Instance]
+    note: str
+    """What was not run, and why; empty otherwise."""
+
+    @property
+    def line(self) -> str:
+        """For a terminal."""
+        numbers = "; ".join(f"{i.what}: {i.numbers}" for i in self.instances[:4])
+        more = f"; and {len(self.instances) - 4} more" if len(self.instances) > 4 else ""
+        tail = " -- ".join(part for part in (numbers + more, self.note) if part)
+        return f"{self.verdict:<11}  {self.claim.statement} {tail}"
+
+
+Pair = tuple[str, list[ResultRow], list[ResultRow]]
+"""What is compared, in words, and the rows of both sides, one a run."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What claims are judged by."""
+
+    rows: Sequence[ResultRow]
+    records: Mapping[str, RunRecord]
+    summaries: Mapping[RowKey, Any]
+    bench: Sequence[Mapping[str, Any]] = ()
+    """Rows of the benchmark."""
+
+
+def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:
+    """Judge one claim.
+
+    Args:
+        claim: the statement.
+        evidence: the results.
+        min_seeds: overrides what the claim asks for; with 1, comparisons of single runs get a verdict, which is
+            then about these runs and not about the schemes.
+    """
+    if claim.not_measured is not None:
+        return Judged(claim, "NOT RUN", [], claim.not_measured)
+    if claim.measure is not None:
+        return _judge_speed(claim, evidence.bench)
+    assert claim.left is not None and claim.right is not None
+    needed = claim.seeds_needed if min_seeds is None else min_seeds
+    found, missing = _pairs(claim, evidence)
+    measured = [(what, measure(a, b, evidence.summaries, len(found))) for what, a, b in found]
+    instances = [
+        Instance(what, judge(value, claim.relation, claim.factor, needed), _numbers(value, needed))
+        for what, value in measured
+    ]
+    verdict = overall([instance.verdict for instance in instances])
+    # A claim about certain lengths is not confirmed at those that were left out.
+    partly = f"not run: {missing}" if instances and missing and claim.train_lengths else ""
+    return Judged(claim, verdict, instances, partly if instances else missing)
+
+
+def judge_all(files: Iterable[ClaimFile], evidence: Evidence, min_seeds: int | None = None) -> list[list[Judged]]:
+    """Judge every claim of every file."""
+    return [[judge_claim(claim, evidence, min_seeds) for claim in file.claims] for file in files]
+
+
+def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Benchmark rows, or none where there is no such file.
+
+    Raises:
+        ValueError: a line that is no JSON object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
+        if row is not None and not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number}: expected a JSON object")
+        rows += [row] if row else []
+    return rows
+
+
+def read_summaries_if_any(folder: Path) -> Mapping[RowKey, Any]:
+    """Document sums beside the results, where they were written.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "summary.npz"
+    if not path.is_file():
+        return {}
+    from alibi_lm.evaluation.summary import read_summaries
+
+    return read_summaries(path)
+
+
+def claims_markdown(
+    files: Sequence[ClaimFile], judged: Sequence[Sequence[Judged]], unfair: Sequence[Difference]
+) -> str:
+    """`claims.md`."""
+    parts = ["# The paper's claims and these results\n"]
+    serious = [item for item in unfair if item.matters]
+    if serious:
+        parts.append("**The runs differ in more than the scheme**, so no verdict below is about schemes alone:\n")
+        parts.append("".join(f"- {escape(item.sentence)}\n" for item in serious))
+    for file, results in zip(files, judged, strict=True):
+        parts.append(f"## {escape(file.title)}\n")
+        lines = ["| verdict | claim | numbers | source |", "| --- | --- | --- | --- |"]
+        for item in results:
+            numbers = [f"{i.what}: {i.numbers}, {i.verdict}" for i in item.instances]
+            cell = "<br>".join(escape(text) for text in [*numbers, item.note] if text)
+            lines.append(
+                f"| {item.verdict} | {escape(item.claim.statement)} | {cell} | {escape(item.claim.source)} |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    parts.append(
+        "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a "
+        "claim asks about several lengths). One seed says nothing about another training run: a comparison of two "
+        "schemes is then not settled, and a scheme compared with itself is judged for that seed alone.\n"
+    )
+    return "\n".join(parts)
+
+
+def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Pair], str]:
+    """The measurements that the claim is about, or why there are none."""
+    left, right = claim.left, claim.right
+    assert left is not None and right is not None
+    found: list[Pair] = []
+    reasons = []
+    for length in claim.train_lengths or _training_lengths(claim, evidence.rows):
+        left_rows, left_missing = _runs(left, length, evidence)
+        right_rows, right_missing = _runs(right, length, evidence)
+        if left_missing or right_missing:
+            reasons += [text for text in (left_missing, right_missing) if text]
+            continue
+        left_at, right_at = _at(left, length, left_rows), _at(right, length, right_rows)
+        if not left_at or not right_at:
+            reasons.append(f"L={length}: not evaluated at {right.at if left_at else left.at}")
+        for i, j in itertools.product(left_at, right_at):
+            if len(left_at) > 1 and len(right_at) > 1 and i != j:
+                continue  # both sides speak of every length: each with itself
+            a = [row for row in left_rows if row.inference_length == i]
+            b = [row for row in right_rows if row.inference_length == j]
+            refused = [row.reason for row in (*a, *b) if row.loss is None]
+            if refused:
+                reasons.append(f"L={length}: {refused[0]}")
+            elif len({(row.corpus, row.tokens) for row in (*a, *b)}) > 1:
+                reasons.append(f"L={length}: the two sides were evaluated on different texts")
+            else:
+                found.append((f"L={length}, at {i}" + (f" over {j}" if i != j else ""), a, b))
+    reasons = list(dict.fromkeys(reasons)) or ([] if found else ["no such runs"])
+    return found, "; ".join(reasons[:2]) + (f"; and {len(reasons) - 2} more" if len(reasons) > 2 else "")
+
+
+def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:
+    """Inference lengths that a side means: those with values, else those that were refused."""
+    usable = [row.inference_length or 0 for row in rows if row.loss is not None]
+    return side.lengths(length, usable) or side.lengths(length, [row.inference_length or 0 for row in rows])
+
+
+def _training_lengths(claim: Claim, rows: Iterable[ResultRow]) -> list[int]:
+    """Values of L: a claim may speak of L/2 and 2L only, so L need not be a training length itself."""
+    trained = {row.train_length for row in rows if row.train_length is not None}
+    sides = [side for side in (claim.left, claim.right) if side is not None and "L" in side.train]
+    return sorted({round(n / length_of(side.train, 1)) for side in sides for n in trained} or trained)
+
+
+def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow], str]:
+    """Rows of the runs that a side means where L is `length`; none, and why, where it means no one set of runs."""
+    train = length_of(side.train, length)
+    view = View(side.split, side.mode, side.stride)
+    rows = [
+        row
+        for row in evidence.rows
+        if row.run is not None
+        and (row.position, float(row.train_length or 0)) == (side.position, train)
+        and View(row.split, row.mode, row.stride) == view
+        and all(evidence.records[row.run].config.get(key, _UNSET) == v for key, v in side.where.items())
+    ]
+    what = f"{side.position} trained at {train:g}"
+    if not rows:
+        settings = "".join(f", {key}={value}" for key, value in side.where.items())
+        return [], f"no {what}{settings}, {view.title}"
+    found = curves(rows, view)
+    if len(found) > 1:
+        # Runs with the experiment's own settings are meant, unless the claim says which.
+        own = {run for curve in found if not curve.variant for run in curve.seeds}
+        rows = [row for row in rows if row.run in own]
+        if not rows or side.where:
+            variants = ", ".join(sorted(curve.variant or "as in the experiment" for curve in found))
+            return [], f"several variants of {what}: {variants}"
+    return rows, ""
+
+
+_UNSET = object()
+
+
+def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
+    """Speeds at equal length, device, dtype and backend; ratios are medians, so there is no interval."""
+    assert claim.left is not None and claim.right is not None and claim.measure is not None
+    groups: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in bench:
+        value = row.get(claim.measure)
+        if row.get("implementation", "ours") == "ours" and isinstance(value, int | float) and value > 0:
+            key = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled", "length", "batch"))
+            groups.setdefault(key, {})[str(row.get("position"))] = float(value)
+    instances = []
+    for key, speeds in groups.items():
+        if claim.left.position in speeds and claim.right.position in speeds:
+            value = math.log(speeds[claim.left.position] / speeds[claim.right.position])
+            measured = Measured(value, value, value, 1, "one benchmark")
+            verdict = judge(measured, claim.relation, claim.factor, 1)
+            what = f"length {key[4]}, {key[2]}, {key[0]}"
+            instances.append(Instance(what, verdict, f"{math.exp(value):.3f}"))
+    note = "" if instances else "no benchmark of both at the same length; make bench measures them"
+    return Judged(claim, overall([i.verdict for i in instances]), instances, note)
+
+
+def _numbers(measured: Measured, needed: int) -> str:
+    text = f"{measured.ratio} ({measured.over})"
+    if measured.seeds < needed:
+        return f"{text}, {needed} seeds needed"
+    return text

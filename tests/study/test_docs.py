@@ -1,0 +1,49 @@
+"""The page about ALiBi names tests that exist, and what it says that no other test covers is pinned here."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from alibi_lm.positions import POSITIONS
+from alibi_lm.positions.base import PositionShape
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "what_alibi_is.md").read_text()
+NODE_IDS = sorted(set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", PAGE)))
+
+
+def test_the_page_names_tests():
+    assert len(NODE_IDS) >= 20
+
+
+@pytest.mark.parametrize("file, name", NODE_IDS, ids=lambda part: part)
+def test_every_test_that_the_page_names_exists(file, name):
+    tree = ast.parse((ROOT / file).read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_mistake_has_a_test_or_says_that_there_is_nothing_to_test():
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| what ")]
+    rows = [line for line in rows if not set(line) <= set("| -")]
+    assert len(rows) == 18
+    for line in rows:
+        assert "::test_" in line or "nothing to test" in line, line
+
+
+def build(name):
+    return POSITIONS[name]().build(PositionShape(128, 16, 8, 2, 64, 64))
+
+
+def test_alibi_saves_no_parameters_over_sinusoidal_or_rotary():
+    counts = {name: sum(p.numel() for p in build(name).parameters()) for name in POSITIONS}
+    assert counts["alibi"] == counts["sinusoidal"] == counts["rotary"] == counts["none"] == 0
+    assert counts["learned"] == 64 * 128
+
+
+def test_the_bias_grows_with_the_square_of_the_length():
+    scheme = build("alibi")
+    sizes = [scheme.bias(torch.arange(n), torch.arange(n)).numel() for n in (64, 128, 256)]
+    assert sizes == [8 * 64 * 64 * 4**k for k in range(3)]
