@@ -119,6 +119,6 @@ def _locked(cache_dir: str, folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise ValueError(
-            f"data.cache_dir = {cache_dir}: the streams could not be prepared in {folder} ({error}). Give a "
-            "folder that can be written and has room."
+            f"data.cache_dir = {cache_dir}: the streams could not be prepared in {folder} ({error}). The "
+            "folder must be writable and have room, the text readable."
         ) from error

@@ -8,10 +8,12 @@ before the download is handed to the retries.
 from __future__ import annotations
 
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any
 
 REPOSITORY = "Salesforce/wikitext"
@@ -95,7 +97,17 @@ def _network_off() -> Iterator[None]:
 
 
 def _obstacle(endpoint: str) -> str | None:
-    """Why the hub cannot be used now, or None if it answers."""
+    """Why the hub cannot be used now, or None if it answers; takes PROBE_SECONDS at most."""
+    silent = f"{endpoint} does not answer within {PROBE_SECONDS:g} s"
+    found = [silent]
+    # A thread, since a socket's time-out does not cover the look-up of the name.
+    probe = threading.Thread(target=lambda: found.append(_probe(endpoint) or ""), daemon=True)
+    probe.start()
+    probe.join(PROBE_SECONDS)
+    return found[-1] or None
+
+
+def _probe(endpoint: str) -> str | None:
     url = f"{endpoint}/api/datasets/{REPOSITORY}/revision/main"
     try:
         with urllib.request.urlopen(url, timeout=PROBE_SECONDS):
@@ -103,7 +115,7 @@ def _obstacle(endpoint: str) -> str | None:
     except urllib.error.HTTPError as error:
         with error:
             return None if error.code < 500 else f"{endpoint} answers with status {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         return f"{endpoint} does not answer ({_first_line(reason)})"
 

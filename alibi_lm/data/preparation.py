@@ -57,13 +57,10 @@ class SourceFolder:
         for split in missing:
             self.source.require(split)
         _remove_leftovers(self.folder)
+        self.note_texts(index, missing)
         if tokenizer is None:
             assert isinstance(wanted, TokenizerConfig)
             tokenizer = self.train(wanted, index, progress)
-        for split in ("validation", "test"):
-            if split not in index["texts"] and self.has(split):
-                index["texts"][split] = encode.text_sha256(self.source, split)
-        write_json(self.index, index)
         for split in missing:
             self.encode(split, tokenizer, index, progress)
 
@@ -89,13 +86,21 @@ class SourceFolder:
         if problem:
             raise stale(problem, self.folder)
 
-    def has(self, split: str) -> bool:
-        """Whether the source has the split."""
-        try:
-            self.source.require(split)
-        except ValueError:
-            return False
-        return True
+    def note_texts(self, index: dict[str, Any], wanted: Sequence[str]) -> None:
+        """Keep the digests of the evaluation texts, those at hand, so that each opening gives the same hash.
+
+        Comes before the long work, so that damage in a wanted split is found at once.
+        """
+        for split in ("validation", "test"):
+            if split in index["texts"]:
+                continue
+            try:
+                self.source.require(split)
+                index["texts"][split] = encode.text_sha256(self.source, split)
+            except ValueError:
+                if split in wanted:
+                    raise
+        write_json(self.index, index)
 
     def train(self, config: TokenizerConfig, index: dict[str, Any], progress: bool) -> Tokenizer:
         """Build a tokenizer from the training text and keep it."""
@@ -149,8 +154,8 @@ def _folder_name(identity: dict[str, Any]) -> str:
 def _description(identity: dict[str, Any], splits: dict[str, Any]) -> str:
     if "python" in identity:
         return f"Python {identity['python']} standard library"
-    other = [entry["identity"] for entry in splits.values() if entry["identity"].startswith("not")]
-    return wikitext.TITLES[identity["name"]] + (f" ({'; '.join(other)})" if other else "")
+    other = [split for split, entry in splits.items() if entry["identity"].startswith("not")]
+    return wikitext.TITLES[identity["name"]] + (f" (not the original: {', '.join(other)})" if other else "")
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -155,7 +155,7 @@ def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
     """A JSON file of ours, None if there is none; `folder` is what to delete if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise stale(f"{path} cannot be read ({error})", folder) from None

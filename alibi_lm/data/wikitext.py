@@ -55,7 +55,7 @@ def identify(name: str, split: str, counts: Mapping[str, Any], texts: Mapping[st
     """
     if name not in ORIGINALS:
         return None
-    title, original = f"{TITLES[name]} {split} split", ORIGINALS[name][split]
+    title, original = f"{TITLES[name]} {'training' if split == 'train' else split} split", ORIGINALS[name][split]
     different = f"not the original {title}"
     if original.sha256 is not None:
         if counts["text_sha256"] != original.sha256:
@@ -78,7 +78,7 @@ def check_vocabulary(identity: str | None, tokenizer_label: str, vocab_size: int
     Raises:
         ValueError: the training split is the original one and its word-level vocabulary is not.
     """
-    known = identity is not None and identity.startswith("the original WikiText-103 train")
+    known = identity is not None and identity.startswith("the original WikiText-103 training")
     if known and tokenizer_label == "word8" and vocab_size != WIKITEXT103_VOCAB_SIZE:
         raise ValueError(
             f"The original WikiText-103 has a vocabulary of {WIKITEXT103_VOCAB_SIZE:,}, but {vocab_size:,} were "

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alibi_lm.data.tokenizers import (
+    TOKENIZERS,
+    BPEConfig,
+    Tokenizer,
+    WordConfig,
+    pad_vocabulary,
+    word_tokenizer,
+)
+
+from .conftest import TRAIN
+
+LINES = TRAIN.removesuffix("\n").split("\n")
+
+
+@pytest.fixture(scope="module")
+def word() -> Tokenizer:
+    return WordConfig().train([LINES])
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return BPEConfig(vocab_size=300).train([LINES])
+
+
+def words_of(tokenizer: Tokenizer, ids: range) -> list[str]:
+    return [tokenizer.decode([id]) for id in ids]
+
+
+def test_word_ids_fall_by_count_with_ties_by_code_point():
+    tokenizer = WordConfig(pad_to_multiple=1).train([["b a b é Z", "a <unk> c </s> é b"], ["~ Z \U0001f600"]])
+    # b 3; then Z, a, é with 2 each; then c, ~, the emoji with 1 each: capitals before small, "~" before accents
+    assert words_of(tokenizer, range(4, tokenizer.vocab_size)) == ["b", "Z", "a", "é", "c", "~", "\U0001f600"]
+    assert words_of(tokenizer, range(2)) == ["<s>", "<pad>"] and tokenizer.decode([3]) == "<unk>"
+
+
+def test_word_lines_end_with_the_line_end(word: Tokenizer):
+    ids = word.encode_lines(["the cat", " ", "", " unheard <unk>\tthe\u00a0cat "])
+    the, cat = word.encode_lines(["the cat"])[:2]
+    assert ids.tolist() == [the, cat, 2, 2, 2, 3, 3, the, cat, 2]
+    assert ids.dtype == np.int32 and word.start_id == 2 and word.document_end_id is None
+    assert word.encode_lines([]).tolist() == []
+
+
+def test_word_vocabulary_is_padded_with_made_up_words(word: Tokenizer):
+    distinct = set(TRAIN.split()) - {"<unk>"}
+    assert word.vocab_size % 8 == 0 and 0 <= word.vocab_size - 4 - len(distinct) < 8
+    assert pad_vocabulary(["a"], 8) == ["a", "madeupword0000", "madeupword0001", "madeupword0002"]
+    assert pad_vocabulary(["madeupword0000", "b"], 7) == ["madeupword0000", "b", "madeupword0001"]
+    assert pad_vocabulary(["a", "b", "c", "d"], 8) == ["a", "b", "c", "d"]
+
+
+def test_word_text_comes_back_but_for_blanks(word: Tokenizer):
+    lines = ["the cat sat", "", "on  the mat "]
+    assert word.decode(word.encode_lines(lines)) == "the cat sat\n\non the mat\n"
+
+
+def test_word_file_alone_gives_the_same_ids(word: Tokenizer, tmp_path: Path):
+    from tokenizers import Tokenizer as Backend
+
+    word.save(tmp_path / "word.json")
+    alone = Backend.from_file(str(tmp_path / "word.json"))
+    for line in LINES:
+        assert alone.encode(line).ids == word.encode_lines([line]).tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), max_size=8))
+def test_bpe_gives_any_text_back_exactly(bpe_lines: list[str]):
+    tokenizer = _cached_bpe()
+    ids = tokenizer.encode_lines(bpe_lines)
+    assert tokenizer.decode(ids) == "".join(line + "\n" for line in bpe_lines)
+    by_line = [id for line in bpe_lines for id in tokenizer.encode_lines([line])]
+    assert ids.tolist() == by_line, "ids depend on how the text is cut in blocks"
+
+
+_BPE: list[Tokenizer] = []
+
+
+def _cached_bpe() -> Tokenizer:
+    if not _BPE:
+        _BPE.append(BPEConfig(vocab_size=300).train([LINES]))
+    return _BPE[0]
+
+
+def test_bpe_treats_the_end_of_text_in_a_text_as_text(bpe: Tokenizer, tmp_path: Path):
+    bpe.save(tmp_path / "bpe.json")
+    for tokenizer in (bpe, Tokenizer.load(tmp_path / "bpe.json")):
+        ids = tokenizer.encode_lines(["<|endoftext|>"])
+        assert 0 not in ids and tokenizer.decode(ids) == "<|endoftext|>\n"
+        assert tokenizer.decode([0, *ids, 0]) == "<|endoftext|>\n"
+    assert bpe.start_id == bpe.document_end_id == 0
+
+
+def test_bpe_merges_and_respects_its_size(bpe: Tokenizer):
+    assert 257 < bpe.vocab_size <= 300
+    assert len(bpe.encode_lines(LINES)) < 0.8 * len(TRAIN.encode())
+    assert BPEConfig(vocab_size=5000).train([["ab"]]).vocab_size < 300
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_training_is_the_same_in_another_process(name: str):
+    code = (
+        "import sys; from alibi_lm.data.tokenizers import TOKENIZERS\n"
+        "lines = sys.stdin.read().split('\\n')\n"
+        f"print(TOKENIZERS[{name!r}]().train([lines]).hash)"
+    )
+    text = "\n".join(f"{k % 17} word{k % 91} {'x' * (k % 13)}é" for k in range(3000))
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=text,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONUTF8": "1"},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_saved_tokenizer_is_the_same(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded.hash == tokenizer.hash == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (loaded.kind, loaded.vocab_size, loaded.start_id) == (kind, tokenizer.vocab_size, tokenizer.start_id)
+    assert loaded.encode_lines(LINES).tolist() == tokenizer.encode_lines(LINES).tolist()
+
+
+def test_files_that_are_no_tokenizers_of_ours_are_refused(word: Tokenizer, tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(ValueError, match="There is no tokenizer file"):
+        Tokenizer.load(path)
+    word.save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    for change, message in (
+        ({"the": 999}, "without gaps"),
+        ({"<pad>": vocabulary["the"], "the": 1}, "<pad> must have id 1"),
+    ):
+        content["model"]["vocab"] = vocabulary | change
+        path.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.load(path)
+    path.write_bytes(b"\x80\x04not json")
+    with pytest.raises(ValueError, match="cannot be used as tokenizer"):
+        Tokenizer.load(path)
+
+
+def test_fairseq_dictionary_gives_line_i_the_id_4_plus_i(tmp_path: Path):
+    path = tmp_path / "dict.txt"
+    path.write_text("the 10\nÄ 7\n@-@ 7\nmadeupword0000 0\n", encoding="utf-8")
+    tokenizer = Tokenizer.from_fairseq_dictionary(path)
+    assert tokenizer.vocab_size == 8
+    assert tokenizer.encode_lines(["Ä @-@ the never <unk> madeupword0000"]).tolist() == [5, 6, 4, 3, 3, 7, 2]
+    assert tokenizer.hash == word_tokenizer(["the", "Ä", "@-@", "madeupword0000"]).hash
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"the 10\ncat\n", r"line 2: expected `word count`, got 'cat"),
+        (b"the ten\n", "line 1: expected `word count`"),
+        (b"the 10\n\ncat 2\n", "line 2: expected `word count`"),
+        (b"the 10\ncat 2\nthe 1\n", "line 3: 'the' is a word that occurred before"),
+        (b"the 10\n<unk> 2\n", "line 2: '<unk>' is a special word"),
+        (b"the 10 #fairseq:overwrite\n", "line 1: expected `word count`"),
+        (b"\xff\xfe 1\n", "is not UTF-8"),
+        (b"", "is empty"),
+    ],
+)
+def test_malformed_dictionaries_are_refused(content: bytes, message: str, tmp_path: Path):
+    path = tmp_path / "dict.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_fairseq_dictionary(path)
+    with pytest.raises(ValueError, match="no such file"):
+        Tokenizer.from_fairseq_dictionary(tmp_path / "other.txt")
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size = 256\. It must be 257 or more"):
+        BPEConfig(vocab_size=256)
+    with pytest.raises(ValueError, match=r"tokenizer\.pad_to_multiple = 0"):
+        WordConfig(pad_to_multiple=0)
+    with pytest.raises(ValueError, match="has no words"):
+        WordConfig().train([["", " "], ["<unk>"]])
+
+
+@pytest.mark.skipif("ALIBI_LM_GOLDEN_DIR" not in os.environ, reason="ALIBI_LM_GOLDEN_DIR is not set")
+def test_order_of_words_is_that_of_fairseq():
+    path = Path(os.environ["ALIBI_LM_GOLDEN_DIR"]) / "dict.txt"
+    dictionary = Tokenizer.from_fairseq_dictionary(path)
+    ours = [line.rsplit(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+    shuffled = sorted((word for word, count in ours for _ in range(int(count))), key=lambda w: w[::-1])
+    assert WordConfig(pad_to_multiple=1).train([shuffled]).hash == dictionary.hash
