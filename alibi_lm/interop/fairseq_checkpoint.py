@@ -46,10 +46,10 @@ class FairseqSettings:
 
     def __init__(self, checkpoint: dict[str, Any], source: str) -> None:
         self.source = source
-        cfg, args = checkpoint.get("cfg"), checkpoint.get("args")
+        nested, args = checkpoint.get("cfg"), checkpoint.get("args")
         parts: list[dict[str, Any]] = []
-        if isinstance(cfg, dict):
-            parts = [_plain(cfg.get(group)) for group in ("model", "task", "common", "dataset")]
+        if isinstance(nested, dict):
+            parts = [_plain(nested.get(group)) for group in ("model", "task", "common", "dataset")]
         elif isinstance(args, argparse.Namespace):
             parts = [vars(args)]
         if not any(parts):
@@ -60,7 +60,9 @@ class FairseqSettings:
         # The first part that has a name wins: the model's own, then the task's.
         self.values: dict[str, Any] = {}
         for part in reversed(parts):
-            self.values.update({k: v for k, v in part.items() if not _is_reference(v)})
+            for name, value in part.items():
+                if not _is_reference(value) and (value is not None or name not in self.values):
+                    self.values[name] = value
         self.values.setdefault("arch", self.values.get("_name"))
         self._old_names()
 
@@ -186,8 +188,8 @@ def _best_loss(content: dict[str, Any]) -> float | None:
 
 
 def _marked_alibi(content: dict[str, Any]) -> bool | None:
-    cfg = content.get("cfg")
-    model = cfg.get("model") if isinstance(cfg, dict) else None
+    nested = content.get("cfg")
+    model = nested.get("model") if isinstance(nested, dict) else None
     # A Namespace holds the settings of everything, max_tokens of the data loader among them.
     return "max_tokens" in model if isinstance(model, dict) else None
 
