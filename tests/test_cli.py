@@ -1,0 +1,159 @@
+"""The scripts as a user runs them: train, run again, evaluate, draw, sweep, and mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the cat sat on a mat while dogs ran past old trees in deep green woods near home today".split()
+
+
+def write_text(folder: Path) -> Path:
+    """A small WikiText-like corpus: a few articles of repeating word order, different in each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (split, lines) in enumerate((("train", 300), ("valid", 40), ("test", 40))):
+        text = []
+        for line in range(lines):
+            if line % 20 == 0:
+                text += ["", f" = {WORDS[line // 20 % 18]} = ", ""]
+            start = (line * 7 + index) % 18
+            text.append(" " + " ".join(WORDS[(start + i * (1 + line % 3)) % 18] for i in range(12)) + " ")
+        (folder / f"wiki.{split}.tokens").write_text("\n".join(text) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    write_text(folder / "text")
+    return folder
+
+
+def script(place: Path, name: str, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess:
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="default")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *arguments],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    if not ok:
+        assert "Traceback" not in done.stderr
+    return done
+
+
+TEXT = ["data=wikitext2", "data.path=text", "tokenizer=word", "threads=1"]
+TRAIN = ["experiment=smoke", *TEXT]
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Path:
+    """Four runs of one multirun."""
+    script(place, "train.py", "-m", *TRAIN, "position=alibi,learned", "seed=1,2")
+    return place / "outputs" / "smoke" / "runs"
+
+
+def test_a_multirun_gives_a_folder_for_each_run(trained):
+    names = sorted(p.name.rsplit("_", 1)[0] for p in trained.iterdir())
+    assert names == ["alibi_L16_s1", "alibi_L16_s2", "learned_L16_s1", "learned_L16_s2"]
+    for folder in trained.iterdir():
+        assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "finished.json"} <= {
+            p.name for p in folder.iterdir()
+        }
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        training = [r for r in rows if "train/loss" in r]
+        assert [r["step"] for r in training] == [5, 10]
+        assert {"tokens_seen", "train/lr", "train/grad_norm", "train/tokens_per_second"} <= set(training[0])
+        assert [r["step"] for r in rows if "validation/loss" in r] == [10]
+        finished = json.loads((folder / "finished.json").read_text())
+        assert finished["tokens_seen"] == 2560 and finished["self_check_difference"] < 1e-5
+
+
+def test_the_same_command_again_says_that_it_is_finished(trained, place):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
+    done = script(place, "train.py", *TRAIN, "position=alibi")
+    assert "already finished at step 10" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_evaluate_writes_rows_table_and_figures(trained, place):
+    done = script(place, "evaluate.py", "experiment=smoke", "threads=1")
+    output = place / "outputs" / "smoke" / "extrapolation"
+    assert {"results.jsonl", "results.csv", "table.md", "extrapolation.png", "extrapolation.svg"} <= {
+        p.name for p in output.iterdir()
+    }
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    runs = [r for r in rows if r["run"] is not None]
+    assert len(runs) == 8 and len(rows) == 9
+    assert len({(r["tokens"], r["words"], r["bytes"], r["corpus"]) for r in rows}) == 1
+    for row in runs:
+        refused = row["position"] == "learned" and row["inference_length"] == 32
+        assert (row["nats"] is None) == refused
+        assert not refused or "16 positions" in row["reason"]
+    assert "outputs/smoke/extrapolation/extrapolation.png" in done.stdout
+    # Word level: a target is a word or a line end.
+    assert rows[0]["tokens"] == rows[0]["words"]
+
+    # A second evaluation replaces its rows; another mode adds rows.
+    script(place, "evaluate.py", "experiment=smoke", "threads=1", "lengths=[16]")
+    assert len((output / "results.jsonl").read_text().splitlines()) == 9
+    script(place, "evaluate.py", "experiment=smoke", "threads=1", "mode=sliding", "stride=4", "split=test")
+    after = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert len([r for r in after if r["mode"] == "sliding" and r["split"] == "test" and r["run"]]) == 8
+
+
+def test_the_trainers_validation_is_the_evaluators_number(trained, place):
+    script(place, "evaluate.py", "runs=outputs/smoke/runs/alibi*", "lengths=[16]", "output_dir=check", "threads=1")
+    rows = [json.loads(line) for line in (place / "check" / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["run"]:
+            finished = json.loads((trained / row["run"] / "finished.json").read_text())
+            assert row["nats"] / row["tokens"] == pytest.approx(finished["validation_loss"], rel=1e-6)
+
+
+def test_a_failing_job_hides_no_other(place):
+    done = script(
+        place, "train.py", "-m", *TRAIN, "position=alibi", "output_dir=deep", "seed=8",
+        "model.num_heads=2,5,4", ok=False,
+    )  # fmt: skip
+    assert "model.num_heads = 5" in done.stderr and "does not divide" in done.stderr
+    assert (place / "deep" / "finished.json").exists()
+
+
+def test_load_run_gives_log_probabilities(trained, place):
+    import torch
+
+    from alibi_lm import load_run
+
+    folder = next(p for p in trained.iterdir() if p.name.startswith("alibi_L16_s1"))
+    model = load_run(folder, inference_length=64)
+    assert not model.training
+    tokens = torch.randint(0, model.vocab_size, (2, 65))
+    log_prob = model.log_prob(tokens[:, :-1], tokens[:, 1:])
+    assert log_prob.shape == (2, 64) and log_prob.dtype == torch.float32 and (log_prob < 0).all()
+    double = model.double().log_prob(tokens[:, :-1], tokens[:, 1:])
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(log_prob.double(), double, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("train.py", ["experiment=smoke", "position.slop=1"], ["slop"]),
+        ("train.py", ["experiment=smoke", "model.num_heads=3"], ["model.num_heads = 3", "does not divide"]),
+        ("train.py", ["experiment=smoke", "data=wikitext103", "data.path=nowhere"], ["nowhere"]),
+        ("evaluate.py", ["runs=nowhere", "lengths=[64]"], ["runs = nowhere", "matches no folder"]),
+        ("evaluate.py", ["runs=text", "lengths=[64]"], ["text", "config.yaml"]),
+    ],
+)
+def test_mistakes_end_in_a_message(place, name, arguments, words):
+    done = script(place, name, *arguments, ok=False)
+    for word in words:
+        assert word in done.stderr

@@ -1,0 +1,53 @@
+"""What the README shows works as it stands there."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import torch
+
+from alibi_lm.model.transformer import KeyValueCache, TransformerLM
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return [textwrap.dedent(b) for b in re.findall(rf"```{language}\n(.*?)\n *```", README, flags=re.DOTALL)]
+
+
+def test_the_scheme_of_the_four_steps_works(tiny_config, tmp_path, monkeypatch):
+    source = next(b for b in code_blocks("python") if "class Kerple" in b)
+    (tmp_path / "kerple.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import kerple
+
+    torch.manual_seed(1)
+    model = TransformerLM(tiny_config, kerple.KerpleConfig(), "sdpa", 50, 64).eval()
+    tokens = torch.randint(0, 50, (2, 200))
+    whole = model(tokens)
+    cache = KeyValueCache()
+    pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split([120, 1, 79], dim=1)], dim=1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=2e-6)
+    whole.sum().backward()
+    assert (model.schemes[0].log_r.grad != 0).all()
+    bias = model.schemes[0].bias(torch.tensor([5]), torch.tensor([0, 5]))
+    torch.testing.assert_close(bias[:, 0], torch.tensor([-6.0, -1.0]).abs().log().mul(-1).repeat(3, 1))
+
+
+def test_every_file_and_folder_it_names_exists():
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert links
+    for target in links:
+        assert (ROOT / target).exists(), target
+    tree = README.split("## Layout")[1].split("```")[1]
+    for name in re.findall(r"[\w/]+\.py|^\w+/|^  \w+/", tree, flags=re.MULTILINE):
+        found = list(ROOT.rglob(name.strip().rstrip("/")))
+        assert found, name
+
+
+def test_every_make_target_it_names_exists():
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert named <= targets, named - targets
+    assert {"train", "eval-extrapolation", "reproduce", "test"} <= named
