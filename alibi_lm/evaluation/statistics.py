@@ -6,13 +6,14 @@ the seeds, and more seeds do not shrink the error from the documents. An interva
 
 Formula, with a seeds s, D documents d, x_sd nats and t_d tokens:
     R_s  = sum_d x_sd / sum_d t_d            estimate = mean_s R_s
-    e_sd = (x_sd - R_s t_d) / (T (1 - h_d))  T = sum_d t_d, h_d = t_d / T, e_d = mean_s e_sd
+    e_sd = sqrt((D - 1) / D) (x_sd - R_s t_d) / (T (1 - h_d)),  T = sum_d t_d, h_d = t_d / T, e_d = mean_s e_sd
     seed part      = variance of R_s (divisor a - 1) / a, with a - 1 degrees of freedom
     document part  = sum_d e_d^2 - sum_sd (e_sd - e_d)^2 / (a (a - 1)), at least 0,
                      with 1 / sum_d h_d^2 - 1 degrees of freedom
     half width     = critical value(share of the seed part) * sqrt(seed part + document part)
-The seed part already holds the interaction of seeds with documents, hence the subtraction. 1 - h_d is the
-delete-one jackknife of a ratio; 1 / sum h_d^2 is the number of equally long documents worth the same.
+The seed part already holds the interaction of seeds with documents, hence the subtraction. sum_d e_d^2 is the
+delete-one jackknife of a ratio; 1 / sum_d h_d^2 is the number of equally long documents worth the same. With
+documents of one length both parts are those of the balanced two-way analysis of variance.
 
 Source: Cochran and Cox (1950), Behrens (1929), Fisher (1935) and Satterthwaite (1946) for the critical value;
 the blend in `critical_value` is our own. docs/statistics.md has the measured coverage, scripts/coverage.py
@@ -138,6 +139,7 @@ def variance_parts(nats: np.ndarray, tokens: np.ndarray) -> VarianceParts:
     share = tokens / total[..., None]
     rates = nats.sum(-1) / total[..., None]
     errors = (nats - rates[..., None] * tokens[..., None, :]) / (total[..., None] * (1 - share))[..., None, :]
+    errors *= np.sqrt(1 - 1 / tokens.shape[-1])
     of_document = errors.mean(-2)
     seen = (of_document**2).sum(-1)
     seed = interaction = np.zeros_like(seen)
@@ -161,8 +163,8 @@ def critical_value(
     seeds, or further out in the tail, it would cover too little.
 
     Guarded, it is the Behrens-Fisher value: the quantile of sqrt(share) T_seed + sqrt(1 - share) T_document with
-    T independent t variables. For normal errors it covered `level` or more wherever we measured, also far out in
-    the tail and with two seeds.
+    T independent t variables. For normal errors it covered `level` or more, to within the simulation's error,
+    wherever we measured: also far out in the tail and with two seeds.
 
     Args:
         share: seed part / (seed part + document part), in [0, 1]; any shape, as are the next two.

@@ -1,0 +1,384 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from alibi_lm.evaluation.statistics import (
+    BOTH,
+    ONE_SEED,
+    Interval,
+    as_perplexity,
+    critical_value,
+    mean_nats_interval,
+    paired_difference,
+    per_document_sums,
+    variance_parts,
+    verdict,
+)
+
+
+def load_coverage():
+    path = Path(__file__).resolve().parents[2] / "scripts" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def scores():
+    """Three seeds, twelve documents of unequal length: nats (3, 12), tokens (12,)."""
+    rng = np.random.default_rng(0)
+    tokens = np.round(3600 * np.exp(0.7 * rng.standard_normal(12)))
+    rates = 3 + 0.3 * rng.standard_normal(12) + 0.05 * rng.standard_normal((3, 1)) + 0.1 * rng.random((3, 12))
+    return rates * tokens, tokens
+
+
+def ends(interval):
+    return np.array([interval.estimate, interval.low, interval.high])
+
+
+# ---- sums per document
+
+
+def test_sums_and_counts_per_document():
+    sums, counts = per_document_sums(np.array([1, 2, 4, 8, 16, 32.0]), np.array([0, 1, 4]))
+    assert sums.tolist() == [1, 14, 48] and counts.tolist() == [1, 3, 2]
+    assert counts.dtype == np.int64
+
+
+def test_unscored_tokens_count_nowhere():
+    nats = np.array([1, np.nan, 4, 8, 16, 32], dtype=np.float32)
+    scored = np.array([True, False, True, True, False, False])
+    sums, counts = per_document_sums(nats, np.array([0, 2, 4]), scored)
+    assert sums.tolist() == [1, 12, 0] and counts.tolist() == [1, 2, 0]
+
+
+def test_sums_are_added_in_double_precision():
+    nats = np.full(300_000, 0.1, dtype=np.float32)
+    sums, _ = per_document_sums(nats, np.array([0]))
+    # The same sum in float32 is wrong by a thousandth.
+    assert sums[0] == pytest.approx(300_000 * float(np.float32(0.1)), rel=1e-12)
+
+
+@pytest.mark.parametrize("starts", [[1, 2], [0, 2, 2], [0, 3, 2], [0, 6], [], [[0, 1]], [0.0, 2.0]])
+def test_starts_must_rise_from_zero_within_the_stream(starts):
+    with pytest.raises(ValueError, match="document_starts"):
+        per_document_sums(np.ones(6), np.array(starts))
+
+
+def test_values_that_are_not_finite_name_their_document():
+    with pytest.raises(ValueError, match="document 1 "):
+        per_document_sums(np.array([1, 2, np.inf, 3]), np.array([0, 2, 3]))
+    with pytest.raises(ValueError, match="scored"):
+        per_document_sums(np.ones(4), np.array([0]), np.ones(3, dtype=bool))
+
+
+# ---- the interval of a mean
+
+
+def test_documents_of_one_length_give_the_analysis_of_variance_by_hand():
+    # Seeds x documents; 100 tokens each, so nats per token are the numbers / 100.
+    rates = np.array([[1.0, 2.0, 4.0, 5.0], [2.0, 2.0, 5.0, 7.0], [3.0, 5.0, 6.0, 6.0]])
+    # Grand mean 4; seed means 3, 4, 5; document means 2, 3, 5, 6.
+    # Mean squares: seeds 4 * 2 / 2 = 4, documents 3 * 10 / 3 = 10; interaction: residuals
+    # 0 0 0 0 | 0 -1 0 1 | 0 1 0 -1, sum of squares 4, over 2 * 3 degrees of freedom = 2 / 3.
+    parts = variance_parts(rates * 100, np.full(4, 100.0))
+    assert parts.estimate == pytest.approx(4)
+    assert parts.seed == pytest.approx(4 / 12)
+    assert parts.document == pytest.approx((10 - 2 / 3) / 12)
+    assert parts.document_df == pytest.approx(3)
+    share = 4 / (4 + 10 - 2 / 3)
+    few, many = 4.302653, 3.182446  # two-sided 5% points of t with 2 and 3 degrees of freedom
+    half = (many + (few - many) * share**1.5 * (3 - share) / 2) * np.sqrt((4 + 10 - 2 / 3) / 12)
+    interval = mean_nats_interval(rates * 100, np.full(4, 100))
+    np.testing.assert_allclose(ends(interval), [4, 4 - half, 4 + half], rtol=1e-6)
+    assert 2 < interval.degrees_of_freedom < 3
+    assert interval.kind == BOTH and interval.note == "" and interval.comparisons is None
+
+
+def test_seed_noise_alone_gives_the_t_interval_over_seeds():
+    tokens = np.array([100.0, 300.0, 50.0])
+    interval = mean_nats_interval(np.array([2.0, 3.0, 4.0])[:, None] * tokens, tokens)
+    half = stats.t.ppf(0.975, 2) * 1 / np.sqrt(3)
+    np.testing.assert_allclose(ends(interval), [3, 3 - half, 3 + half], rtol=1e-9)
+    assert interval.degrees_of_freedom == pytest.approx(2)
+
+
+def test_one_seed_is_conditional_and_over_documents_alone():
+    rates = np.array([1.0, 2.0, 4.0, 5.0])
+    interval = mean_nats_interval(rates * 50, np.full(4, 50), level=0.9)
+    half = stats.t.ppf(0.95, 3) * rates.std(ddof=1) / 2
+    np.testing.assert_allclose(ends(interval), [3, 3 - half, 3 + half], rtol=1e-9)
+    assert interval.kind == ONE_SEED
+    assert interval.kind == "one seed: conditional on that seed"
+    assert interval.degrees_of_freedom == pytest.approx(3)
+
+
+def test_the_document_part_of_one_seed_is_the_delete_one_jackknife(scores):
+    nats, tokens = scores
+    keep = ~np.eye(12, dtype=bool)
+    left = np.array([nats[0][k].sum() / tokens[k].sum() for k in keep])
+    jackknife = 11 / 12 * ((left - nats[0].sum() / tokens.sum()) ** 2).sum()
+    assert variance_parts(nats[:1], tokens).documents_seen == pytest.approx(jackknife, rel=1e-9)
+
+
+def test_tokens_weigh_the_mean(scores):
+    nats, tokens = scores
+    assert mean_nats_interval(nats, tokens).estimate == pytest.approx(nats.sum() / tokens.sum() / 3)
+
+
+def test_shift_scale_order_and_empty_documents(scores):
+    nats, tokens = scores
+    reference = mean_nats_interval(nats, tokens)
+    np.testing.assert_allclose(ends(mean_nats_interval(nats + 2 * tokens, tokens)), ends(reference) + 2)
+    np.testing.assert_allclose(ends(mean_nats_interval(nats * 3, tokens)), ends(reference) * 3)
+    np.testing.assert_allclose(ends(mean_nats_interval(nats * 7, tokens * 7)), ends(reference))
+    np.testing.assert_allclose(ends(mean_nats_interval(nats[[2, 0, 1]][:, ::-1], tokens[::-1])), ends(reference))
+    empty = mean_nats_interval(np.insert(nats, 4, 0, axis=1), np.insert(tokens, 4, 0))
+    np.testing.assert_allclose(ends(empty), ends(reference))
+    assert "1 documents without tokens" in empty.note
+
+
+def test_a_higher_level_is_wider_and_more_documents_do_not_shrink_the_seed_part(scores):
+    nats, tokens = scores
+    widths = [mean_nats_interval(nats, tokens, level).high for level in (0.5, 0.9, 0.95, 0.99)]
+    assert sorted(widths) == widths
+    many = variance_parts(np.tile(nats, (1, 50)), np.tile(tokens, 50))
+    few = variance_parts(nats, tokens)
+    assert many.seed == pytest.approx(few.seed)
+    assert many.document < few.document / 40
+
+
+@pytest.mark.parametrize(
+    ("nats", "tokens", "match"),
+    [
+        (np.ones((2, 1)), np.ones(1), "documents = 1"),
+        (np.array([[1.0, 0.0]]), np.array([5, 0]), "documents = 1"),
+        (np.ones((2, 3)), np.ones(4), "shape"),
+        (np.ones((0, 3)), np.ones(3), "shape"),
+        (np.ones((1, 2, 3)), np.ones(3), "shape"),
+        (np.array([[1.0, np.nan]]), np.ones(2), "finite"),
+        (np.ones(2), np.array([1, -1]), "finite"),
+        (np.array([[1.0, 2.0], [1.0, 2.0]]), np.ones(2), "same run twice"),
+    ],
+)
+def test_input_that_carries_no_interval_is_refused(nats, tokens, match):
+    with pytest.raises(ValueError, match=match):
+        mean_nats_interval(nats, tokens)
+
+
+@pytest.mark.parametrize("level", [0, 1, 95])
+def test_level_is_a_share(scores, level):
+    with pytest.raises(ValueError, match=f"level = {level}"):
+        mean_nats_interval(*scores, level=level)
+
+
+# ---- the critical value
+
+
+def test_critical_value_at_its_ends_is_t():
+    for guarded in (False, True):
+        value = critical_value(np.array([0.0, 1.0]), np.array(2.0), np.array(40.0), 0.95, guarded)
+        np.testing.assert_allclose(value, [stats.t.ppf(0.975, 40), stats.t.ppf(0.975, 2)], rtol=1e-4)
+
+
+def test_critical_value_does_not_care_which_part_is_which():
+    share = np.array([0.1, 0.5, 0.8])
+    for guarded in (False, True):
+        one = critical_value(share, np.array(3.0), np.array(20.0), 0.95, guarded)
+        other = critical_value(1 - share, np.array(20.0), np.array(3.0), 0.95, guarded)
+        np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
+def test_guarded_value_is_the_quantile_of_a_sum_of_two_t_variables():
+    rng = np.random.default_rng(1)
+    share, level = 0.4, 0.98
+    draws = np.sqrt(share) * rng.standard_t(2, 10**6) + np.sqrt(1 - share) * rng.standard_t(30, 10**6)
+    value = critical_value(np.array(share), np.array(2.0), np.array(30.0), level, True)
+    assert float((np.abs(draws) > value).mean()) == pytest.approx(0.02, abs=0.0006)
+    # Two Cauchy variables add to a Cauchy variable of the sum of both scales.
+    cauchy = critical_value(np.array(0.5), np.array(1.0), np.array(1.0), 0.8, True)
+    assert float(cauchy) == pytest.approx(np.sqrt(2) * stats.cauchy.ppf(0.9), rel=0.01)
+
+
+def test_guarded_is_wider_where_both_parts_matter():
+    share = np.linspace(0.02, 0.98, 20)
+    plain = critical_value(share, np.array(2.0), np.array(35.0), 0.95)
+    assert (critical_value(share, np.array(2.0), np.array(35.0), 0.95, True) > plain).all()
+    assert (np.diff(plain) > 0).all()
+
+
+# ---- differences and verdicts
+
+
+def test_a_paired_difference_is_the_mean_of_the_differences(scores):
+    nats, tokens = scores
+    rng = np.random.default_rng(3)
+    other = nats + (0.1 + 0.02 * rng.standard_normal((3, 12)) + 0.01 * rng.standard_normal((3, 1))) * tokens
+    difference = paired_difference(nats, other, tokens)
+    np.testing.assert_allclose(ends(difference), ends(mean_nats_interval(nats - other, tokens)))
+    assert -0.2 < difference.low < difference.high < 0
+    swapped = paired_difference(other, nats, tokens)
+    np.testing.assert_allclose(ends(swapped), -ends(difference)[[0, 2, 1]])
+    # What documents and seeds share cancels: far shorter than the interval of either.
+    alone = mean_nats_interval(nats, tokens)
+    assert difference.high - difference.low < (alone.high - alone.low) / 3
+
+
+def test_seeds_are_matched_by_name_and_the_others_left_out(scores):
+    nats, tokens = scores
+    rng = np.random.default_rng(4)
+    other = nats + (0.1 + 0.02 * rng.standard_normal((3, 12))) * tokens
+    reference = paired_difference(nats, other, tokens)
+    shuffled = paired_difference(nats, other[[2, 0, 1]], tokens, seeds_a=[7, 8, 9], seeds_b=[9, 7, 8])
+    np.testing.assert_allclose(ends(shuffled), ends(reference))
+    more = np.concatenate([other, other[:1] * 5])
+    fewer = paired_difference(nats, more, tokens, seeds_a=[7, 8, 9], seeds_b=[7, 8, 9, 1])
+    np.testing.assert_allclose(ends(fewer), ends(reference))
+    assert "1 runs left out" in fewer.note
+
+
+def test_seeds_without_partners_add_their_variances(scores):
+    nats, tokens = scores
+    rng = np.random.default_rng(5)
+    other = 1.1 * nats[0] + (0.1 + 0.05 * rng.standard_normal((5, 1)) + 0.01 * rng.random((5, 12))) * tokens
+    interval = paired_difference(nats, other, tokens, seeds_a=[0, 1, 2], seeds_b=[3, 4, 5, 6, 7])
+    assert "not paired" in interval.note and interval.kind == BOTH
+    a, b = variance_parts(nats, tokens), variance_parts(other, tokens)
+    both = variance_parts((nats.mean(0) - other.mean(0))[None], tokens)
+    document = max(both.documents_seen - a.interaction - b.interaction, 0)
+    variance = a.seed + b.seed + document
+    df = (a.seed + b.seed) ** 2 / (a.seed**2 / 2 + b.seed**2 / 4)
+    half = critical_value((a.seed + b.seed) / variance, df, both.document_df, 0.95) * np.sqrt(variance)
+    np.testing.assert_allclose(ends(interval), a.estimate - b.estimate + np.array([0, -half, half]))
+    # Without names, unequal numbers are no pairs, and equal numbers are.
+    np.testing.assert_allclose(ends(paired_difference(nats, other, tokens)), ends(interval))
+    assert "not paired" not in paired_difference(nats, other[:3], tokens).note
+    # The guarded one stays with the smaller set.
+    guarded = paired_difference(nats, other, tokens, comparisons=1)
+    half = critical_value((a.seed + b.seed) / variance, np.array(2.0), both.document_df, 0.95, True)
+    assert guarded.high - guarded.estimate == pytest.approx(float(half * np.sqrt(variance)))
+
+
+def test_verdicts_follow_the_interval(scores):
+    nats, tokens = scores
+    rng = np.random.default_rng(6)
+    noise = 0.01 * rng.standard_normal((3, 12)) * tokens
+    better, same = nats - 0.2 * tokens + noise, nats + noise
+    assert verdict(paired_difference(better, nats, tokens, comparisons=3)) == "yes"
+    assert verdict(paired_difference(nats, better, tokens, comparisons=3)) == "no"
+    assert verdict(paired_difference(same, nats, tokens, comparisons=3)) == "not settled"
+    assert verdict(paired_difference(nats, nats, tokens, comparisons=3)) == "not settled"
+
+
+def test_one_seed_settles_nothing_about_schemes(scores):
+    nats, tokens = scores
+    for a, b in [(nats[0], nats[1] - tokens), (nats[:1], nats - tokens), (nats, nats[0] + tokens)]:
+        interval = paired_difference(a, b, tokens, comparisons=1)
+        assert interval.kind == ONE_SEED
+        assert interval.low * interval.high > 0  # 0 is outside, and still:
+        assert verdict(interval) == "not settled"
+
+
+def test_asking_more_lengths_widens_by_bonferroni(scores):
+    nats, tokens = scores
+    rng = np.random.default_rng(7)
+    other = nats + (0.1 * rng.standard_normal(12) + 0.02 * rng.standard_normal((3, 1))) * tokens
+    six = paired_difference(nats, other, tokens, level=0.94, comparisons=6)
+    one = paired_difference(nats, other, tokens, level=0.99, comparisons=1)
+    np.testing.assert_allclose(ends(six), ends(one), rtol=1e-6)
+    assert (six.level, six.comparisons) == (0.94, 6)
+    assert one.low < paired_difference(nats, other, tokens, level=0.99).low - 1e-3  # guarded
+
+
+def test_a_verdict_needs_the_interval_made_for_it(scores):
+    nats, tokens = scores
+    difference = paired_difference(nats, nats * 1.1, tokens)
+    with pytest.raises(ValueError, match="comparisons=N"):
+        verdict(difference)
+    with pytest.raises(ValueError, match="unit = perplexity"):
+        verdict(as_perplexity(paired_difference(nats, nats * 1.1, tokens, comparisons=1)))
+    with pytest.raises(ValueError, match="comparisons = 0"):
+        paired_difference(nats, nats, tokens, comparisons=0)
+
+
+def test_seeds_named_twice_or_on_one_side_are_refused(scores):
+    nats, tokens = scores
+    with pytest.raises(ValueError, match="or neither"):
+        paired_difference(nats, nats, tokens, seeds_a=[1, 2, 3])
+    with pytest.raises(ValueError, match="seeds_b"):
+        paired_difference(nats, nats, tokens, seeds_a=[1, 2, 3], seeds_b=[1, 1, 2])
+    with pytest.raises(ValueError, match="nats_b has shape"):
+        paired_difference(nats, nats[:, 1:], tokens)
+
+
+def test_perplexity_is_exp_of_all_three():
+    interval = Interval(0.1, -0.2, 0.4, 0.95, 5.0, BOTH, "note")
+    ratio = as_perplexity(interval)
+    np.testing.assert_allclose(ends(ratio), np.exp([0.1, -0.2, 0.4]))
+    assert (ratio.unit, ratio.note, ratio.level) == ("perplexity", "note", 0.95)
+    assert as_perplexity(Interval(0.1, -900.0, 900.0, 0.95, 1.0, BOTH)).high == np.inf
+    with pytest.raises(ValueError, match="already"):
+        as_perplexity(ratio)
+
+
+# ---- coverage
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("comparisons", [None, 6])
+def test_the_simulated_interval_is_the_library_interval(seeds, comparisons):
+    coverage = load_coverage()
+    rng = np.random.default_rng(8)
+    tokens = coverage.draw_tokens(rng, 3)
+    nats = coverage.draw_errors(rng, tokens, seeds, 1.0, 0.5)
+    level = 0.95 if comparisons is None else 1 - 0.05 / comparisons
+    half = coverage.half_width(variance_parts(nats, tokens), seeds, level, comparisons is not None)
+    for scores, counts, expected in zip(nats, tokens, half, strict=True):
+        base = np.arange(seeds)[:, None] * counts
+        interval = paired_difference(scores + base, base, counts, comparisons=comparisons)
+        assert interval.high - interval.estimate == pytest.approx(expected, rel=1e-6)
+        if comparisons is None:
+            np.testing.assert_allclose(ends(mean_nats_interval(scores, counts)), ends(interval))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0], ids=["small", "equal", "large"])
+def test_95_percent_intervals_cover_93_to_97(seeds, noise):
+    coverage = load_coverage()
+    for interaction in coverage.INTERACTION:
+        for documents in ("normal", "skewed"):
+            share = coverage.interval_coverage(10_000, seeds, noise, interaction, documents)
+            assert 0.93 <= share <= 0.97, (interaction, documents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0], ids=["small", "equal", "large"])
+def test_differences_of_unpaired_seeds_cover_93_to_97(noise):
+    coverage = load_coverage()
+    for seeds in ((3, 3), (3, 5)):
+        assert 0.93 <= coverage.unpaired_coverage(10_000, seeds, noise, False) <= 0.97, seeds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+def test_equal_schemes_get_a_verdict_in_at_most_5_percent_of_families(seeds, correlation):
+    coverage = load_coverage()
+    families = 2_000
+    # Three standard errors of the simulation at the limit.
+    limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / families)
+    for noise in (0.1, 1.0, 10.0):
+        assert coverage.family_false_positives(families, seeds, noise, 0.1, correlation) <= limit, noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0, 10.0])
+def test_one_question_is_answered_wrongly_in_at_most_5_percent(seeds, noise):
+    coverage = load_coverage()
+    assert 1 - coverage.interval_coverage(20_000, seeds, noise, 0.1, guarded=True) <= 0.05 + 3 * 0.00154
