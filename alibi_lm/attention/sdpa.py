@@ -1,9 +1,11 @@
-"""Attention through torch's fused kernels, `scaled_dot_product_attention`.
+"""Attention through torch's fused kernels, `scaled_dot_product_attention` and what lies behind it on the CPU.
 
-Three routes, all equal to `eager`:
+Five routes, all equal to `eager`:
 - no bias: the plain causal kernel;
-- a bias that is a low-rank product (`PositionScheme.bias_factors`, ALiBi): its factors become extra columns of
-  queries and keys, so that the plain causal kernel computes it and no (T, S) tensor exists;
+- a bias that is a function of the key (`PositionScheme.key_bias`, ALiBi): on the CPU a row of scores added by the
+  plain causal kernel, elsewhere extra columns of queries and keys; no (T, S) tensor exists;
+- a bias that is a function of the distance (`PositionScheme.distance_bias`, T5), on the CPU: slices of queries
+  that share one block of the mask;
 - any other bias, a window, or queries that are not all of the keys: a dense additive mask, built once per
   forward pass when it is small and in slices of queries when it is not.
 """
@@ -18,20 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alibi_lm.attention import fused_cpu
 from alibi_lm.attention.base import AttentionBackend, hidden_keys
 from alibi_lm.positions.base import PositionScheme
 
 MASK_ELEMENTS = 1 << 25
 """Largest dense mask, in elements (128 MiB of float32); longer ones are built in slices of queries."""
-SHORT = 512
-"""Up to this many keys a dense bias costs no more than factor columns, and is exact to the last bit."""
+SHORT = 256
+"""Up to this many keys a dense mask costs no more than a key bias, and is exact to the last bit."""
 
 
 @dataclass
 class SdpaPrepared:
-    """What the layers share: nothing (plain causal), factor columns, or the masks of query slices."""
+    """What the layers share: nothing (plain causal), or one of the others."""
 
-    columns: tuple[Tensor, Tensor] | None = None
+    key_bias: Tensor | None = None
+    """(H, S) float32."""
+    distance_bias: tuple[Tensor, Tensor, int] | None = None
+    """Bias of each distance (H, T), its block of mask (1, H, R, T), and the distance from which it is constant."""
     slices: list[tuple[slice, slice, Callable[[], Tensor | None]]] | None = None
 
 
@@ -48,63 +54,94 @@ class SdpaAttention(AttentionBackend):
         if window is not None and window >= num_keys:
             window = None
         if num_queries == num_keys and window is None:
-            factors = scheme.bias_factors(q_pos, k_pos)
-            if factors is not None and num_keys > SHORT and dtype in (torch.float32, torch.bfloat16):
-                return SdpaPrepared(columns=_columns(*factors, scheme.shape.head_dim, dtype))
-            if factors is None and scheme.bias(q_pos[:1], k_pos[:1]) is None:
+            if scheme.bias(q_pos[:1], k_pos[:1]) is None:
                 return SdpaPrepared()
+            if num_keys > SHORT and dtype in (torch.float32, torch.bfloat16):
+                key_bias = scheme.key_bias(k_pos)
+                if key_bias is not None:
+                    return SdpaPrepared(key_bias=key_bias)
+            if k_pos.is_cpu and _consecutive(k_pos) and fused_cpu.available():
+                bias = scheme.distance_bias(torch.arange(num_keys))
+                if bias is not None:
+                    block = fused_cpu.distance_block(bias, torch.promote_types(dtype, torch.float32))
+                    return SdpaPrepared(distance_bias=(bias, block, scheme.saturation or num_keys))
         return SdpaPrepared(slices=_mask_slices(scheme, q_pos, k_pos, window, dtype))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: SdpaPrepared, dropout: float) -> Tensor:
         """See the base class."""
-        if prepared.slices is not None:
-            parts = [
-                F.scaled_dot_product_attention(
-                    q[:, :, rows], k[:, :, columns], v[:, :, columns], attn_mask=mask(), dropout_p=dropout
-                )
-                for rows, columns, mask in prepared.slices
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        if prepared.columns is None:
+        if prepared.key_bias is not None:
+            return _with_key_bias(q, k, v, prepared.key_bias, dropout)
+        if prepared.distance_bias is not None:
+            return _with_distance_bias(q, k, v, *prepared.distance_bias, dropout)
+        if prepared.slices is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        head_dim = q.shape[-1]
-        q_columns, k_columns = (c.to(q.dtype).expand(len(q), -1, -1, -1) for c in prepared.columns)
-        out = F.scaled_dot_product_attention(
-            torch.cat([q, q_columns], dim=-1),
-            torch.cat([k, k_columns], dim=-1),
-            F.pad(v, (0, q_columns.shape[-1])),
-            is_causal=True,
-            dropout_p=dropout,
-            scale=head_dim**-0.5,
-        )
-        return out[..., :head_dim]
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, rows], k[:, :, columns], v[:, :, columns], attn_mask=mask(), dropout_p=dropout
+            )
+            for rows, columns, mask in prepared.slices
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _columns(q_part: Tensor, k_part: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factor columns as queries and keys take them: scores are divided by sqrt(head_dim), the bias is not.
+def _with_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, dropout: float) -> Tensor:
+    """Causal attention with a bias per head and key, in whichever fused form fits."""
+    if q.is_cpu and not dropout and not key_bias.requires_grad and fused_cpu.available():
+        return fused_cpu.attend_key_bias(q, k, v, key_bias)
+    head_dim = q.shape[-1]
+    q_columns, k_columns = (
+        c.to(q.dtype).expand(len(q), -1, -1, -1) for c in _columns(key_bias, head_dim, q.dtype)
+    )
+    out = F.scaled_dot_product_attention(
+        torch.cat([q, q_columns], dim=-1),
+        torch.cat([k, k_columns], dim=-1),
+        F.pad(v, (0, q_columns.shape[-1])),
+        is_causal=True,
+        dropout_p=dropout,
+        scale=head_dim**-0.5,
+    )
+    return out[..., :head_dim]
 
-    bfloat16 holds 8 bits of a value, too few for a position. There each key column becomes three whose sum
-    carries 24 bits; the kernel adds them in float32.
+
+def _columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A key bias as columns of queries and keys, whose product it is.
+
+    Scores are divided by sqrt(head_dim), the bias is not. bfloat16 holds 8 bits of a value, too few for a
+    position. There the column of the keys becomes three whose sum carries 24 bits; the kernel adds them in
+    float32.
 
     Args:
-        q_part: (H, T, R) float32.
-        k_part: (H, S, R) float32.
+        key_bias: (H, S) float32.
         head_dim: of the unextended heads.
         dtype: of queries and keys.
 
     Returns:
-        (1, H, T, C), (1, H, S, C) with C a multiple of 8, which fused kernels ask for.
+        (1, H, S, C), (1, H, S, C) with C a multiple of 8, which fused kernels ask for.
     """
-    k_part = k_part * head_dim**0.5
-    if dtype == torch.bfloat16:
-        pieces, rest = [], k_part
-        for _ in range(3):
-            pieces.append(rest.bfloat16())
-            rest = rest - pieces[-1].float()
-        k_part = torch.cat([p.float() for p in pieces], dim=-1)
-        q_part = q_part.repeat(1, 1, 3)
-    padding = -k_part.shape[-1] % 8
-    return F.pad(q_part, (0, padding))[None], F.pad(k_part, (0, padding))[None]
+    rest, pieces = key_bias * head_dim**0.5, []
+    for _ in range(3 if dtype == torch.bfloat16 else 1):
+        pieces.append(rest.to(dtype).to(rest.dtype))
+        rest = rest - pieces[-1]
+    k_columns = torch.stack(pieces, dim=-1)
+    padding = (0, -len(pieces) % 8)
+    return F.pad(torch.ones_like(k_columns), padding)[None], F.pad(k_columns, padding)[None]
+
+
+def _with_distance_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: Tensor, saturation: int, dropout: float
+) -> Tensor:
+    """Causal attention with a bias per head and distance."""
+    if not dropout:
+        return fused_cpu.DistanceAttention.apply(q, k, v, bias, block, saturation)
+    length = q.shape[2]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = bias[:, distance.clamp_min(0)].masked_fill(distance < 0, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[None], dropout_p=dropout)
+
+
+def _consecutive(positions: Tensor) -> bool:
+    """Whether each position follows the one before. Positions on the CPU only: it reads them."""
+    return not torch.compiler.is_compiling() and bool((positions.diff() == 1).all())
 
 
 def _mask_slices(

@@ -87,12 +87,10 @@ class Alibi(PositionScheme):
         """See the base class; exact for slopes that are powers of two and distances below 2^24."""
         return -self.slopes_per_head()[:, None, None] * distances(q_pos, k_pos).float()
 
-    def bias_factors(self, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """See the base class: -m (i - j) = m (j - c) + constant of the query, which is one column.
+    def key_bias(self, k_pos: Tensor) -> Tensor:
+        """See the base class: -m (i - j) = m (j - c) + m (c - i), and the last term belongs to the query.
 
-        c is the last key position, so that the values are smallest, and most precise, at the sequence's end.
+        c is the middle position, which keeps the values, and the rounding of the scores they are added to,
+        smallest.
         """
-        slopes = self.slopes_per_head()[:, None]
-        keys = slopes * (k_pos - k_pos[-1]).float()
-        queries = torch.ones((), device=keys.device).expand(len(slopes), len(q_pos))
-        return queries[..., None], keys[..., None]
+        return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()

@@ -6,7 +6,7 @@ Kazemnejad et al. 2023, arXiv 2305.19466). A published method overrides the one 
 Positions are absolute, counted from 0, int64 vectors on the model's device. Lengths and offsets are never
 passed: `positions = arange(offset, offset + T)` says both.
 
-Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head dim, R factor columns.
+Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head dim.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class PositionScheme(nn.Module):
     """One instance serves all layers (its parameters, if any, are shared)."""
     translation_invariant: ClassVar[bool] = True
     """Whether shifting all positions by a constant changes nothing."""
+    saturation: int | None = None
+    """Distance from which on `distance_bias` is constant; None where it never is."""
 
     def __init__(self, shape: PositionShape) -> None:
         super().__init__()
@@ -127,19 +129,29 @@ class PositionScheme(nn.Module):
         """
         return None
 
-    def bias_factors(self, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The bias as a low-rank product, up to a constant for each query and head, where there is one.
+    def key_bias(self, k_pos: Tensor) -> Tensor | None:
+        """The bias as a function of the key alone, up to a constant for each query and head, where there is one.
 
-        Softmax ignores a constant added to a row of scores, so a backend may append these columns to queries
-        and keys and call a plain causal kernel; no (T, S) tensor is built.
+        Softmax ignores a constant added to a row of scores, so a backend may add this vector to the scores of a
+        plain causal kernel; no (T, S) tensor is built.
 
         Args:
-            q_pos: (T,) int64.
             k_pos: (S,) int64.
 
         Returns:
-            (query columns (H, T, R), key columns (H, S, R)), float32, whose product over R equals
-            `bias(q_pos, k_pos)` plus a term that does not depend on the key, for all k_pos <= q_pos; or None.
+            (H, S) float32 that equals `bias(q_pos, k_pos)` plus a term that does not depend on the key, for all
+            k_pos <= q_pos; or None.
+        """
+        return None
+
+    def distance_bias(self, distance: Tensor) -> Tensor | None:
+        """The bias as a function of the distance q_pos - k_pos alone, where it is one.
+
+        Args:
+            distance: int64 >= 0, any shape.
+
+        Returns:
+            (H, *distance.shape) float32, or None.
         """
         return None
 

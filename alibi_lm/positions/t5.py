@@ -77,6 +77,7 @@ class T5Bias(PositionScheme):
         self.num_buckets = config.num_buckets
         automatic = max(config.num_buckets // 2 + 1, min(128, shape.train_length // 2))
         self.max_distance = config.max_distance or automatic
+        self.saturation = self.max_distance
         self.table = nn.Parameter(torch.empty(config.num_buckets, shape.num_heads))
         self.initialise()
 
@@ -86,5 +87,9 @@ class T5Bias(PositionScheme):
 
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """See the base class."""
-        bucket = t5_bucket(distances(q_pos, k_pos), self.num_buckets, self.max_distance)
+        return self.distance_bias(distances(q_pos, k_pos))
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        """See the base class."""
+        bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
         return self.table.float().t()[:, bucket]

@@ -124,16 +124,25 @@ def test_backends_agree_in_outputs_and_gradients(tiny_model, monkeypatch, name, 
             )
 
 
-@variants_that_define("bias_factors")
-def test_bias_factors_are_the_bias_up_to_a_constant_per_query(tiny_model, name, settings):
+@variants_that_define("key_bias")
+def test_key_bias_is_the_bias_up_to_a_constant_per_query(tiny_model, name, settings):
     scheme = tiny_model(name, **settings).positions[0]
     positions = torch.arange(3, 90)
-    queries, keys = (f.double() for f in scheme.bias_factors(positions, positions))
-    difference = queries @ keys.transpose(1, 2) - scheme.bias(positions, positions).double()
+    difference = scheme.key_bias(positions)[:, None].double() - scheme.bias(positions, positions).double()
     visible = torch.ones(87, 87, dtype=torch.bool).tril()
     for head in difference:
         for row, seen in zip(head, visible, strict=True):
             assert row[seen].max() - row[seen].min() < 1e-4
+
+
+@variants_that_define("distance_bias")
+def test_distance_bias_is_the_bias_and_constant_from_its_saturation_on(tiny_model, name, settings):
+    scheme = tiny_model(name, **settings).positions[0]
+    positions, row = torch.arange(3, 900), scheme.distance_bias(torch.arange(900))
+    distance = (positions[:, None] - positions).clamp_min(0)
+    assert torch.equal(row[:, distance], scheme.bias(positions, positions))
+    if scheme.saturation is not None:
+        assert (row[:, scheme.saturation :] == row[:, -1:]).all()
 
 
 @each_variant
@@ -143,9 +152,7 @@ def test_four_times_the_trained_length(tiny_model, name, settings):
     if model.max_position is None:
         assert torch.isfinite(model(tokens)).all()
     else:
-        with pytest.raises(
-            ValueError, match=r"has 32 positions; got position 127\.\s+Use inference_length <= 32"
-        ):
+        with pytest.raises(ValueError, match=r"has 32 positions; got position 127\.\s+Use inference_length <= 32"):
             model(tokens)
         assert torch.isfinite(model(tokens[:, :32])).all()
 
