@@ -19,6 +19,7 @@ from alibi_lm.evaluation.results import ResultRow
 from alibi_lm.study.curves import Curve, View, curves, views
 from alibi_lm.study.records import RunRecord
 from alibi_lm.study.style import look
+from alibi_lm.study.tables import Table
 
 TOKENS = {"validation": 217_646, "test": 245_569}
 """Scored words of WikiText-103's splits, line ends included."""
@@ -232,7 +233,7 @@ def comparison_markdown(rows: Sequence[ResultRow], records: Mapping[str, RunReco
     found = compare(rows, near)
     for view in dict.fromkeys(item.view for item in found):
         parts.append(f"## {view.title[0].upper()}{view.title[1:]}\n")
-        parts.append(_table([item for item in found if item.view == view]))
+        parts.append(comparison_table([item for item in found if item.view == view]).markdown())
     if not found:
         parts.append("The paper has no number for any of these schemes, lengths, modes and splits.\n")
     else:
@@ -240,25 +241,30 @@ def comparison_markdown(rows: Sequence[ResultRow], records: Mapping[str, RunReco
     return "\n".join(parts)
 
 
-def _table(items: Sequence[Comparison]) -> str:
-    lines = [
-        "| scheme | trained at | tested at | paper | table | ours | seeds | difference "
-        "| paper's ratio | our ratio |",
-        "| --- | --: | --: | --: | --- | --: | --: | --: | --: | --: |",
-    ]
+def comparison_table(items: Sequence[Comparison]) -> Table:
+    """Paper, ours and both ratios, a line a measurement."""
+    body = []
     for item in items:
         curve = item.curve
-        name = look(curve.position).name + (f" ({curve.variant})" if curve.variant else "")
         tested = str(item.inference_length)
         if item.paper_length != item.inference_length:
             tested += f" (paper: {item.paper_length})"
-        lines.append(
-            f"| {name} | {curve.train_length} | {tested} | {item.paper:.2f} | "
-            f"{', '.join(map(str, item.tables))} | {item.ours:.2f} | "
-            f"{len(curve.losses[item.inference_length])} | "
-            f"{item.ours - item.paper:+.2f} | {_ratio(item.paper_ratio)} | {_ratio(item.our_ratio)} |"
+        body.append(
+            [
+                look(curve.position).name + (f" ({curve.variant})" if curve.variant else ""),
+                str(curve.train_length),
+                tested,
+                f"{item.paper:.2f}",
+                ", ".join(map(str, item.tables)),
+                f"{item.ours:.2f}",
+                str(len(curve.losses[item.inference_length])),
+                f"{item.ours - item.paper:+.2f}",
+                _ratio(item.paper_ratio),
+                _ratio(item.our_ratio),
+            ]
         )
-    return "\n".join(lines) + "\n"
+    header = "scheme,trained at,tested at,paper,table,ours,seeds,difference,paper's ratio,our ratio".split(",")
+    return Table(header, body)
 
 
 def _budget(record: RunRecord) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from alibi_lm.evaluation.results import ResultRow
 from alibi_lm.study.curves import Curve, View, baselines, curves, views
@@ -15,7 +16,7 @@ def markdown(rows: Sequence[ResultRow], unfair: Sequence[Difference] = ()) -> st
     parts = ["# Perplexity by inference length\n"]
     for view in views(rows):
         parts.append(f"## {view.title[0].upper()}{view.title[1:]}\n")
-        parts.append(view_table(rows, view))
+        parts.append(view_table(rows, view).markdown())
         parts.append(provenance(rows, view) + "\n")
     if unfair:
         parts.append("## Differences between the runs other than the scheme\n")
@@ -23,26 +24,44 @@ def markdown(rows: Sequence[ResultRow], unfair: Sequence[Difference] = ()) -> st
     return "\n".join(parts)
 
 
-def view_table(rows: Sequence[ResultRow], view: View) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Plain text cells, before they become Markdown or HTML."""
+
+    header: list[str]
+    rows: list[list[str]]
+    words: int = 1
+    """Columns from the left that hold words; the others hold numbers."""
+    notes: list[str] = field(default_factory=list)
+    """What stands below, `[1] ...` first where cells refer to it."""
+
+    def markdown(self) -> str:
+        """As a Markdown table; bold cells (`**1.0**`) stay bold, everything else is escaped."""
+        rule = ["---" if i < self.words else "--:" for i in range(len(self.header))]
+        cells = [[_markdown_cell(cell) for cell in row] for row in [self.header, *self.rows]]
+        lines = ["| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]]
+        return "\n".join(lines) + "\n" + "".join(f"\n{escape(note, keep='[]')}\n" for note in self.notes)
+
+
+def view_table(rows: Sequence[ResultRow], view: View) -> Table:
     """Schemes down, inference lengths across; beside each value its ratio to that at the training length."""
     found = curves(rows, view)
     lengths = sorted({n for curve in found for n in [*curve.losses, *curve.refused]})
-    notes: dict[str, int] = {}
-    lines = [
-        "| scheme | trained at | seeds | " + " | ".join(str(n) for n in lengths) + " |",
-        "| --- | --: | --: |" + " --: |" * len(lengths),
-    ]
+    reasons: dict[str, int] = {}
+    body = []
     for curve in found:
         name = look(curve.position).name + (f" ({curve.variant})" if curve.variant else "")
-        cells = [_cell(curve, n, notes) for n in lengths]
         seeds = ", ".join("?" if s is None else str(s) for s in sorted(curve.seeds.values(), key=_none_last))
-        lines.append(f"| {escape(name)} | {curve.train_length} | {seeds} | " + " | ".join(cells) + " |")
+        cells = [_cell(curve, n, reasons) for n in lengths]
+        body.append([name, str(curve.train_length), seeds, *cells])
     for name, value in sorted(baselines(rows, view).items()):
-        lines.append(f"| {escape(name)} baseline | | | " + " | ".join(f"{value:.2f}" for _ in lengths) + " |")
-    text = "\n".join(lines) + "\n\nIn brackets: ratio to the value at the training length (bold).\n"
-    for reason, number in notes.items():
-        text += f"\n[{number}] {escape(reason)}\n"
-    return text
+        body.append([f"{name} baseline", "", "", *(f"{value:.2f}" for _ in lengths)])
+    return Table(
+        ["scheme", "trained at", "seeds", *map(str, lengths)],
+        body,
+        notes=[f"[{number}] {reason}" for reason, number in reasons.items()]
+        + ["In brackets: ratio to the value at the training length (bold)."],
+    )
 
 
 def provenance(rows: Iterable[ResultRow], view: View) -> str:
@@ -60,11 +79,18 @@ def provenance(rows: Iterable[ResultRow], view: View) -> str:
     return "; ".join(parts)
 
 
-def escape(text: str) -> str:
-    """Text that stays text inside a Markdown table."""
+def escape(text: str, keep: str = "") -> str:
+    """Text that stays text inside a Markdown table; signs in `keep` stay as they are."""
     for sign in "\\`*_|<>[]":
-        text = text.replace(sign, "\\" + sign)
+        if sign not in keep:
+            text = text.replace(sign, "\\" + sign)
     return " ".join(text.split())
+
+
+def _markdown_cell(cell: str) -> str:
+    if len(cell) > 4 and cell.startswith("**") and cell.endswith("**"):
+        return f"**{escape(cell[2:-2])}**"
+    return escape(cell, keep="[]")
 
 
 def _cell(curve: Curve, length: int, notes: dict[str, int]) -> str:

@@ -150,11 +150,11 @@ def test_ticks_are_the_training_length_times_powers_of_two():
 
 
 def test_the_table_shows_value_ratio_refusal_and_origin(tmp_path):
-    text = view_table(study(tmp_path), PLAIN)
+    text = view_table(study(tmp_path), PLAIN).markdown()
     assert "| sinusoidal | 64 | 1 | 22.73 (1.10) | **20.71** | 40.40 (1.95) | 161.60 (7.80) |" in text
     assert "| learned | 64 | 1 | 23.23 (1.10) | **21.21** | - [1] | - [1] |" in text
     assert "[1] positions end at 64" in text
-    assert "| unigram baseline | | | 500.00 | 500.00 | 500.00 | 500.00 |" in text
+    assert "| unigram baseline |  |  | 500.00 | 500.00 | 500.00 | 500.00 |" in text
     whole = (tmp_path / "table.md").read_text() if draw(tmp_path) else ""
     assert "corpus (c0ffee); 10,000 tokens scored; one seed; commit abc1234" in whole
 

@@ -1,0 +1,187 @@
+"""The report is one whole file that needs nothing else, and text from result files stays text."""
+
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from study_rows import curve, run_script, study, unigram, write_run
+
+from alibi_lm.evaluation.results import write_rows
+from alibi_lm.study.inline_svg import inline_svg
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+CONFIG = "position: {name: alibi}\noptimizer: {lr: 0.002}\nseed: SEED\nnote: '</td><script>alert(1)</script>'\n"
+
+
+class Page(HTMLParser):
+    """Collects elements and checks that they close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A report of six runs with folders, in two modes, one run with another learning rate."""
+    root = tmp_path_factory.mktemp("report")
+    folder = root / "outputs" / "mine" / "extrapolation"
+    rows = study(folder, seeds=(1, 2))
+    rows += curve("alibi", {64: 18.0, 128: 17.9}, mode="sliding", stride=1)
+    write_rows(folder / "results.jsonl", rows)
+    for name in sorted({row.run for row in rows if row.run}):
+        config = CONFIG.replace("SEED", name[-1])
+        if name == "learned_L64_s2":
+            config = config.replace("0.002", "0.005")
+        environment = {"commit": "abc1234", "device": "a <b>processor</b>"}
+        write_run(root / "outputs" / "mine" / "runs", name, config, {"tokens_seen": 1000}, environment)
+    done = run_script("report.py", "experiment=mine", cwd=root)
+    assert done.returncode == 0, done.stderr
+    path = root / done.stdout.strip()
+    return path, Page(path.read_text())
+
+
+def test_nothing_is_loaded_or_run(report):
+    path, page = report
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    for tag, attrs in page.elements:
+        for name, value in attrs.items():
+            assert not name.startswith("on") and name not in ("src", "srcset", "action", "data"), (tag, name)
+            if name in ("href", "xlink:href"):
+                assert value.startswith("#"), (tag, value)
+            if name not in ("xmlns", "xmlns:xlink"):
+                assert "://" not in (value or ""), (tag, name, value)
+                assert not re.search(r"url\((?!#)", value or "")
+    style = re.search(r"<style>(.*?)</style>", path.read_text(), re.S)[1]
+    assert "url(" not in style and "@import" not in style and "@font-face" not in style
+    assert path.read_text().count("<style") == 1
+
+
+def test_each_view_has_its_figure_and_ids_do_not_clash(report):
+    path, page = report
+    assert [attrs["id"] for attrs in page.all("figure")] == ["figure-1", "figure-2"]
+    pictures = page.all("svg")
+    assert [p["aria-label"] for p in pictures] == [
+        "Perplexity by inference length, validation, nonoverlapping windows",
+        "Perplexity by inference length, validation, sliding window with stride 1",
+    ]
+    assert all(float(p["viewbox"].split()[2]) == float(p["width"]) > 300 for p in pictures)
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="|url\()#([^")]+)', path.read_text())
+    assert used and set(used) <= set(ids)
+    assert len(page.all("use")) > 100  # the glyphs of all labels
+
+
+def test_it_has_tables_claims_fairness_configs_and_environments(report):
+    text = report[1].text
+    for part in (
+        "corpus (c0ffee); 10,000 tokens scored; 2 seeds",
+        "The runs differ in more than the scheme. optimizer.lr: 0.002 in 7 runs; 0.005 in learned_L64_s2",
+        "sinusoidal 64 1, 2 22.84 (1.10) 20.81 40.60 (1.95) 162.40 (7.80)",
+        "[1] positions end at 64",
+        "HOLDS Sinusoidal positions are worse at 2L than at L.",
+        "The same in all runs",
+        "environment: commit abc1234",
+        "result: tokens_seen 1000",
+        "learned_L64_s2 setting value config: optimizer.lr 0.005 config: seed 2",
+    ):
+        assert part in text, part
+
+
+def test_text_from_files_stays_text(report):
+    path, page = report
+    assert "</td><script>alert(1)</script>" in page.text and "a <b>processor</b>" in page.text
+    assert "<script" not in path.read_text() and "<b>" not in path.read_text()
+
+
+def test_it_is_rewritten_and_the_same_for_the_same_results(report):
+    path, _ = report
+    before = path.read_bytes()
+    path.write_text("old")
+    done = run_script("report.py", f"folder={path.parent}")
+    assert done.returncode == 0 and path.read_bytes() == before
+
+
+def test_hostile_names_of_runs_and_schemes_are_harmless(tmp_path):
+    rows = curve('<img src="http://x" onerror="x">', {64: 20.0, 128: 21.0}, run='"><script>', corpus="<i>")
+    write_rows(tmp_path / "results.jsonl", [*rows, unigram()])
+    done = run_script("report.py", f"folder={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    page = Page((tmp_path / "report.html").read_text())
+    assert not page.all("script") and not page.all("img") and not page.all("i")
+    assert '<img src="http://x" onerror="x">' in page.text
+
+
+def test_a_foreign_svg_loses_what_runs_or_loads(tmp_path):
+    path = tmp_path / "a.svg"
+    path.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9"'
+        ' onload="x()"><script>x()</script><image href="http://x/y.png"/><style>@import "z"</style>'
+        '<a xlink:href="http://x"><path id="p" style="fill: url(http://x#y)" clip-path="url(#p)"/></a>'
+        '<use xlink:href="#p"/></svg>'
+    )
+    text = inline_svg(path, "f1-", "a")
+    assert "x()" not in text and "http://x" not in text and "@import" not in text
+    assert 'id="f1-p"' in text and 'clip-path="url(#f1-p)"' in text and 'href="#f1-p"' in text
+    for bad in ("<svg", "<html/>", "\x00"):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=r"a\.svg is no SVG file"):
+            inline_svg(path, "f1-", "a")
+
+
+def chromium():
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    found = [os.environ.get("CHROMIUM", ""), *(shutil.which(name) or "" for name in names)]
+    return next((path for path in found if path), None)
+
+
+@pytest.mark.slow
+def test_a_browser_shows_every_figure(report, tmp_path):
+    """Headless Chromium opens the file from disk; each figure is found by the colour of its ALiBi lines."""
+    program = chromium()
+    if program is None:
+        pytest.skip("NO BROWSER: install chromium, or set CHROMIUM=<path>, to have the report looked at")
+    import numpy as np
+    from matplotlib.image import imread
+
+    picture = tmp_path / "report.png"
+    command = [
+        program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,6000",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", report[0].as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert picture.is_file(), done.stderr
+    pixels = imread(picture)[:, :, :3]
+    alibi = (np.abs(pixels - np.array([0xD5, 0x5E, 0x00]) / 255) < 0.02).all(2).sum(1) > 0
+    rows = np.flatnonzero(alibi)
+    bands = 1 + int((np.diff(rows) > 150).sum())
+    assert bands == len(report[1].all("figure"))
+    assert (pixels < 0.5).all(2).sum() > 20_000  # text is there
