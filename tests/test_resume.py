@@ -1,0 +1,295 @@
+"""A run that is killed with kill -9, at any moment and as often as you like, ends as if nothing had happened.
+
+The child wraps the calls at which the state of a run changes (steps, validation, rows of metrics, and every
+sync, rename and removal of a file) and sends itself SIGKILL before the n-th of them: nothing is cleaned up,
+and the moment does not depend on the speed of the machine. Other tests kill by the clock or ask to stop.
+"""
+
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alibi_lm.checkpoint import CheckpointStore
+from alibi_lm.config import TrainConfig
+from alibi_lm.data.corpus import prepare
+from alibi_lm.experiment import compose
+from alibi_lm.positions import POSITIONS
+from alibi_lm.run_folder import finished, status
+from alibi_lm.tracking import METRICS_FILE, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+# Rows of metrics at other steps than checkpoints, three micro-batches a step, dropout of every kind.
+SETTINGS = [
+    "experiment=smoke", "tokenizer.vocab_size=300", "tracking=jsonl", "device=cpu", "threads=1",
+    "train_length=8", "steps=11", "tokens_per_step=48", "micro_batch_tokens=16", "log_every=2", "validate_every=4",
+    "checkpoint_every=3",
+    "model.num_layers=1", "model.model_dim=16", "model.num_heads=2", "model.ffn_dim=16", "model.dropout=0.1",
+    "model.attention_dropout=0.1", "model.activation_dropout=0.1", "optimizer.lr=0.03", "schedule.warmup_steps=3",
+]  # fmt: skip
+# A server that has imported everything forks the children, so a start costs milliseconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["alibi_lm.train", "torch._dynamo", "safetensors.torch", "filelock", "tokenizers"])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a small text of 30 words, and the folder of its token streams."""
+    folder = tmp_path_factory.mktemp("text")
+    chance = random.Random(0)
+    words = [f"w{number}" for number in range(30)]
+    for name, lines in (("train", 60), ("valid", 6), ("test", 1)):
+        text = [" = Title = "] + [" " + " ".join(chance.choices(words, k=9)) + " " for _ in range(lines)]
+        (folder / f"wiki.{name}.tokens").write_text("\n".join(text) + "\n")
+    overrides = ["data=wikitext2", f"data.path={folder}", f"data.cache_dir={folder / 'cache'}"]
+    config = composed(*SETTINGS, *overrides)
+    prepare(config.data, config.tokenizer, progress=False)
+    return overrides
+
+
+# --- children ------------------------------------------------------------------------------------
+
+
+def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
+    """Wraps what changes the state of a run; kills the process before a call.
+
+    `kill_at` is how many calls have been made by then, of all or of the one named.
+    """
+    import torch
+
+    import alibi_lm.run_folder
+    import alibi_lm.tracking
+    import alibi_lm.train
+
+    calls: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kill_at in (len(calls), (name, calls.count(name))):
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
+        watch(os, name)
+    watch(torch.optim.AdamW, "step")
+    watch(torch.Tensor, "backward")
+    watch(alibi_lm.train, "score_tokens")
+    watch(alibi_lm.train, "mark_finished")
+    return calls
+
+
+def _child(config: TrainConfig, folder: Path, kill_at: int | tuple[str, int] | None) -> None:
+    from alibi_lm.train import train
+
+    calls = _count_calls(kill_at)
+    train(config, folder)
+    folder.with_suffix(".calls").write_text(json.dumps(calls))
+
+
+def run(
+    overrides: list[str], folder: Path, kill_at: int | tuple[str, int] | None = None, after: float | None = None
+) -> int | None:
+    """Trains in a child; returns its exit code, -9 after a kill."""
+    child = SERVER.Process(target=_child, args=(composed(*overrides), folder, kill_at))
+    child.start()
+    child.join(after)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode
+
+
+@functools.cache
+def composed(*overrides: str) -> TrainConfig:
+    return compose(list(overrides))
+
+
+def calls_of(folder: Path) -> list[str]:
+    return json.loads(folder.with_suffix(".calls").read_text())
+
+
+# --- comparison ----------------------------------------------------------------------------------
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = read_metrics(folder / METRICS_FILE)
+    return [{name: value for name, value in row.items() if not name.endswith("_per_second")} for row in found]
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Weights, optimizer state, the trainer's state and every row of metrics, bit for bit."""
+    assert rows(folder) == rows(reference)
+    files = sorted(path.relative_to(reference) for path in reference.glob("checkpoints/**/*") if path.is_file())
+    assert sorted(path.relative_to(folder) for path in folder.glob("checkpoints/**/*") if path.is_file()) == files
+    for file in files:
+        assert (folder / file).read_bytes() == (reference / file).read_bytes(), file
+    assert finished(folder) == finished(reference) is not None
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Callable[[str], Path]:
+    """The uninterrupted run of a scheme, trained once."""
+    made: dict[str, Path] = {}
+
+    def get(position: str) -> Path:
+        if position not in made:
+            folder = tmp_path_factory.mktemp(position) / "uninterrupted"
+            assert run([*SETTINGS, *corpus, f"position={position}"], folder) == 0
+            made[position] = folder
+        return made[position]
+
+    return get
+
+
+# --- kills ---------------------------------------------------------------------------------------
+
+
+def kill_and_finish(overrides: list[str], folder: Path, moments: list[int]) -> None:
+    """One kill at each moment (a count of calls since the start of the process), then to the end."""
+    for moment in moments:
+        if run(overrides, folder, kill_at=moment) == 0:
+            break  # what was left had fewer calls
+    if finished(folder) is None:
+        assert run(overrides, folder) == 0
+    assert status(folder) == "finished"
+
+
+def test_the_reference_covers_what_it_should(reference: Callable[[str], Path]) -> None:
+    folder = reference("alibi")
+    calls = calls_of(folder)
+    assert calls.count("step") == 11 and calls.count("backward") == 33
+    assert calls.count("score_tokens") == 3 + 1 and calls.count("rename") > 8
+    steps = [row["step"] for row in rows(folder)]
+    assert steps == [2, 4, 4, 6, 8, 8, 10, 11, 11]
+    store = CheckpointStore(folder / "checkpoints")
+    losses = {row["step"]: row["validation/loss"] for row in rows(folder) if "validation/loss" in row}
+    assert store.get("best").step == min(losses, key=losses.__getitem__) and store.get("last").step == 11
+
+
+@pytest.mark.parametrize(("position", "seed"), [("alibi", 0), ("t5", 1)])
+def test_three_kills_in_a_row(
+    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], position: str, seed: int
+) -> None:
+    overrides = [*SETTINGS, *corpus, f"position={position}"]
+    total = len(calls_of(reference(position)))
+    chance = random.Random(seed)
+    kill_and_finish(overrides, tmp_path / "run", [chance.randrange(total) for _ in range(3)])
+    assert_same_run(tmp_path / "run", reference(position))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", sorted(POSITIONS))
+@pytest.mark.parametrize("seed", range(5))
+def test_random_kills_with_every_scheme(
+    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], position: str, seed: int
+) -> None:
+    overrides = [*SETTINGS, *corpus, f"position={position}"]
+    total = len(calls_of(reference(position)))
+    chance = random.Random(f"{position} {seed}")
+    kill_and_finish(overrides, tmp_path / "run", [chance.randrange(total) for _ in range(1 + seed)])
+    assert_same_run(tmp_path / "run", reference(position))
+
+
+@pytest.mark.slow
+def test_a_kill_before_every_single_call_from_the_last_steps_on(
+    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path]
+) -> None:
+    """The last checkpoints, the last validation, the self-check and the mark of the end, call by call."""
+    overrides = [*SETTINGS, *corpus, "position=alibi"]
+    calls = calls_of(reference("alibi"))
+    start = [number for number, name in enumerate(calls) if name == "step"][-3]
+    for moment in range(start, len(calls)):
+        folder = tmp_path / f"run{moment}"
+        kill_and_finish(overrides, folder, [moment])
+        assert_same_run(folder, reference("alibi"))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_kills_by_the_clock(
+    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], seed: int
+) -> None:
+    overrides = [*SETTINGS, *corpus, "position=rotary"]
+    began = time.monotonic()
+    assert run(overrides, tmp_path / "timing") == 0
+    whole = time.monotonic() - began
+    chance = random.Random(seed)
+    for _ in range(3):
+        run(overrides, tmp_path / "run", after=chance.uniform(0, whole))
+    kill_and_finish(overrides, tmp_path / "run", [])
+    assert_same_run(tmp_path / "run", reference("rotary"))
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
+    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = [*SETTINGS, *corpus, "position=alibi"]
+    folder = tmp_path / "run"
+    # Before the tenth step: 3, 4, 6, 8 (if it is the best) and 9 were saved.
+    assert run([*overrides, "keep_last=2"], folder, kill_at=("step", 9)) == -signal.SIGKILL
+    store = CheckpointStore(folder / "checkpoints")
+    newest = store.steps()[-1]
+    file = folder / "checkpoints" / f"step-{newest:08d}" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING, logger="alibi_lm"):
+        older = store.latest()
+    assert older is not None and older.step < newest == 9
+    assert run(overrides, folder) == 0
+    assert_same_run(folder, reference("alibi"))
+
+
+@pytest.mark.slow
+def test_kills_with_wandb(tmp_path: Path, corpus: list[str], reference: Callable[[str], Path]) -> None:
+    overrides = [*SETTINGS, *corpus, "position=alibi", "tracking=wandb"]
+    total = len(calls_of(reference("alibi")))
+    chance = random.Random(5)
+    kill_and_finish(overrides, tmp_path / "run", [chance.randrange(total) for _ in range(3)])
+    assert_same_run(tmp_path / "run", reference("alibi"))
+
+
+# --- being asked to stop -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda s: s.name
+)
+def test_asked_to_stop(tmp_path: Path, corpus: list[str], stop: signal.Signals) -> None:
+    """SIGTERM (a cluster that takes the machine back) and Ctrl-C: saved, said so, resumed, the same in the end."""
+    overrides = [*SETTINGS, *corpus, "position=alibi", "steps=200", "validate_every=150", "checkpoint_every=90"]
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, f"output_dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((folder / METRICS_FILE).exists() and rows(folder)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(stop)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + stop, errors
+    last = CheckpointStore(folder / "checkpoints").get("last")
+    assert f"after step {last.step}; give the command again to resume" in output + errors
+    assert "Traceback" not in output + errors
+    assert status(folder) == "partial" and 0 < last.step < 200
+
+    # A checkpoint off the usual steps changes nothing in what follows.
+    assert run(overrides, folder) == 0
+    assert run(overrides, tmp_path / "uninterrupted") == 0
+    assert_same_run(folder, tmp_path / "uninterrupted")
