@@ -52,13 +52,16 @@ class Scoring:
     """Targets scored in a window, in sliding mode; every how many targets one is scored, in others."""
     window: int | None = None
     """Limit of the attention distance in every layer; None for no limit."""
+    first: int | None = None
+    """First scored target, where it is not the stream's first."""
 
     @property
     def slug(self) -> str:
         """For file names: `validation_sliding32_128`."""
         stride = "" if self.stride is None else str(self.stride)
         window = "" if self.window is None else f"_window{self.window}"
-        return f"{self.split}_{self.mode}{stride}_{self.length}{window}"
+        first = "" if self.first is None else f"_from{self.first}"
+        return f"{self.split}_{self.mode}{stride}_{self.length}{window}{first}"
 
 
 @dataclass(frozen=True)

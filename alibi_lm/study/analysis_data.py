@@ -1,0 +1,110 @@
+"""The files that `scripts/analyse.py` writes, read back for figures and tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alibi_lm.study.style import look
+
+TITLES = {
+    "perplexity": "Perplexity by inference length, with intervals",
+    "position": "Loss by position in the window",
+    "last": "Perplexity of the last tokens of each window",
+    "documents": "Loss of each document",
+    "fixed": "Perplexity of the same tokens by tokens of context",
+    "decomposition": "Why the loss changes beyond the trained length",
+    "offset": "Change of the loss when all positions are shifted",
+}
+TERM_NAMES = {
+    "early_tokens": "early tokens",
+    "positions_beyond": "positions beyond L",
+    "keys_beyond": "keys further than L",
+    "total": "total",
+}
+"""Parts of the decomposition, as people read them."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: a scheme at a training length, its seeds together."""
+
+    position: str
+    train_length: int
+    variant: str
+    runs: list[str]
+    points: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Name of the scheme, and of the variant where there is one."""
+        return look(self.position).name + (f" ({self.variant})" if self.variant else "")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One view of an experiment."""
+
+    view: str
+    experiment: str
+    split: str
+    corpora: dict[str, str]
+    tokens: int
+    commit: str | None
+    series: list[Series]
+
+    @property
+    def provenance(self) -> str:
+        """One line: text, counts, what the intervals are over, commit."""
+        seeds = max(len(s.runs) for s in self.series)
+        over = "over documents, given the one seed" if seeds == 1 else "over documents and seeds"
+        parts = [
+            f"{self.split} split of {', '.join(self.corpora.values())}",
+            f"{self.tokens:,} tokens",
+            f"95% intervals {over}",
+            f"commit {self.commit[:10]}" if self.commit else "no commit",
+        ]
+        return "; ".join(parts)
+
+
+def read_analysis(path: str | Path) -> Analysis:
+    """Read `<view>.json`.
+
+    Raises:
+        ValueError: no such file, or not one of ours.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        series = [
+            Series(s["position"], s["train_length"], s["variant"], s["runs"], s["points"])
+            for s in content["series"]
+        ]
+        found = Analysis(
+            content["view"],
+            content["experiment"],
+            content["split"],
+            content["corpora"],
+            content["tokens"],
+            content["commit"],
+            _tell_apart(series),
+        )
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist. Run scripts/analyse.py first.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no analysis ({error!r}). Run scripts/analyse.py again.") from None
+    if found.view not in TITLES or not found.series:
+        raise ValueError(f"{path}: view = {found.view!r} with {len(found.series)} curves cannot be shown.")
+    return found
+
+
+def _tell_apart(series: Sequence[Series]) -> list[Series]:
+    """Variants are named only where a scheme and training length occur twice."""
+    keys = [(s.position, s.train_length) for s in series]
+    return [
+        s if keys.count(key) > 1 else Series(s.position, s.train_length, "", s.runs, s.points)
+        for s, key in zip(series, keys, strict=True)
+    ]

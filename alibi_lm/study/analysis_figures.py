@@ -1,0 +1,322 @@
+"""Figures of the views that look inside an extrapolation curve, drawn from `<view>.json` alone."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.study.analysis_data import TITLES, Analysis, Series, read_analysis
+from alibi_lm.study.analysis_panels import decomposition_panel, documents_panel
+from alibi_lm.study.analysis_tables import markdown
+from alibi_lm.study.axes import GRID, SOFT, length_ticks, spread
+from alibi_lm.study.figures import _RC, _save
+from alibi_lm.study.style import look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CLOSE_UP_FROM = 0.7  # nats between the worst and the best value from which a close-up is drawn beside it
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart, in the units drawn."""
+
+    name: str
+    position: str
+    hollow: bool
+    x: list[float]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+    dashed: bool = False
+    near: list[float] = field(default_factory=list)
+    """Values that a close-up must show."""
+
+
+def draw_analysis(path: str | Path) -> list[Path]:
+    """Draw the figure of `<view>.json` and write its table beside it.
+
+    Returns:
+        The files written: `<view>.png`, `<view>.svg` and `<view>.md`.
+
+    Raises:
+        ValueError: no such file, or not one of ours.
+    """
+    path = Path(path)
+    found = read_analysis(path)
+    figure = build_analysis_figure(found)
+    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for target in written:
+        _save(figure, target)
+    table = path.with_suffix(".md")
+    write_text_atomic(table, markdown(path))
+    return [*written, table]
+
+
+def build_analysis_figure(found: Analysis) -> Figure:
+    """The figure of one view."""
+    import matplotlib
+
+    with matplotlib.rc_context(_RC):
+        if found.view in ("documents", "decomposition"):
+            return _small_multiples(found)
+        return _charts(found)
+
+
+def _figure(
+    found: Analysis, columns: int, rows: int, size: tuple[float, float], right: float
+) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    width = 0.75 + columns * (size[0] + right)
+    words = textwrap.wrap(found.provenance, int(width * 16.5))
+    head = 0.62 + 0.15 * len(words)
+    height = head + rows * size[1] + 0.1
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=0.72 / width,
+        right=1 - right / width,
+        top=1 - (head + 0.1) / height,
+        bottom=0.5 / height,
+        wspace=right / size[0],
+        hspace=0.62 / (size[1] - 0.62) if rows > 1 else 0,
+    )
+    left = 0.16 / width
+    figure.text(left, 1 - 0.12 / height, TITLES[found.view], va="top", fontsize=12, fontweight="bold")
+    figure.text(left, 1 - 0.37 / height, "\n".join(words), va="top", fontsize=8, color="#555555")
+    return figure, axes.ravel()
+
+
+def _charts(found: Analysis) -> Figure:
+    """A panel a training length, twice where the close lines would fall together."""
+    shared = _panel_lengths(found.series)
+    cells: list[tuple[int | None, list[Line], bool]] = []
+    for length in shared:
+        members = [s for s in found.series if _home(s, shared) == length]
+        trained = length if len(shared) > 1 or any(s.train_length == length for s in members) else None
+        lines = [line for s in members for line in _LINES[found.view](s, s.train_length != trained)]
+        lines = [line for line in lines if line.x]
+        cells.append((trained, lines, False))
+        values = [_nats(found.view, v) for line in lines for v in line.y]
+        if values and max(values) - min(values) > CLOSE_UP_FROM and found.view != "offset":
+            cells.append((trained, lines, True))
+    columns = min(len(cells), 2)
+    figure, axes = _figure(found, columns, math.ceil(len(cells) / columns), (4.1, 3.7), 1.25)
+    for axis, cell in zip(axes, cells, strict=False):
+        _chart(axis, found.view, *cell)
+    for axis in axes[len(cells) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def _panel_lengths(series: Sequence[Series]) -> list[int]:
+    lengths = sorted({s.train_length for s in series})
+    return [n for n in lengths if sum(s.train_length == n for s in series) > 1] or lengths[-1:]
+
+
+def _home(series: Series, shared: Sequence[int]) -> int:
+    """The panel of a curve: its own training length's, else that of the next longer one."""
+    return min((n for n in shared if n >= series.train_length), default=shared[-1])
+
+
+def _nats(view: str, value: float) -> float:
+    return value if view in ("position", "offset") else math.log(value)
+
+
+def _chart(axis: Axes, view: str, trained: int | None, lines: Sequence[Line], close_up: bool) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    axis.grid(True, color=GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8, length=3)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    if not lines:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "no scheme here has a value", transform=axis.transAxes, ha="center", color=SOFT)
+        return
+    for line in sorted(lines, key=lambda item: item.position == "alibi"):
+        _draw(axis, line, markers=view != "position")
+    first, last = min(x for line in lines for x in line.x), max(x for line in lines for x in line.x)
+    if view == "offset":
+        places = sorted({x for line in lines for x in line.x})
+        axis.set_xscale("symlog", base=2, linthresh=places[1] if len(places) > 1 else 1)
+        axis.xaxis.set_major_locator(FixedLocator(places))
+        axis.axhline(0, color="#999999", linewidth=0.9, zorder=1)
+    else:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(FixedLocator(length_ticks(first, last, trained or 1)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))
+    if trained is not None:
+        axis.axvline(trained, color="#999999", linewidth=0.9, dashes=(3, 2), zorder=1)
+    _limit(axis, lines, close_up, view)
+    axis.yaxis.set_major_locator(MaxNLocator(7))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    title = f"trained at {trained}" if trained is not None else ""
+    axis.set_title(title + (", close-up" if close_up else ""), fontsize=9, loc="left", color="#333333")
+    axis.set_xlabel(_X_NAMES.get(view, "inference length in tokens, log axis"), fontsize=8.5, labelpad=1)
+    axis.set_ylabel(_Y_NAMES.get(view, "perplexity per token"), fontsize=8.5)
+    _label(axis, lines)
+
+
+def _draw(axis: Axes, line: Line, markers: bool) -> None:
+    style = look(line.position)
+    dashes: dict[str, Any] = {"dashes": style.dashes} if style.dashes else {}
+    axis.plot(
+        line.x,
+        line.y,
+        color=style.color,
+        linewidth=1.2 if line.hollow or line.dashed else 1.8,
+        marker=style.marker if markers else "",
+        markersize=5,
+        markerfacecolor="white" if line.hollow or line.dashed else style.color,
+        markeredgecolor=style.color if line.hollow or line.dashed else "white",
+        markeredgewidth=1.0 if line.hollow or line.dashed else 0.6,
+        alpha=0.8 if line.dashed else 1,
+        zorder=4,
+        **dashes,
+    )
+    axis.fill_between(line.x, line.low, line.high, color=style.color, alpha=0.12, linewidth=0, zorder=2)
+
+
+def _limit(axis: Axes, lines: Sequence[Line], close_up: bool, view: str) -> None:
+    """Room for all values, or for those that a close-up must show."""
+    values = [v for line in lines for v in (line.near if close_up and line.near else line.y)]
+    if view == "offset":
+        most = max(map(abs, values))
+        if most < 1e-3:  # rounding must not fill the panel
+            axis.set_ylim(-1e-3, 1e-3)
+        return
+    low, high = min(values), max(values)
+    if close_up:
+        best = sorted(v for line in lines for v in line.y)
+        high = min(high, max(best[0], low) + 2.5 * (sorted(values)[len(values) // 2] - low) + 1e-9)
+    room = 0.07 * (high - low) or 0.05 * abs(high) or 1.0
+    axis.set_ylim(low - room, high + room)
+    if not close_up and view != "position" and low > 0 and high / low > 3:
+        axis.set_yscale("log")
+        axis.set_ylim(low * (low / high) ** 0.06, high * (high / low) ** 0.06)
+
+
+def _label(axis: Axes, lines: Sequence[Line]) -> None:
+    """Names at the right edge, moved apart, each tied to its line's end."""
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    height = axis.get_position().height * figure.get_size_inches()[1] * 72
+    to_fraction = axis.transData + axis.transAxes.inverted()
+    ends = []
+    for line in lines:
+        x, y = (float(v) for v in to_fraction.transform((line.x[-1], line.y[-1])))
+        if y <= 1.02:  # one that leaves through the top is named in the whole range
+            ends.append((y, x, line))
+    ends.sort(key=lambda item: (item[0], item[2].name))
+    places = spread([y for y, _, _ in ends], gap=10.0 / height)
+    for (y, x, line), place in zip(ends, places, strict=True):
+        color = look(line.position).color
+        weight = "bold" if line.position == "alibi" else "normal"
+        style: dict[str, Any] = {"fontsize": 8.2, "color": color, "fontweight": weight}
+        axis.text(1.05, place, line.name, transform=axis.transAxes, va="center", **style)
+        leader: dict[str, Any] = {"color": color, "clip_on": False, "alpha": 0.6, "transform": axis.transAxes}
+        axis.plot([min(x + 0.014, 1.0), 1.0, 1.04], [y, y, place], linewidth=0.6, **leader)
+
+
+def _name(series: Series, hollow: bool) -> str:
+    return series.name + (f" L={series.train_length}" if hollow else "")
+
+
+def _line(
+    series: Series,
+    hollow: bool,
+    at: str,
+    points: Sequence[dict[str, Any]],
+    unit: Callable[[float], float],
+    **more: Any,
+) -> Line:
+    points = [p for p in points if p["nats"] is not None]
+    ends = [(p["nats"] if p[k] is None else p[k]) for p in points for k in ("low", "high")]
+    return Line(
+        _name(series, hollow) + more.pop("suffix", ""),
+        series.position,
+        hollow,
+        [float(p[at]) for p in points],
+        [unit(p["nats"]) for p in points],
+        [unit(v) for v in ends[::2]],
+        [unit(v) for v in ends[1::2]],
+        near=[unit(p["nats"]) for p in points if p[at] <= series.train_length],
+        **more,
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _perplexity_lines(series: Series, hollow: bool) -> list[Line]:
+    parts = {mode: [p for p in series.points if p["mode"] == mode] for mode in ("nonoverlapping", "sliding")}
+    lines = [_line(series, hollow, "length", parts["nonoverlapping"], _exp)]
+    if parts["sliding"]:
+        lines.append(_line(series, hollow, "length", parts["sliding"], _exp, dashed=True, suffix=", sliding"))
+    return lines
+
+
+def _position_lines(series: Series, hollow: bool) -> list[Line]:
+    lines = []
+    for point in series.points:
+        if point["nats"] is None:
+            continue
+        curve = point["curve"]
+        x = [math.sqrt(a * b) for a, b in zip(curve["first"], curve["last"], strict=True)]
+        ends = {
+            k: [v if v is not None else m for v, m in zip(curve[k], curve["nats"], strict=True)]
+            for k in ("low", "high")
+        }
+        near = [y for y, last in zip(curve["nats"], curve["last"], strict=True) if last <= series.train_length]
+        lines.append(
+            Line(
+                _name(series, hollow) + (f", n={point['length']}" if len(series.points) > 1 else ""),
+                series.position,
+                hollow,
+                x,
+                curve["nats"],
+                ends["low"],
+                ends["high"],
+                near=near[len(near) // 3 :],
+            )
+        )
+    return lines
+
+
+_LINES: dict[str, Callable[[Series, bool], list[Line]]] = {
+    "perplexity": _perplexity_lines,
+    "position": _position_lines,
+    "last": lambda s, hollow: [_line(s, hollow, "length", s.points, _exp)],
+    "fixed": lambda s, hollow: [_line(s, hollow, "context", s.points, _exp)],
+    "offset": lambda s, hollow: [_line(s, hollow, "offset", s.points, float)],
+}
+_X_NAMES = {
+    "position": "position in the window = tokens of context, log axis",
+    "fixed": "tokens of context of every target, log axis",
+    "offset": "position of the first token",
+}
+_Y_NAMES = {"position": "nats per token", "offset": "change of the mean loss in nats per token"}
+
+
+def _small_multiples(found: Analysis) -> Figure:
+    columns = min(3, len(found.series))
+    rows = math.ceil(len(found.series) / columns)
+    panel = documents_panel if found.view == "documents" else decomposition_panel
+    figure, axes = _figure(found, columns, rows, (3.0, 3.1), 0.8 if found.view == "decomposition" else 0.55)
+    for axis, series in zip(axes, found.series, strict=False):
+        panel(axis, series)
+    for axis in axes[len(found.series) :]:
+        axis.set_axis_off()
+    return figure
