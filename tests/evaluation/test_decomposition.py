@@ -1,0 +1,266 @@
+"""The interventions tell the truth about models whose behaviour is known, and about real ones."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from alibi_lm.evaluation.decomposition import TERMS, document_sums, largest_early_difference, measure
+from alibi_lm.evaluation.passes import Passes, score_windows
+from alibi_lm.evaluation.score import score_tokens
+from alibi_lm.evaluation.summary import positions_in_window
+from alibi_lm.evaluation.views import Group, decomposition, fixed, offset
+from alibi_lm.positions import POSITIONS
+
+L = 16
+DOCUMENTS = np.array([0, 90, 200, 310])
+
+
+class Known(nn.Module):
+    """A language model whose nats are a rule of what it sees, behind the interface that scorers use.
+
+    `rule(seen, position)` gives the nats of a target from how many tokens its query sees and the query's
+    absolute position. `memory` makes the nats depend on the last tokens themselves as well: a hash of the last
+    `memory` visible inputs is added, so that a pass with other inputs cannot be mistaken for the same.
+    """
+
+    max_position = None
+
+    def __init__(self, rule, memory=0):
+        super().__init__()
+        self.rule, self.memory = rule, memory
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    @property
+    def vocabulary(self):
+        return self
+
+    def forward(self, input_ids, positions=None, window=None):
+        length = input_ids.shape[1]
+        positions = torch.arange(length) if positions is None else positions
+        seen = (torch.arange(length) + 1).clamp(max=window or length)
+        nats = self.rule(seen.double(), positions.double()).expand(input_ids.shape).clone()
+        for back in range(self.memory):
+            visible = (seen > back) & (torch.arange(length) >= back)
+            shifted = torch.roll(input_ids, back, dims=1).double()
+            nats += torch.where(visible, torch.sin(shifted * (back + 1.7)), 0.0)
+        return nats[..., None]
+
+    def nats(self, hidden, target_ids):
+        return hidden[:, 0] + 0.1 * target_ids % 1
+
+
+@pytest.fixture
+def tokens():
+    return np.random.default_rng(0).integers(0, 50, 400).astype(np.uint16)
+
+
+def terms_of(model, tokens, length=48, stride=1):
+    passes = Passes(lambda _: model.eval(), tokens, 7)
+    losses = measure(passes, length, L, stride)
+    assert largest_early_difference(losses, length, L) < 1e-5
+    means = {name: values.mean() for name, values in losses.terms().items()}
+    assert sum(means[name] for name in TERMS) == pytest.approx(means["total"], abs=1e-12)
+    return means
+
+
+def counts(length, num_tokens=400):
+    """Positions, counted from 1, of all targets of nonoverlapping windows."""
+    return positions_in_window(num_tokens, length)
+
+
+def test_a_model_that_ignores_its_context_has_no_parts(tokens):
+    means = terms_of(Known(lambda seen, position: 3 + 0 * seen), tokens)
+    assert all(abs(value) < 1e-7 for value in means.values())
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("length", [32, 48, 57])
+def test_a_model_that_uses_exactly_w_tokens_has_early_tokens_only(tokens, length, stride):
+    w = 10
+
+    def rule(seen, position):
+        return 5 - seen.clamp(max=w) / 4
+
+    means = terms_of(Known(rule, memory=w), tokens, length, stride)
+    plain = terms_of(Known(rule), tokens, length, stride)
+    expected = (rule(torch.tensor(counts(length)), 0) - rule(torch.tensor(counts(L)), 0)).mean()
+    assert plain["early_tokens"] == pytest.approx(float(expected), abs=1e-6)
+    assert plain["early_tokens"] < -0.1
+    for found in (means, plain):
+        assert found["positions_beyond"] == pytest.approx(0, abs=1e-6)
+        assert found["keys_beyond"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_model_that_breaks_at_positions_beyond_l_shows_it_as_positions(tokens):
+    means = terms_of(Known(lambda seen, position: 2 + 0.5 * (position >= L), memory=3), tokens)
+    share = (counts(48) > L).mean()
+    assert means["positions_beyond"] == pytest.approx(0.5 * share, abs=1e-6)
+    assert means["keys_beyond"] == pytest.approx(0, abs=1e-6)
+    # The three tokens of memory are early tokens, and nothing else is.
+    without = terms_of(Known(lambda seen, position: 2 + 0 * seen, memory=3), tokens)
+    assert means["early_tokens"] == pytest.approx(without["early_tokens"], abs=1e-6)
+
+
+@pytest.mark.parametrize("harm", [0.25, -0.25])
+def test_a_model_that_reacts_to_distances_beyond_l_shows_it_as_keys(tokens, harm):
+    means = terms_of(Known(lambda seen, position: 2 + harm * (seen > L)), tokens)
+    share = (counts(48) > L).mean()
+    assert means["keys_beyond"] == pytest.approx(harm * share, abs=1e-6)
+    assert means["early_tokens"] == pytest.approx(0, abs=1e-6)
+    assert means["positions_beyond"] == pytest.approx(0, abs=1e-6)
+
+
+def test_all_three_at_once_add_up(tokens):
+    def rule(seen, position):
+        return 4 - seen.clamp(max=6) / 8 + 0.5 * (position >= L) - 0.125 * (seen > L)
+
+    means, share = terms_of(Known(rule), tokens), (counts(48) > L).mean()
+    early = (-np.minimum(counts(48), 6) / 8).mean() - (-np.minimum(counts(L), 6) / 8).mean()
+    assert means == pytest.approx(
+        {
+            "early_tokens": early,
+            "positions_beyond": 0.5 * share,
+            "keys_beyond": -0.125 * share,
+            "total": early + 0.375 * share,
+        },
+        abs=1e-6,
+    )
+
+
+def test_a_stride_moves_an_amount_from_the_second_part_to_the_first_only(tokens):
+    model = Known(lambda seen, position: 4 - seen.clamp(max=L) / 8)
+    exact, strided = terms_of(model, tokens, 64), terms_of(model, tokens, 64, stride=5)
+    # Beyond L a target has L - stride + 1 to L tokens, each as often as its place in the stride.
+    beyond = np.flatnonzero(counts(64) > L)
+    missing = (4 - beyond % 5).sum() / len(tokens) / 8
+    assert strided["early_tokens"] - exact["early_tokens"] == pytest.approx(missing, abs=1e-6)
+    assert strided["positions_beyond"] - exact["positions_beyond"] == pytest.approx(-missing, abs=1e-6)
+    assert strided["keys_beyond"] == pytest.approx(exact["keys_beyond"], abs=1e-9)
+    assert strided["total"] == pytest.approx(exact["total"], abs=1e-9)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(40, 1), (48, 5), (48, 16), (399, 3), (500, 1)])
+def test_reset_is_one_pass_over_the_last_tokens_of_each_window(tiny_model, tokens, length, stride):
+    model = tiny_model("sinusoidal", "sdpa")
+    reset = Passes(lambda _: model, tokens, 7).reset(length, L, stride)
+    inputs = [7, *tokens.tolist()]
+    for t in [0, 3, 15, 16, 39, 40, 41, 60, 95, 96, 200, 398, 399]:
+        begin = t // length * length
+        # The window of a strided target ends with its stride; the input is what comes before.
+        first = begin if t - begin < L else max(0, t // stride * stride - (L - stride))
+        with torch.no_grad():
+            nats = model.nats(torch.tensor([inputs[first : t + 1]]), torch.tensor([tokens[first : t + 1].tolist()]))
+        assert t - first + 1 <= min(L, t - begin + 1)
+        assert reset[t] == pytest.approx(nats[0, -1].item(), abs=2e-5), t
+
+
+@pytest.mark.parametrize("position", sorted(POSITIONS))
+def test_the_full_window_and_both_interventions_coincide_up_to_l(tiny_model, tokens, position):
+    model = tiny_model(position, "sdpa", train_length=64)
+    passes = Passes(lambda _: model, tokens, 7)
+    losses = measure(passes, 40, L)
+    assert largest_early_difference(losses, 40, L) < 2e-5
+    early = counts(40) <= L
+    # Up to L each also equals the loss in a window of length L that begins at the same token.
+    for k in range(0, 400, 40):
+        alone = score_windows(model, tokens, 7, np.array([k]), L)[0]
+        np.testing.assert_allclose(losses.full[k : k + L], alone, atol=2e-5)
+    assert early.sum() == 160
+
+
+@pytest.mark.parametrize("position", ["alibi", "rotary", "t5", "none"])
+def test_one_layer_with_relative_positions_has_no_positions_beyond(tiny_model, tokens, position):
+    """With one layer the last L keys are the last L embeddings, wherever the window began."""
+    model = tiny_model(position, "sdpa", train_length=L)
+    del model.blocks[1:]
+    means = terms_of(model, tokens)
+    assert means["positions_beyond"] == pytest.approx(0, abs=1e-6)
+    # Untrained bias tables and steep slopes leave the far keys some weight; without positions it is most.
+    assert abs(means["keys_beyond"]) > (1e-4 if position == "none" else 1e-9)
+
+
+def test_one_layer_with_absolute_positions_has_them(tiny_model, tokens):
+    model = tiny_model("sinusoidal", "sdpa", train_length=L)
+    del model.blocks[1:]
+    assert abs(terms_of(model, tokens)["positions_beyond"]) > 1e-4
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 1), (32, 0), (32, 17)])
+def test_out_of_range_is_refused(tiny_model, tokens, length, stride):
+    model = tiny_model("alibi")
+    with pytest.raises(ValueError, match=r"length = 16|stride = (0|17)\. Allowed: 1 to train_length = 16"):
+        measure(Passes(lambda _: model, tokens, 7), length, L, stride)
+
+
+def group(models, tokens, position="alibi", train_length=L):
+    passes = [Passes(lambda _, m=m: m.eval(), tokens, 7) for m in models]
+    return Group(position, train_length, [f"run{k}" for k in range(len(models))], passes, DOCUMENTS)
+
+
+def test_points_of_the_decomposition_carry_intervals_and_seeds(tokens):
+    models = [Known(lambda seen, position, a=a: a + a * (position >= L), memory=2) for a in (1.0, 1.25)]
+    (point,) = decomposition(group(models, tokens), [8, L, 48], stride=4)
+    assert point["length"] == 48
+    share = (counts(48) > L).mean()
+    positions = point["positions_beyond"]
+    assert positions["by_run"] == pytest.approx({"run0": share, "run1": 1.25 * share}, abs=1e-6)
+    assert positions["nats"] == pytest.approx(1.125 * share, abs=1e-6)
+    assert positions["low"] < positions["nats"] < positions["high"]
+    assert sum(point[name]["nats"] for name in TERMS) == pytest.approx(point["total"]["nats"], abs=1e-12)
+
+
+def test_a_scheme_without_such_positions_has_null_parts_and_a_reason(tiny_model, tokens):
+    model = tiny_model("learned", train_length=L)
+    (point,) = decomposition(group([model], tokens, "learned"), [32], stride=4)
+    assert point["early_tokens"] is point["positions_beyond"] is point["keys_beyond"] is point["total"] is None
+    assert point["reason"] == "position=learned has 16 positions"
+
+
+def test_document_sums_are_sums_over_documents(tokens):
+    values = np.arange(400.0)
+    sums = document_sums([values, 2 * values], DOCUMENTS)
+    assert sums[1].tolist() == [2 * values[a:b].sum() for a, b in ((0, 90), (90, 200), (200, 310), (310, 400))]
+
+
+@pytest.mark.parametrize("position", sorted(POSITIONS))
+def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, tokens, position):
+    model = tiny_model(position, "sdpa", train_length=64)
+    points = offset(group([model], tokens, position), [0, 1, 29, 56], width=8, every=2)
+    assert points[0]["largest"] < 1e-6
+    if model.positions[0].translation_invariant:
+        assert all(p["largest"] < 2e-5 and abs(p["nats"]) < 1e-5 for p in points)
+    else:
+        assert all(p["largest"] > 1e-3 for p in points[1:])
+    beyond = offset(group([model], tokens, position), [57], width=8, every=2)[0]
+    if model.max_position is None:
+        assert beyond["nats"] is not None
+    else:
+        assert beyond["nats"] is None and beyond["reason"] == "position=learned has 64 positions"
+
+
+def test_the_offset_view_measures_the_dependence_on_absolute_position(tokens):
+    model = Known(lambda seen, position: 1 + position / 8)
+    points = offset(group([model], tokens), [0, 3, 16], width=8, every=3)
+    assert [p["nats"] for p in points] == pytest.approx([0, 3 / 8, 2], abs=1e-6)
+    assert points[0]["targets"] == len(range(0, 393, 24)) * 8
+
+
+def test_fixed_contexts_score_the_same_targets_with_exactly_so_many_tokens(tiny_model, tokens):
+    model = tiny_model("sinusoidal", "sdpa")
+    points = fixed(group([model], tokens), [1, 5, 16, 40], every=7)
+    inputs = [7, *tokens.tolist()]
+    for point in points:
+        c = point["context"]
+        nats = [
+            score_tokens(model, tokens[t : t + 1], inputs[t], 1)[0]
+            if c == 1
+            else model.nats(
+                torch.tensor([inputs[t - c + 1 : t + 1]]), torch.tensor([tokens[t - c + 1 : t + 1].tolist()])
+            )[0, -1].item()
+            for t in range(39, 400, 7)
+        ]
+        assert point["targets"] == 52
+        assert point["nats"] == pytest.approx(np.mean(nats), abs=1e-5)
+    assert points[2]["difference"]["nats"] == 0 and points[2]["difference"]["from"] == 16
+    assert points[1]["difference"]["nats"] == pytest.approx(points[1]["nats"] - points[2]["nats"], abs=1e-9)
