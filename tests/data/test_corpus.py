@@ -256,7 +256,7 @@ def test_a_killed_process_leaves_nothing_believed_and_nothing_behind(config: Dat
 
 def test_two_processes_prepare_once(config: DataConfig):
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from alibi_lm.data import preparation\n"
         "from alibi_lm.data.corpus import prepare\n"
         "from alibi_lm.data.sources import DataConfig\n"
@@ -264,13 +264,22 @@ def test_two_processes_prepare_once(config: DataConfig):
         "real, made = preparation.encode.encode_split, []\n"
         "def counted(source, split, *rest):\n"
         "    made.append(split)\n"
+        "    time.sleep(0.3)\n"
         "    return real(source, split, *rest)\n"
         "preparation.encode.encode_split = counted\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
         "corpus = prepare(DataConfig('wikitext103', sys.argv[1], sys.argv[2]), WordConfig())\n"
         "print(len(made), corpus.hash)\n"
     )
     command = [sys.executable, "-c", code, config.path or "", config.cache_dir]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert all(process.stdout and process.stdout.readline() == "ready\n" for process in running)
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
     outputs = [process.communicate()[0].split() for process in running]
     assert sum(int(count) for count, _ in outputs) == 3 and outputs[0][1] == outputs[1][1]
 
