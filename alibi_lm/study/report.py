@@ -64,8 +64,11 @@ def write_report(folder: Path, claim_files: Sequence[ClaimFile], bench: Path) ->
     evidence = Evidence(rows, records, read_summaries_if_any(folder), read_bench(bench))
     judged = judge_all(claim_files, evidence)
     main = [path for path in drawn if path.suffix == ".svg"]
-    others = sorted(path for path in folder.glob("*.svg") if path not in main)
-    name = folder.parent.name if folder.name == "extrapolation" else folder.name
+    own = folder.name == "extrapolation"  # of an experiment; a published study has all in one folder
+    name = folder.parent.name if own else folder.name
+    # Figures of the analyses, and whatever else was drawn here; not what an earlier set of results left behind.
+    others = sorted(path for path in folder.glob("*.svg") if not path.name.startswith("extrapolation"))
+    others += sorted(((folder.parent if own else folder) / "analysis").glob("*.svg"))
     found = views(rows)
     body = [
         f"<h1>{_text(name)}</h1>",

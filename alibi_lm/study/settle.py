@@ -122,7 +122,7 @@ def _over_documents(
         return None
     import numpy as np
 
-    from alibi_lm.evaluation.statistics import paired_difference
+    from alibi_lm.evaluation.statistics import ONE_SEED, paired_difference
 
     parts = [[summaries[row.key] for row in side] for side in (left, right)]
     tokens = parts[0][0].document_tokens
@@ -142,6 +142,7 @@ def _over_documents(
         return None
     common = set(seeds[0]) & set(seeds[1])
     count = len(common) if len(common) >= 2 else min(len(side) for side in seeds)
+    count = 1 if found.kind == ONE_SEED else count
     over = f"{count} seeds and {len(tokens)} documents" if count > 1 else f"{len(tokens)} documents, one seed"
     return Measured(found.estimate, found.low, found.high, count, over)
 

@@ -140,6 +140,18 @@ def test_hostile_names_of_runs_and_schemes_are_harmless(tmp_path):
     assert '<img src="http://x" onerror="x">' in page.text
 
 
+def test_figures_of_the_analyses_are_in_it_and_left_overs_are_not(tmp_path):
+    folder = tmp_path / "mine" / "extrapolation"
+    study(folder)
+    plain = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>'
+    (tmp_path / "mine" / "analysis").mkdir()
+    (tmp_path / "mine" / "analysis" / "per_position.svg").write_text(plain)
+    (folder / "extrapolation_validation_sliding99.svg").write_text(plain)
+    assert run_script("report.py", f"folder={folder}").returncode == 0
+    page = Page((folder / "report.html").read_text())
+    assert [attrs["aria-label"] for attrs in page.all("svg")][1:] == ["per position"]
+
+
 def test_a_foreign_svg_loses_what_runs_or_loads(tmp_path):
     path = tmp_path / "a.svg"
     path.write_text(
