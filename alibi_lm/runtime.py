@@ -40,7 +40,6 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = cuda, but torch finds no CUDA device here. Use device=cpu or device=auto.")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        torch.backends.cuda.matmul.allow_tf32 = True
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

@@ -18,7 +18,7 @@ LEVELS = [
     {"model"},
     {"config"},
     {"evaluation"},
-    {"train", "interop", "study", "bench"},
+    {"trainer", "train", "interop", "study", "bench"},
     {"experiment", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -69,8 +69,7 @@ def test_schemes_and_lengths_of_the_tables(experiments: dict[int, TrainConfig], 
     schemes = {"alibi", "sinusoidal"} | ({"rotary", "t5"} if length in FOUR_SCHEMES else set())
     runs = [dict(part.split("=") for part in sweep.split()) for sweep in config.study]
     assert {scheme for run in runs for scheme in run["position"].split(",")} == schemes
-    (baseline,) = (run for run in runs if run["position"] == "sinusoidal")
-    assert baseline["position.variant"] == "fairseq"
+    assert compose([f"experiment=paper_L{length}", "position=sinusoidal"]).position.variant == "fairseq"
 
 
 def test_figure_1_is_covered(experiments: dict[int, TrainConfig]) -> None:

@@ -9,7 +9,7 @@ paper's baseline used (Baevski & Auli 2018; fairseq/modules/sinusoidal_positiona
 with half = model_dim / 2; p counts from 0, in the fairseq variant from 2.
 
 Past the trained length: defined, with values never seen in training; measured, not refused.
-Differs from the paper: nothing in the `fairseq` variant, whose float32 arithmetic is kept as well.
+Differs from the paper: nothing in the `fairseq` variant, the default, whose float32 arithmetic is kept as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme, PositionShape, require
 
-VARIANTS = ("vaswani", "fairseq")
+VARIANTS = ("fairseq", "vaswani")
 
 
 @dataclass
@@ -30,8 +30,8 @@ class SinusoidalConfig:
     """Fixed wave vectors added to the embeddings."""
 
     name: str = "sinusoidal"
-    variant: str = "vaswani"
-    """`vaswani` (interleaved, from position 0) or `fairseq` (halves, from position 2, divisor half - 1)."""
+    variant: str = "fairseq"
+    """`fairseq` (halves, from position 2, divisor half - 1; the paper's) or `vaswani` (interleaved, from 0)."""
 
     def __post_init__(self) -> None:
         require(

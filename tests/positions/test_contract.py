@@ -9,7 +9,7 @@ from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 ALL = sorted(POSITIONS)
 VARIANTS = [(name, {}) for name in ALL] + [
     ("alibi", {"learned_slopes": True}),
-    ("sinusoidal", {"variant": "fairseq"}),
+    ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
 ]
 IDS = ["-".join([name, *map(str, settings.values())]) for name, settings in VARIANTS]

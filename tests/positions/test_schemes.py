@@ -17,7 +17,7 @@ def shape(model_dim=32, num_heads=2, train_length=64, context_length=64) -> Posi
 
 
 def test_sinusoidal_vaswani_formula():
-    scheme = SinusoidalConfig().build(shape())
+    scheme = SinusoidalConfig(variant="vaswani").build(shape())
     positions = torch.tensor([0, 1, 63, 16000])
     vectors = scheme.vectors(positions)
     for row, p in zip(vectors, positions.tolist(), strict=True):
