@@ -166,16 +166,19 @@ def _draw_curve(axis: Axes, curve: Curve, train_length: int | None, ceiling: flo
     if y[-1] > ceiling:
         return []  # it leaves through the top; the whole range has its label
     name = label_of(curve, with_length=guest or train_length is None)
-    return [_Label(x[-1], y[-1], name, style.color, f"ends at {x[-1]}" if ends else "")]
+    notes = [_short(curve.variant)] if curve.variant else []
+    notes += [f"ends at {x[-1]}"] if ends else []
+    return [_Label(x[-1], y[-1], name, style.color, ", ".join(notes))]
 
 
 def label_of(curve: Curve, with_length: bool) -> str:
     """Name of a curve beside its line."""
     name = look(curve.position).name
-    if with_length:
-        name += f" L={curve.train_length}"
-    variant = curve.variant if len(curve.variant) <= 14 else curve.variant[:13] + "..."
-    return f"{name} ({variant})" if variant else name
+    return f"{name} L={curve.train_length}" if with_length else name
+
+
+def _short(variant: str) -> str:
+    return variant if len(variant) <= 18 else variant[:15] + "..."
 
 
 def _draw_published(axis: Axes, curve: Curve) -> None:
