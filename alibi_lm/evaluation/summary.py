@@ -212,7 +212,8 @@ def read_summaries(path: str | Path) -> dict[RowKey, Summary]:
         ValueError: the file does not exist or is damaged.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as file:
+        # numpy leaves the file open when it is no archive, so it is opened here.
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             entries = json.loads(bytes(file["index"]).decode())
             found = {}
             for entry in entries:

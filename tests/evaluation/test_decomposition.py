@@ -150,7 +150,9 @@ def test_reset_is_one_pass_over_the_last_tokens_of_each_window(tiny_model, token
         # The window of a strided target ends with its stride; the input is what comes before.
         first = begin if t - begin < L else max(0, t // stride * stride - (L - stride))
         with torch.no_grad():
-            nats = model.nats(torch.tensor([inputs[first : t + 1]]), torch.tensor([tokens[first : t + 1].tolist()]))
+            nats = model.nats(
+                torch.tensor([inputs[first : t + 1]]), torch.tensor([tokens[first : t + 1].tolist()])
+            )
         assert t - first + 1 <= min(L, t - begin + 1)
         assert reset[t] == pytest.approx(nats[0, -1].item(), abs=2e-5), t
 
