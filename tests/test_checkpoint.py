@@ -189,6 +189,28 @@ def test_foreign_parameters_in_the_optimizer_are_refused(store: CheckpointStore)
         store.save(1, nn.Linear(2, 1), optimizer, {})
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
+def test_state_of_a_gpu_goes_where_it_was(store: CheckpointStore, options: dict[str, bool]) -> None:
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(3, 2).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), **options)  # type: ignore[arg-type]
+        model(torch.ones(3, device="cuda")).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = made()
+    path = store.save(1, model, optimizer, {})
+    again, restored = made()
+    Checkpoint(path).restore(again, restored)
+    for left, right in zip(model.parameters(), again.parameters(), strict=True):
+        assert same_bits(left.cpu(), right.cpu())
+        for entry, tensor in optimizer.state[left].items():
+            assert restored.state[right][entry].device == tensor.device, entry
+            assert same_bits(restored.state[right][entry].cpu(), tensor.cpu()), entry
+
+
 # --- strictness ----------------------------------------------------------------------------------
 
 

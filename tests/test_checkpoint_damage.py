@@ -86,6 +86,15 @@ def test_damaged_checkpoints_are_reported_and_skipped(
     assert store.get("last").step == 3
 
 
+def test_one_altered_digit_of_the_state_is_noticed(store: CheckpointStore) -> None:
+    path = store.save(1, *trained(), {"best_validation_loss": 2.125})
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace("2.125", "2.124"))
+    with pytest.raises(ValueError, match=r"state\.json was altered after it was written"):
+        Checkpoint(path)
+    assert store.latest() is None
+
+
 def test_damaged_best_pointer(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
     store.save(1, nn.Linear(1, 1), None, {})
     store.mark_best(1, {})

@@ -56,6 +56,14 @@ def test_rows(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_rows_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_jsonl(tmp_path) as tracker:
+        synced: list[int] = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+        tracker.log(10, {"a": 1})
+    assert synced == [len('{"step": 10, "a": 1}\n')]
+
+
 @pytest.mark.parametrize("torn", ["", '{"step": 31, "train/lo', '{"step"', "{", "\x00\x00\x00"])
 def test_resume_drops_exactly_what_comes_again(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
