@@ -141,6 +141,7 @@ class Trainer:
             "validation_loss": validation,
             "best_validation_loss": self.best,
             "corpus": self.corpus.hash,
+            "device": runtime.environment(self.device)["device"],
         }
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:

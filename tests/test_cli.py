@@ -157,3 +157,15 @@ def test_mistakes_end_in_a_message(place, name, arguments, words):
     done = script(place, name, *arguments, ok=False)
     for word in words:
         assert word in done.stderr
+
+
+def test_curves_go_to_wandb_as_a_table_and_a_plot(trained, place):
+    script(
+        place, "evaluate.py", "runs=outputs/smoke/runs/alibi*", "lengths=[16,32]", "output_dir=tracked",
+        "tracking=wandb", "threads=1",
+    )  # fmt: skip
+    tables = list((place / "tracked" / "wandb").glob("offline-run-*/files/media/table/*.table.json"))
+    contents = [json.loads(t.read_text()) for t in tables]
+    curve = next(c for c in contents if "inference_length" in c["columns"] and "run" in c["columns"])
+    lengths = {row[curve["columns"].index("inference_length")] for row in curve["data"]}
+    assert lengths == {16, 32} and len(curve["data"]) == 4

@@ -24,7 +24,7 @@ from alibi_lm.evaluation.store import Scoring, TokenStore, identity
 from alibi_lm.evaluation.summary import summarise, upsert_summaries
 from alibi_lm.parallel import World
 from alibi_lm.positions.base import require
-from alibi_lm.run_folder import finished
+from alibi_lm.run_folder import finished, read_json_object
 from alibi_lm.tracking import open_tracker
 
 
@@ -115,6 +115,7 @@ def evaluate_length(
         words=stream.words,
         bytes=stream.bytes,
         commit=runtime.code_version()[0],
+        extra=_origin(task.folder, corpus),
     )
     model = load_run(
         task.folder, length, config.checkpoint, config.attention, device, position=config.position or None
@@ -222,6 +223,14 @@ def evaluate(config: EvaluateConfig, world: World) -> Iterator[ResultRow]:
             yield row
     if world.is_main:
         write_csv(output / "results.csv", upsert_rows(results, []))
+
+
+def _origin(folder: Path, corpus: Corpus) -> dict[str, Any]:
+    """What a figure should say of where a run's numbers come from."""
+    trained = finished(folder) or {}
+    own = folder / "corpus.json"
+    text = read_json_object(own)["description"] if own.is_file() else corpus.name
+    return {"corpus_name": text, "tokens_seen": trained.get("tokens_seen"), "device": trained.get("device")}
 
 
 def output_folder(config: EvaluateConfig) -> Path:
