@@ -48,16 +48,12 @@ class CheckpointStore:
         if keep_last < 1:
             raise ValueError(f"keep_last = {keep_last}: at least 1 checkpoint must be kept to resume from.")
         if keep_every < 0:
-            raise ValueError(
-                f"keep_every = {keep_every}: give a number of steps, or 0 to keep none for good."
-            )
+            raise ValueError(f"keep_every = {keep_every}: give a number of steps, or 0 to keep none for good.")
         self.folder = Path(folder)
         self.keep_last = keep_last
         self.keep_every = keep_every
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: Optimizer | None, state: Mapping[str, Any]
-    ) -> Path:
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer | None, state: Mapping[str, Any]) -> Path:
         """Writes the checkpoint of `step` and removes those that the policy no longer keeps.
 
         Args:
@@ -92,15 +88,13 @@ class CheckpointStore:
             if not isinstance(error, OSError):
                 raise
             newest = self.steps()[-1:]
-            kept = (
-                f"The checkpoint of step {newest[0]} is kept" if newest else "There is no earlier checkpoint"
-            )
+            kept = f"The checkpoint of step {newest[0]} is kept" if newest else "There is no earlier checkpoint"
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self.folder} "
                 f"({error.strerror or error}). {kept}. "
                 "Make room or give an output_dir that can be written, then give the same command again."
             ) from error
-        self._prune()
+        self._prune(step)
         return target
 
     def mark_best(self, step: int, state: Mapping[str, Any]) -> None:
@@ -191,12 +185,20 @@ class CheckpointStore:
         for path in self.folder.glob(".tmp-*"):
             _remove(path)
 
-    def _prune(self) -> None:
-        steps = self.steps()
+    def prune(self) -> None:
+        """Removes what the policy does not keep. `save` does that too, unless it was killed on the way."""
+        newest = self.latest()
+        if newest is not None:
+            self._prune(newest.step)
+
+    def _prune(self, newest: int) -> None:
+        """Counts from `newest`, which is known to be whole; later ones are torn, or training had gone on there."""
+        steps = [step for step in self.steps() if step <= newest]
         keep = {*steps[-self.keep_last :], self._best_step()}
         if self.keep_every:
             keep |= {step for step in steps if step % self.keep_every == 0}
         try:
+            self._remove_leftovers()
             for step, path in self._candidates():
                 superseded = path.suffix == ".old" and self._path(step).is_dir()
                 if superseded or step not in keep:

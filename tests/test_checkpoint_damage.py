@@ -86,6 +86,32 @@ def test_damaged_checkpoints_are_reported_and_skipped(
     assert store.get("last").step == 3
 
 
+def test_torn_newer_checkpoints_never_push_out_a_whole_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for step in (8, 11):
+        store.save(step, *trained(), {})
+    damage(tmp_path / "step-00000011" / "weights.safetensors", "cut")
+    store.keep_last = 1
+    store.save(10, *trained(), {})  # resumed from 8 and asked to stop before 11
+    assert store.steps() == [10] and store.get("last").step == 10
+
+
+def test_pruning_makes_up_for_a_kill(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=3)
+    for step in (1, 2, 3):
+        store.save(step, *trained(), {})
+    (tmp_path / ".tmp-step-00000004").mkdir()
+    store.mark_best(1, {})
+    damage(tmp_path / "step-00000003" / "weights.safetensors", "cut")
+    store.keep_last = 1
+    store.prune()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "step-00000001", "step-00000002"]
+    damage(tmp_path / "step-00000001" / "state.json", "cut")
+    damage(tmp_path / "step-00000002" / "state.json", "cut")
+    store.prune()  # nothing whole: nothing goes
+    assert store.steps() == [1, 2]
+
+
 def test_one_altered_digit_of_the_state_is_noticed(store: CheckpointStore) -> None:
     path = store.save(1, *trained(), {"best_validation_loss": 2.125})
     text = (path / "state.json").read_text()

@@ -136,8 +136,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def assert_same_run(folder: Path, reference: Path) -> None:
     """Weights, optimizer state, the trainer's state and every row of metrics, bit for bit."""
     assert rows(folder) == rows(reference)
-    files = sorted(path.relative_to(reference) for path in reference.glob("checkpoints/**/*") if path.is_file())
-    assert sorted(path.relative_to(folder) for path in folder.glob("checkpoints/**/*") if path.is_file()) == files
+    # A kill after the last rename may leave an older checkpoint beside these.
+    files = [path.relative_to(reference) for path in reference.glob("checkpoints/**/*") if path.is_file()]
+    assert len(files) in (4, 7)  # one or two checkpoints and best.json
     for file in files:
         assert (folder / file).read_bytes() == (reference / file).read_bytes(), file
     assert finished(folder) == finished(reference) is not None
