@@ -5,29 +5,33 @@ gradient. The kernel behind it has neither limit in its arithmetic:
 
 - `attend_key_bias`: causal skipping and an additive row per key, broadcast over the queries with stride 0. That
   is ALiBi, at the price of plain causal attention and without any (T, S) tensor.
-- `DistanceAttention`: a bias that depends on distance only. One (H, rows, S) block of it, moved along the
-  diagonal, serves every slice of queries; the gradient of the bias needs only the distances below its
-  saturation, because the gradients of a row of scores add up to zero.
+- `DistanceAttention`: a bias that depends on distance only, and is constant from some distance on. Short
+  sequences take a whole mask. Long ones are cut in two: the far keys are plain causal attention of the queries
+  shifted by that distance; the near ones are a band of blocks that share one mask. The gradient of the bias
+  needs the band alone, because the gradients of a row of scores add up to zero.
 
-Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, R rows of a slice, W keys of a band.
+Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, D saturation (the first distance
+that is far), R rows of a block, W = D + R keys that a block can see.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 256
-"""Queries of a slice in `DistanceAttention`: few enough to skip most hidden keys, enough to fill the threads."""
+WHOLE = 1024
+"""Up to this length a whole (H, T, T) mask is faster than far keys and band."""
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """The kernel: (output (B, H, T, K), log of the sum of exponentials (B, H, T))."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
@@ -71,11 +75,52 @@ def attend_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> Tensor
     return _forward(q, k, v, True, mask, q.shape[-1] ** -0.5)[0]
 
 
+class Band(NamedTuple):
+    """A bias over distances, as the layers need it."""
+
+    bias: Tensor
+    """(H, T): of each distance; may need a gradient."""
+    saturation: int
+    """D: the bias is constant from this distance on; at most T."""
+    mask: Tensor
+    """Short sequences: (1, H, T, T), the bias of each pair. Long ones: (1, H, R, W), that of near keys, else -inf."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the mask is that of all pairs."""
+        return self.mask.shape[2] == self.bias.shape[1]
+
+
+def prepare_band(bias: Tensor, saturation: int | None, dtype: torch.dtype) -> Band | None:
+    """Build the mask that serves all layers.
+
+    Args:
+        bias: (H, T): of each distance.
+        saturation: the bias is constant from this distance on, if it is.
+        dtype: of queries and keys.
+
+    Returns:
+        None where the sequence is long and the bias has no constant part: no mask of linear size serves it.
+    """
+    length = bias.shape[1]
+    reach = min(saturation or length, length)
+    exact = torch.promote_types(dtype, torch.float32)
+    if length <= max(WHOLE, _rows(1)):
+        # Each row is the one below it, moved by one: windows on one line, read from its end.
+        line = F.pad(bias.detach().to(exact).flip(1), (0, length - 1))
+        return Band(bias, reach, line.unfold(1, length, 1).flip(1)[None])
+    if reach == length:
+        return None
+    distance, near = _band_distances(reach, _rows(reach))
+    mask = bias.detach()[:, distance.clamp(0, length - 1)].masked_fill(~near, -math.inf)
+    return Band(bias, reach, mask.to(exact)[None])
+
+
 class DistanceAttention(torch.autograd.Function):
     """Causal attention whose bias is a vector over distances; differentiable in the bias too."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: Tensor, saturation: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, band: Band) -> Tensor:
         """Attend.
 
         Args:
@@ -83,108 +128,156 @@ class DistanceAttention(torch.autograd.Function):
             q: (B, H, T, K), on the CPU.
             k: (B, H, T, K).
             v: (B, H, T, K).
-            bias: (H, T): of each distance.
-            block: (1, H, R, T): `distance_block(bias)`.
-            saturation: the bias is constant from this distance on.
+            bias: `band.bias`, named for autograd.
+            band: of `prepare_band`.
 
         Returns:
             (B, H, T, K).
         """
         scale = q.shape[-1] ** -0.5
-        parts = [
-            _forward(q[:, :, rows], k[:, :, :stop], v[:, :, :stop], False, mask, scale)
-            for rows, stop, mask in _slices(block)
-        ]
-        out = torch.cat([part[0] for part in parts], dim=2)
-        log_sum = torch.cat([part[1] for part in parts], dim=2)
-        ctx.save_for_backward(q, k, v, bias, block, out, log_sum)
-        ctx.saturation = saturation
+        if band.whole:
+            out, log_sum = _forward(q, k, v, True, band.mask, scale)
+        else:
+            out, log_sum = _near(q, k, v, band)
+            far = band.saturation
+            far_out, far_sum = _forward(q[:, :, far:], k[:, :, :-far], v[:, :, :-far], True, None, scale)
+            far_sum = far_sum + bias[:, far, None]
+            both = torch.logaddexp(log_sum[:, :, far:], far_sum)
+            near_share = (log_sum[:, :, far:] - both).exp()[..., None]
+            out[:, :, far:] = torch.lerp(far_out.to(out.dtype), out[:, :, far:], near_share.to(out.dtype))
+            log_sum[:, :, far:] = both
+            out = out.to(v.dtype)
+        ctx.save_for_backward(q, k, v, bias, out, log_sum)
+        ctx.band = Band(bias.detach(), band.saturation, band.mask)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and bias."""
-        q, k, v, bias, block, out, log_sum = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
-        for rows, stop, mask in _slices(block):
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out[:, :, rows], q[:, :, rows], k[:, :, :stop], v[:, :, :stop], out[:, :, rows],
-                log_sum[:, :, rows], 0.0, False, attn_mask=mask, scale=scale,
+        q, k, v, bias, out, log_sum = ctx.saved_tensors
+        scale, far, whole = q.shape[-1] ** -0.5, ctx.band.saturation, ctx.band.whole
+        grad_q = grad_k = grad_v = grad_bias = None
+        if not whole or ctx.needs_input_grad[3]:
+            grad_q, grad_k, grad_v, grad_bias = _near_gradients(
+                q, k, v, ctx.band, out, log_sum, grad_out, bias_only=whole
+            )
+        if whole:
+            grad_q, grad_k, grad_v = _backward(grad_out, q, k, v, out, log_sum, ctx.band.mask, scale)
+        else:
+            dq, dk, dv = _backward(
+                grad_out[:, :, far:], q[:, :, far:], k[:, :, :-far], v[:, :, :-far], out[:, :, far:],
+                log_sum[:, :, far:] - bias[:, far, None], None, scale,
             )  # fmt: skip
-            grad_q.append(dq)
-            grad_k[:, :, :stop] += dk
-            grad_v[:, :, :stop] += dv
-        grad_bias = None
-        if ctx.needs_input_grad[3]:
-            grad_bias = _bias_gradient(q, k, v, bias, out, log_sum, grad_out, ctx.saturation)
-        return torch.cat(grad_q, dim=2), grad_k, grad_v, grad_bias, None, None
+            grad_q[:, :, far:] += dq
+            grad_k[:, :, :-far] += dk
+            grad_v[:, :, :-far] += dv
+        return grad_q, grad_k, grad_v, grad_bias, None
 
 
-def distance_block(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mask of the last slice of queries against all keys; earlier slices see its right-hand part.
-
-    Args:
-        bias: (H, T): of each distance.
-        dtype: of the result.
-
-    Returns:
-        (1, H, R, T), -inf where the key lies ahead. R is ROWS, or T where that is less.
-    """
-    length = bias.shape[1]
-    rows = min(ROWS, length)
-    # Row r sees the key at column w from distance (length - rows + r) - w: a line read backwards, and the rows
-    # from the last to the first are the same line shifted by one.
-    hidden = bias.new_full((len(bias), rows - 1), float("-inf"))
-    line = torch.cat([bias.detach().flip(1), hidden], dim=1).to(dtype)
-    return line.unfold(1, length, 1).flip(1)[None]
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's gradients of q, k, v for causal attention with an additive mask."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, log_sum, 0.0, True, attn_mask=mask, scale=scale
+    )
 
 
-def _slices(block: Tensor) -> list[tuple[slice, int, Tensor]]:
-    """Slices of queries, the number of keys each sees, and its mask (1, H, r, keys), a view of the block."""
-    _, _, rows, length = block.shape
-    slices = []
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        # A whole slice sees the distances of the last one, from fewer keys; a shorter slice is the end of the last.
-        mask = block[..., length - stop :] if stop - start == rows else block[:, :, start - stop :]
-        slices.append((slice(start, stop), stop, mask))
-    return slices
+def _rows(reach: int) -> int:
+    """R: rows of a block. At least the reach, so that a block sees keys of one block before it."""
+    return max(reach, 64)
 
 
-def _bias_gradient(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor, log_sum: Tensor, grad_out: Tensor, saturation: int
-) -> Tensor:
-    """Gradient of the bias of each distance, (H, T): the sum of the gradients of all scores at it.
-
-    Computed for distances below the saturation, in bands along the diagonal; the rest is minus their sum.
-    """
-    _, num_heads, length, head_dim = q.shape
-    exact = torch.promote_types(q.dtype, torch.float32)
-    q, k, v, out, grad_out = (x.to(exact) for x in (q, k, v, out, grad_out))
-    reach = min(saturation, length)
-    rows = min(max(reach, 64), length)
-    num_bands = -(-length // rows)
-    end = num_bands * rows - length
-
-    def queries(x: Tensor, value: float = 0.0) -> Tensor:  # (B, H, T, n) -> (B, H, bands, rows, n)
-        return F.pad(x, (0, 0, 0, end), value=value).unflatten(2, (num_bands, rows))
-
-    def keys(x: Tensor) -> Tensor:  # (B, H, T, K) -> (B, H, bands, K, reach + rows): keys from `reach` before on
-        return F.pad(x, (0, 0, reach, end)).unfold(2, reach + rows, rows)
-
+def _band_distances(reach: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Distance of row r of a block from its key w, (R, W), and whether it is near: in [0, reach)."""
     distance = torch.arange(rows)[:, None] + reach - torch.arange(reach + rows)
-    near = (distance >= 0) & (distance < reach)
-    band = bias.detach()[:, distance.clamp(0, length - 1)].to(exact)
-    scores = queries(q) @ keys(k) * head_dim**-0.5 + band[:, None]
-    weights = (scores - queries(log_sum[..., None], math.inf)).exp()
-    total = queries((grad_out * out).sum(-1, keepdim=True))
-    # Padded queries have no weight; the keys before the first do not exist.
-    gradient = (weights * (queries(grad_out) @ keys(v) - total)).masked_fill(~near, 0.0)
-    gradient[:, :, 0, :, :reach] = 0.0
-    gradient = gradient.sum((0, 2)).flatten(1)
-    result = bias.new_zeros(num_heads, length + 1)
-    result[:, :reach].index_add_(1, distance.clamp(0, reach - 1).flatten(), gradient.to(bias.dtype))
-    result[:, reach] -= result[:, :reach].sum(1)
-    return result[:, :length]
+    return distance, (distance >= 0) & (distance < reach)
+
+
+def _blocks(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
+    """(B, H, T, n) -> (B, H, blocks, R, n), padded at the end."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % rows), value=value).unflatten(2, (-1, rows))
+
+
+def _windows(x: Tensor, rows: int, reach: int) -> Tensor:
+    """(B, H, T, n) -> (B, H, blocks, W, n): what each block can see, zeros before the first key."""
+    return F.pad(x, (0, 0, reach, -x.shape[2] % rows)).unfold(2, reach + rows, rows).transpose(-2, -1)
+
+
+def _near(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[Tensor, Tensor]:
+    """Attention to near keys alone: output (B, H, T, K) in the mask's dtype, log of the sum of exponentials."""
+    batch, _, length, head_dim = q.shape
+    rows, reach = band.mask.shape[2], band.saturation
+    scale = head_dim**-0.5
+
+    def rest(x: Tensor) -> Tensor:  # blocks but the first, as a batch: (B, H, blocks, n, K) -> (B blocks, H, n, K)
+        return x[:, :, 1:].transpose(1, 2).flatten(0, 1)
+
+    # The first block has no keys before it; its causal part is the right-hand side of the mask.
+    first_mask = band.mask[:, :, :, reach:]
+    first_out, first_sum = _forward(q[:, :, :rows], k[:, :, :rows], v[:, :, :rows], False, first_mask, scale)
+    out, log_sum = _forward(
+        rest(_blocks(q, rows)),
+        rest(_windows(k, rows, reach)),
+        rest(_windows(v, rows, reach)),
+        False,
+        band.mask,
+        scale,
+    )
+    out = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    log_sum = log_sum.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    out = torch.cat([first_out, out], dim=2)[:, :, :length].to(band.mask.dtype)
+    return out, torch.cat([first_sum, log_sum], dim=2)[:, :, :length]
+
+
+def _near_gradients(
+    q: Tensor, k: Tensor, v: Tensor, band: Band, out: Tensor, log_sum: Tensor, grad_out: Tensor, bias_only: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Gradients through the scores of near keys: of q, k, v (unless bias_only) and of the bias of each distance.
+
+    That of the far keys' constant is minus the sum of the others.
+    """
+    length, scale, dtype = q.shape[2], q.shape[-1] ** -0.5, q.dtype
+    num_heads, reach = len(band.bias), band.saturation
+    rows = _rows(reach)
+    exact = torch.promote_types(dtype, torch.float32)
+    q, k, v, out, grad_out = (x.to(exact) for x in (q, k, v, out, grad_out))
+    distance, near = _band_distances(reach, rows)
+    mask = band.bias[:, distance.clamp(0, reach - 1)].to(exact).masked_fill(~near, -math.inf)[:, None]
+
+    q_blocks, k_windows = _blocks(q, rows), _windows(k, rows, reach)
+    grad_blocks, v_windows = _blocks(grad_out, rows), _windows(v, rows, reach)
+    # Padded queries get no weight, and so do the keys before the first.
+    weights = (
+        (q_blocks @ k_windows.mT).mul_(scale).add_(mask).sub_(_blocks(log_sum[..., None], rows, math.inf)).exp_()
+    )
+    weights[:, :, 0, :, :reach] = 0
+    total = _blocks((grad_out * out).sum(-1, keepdim=True), rows)
+    grad_scores = (grad_blocks @ v_windows.mT).sub_(total).mul_(weights)
+
+    summed = grad_scores.sum(0).sum(1).flatten(1)  # far faster than sum((0, 2))
+    where = distance.clamp(0, reach - 1).flatten().expand(num_heads, -1)
+    near_bias = summed.new_zeros(num_heads, reach).scatter_add_(1, where, summed)
+    grad_bias = summed.new_zeros(num_heads, length + 1)
+    grad_bias[:, :reach] = near_bias
+    grad_bias[:, reach] = -near_bias.sum(1)
+    grad_bias = grad_bias[:, :length].to(band.bias.dtype)
+    if bias_only:
+        return None, None, None, grad_bias
+
+    def fold(windows: Tensor) -> Tensor:  # the adjoint of _windows
+        total = windows[..., reach:, :].clone()
+        total[:, :, :-1, rows - reach :] += windows[:, :, 1:, :reach]
+        return total.flatten(2, 3)[:, :, :length].to(dtype)
+
+    grad_q = (grad_scores @ k_windows).mul_(scale).flatten(2, 3)[:, :, :length].to(dtype)
+    grad_k = fold((grad_scores.mT @ q_blocks).mul_(scale))
+    return grad_q, grad_k, fold(weights.mT @ grad_blocks), grad_bias

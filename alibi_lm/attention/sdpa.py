@@ -36,8 +36,7 @@ class SdpaPrepared:
 
     key_bias: Tensor | None = None
     """(H, S) float32."""
-    distance_bias: tuple[Tensor, Tensor, int] | None = None
-    """Bias of each distance (H, T), its block of mask (1, H, R, T), and the distance from which it is constant."""
+    band: fused_cpu.Band | None = None
     slices: list[tuple[slice, slice, Callable[[], Tensor | None]]] | None = None
 
 
@@ -62,17 +61,17 @@ class SdpaAttention(AttentionBackend):
                     return SdpaPrepared(key_bias=key_bias)
             if k_pos.is_cpu and _consecutive(k_pos) and fused_cpu.available():
                 bias = scheme.distance_bias(torch.arange(num_keys))
-                if bias is not None:
-                    block = fused_cpu.distance_block(bias, torch.promote_types(dtype, torch.float32))
-                    return SdpaPrepared(distance_bias=(bias, block, scheme.saturation or num_keys))
+                band = None if bias is None else fused_cpu.prepare_band(bias, scheme.saturation, dtype)
+                if band is not None:
+                    return SdpaPrepared(band=band)
         return SdpaPrepared(slices=_mask_slices(scheme, q_pos, k_pos, window, dtype))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: SdpaPrepared, dropout: float) -> Tensor:
         """See the base class."""
         if prepared.key_bias is not None:
             return _with_key_bias(q, k, v, prepared.key_bias, dropout)
-        if prepared.distance_bias is not None:
-            return _with_distance_bias(q, k, v, *prepared.distance_bias, dropout)
+        if prepared.band is not None:
+            return _with_distance_bias(q, k, v, prepared.band, dropout)
         if prepared.slices is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         parts = [
@@ -127,15 +126,13 @@ def _columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tenso
     return F.pad(torch.ones_like(k_columns), padding)[None], F.pad(k_columns, padding)[None]
 
 
-def _with_distance_bias(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: Tensor, saturation: int, dropout: float
-) -> Tensor:
+def _with_distance_bias(q: Tensor, k: Tensor, v: Tensor, band: fused_cpu.Band, dropout: float) -> Tensor:
     """Causal attention with a bias per head and distance."""
     if not dropout:
-        return fused_cpu.DistanceAttention.apply(q, k, v, bias, block, saturation)
-    length = q.shape[2]
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    mask = bias[:, distance.clamp_min(0)].masked_fill(distance < 0, float("-inf"))
+        return fused_cpu.DistanceAttention.apply(q, k, v, band.bias, band)
+    # Dropout of attention weights has no fused kernel on the CPU.
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    mask = band.bias[:, distance.clamp_min(0)].masked_fill(distance < 0, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[None], dropout_p=dropout)
 
 
