@@ -137,13 +137,16 @@ def analyse(config: AnalyseConfig) -> Iterator[Path]:
 
 def _write(config: AnalyseConfig, view: str, task: Task, groups: list[tuple[views.Group, Corpus, str]]) -> Path:
     series = []
-    for group, _, variant in groups:
+    for group, corpus, variant in groups:
         print(f"{view}: {', '.join(group.labels)}", flush=True)
         series.append(
             {
                 "position": group.position,
                 "train_length": group.train_length,
                 "variant": variant,
+                "corpus": corpus.hash,
+                "tokens": group.num_tokens,
+                "documents": len(group.documents),
                 "runs": group.labels,
                 "interval": "seeds and documents" if len(group.labels) > 1 else "documents, given this seed",
                 "points": _points(config, view, task, group),
@@ -155,7 +158,6 @@ def _write(config: AnalyseConfig, view: str, task: Task, groups: list[tuple[view
         "experiment": config.experiment,
         "split": task.settings.split,
         "corpora": corpora,
-        "tokens": groups[0][0].num_tokens,
         "commit": runtime.code_version()[0],
         "series": series,
     }
@@ -171,7 +173,7 @@ def _points(config: AnalyseConfig, view: str, task: Task, group: views.Group) ->
     if view == "perplexity":
         return views.perplexity(group, lengths, config.stride)
     if view == "position":
-        return views.position(group, config.lengths or [longest])
+        return views.position(group, sorted(lengths))
     if view == "last":
         return views.last(group, lengths, config.last)
     if view == "documents":

@@ -25,8 +25,8 @@ from alibi_lm.evaluation.statistics import mean_nats_interval, per_document_sums
 SINGLE_POSITIONS = 2048
 """Windows up to this length have a mean for each position, longer ones for each 64 positions beyond it."""
 WIDE_BIN = 64
-BINS_PER_OCTAVE = 6
-"""Of the smoothed curve: each bin is 12% wide in position."""
+BINS_PER_OCTAVE = 4
+"""Of the smoothed curve: each bin is 19% wide in position."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Summary:
         curve_first: (points,) int64, first position of each bin of the smoothed curve.
         curve_last: (points,) int64, last position of each.
         curve_nats: (points,) float64, mean nats.
-        curve_low: (points,) float64, lower end of its 95% interval over documents; NaN where there is none.
+        curve_low: (points,) float64, lower end of its band, see `position_curve`; NaN where there is none.
         curve_high: (points,) float64, upper end.
     """
 
@@ -160,7 +160,11 @@ def curve_edges(length: int, train_length: int) -> np.ndarray:
 def position_curve(
     nats: np.ndarray, documents: np.ndarray, positions: np.ndarray, length: int, train_length: int
 ) -> dict[str, np.ndarray]:
-    """Mean nats against position in the window, smoothed, with 95% intervals over documents.
+    """Mean nats against position in the window, smoothed, with a band.
+
+    The band is the 95% interval, over documents (and seeds), of the *difference* from the mean up to the trained
+    length (all positions of a shorter window), drawn around the curve. How hard the text is moves the whole curve
+    and is left out: it says how well the shape is known.
 
     Args:
         nats: (N,) floats, or (seeds, N) of several runs on the same text.
@@ -181,14 +185,45 @@ def position_curve(
     tokens = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
     sums = np.stack([np.bincount(cells, s, shape[0] * shape[1]).reshape(shape) for s in seeds])
     points = np.flatnonzero(tokens.sum(axis=0))
-    ends = [interval_ends(sums[:, :, k], tokens[:, k]) for k in points]
+    means = (sums.sum(axis=1)[:, points] / tokens.sum(axis=0)[points]).mean(axis=0)
+    early = edges[:-1] <= train_length
+    base = sums[:, :, early].sum(axis=2), tokens[:, early].sum(axis=1)
+    ends = np.empty((2, len(points)))
+    for index, k in enumerate(points):
+        changes = change_sums(sums[:, :, k], tokens[:, k], *base)
+        difference = changes.sum(axis=1).mean() / base[1].sum()
+        ends[:, index] = np.array(interval_ends(changes, base[1])) - difference
     return {
         "curve_first": edges[points],
         "curve_last": edges[points + 1] - 1,
-        "curve_nats": (sums.sum(axis=1) / tokens.sum(axis=0))[:, points].mean(axis=0),
-        "curve_low": np.array([low for low, _ in ends]),
-        "curve_high": np.array([high for _, high in ends]),
+        "curve_nats": means,
+        "curve_low": means + ends[0],
+        "curve_high": means + ends[1],
     }
+
+
+def change_sums(
+    sums: np.ndarray, tokens: np.ndarray, base_sums: np.ndarray, base_tokens: np.ndarray
+) -> np.ndarray:
+    """Sums whose mean and interval are those of a difference between two means of the same documents.
+
+    The means may be over different targets, so that a document has other numbers of them; with the same targets
+    it is `sums - base_sums`. The difference of two ratios is linearised around both.
+
+    Args:
+        sums: (seeds, documents), nats.
+        tokens: (documents,), targets in them.
+        base_sums: (seeds, documents), of the mean that is subtracted.
+        base_tokens: (documents,).
+
+    Returns:
+        (seeds, documents) float64, to be taken with `base_tokens`. A document with no target in the base has
+        none here.
+    """
+    total, base_total = tokens.sum(), base_tokens.sum()
+    mean, base_mean = sums.sum(axis=1, keepdims=True) / total, base_sums.sum(axis=1, keepdims=True) / base_total
+    errors = (sums - mean * tokens) / total - (base_sums - base_mean * base_tokens) / base_total
+    return np.where(base_tokens > 0, base_total * errors + (mean - base_mean) * base_tokens, 0.0)
 
 
 def interval_ends(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:

@@ -4,6 +4,9 @@ A view takes the seeds of one curve, all scored on the same text, and gives a li
 mapping: what it is at (`length`, `context`, `offset`, ...), the mean `nats` per token over seeds and documents,
 its 95% interval `low` to `high`, and the seeds' own means in `by_run`. Where a scheme cannot run, `nats` is None
 and `reason` says why.
+
+How hard the text is moves all points of a curve alike. So points also have a `difference` from the point at the
+trained length, paired by document, whose interval is far narrower: it says whether the loss has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 from alibi_lm.evaluation.decomposition import TERMS, document_sums, largest_early_difference, measure
 from alibi_lm.evaluation.passes import Passes
 from alibi_lm.evaluation.statistics import per_document_sums
-from alibi_lm.evaluation.summary import interval_ends, position_curve, position_edges, positions_in_window
+from alibi_lm.evaluation.summary import change_sums, interval_ends, position_curve, positions_in_window
 
 Point = dict[str, Any]
 
@@ -65,7 +68,19 @@ class Group:
             scored: (N,) bool, which targets count; None: all.
         """
         both = [per_document_sums(n, self.documents, scored) for n in nats]
-        return self.point(np.stack([sums for sums, _ in both]), both[0][1])
+        sums, tokens = np.stack([sums for sums, _ in both]), both[0][1]
+        return self.point(sums, tokens) | {"sums": (sums, tokens)}
+
+    def differences(self, points: list[Point], at: str) -> list[Point]:
+        """Give each point of `mean` its difference from the one at the trained length, if there is one."""
+        base = next((p for p in points if p[at] == self.train_length and p["nats"] is not None), None)
+        kept = base["sums"] if base is not None else None
+        for p in points:
+            own = p.pop("sums", None)
+            if own is not None and kept is not None and p["nats"] is not None:
+                change = self.point(change_sums(*own, *kept), kept[1])
+                p["difference"] = {"from": self.train_length} | {k: change[k] for k in ("nats", "low", "high")}
+        return points
 
     def point(self, sums: np.ndarray, tokens: np.ndarray) -> Point:
         """The same from sums of nats (seeds, documents) and numbers of targets (documents,)."""
@@ -84,8 +99,9 @@ class Group:
 
 def perplexity(group: Group, lengths: Sequence[int], stride: int | None) -> list[Point]:
     """Mean loss by inference length: nonoverlapping, and sliding too where a stride is given."""
-    points: list[Point] = []
+    found: list[Point] = []
     for mode in ["nonoverlapping"] + ["sliding"] * (stride is not None):
+        points: list[Point] = []
         for length in lengths:
             step = stride if mode == "sliding" else None
             at: Point = {"length": length, "mode": mode, "stride": step}
@@ -96,14 +112,16 @@ def perplexity(group: Group, lengths: Sequence[int], stride: int | None) -> list
                 points.append(at | _nothing(reason))
             else:
                 points.append(at | group.mean([p.nats(length, step) for p in group.passes]))
-    return points
+        found += group.differences(points, "length")
+    return found
 
 
 def position(group: Group, lengths: Sequence[int]) -> list[Point]:
     """Mean loss against position in the window, one point a length, with a smoothed `curve` and its band.
 
-    The `curve` has lists `first`, `last` (positions of a bin, counted from 1), `nats`, `low`, `high`; `single`
-    has `first` and `nats` of each position, binned past 2,048.
+    The `curve` has lists `first`, `last` (positions of a bin, counted from 1), `nats`, `low`, `high`; its band is
+    that of `position_curve`. Up to the length of a shorter window a longer one has the same curve, from fewer
+    targets: a reader takes each part from the shortest window that reaches it. (Not so under automatic scaling.)
     """
     points: list[Point] = []
     for length in lengths:
@@ -113,19 +131,9 @@ def position(group: Group, lengths: Sequence[int]) -> list[Point]:
         nats = [p.nats(length) for p in group.passes]
         positions = positions_in_window(group.num_tokens, length)
         curve = position_curve(np.stack(nats), group.documents, positions, length, group.train_length)
-        first = position_edges(length)[:-1]
-        bins = np.searchsorted(first, positions, side="right") - 1
-        seen = np.bincount(bins, minlength=len(first))
-        sums = np.bincount(bins, weights=np.mean(nats, axis=0), minlength=len(first))
-        points.append(
-            {"length": length}
-            | group.mean(nats)
-            | {
-                "curve": {name.removeprefix("curve_"): _numbers(values) for name, values in curve.items()},
-                "single": {"first": first[seen > 0].tolist(), "nats": _numbers((sums / seen.clip(1))[seen > 0])},
-            }
-        )
-    return points
+        curves = {name.removeprefix("curve_"): _numbers(values) for name, values in curve.items()}
+        points.append({"length": length} | group.mean(nats) | {"curve": curves})
+    return group.differences(points, "length")
 
 
 def last(group: Group, lengths: Sequence[int], count: int) -> list[Point]:
@@ -145,7 +153,7 @@ def last(group: Group, lengths: Sequence[int], count: int) -> list[Point]:
         scored = positions_in_window(group.num_tokens, length) > length - count
         scored[whole:] = False
         points.append(at | group.mean([p.nats(length) for p in group.passes], scored))
-    return points
+    return group.differences(points, "length")
 
 
 def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
@@ -188,7 +196,7 @@ def documents(group: Group, lengths: Sequence[int]) -> list[Point]:
         both = [per_document_sums(n, group.documents) for n in nats]
         means = np.mean([sums for sums, _ in both], axis=0) / both[0][1]
         points.append({"length": length} | group.mean(nats) | {"documents": _numbers(means)})
-    return points
+    return group.differences(points, "length")
 
 
 def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Point]:

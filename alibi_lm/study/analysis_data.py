@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Series:
     variant: str
     runs: list[str]
     points: list[dict[str, Any]]
+    corpus: str
+    """Hash of text and tokenizer."""
+    tokens: int
+    documents: int
 
     @property
     def name(self) -> str:
@@ -52,7 +56,6 @@ class Analysis:
     experiment: str
     split: str
     corpora: dict[str, str]
-    tokens: int
     commit: str | None
     series: list[Series]
 
@@ -60,14 +63,17 @@ class Analysis:
     def provenance(self) -> str:
         """One line: text, counts, what the intervals are over, commit."""
         seeds = max(len(s.runs) for s in self.series)
-        over = "over documents, given the one seed" if seeds == 1 else "over documents and seeds"
-        parts = [
-            f"{self.split} split of {', '.join(self.corpora.values())}",
-            f"{self.tokens:,} tokens",
-            f"95% intervals {over}",
-            f"commit {self.commit[:10]}" if self.commit else "no commit",
-        ]
+        parts = [f"{self.split} split of {', '.join(sorted(set(self.corpora.values())))}"]
+        if self.same_text:
+            parts.append(f"{self.series[0].tokens:,} tokens in {self.series[0].documents:,} documents")
+        parts.append(f"95% intervals over documents{', given the one seed' if seeds == 1 else ' and seeds'}")
+        parts.append(f"commit {self.commit[:10]}" if self.commit else "no commit")
         return "; ".join(parts)
+
+    @property
+    def same_text(self) -> bool:
+        """Whether all curves are of the same text and tokenizer; only then can their levels be compared."""
+        return len({s.corpus for s in self.series}) == 1
 
 
 def read_analysis(path: str | Path) -> Analysis:
@@ -79,16 +85,12 @@ def read_analysis(path: str | Path) -> Analysis:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        series = [
-            Series(s["position"], s["train_length"], s["variant"], s["runs"], s["points"])
-            for s in content["series"]
-        ]
+        series = [Series(**{f.name: s[f.name] for f in fields(Series)}) for s in content["series"]]
         found = Analysis(
             content["view"],
             content["experiment"],
             content["split"],
             content["corpora"],
-            content["tokens"],
             content["commit"],
             _tell_apart(series),
         )
@@ -104,7 +106,4 @@ def read_analysis(path: str | Path) -> Analysis:
 def _tell_apart(series: Sequence[Series]) -> list[Series]:
     """Variants are named only where a scheme and training length occur twice."""
     keys = [(s.position, s.train_length) for s in series]
-    return [
-        s if keys.count(key) > 1 else Series(s.position, s.train_length, "", s.runs, s.points)
-        for s, key in zip(series, keys, strict=True)
-    ]
+    return [s if keys.count(key) > 1 else replace(s, variant="") for s, key in zip(series, keys, strict=True)]

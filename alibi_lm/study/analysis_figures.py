@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.run_folder import write_text_atomic
 from alibi_lm.study.analysis_data import TITLES, Analysis, Series, read_analysis
-from alibi_lm.study.analysis_panels import decomposition_panel, documents_panel
+from alibi_lm.study.analysis_lines import LINES, Line
+from alibi_lm.study.analysis_panels import decomposition_key, decomposition_panel, documents_panel
 from alibi_lm.study.analysis_tables import markdown
-from alibi_lm.study.axes import GRID, SOFT, length_ticks, spread
+from alibi_lm.study.axes import GRID, SOFT, _Label, _write_labels, length_ticks
 from alibi_lm.study.figures import _RC, _save
 from alibi_lm.study.style import look
 
@@ -22,22 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLOSE_UP_FROM = 0.7  # nats between the worst and the best value from which a close-up is drawn beside it
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart, in the units drawn."""
-
-    name: str
-    position: str
-    hollow: bool
-    x: list[float]
-    y: list[float]
-    low: list[float]
-    high: list[float]
-    dashed: bool = False
-    near: list[float] = field(default_factory=list)
-    """Values that a close-up must show."""
 
 
 def draw_analysis(path: str | Path) -> list[Path]:
@@ -71,13 +55,15 @@ def build_analysis_figure(found: Analysis) -> Figure:
 
 
 def _figure(
-    found: Analysis, columns: int, rows: int, size: tuple[float, float], right: float
+    found: Analysis, columns: int, rows: int, size: tuple[float, float], right: float, key: float = 0.0
 ) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
     width = 0.75 + columns * (size[0] + right)
     words = textwrap.wrap(found.provenance, int(width * 16.5))
-    head = 0.62 + 0.15 * len(words)
+    if not found.same_text:
+        words.append("NOT THE SAME TEXT: levels cannot be compared between curves")
+    head = 0.62 + 0.15 * len(words) + key
     height = head + rows * size[1] + 0.1
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -102,14 +88,15 @@ def _charts(found: Analysis) -> Figure:
     for length in shared:
         members = [s for s in found.series if _home(s, shared) == length]
         trained = length if len(shared) > 1 or any(s.train_length == length for s in members) else None
-        lines = [line for s in members for line in _LINES[found.view](s, s.train_length != trained)]
+        lines = [line for s in members for line in LINES[found.view](s, s.train_length != trained)]
         lines = [line for line in lines if line.x]
         cells.append((trained, lines, False))
         values = [_nats(found.view, v) for line in lines for v in line.y]
         if values and max(values) - min(values) > CLOSE_UP_FROM and found.view != "offset":
             cells.append((trained, lines, True))
     columns = min(len(cells), 2)
-    figure, axes = _figure(found, columns, math.ceil(len(cells) / columns), (4.1, 3.7), 1.25)
+    longest = max((len(line.name) for _, lines, _ in cells for line in lines), default=0)
+    figure, axes = _figure(found, columns, math.ceil(len(cells) / columns), (4.1, 3.7), 1.0 + 0.066 * longest)
     for axis, cell in zip(axes, cells, strict=False):
         _chart(axis, found.view, *cell)
     for axis in axes[len(cells) :]:
@@ -208,100 +195,18 @@ def _limit(axis: Axes, lines: Sequence[Line], close_up: bool, view: str) -> None
 
 
 def _label(axis: Axes, lines: Sequence[Line]) -> None:
-    """Names at the right edge, moved apart, each tied to its line's end."""
-    figure = axis.get_figure(root=True)
-    assert figure is not None
-    height = axis.get_position().height * figure.get_size_inches()[1] * 72
-    to_fraction = axis.transData + axis.transAxes.inverted()
-    ends = []
-    for line in lines:
-        x, y = (float(v) for v in to_fraction.transform((line.x[-1], line.y[-1])))
-        if y <= 1.02:  # one that leaves through the top is named in the whole range
-            ends.append((y, x, line))
-    ends.sort(key=lambda item: (item[0], item[2].name))
-    places = spread([y for y, _, _ in ends], gap=10.0 / height)
-    for (y, x, line), place in zip(ends, places, strict=True):
-        color = look(line.position).color
-        weight = "bold" if line.position == "alibi" else "normal"
-        style: dict[str, Any] = {"fontsize": 8.2, "color": color, "fontweight": weight}
-        axis.text(1.05, place, line.name, transform=axis.transAxes, va="center", **style)
-        leader: dict[str, Any] = {"color": color, "clip_on": False, "alpha": 0.6, "transform": axis.transAxes}
-        axis.plot([min(x + 0.014, 1.0), 1.0, 1.04], [y, y, place], linewidth=0.6, **leader)
-
-
-def _name(series: Series, hollow: bool) -> str:
-    return series.name + (f" L={series.train_length}" if hollow else "")
-
-
-def _line(
-    series: Series,
-    hollow: bool,
-    at: str,
-    points: Sequence[dict[str, Any]],
-    unit: Callable[[float], float],
-    **more: Any,
-) -> Line:
-    points = [p for p in points if p["nats"] is not None]
-    ends = [(p["nats"] if p[k] is None else p[k]) for p in points for k in ("low", "high")]
-    return Line(
-        _name(series, hollow) + more.pop("suffix", ""),
-        series.position,
-        hollow,
-        [float(p[at]) for p in points],
-        [unit(p["nats"]) for p in points],
-        [unit(v) for v in ends[::2]],
-        [unit(v) for v in ends[1::2]],
-        near=[unit(p["nats"]) for p in points if p[at] <= series.train_length],
-        **more,
+    """Names at the right edge; a line that leaves through the top is named in the whole range."""
+    ceiling = axis.get_ylim()[1]
+    _write_labels(
+        axis,
+        [
+            _Label(line.x[-1], line.y[-1], line.name, look(line.position).color)
+            for line in lines
+            if line.y[-1] <= ceiling
+        ],
     )
 
 
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
-
-
-def _perplexity_lines(series: Series, hollow: bool) -> list[Line]:
-    parts = {mode: [p for p in series.points if p["mode"] == mode] for mode in ("nonoverlapping", "sliding")}
-    lines = [_line(series, hollow, "length", parts["nonoverlapping"], _exp)]
-    if parts["sliding"]:
-        lines.append(_line(series, hollow, "length", parts["sliding"], _exp, dashed=True, suffix=", sliding"))
-    return lines
-
-
-def _position_lines(series: Series, hollow: bool) -> list[Line]:
-    lines = []
-    for point in series.points:
-        if point["nats"] is None:
-            continue
-        curve = point["curve"]
-        x = [math.sqrt(a * b) for a, b in zip(curve["first"], curve["last"], strict=True)]
-        ends = {
-            k: [v if v is not None else m for v, m in zip(curve[k], curve["nats"], strict=True)]
-            for k in ("low", "high")
-        }
-        near = [y for y, last in zip(curve["nats"], curve["last"], strict=True) if last <= series.train_length]
-        lines.append(
-            Line(
-                _name(series, hollow) + (f", n={point['length']}" if len(series.points) > 1 else ""),
-                series.position,
-                hollow,
-                x,
-                curve["nats"],
-                ends["low"],
-                ends["high"],
-                near=near[len(near) // 3 :],
-            )
-        )
-    return lines
-
-
-_LINES: dict[str, Callable[[Series, bool], list[Line]]] = {
-    "perplexity": _perplexity_lines,
-    "position": _position_lines,
-    "last": lambda s, hollow: [_line(s, hollow, "length", s.points, _exp)],
-    "fixed": lambda s, hollow: [_line(s, hollow, "context", s.points, _exp)],
-    "offset": lambda s, hollow: [_line(s, hollow, "offset", s.points, float)],
-}
 _X_NAMES = {
     "position": "position in the window = tokens of context, log axis",
     "fixed": "tokens of context of every target, log axis",
@@ -313,10 +218,41 @@ _Y_NAMES = {"position": "nats per token", "offset": "change of the mean loss in 
 def _small_multiples(found: Analysis) -> Figure:
     columns = min(3, len(found.series))
     rows = math.ceil(len(found.series) / columns)
-    panel = documents_panel if found.view == "documents" else decomposition_panel
-    figure, axes = _figure(found, columns, rows, (3.0, 3.1), 0.8 if found.view == "decomposition" else 0.55)
+    parts = found.view == "decomposition"
+    panel = decomposition_panel if parts else documents_panel
+    figure, axes = _figure(found, columns, rows, (3.0, 2.9), 0.95 if parts else 0.6, 0.2 if parts else 0.0)
     for axis, series in zip(axes, found.series, strict=False):
         panel(axis, series)
     for axis in axes[len(found.series) :]:
         axis.set_axis_off()
+    if parts:
+        _write_key(figure)
     return figure
+
+
+def _write_key(figure: Figure) -> None:
+    """What the bars are, in a line above the panels."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [], [], linestyle="", marker=marker, color=color, markerfacecolor="white" if marker == "D" else color
+        )
+        for marker, color, _ in decomposition_key()
+    ]
+    words = [name for _, _, name in decomposition_key()]
+    words[-1] = (
+        "total; nats per token on the left, factor of perplexity on the right, each panel with its own scale"
+    )
+    width, height = figure.get_size_inches()
+    figure.legend(
+        handles,
+        words,
+        loc="upper left",
+        bbox_to_anchor=(0.08 / width, 1 - 0.52 / height),
+        ncols=len(words),
+        fontsize=8,
+        frameon=False,
+        columnspacing=1.4,
+        handletextpad=0.2,
+    )

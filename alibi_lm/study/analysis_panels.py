@@ -28,24 +28,26 @@ def decomposition_panel(axis: Axes, series: Series) -> None:
     for index, (name, color) in enumerate(TERM_COLORS.items()):
         x = [k + (index - 1) * 0.26 for k in range(len(points))]
         values = [p[name]["nats"] for p in points]
-        axis.bar(x, values, width=0.24, color=color, zorder=2, label=TERM_NAMES[name])
+        axis.bar(x, values, width=0.24, color=color, zorder=2)
         _whiskers(axis, x, [p[name] for p in points])
     places = [float(k) for k in range(len(points))]
     total = [p["total"]["nats"] for p in points]
-    axis.plot(
-        places, total, "D", color="#222222", markersize=4.5, markerfacecolor="white", zorder=5, label="total"
-    )
+    _whiskers(axis, places, [p["total"] for p in points])
+    axis.plot(places, total, "D", color="#222222", markersize=4.5, markerfacecolor="white", zorder=5)
     axis.set_xticks(places, [str(p["length"]) for p in points])
     axis.set_xlim(-0.55, len(points) - 0.45)
     axis.yaxis.set_major_locator(MaxNLocator(6))
-    axis.set_ylabel("nats per token", fontsize=8, labelpad=2)
     axis.set_xlabel("inference length", fontsize=8, labelpad=1)
     factor = axis.secondary_yaxis("right")
     factor.yaxis.set_major_locator(MaxNLocator(6))
     factor.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"x{math.exp(min(v, 700)):.3g}"))
     factor.tick_params(labelsize=7, length=2, colors=SOFT)
-    factor.set_ylabel("factor of perplexity", fontsize=7.5, color=SOFT)
-    axis.legend(fontsize=6.6, frameon=False, loc="best", handlelength=1.1, borderaxespad=0.2, labelspacing=0.25)
+    factor.spines["right"].set_visible(False)
+
+
+def decomposition_key() -> list[tuple[str, str, str]]:
+    """Marker, colour and words of everything in a panel."""
+    return [("s", color, TERM_NAMES[name]) for name, color in TERM_COLORS.items()] + [("D", "#222222", "total")]
 
 
 def documents_panel(axis: Axes, series: Series) -> None:
@@ -56,7 +58,7 @@ def documents_panel(axis: Axes, series: Series) -> None:
     far = max(known, key=lambda p: p["length"], default=None)
     if base is None or far is None or far is base:
         refused = [p["reason"] for p in series.points if p.get("reason")]
-        _say(axis, refused[0] if refused else "needs the trained length and another")
+        _say(axis, refused[0] if refused else "no value at the trained length and beyond")
         return
     pairs = [
         (a, b) for a, b in zip(base["documents"], far["documents"], strict=True) if a is not None and b is not None
@@ -66,12 +68,18 @@ def documents_panel(axis: Axes, series: Series) -> None:
     low = min(min(pair) for pair in pairs)
     high = max(max(pair) for pair in pairs)
     room = 0.05 * (high - low)
-    axis.plot([low, high], [low, high], color="#888888", linewidth=0.8, zorder=2)
-    axis.set_xlim(min(a for a, _ in pairs) - room, max(a for a, _ in pairs) + room)
-    axis.set_ylim(low - room, high + room)
+    axis.axline((low, low), slope=1, color="#888888", linewidth=0.8, zorder=2)
+    axis.set_xlim(min(x) - room, max(x) + room)
+    axis.set_ylim(min(min(x), min(y)) - room, max(y) + room)
     worse = sum(b > a for a, b in pairs)
     axis.text(
-        0.03, 0.97, f"{worse} of {len(pairs)} worse", transform=axis.transAxes, va="top", fontsize=7.5, color=SOFT
+        0.03,
+        0.97,
+        f"{worse} of {len(pairs)} above the line: worse",
+        transform=axis.transAxes,
+        va="top",
+        fontsize=7.5,
+        color=SOFT,
     )
     axis.set_xlabel(f"nats per token at {series.train_length} (trained)", fontsize=8, labelpad=1)
     axis.set_ylabel(f"at {far['length']}", fontsize=8, labelpad=2)

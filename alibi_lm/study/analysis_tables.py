@@ -11,11 +11,11 @@ from alibi_lm.study.analysis_data import TERM_NAMES, TITLES, Analysis, Series, r
 _COLUMN = {"fixed": "context", "offset": "offset"}
 """What the columns of a view are, where they are not lengths."""
 _NOTES = {
-    "perplexity": "Perplexity per token, in brackets its interval.",
-    "position": "Mean nats per token at the positions named above, all positions of a doubling together.",
-    "last": "Perplexity per token of the targets at the end of each whole window.",
+    "perplexity": "Perplexity per token; in brackets its ratio to that at the training length.",
+    "position": "Mean nats per token of the positions of each doubling, from the shortest windows that reach it.",
+    "last": "Perplexity per token at each window's end; in brackets its ratio to that at the training length.",
     "documents": "Documents that cost more nats than in windows of the training length, of all documents.",
-    "fixed": "Perplexity per token of the same targets, in brackets its interval.",
+    "fixed": "Perplexity per token of the same targets; in brackets its ratio to that at the training length.",
     "decomposition": "Nats per token with interval, and the factor of perplexity (below 1 is better).",
     "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
 }
@@ -31,6 +31,8 @@ def markdown(path: str | Path) -> str:
     reasons: list[str] = []
     rows = _decomposition(found, reasons) if found.view == "decomposition" else _grid(found, reasons)
     lines = [f"## {TITLES[found.view]}", "", _NOTES[found.view] + " " + found.provenance + ".", ""]
+    if not found.same_text:
+        lines += ["NOT THE SAME TEXT: levels cannot be compared between rows.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     if reasons:
         lines += ["", *(f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1))]
@@ -46,8 +48,9 @@ def _grid(found: Analysis, reasons: list[str]) -> list[list[str]]:
             if point.get("stride"):
                 mode += f", stride {point['stride']}"
             row = cells.setdefault((series.name, str(series.train_length), mode), {})
-            if found.view == "position" and point["nats"] is not None:
-                row |= _octaves(point["curve"])
+            if found.view == "position":
+                if point["nats"] is not None:  # shorter windows come first and have more targets
+                    row |= _octaves(point["curve"]) | row
             else:
                 row[point[_COLUMN.get(found.view, "length")]] = _cell(found.view, series, point, reasons)
     columns = sorted({column for row in cells.values() for column in row})
@@ -75,8 +78,15 @@ def _cell(view: str, series: Series, point: dict[str, Any], reasons: list[str]) 
         return f"{sum(a > b for a, b in pairs)} of {len(pairs)}"
     if view == "offset":
         return f"{point['nats']:+.4f} ({point['largest']:.1g})"
-    interval = "" if point["low"] is None else f" [{math.exp(point['low']):.2f}, {math.exp(point['high']):.2f}]"
-    return f"{math.exp(point['nats']):.2f}{interval}"
+    change = point.get("difference")
+    if change is None or change["low"] is None or change["from"] == point.get(_COLUMN.get(view, "length")):
+        return _number(point["nats"])
+    ends = f"{math.exp(change['low']):.3f}-{math.exp(min(change['high'], 700)):.3f}"
+    return f"{_number(point['nats'])} ({math.exp(min(change['nats'], 700)):.3f}, {ends})"
+
+
+def _number(nats: float) -> str:
+    return f"{math.exp(min(nats, 700)):.2f}"
 
 
 def _octaves(curve: dict[str, list[float]]) -> dict[int, str]:
