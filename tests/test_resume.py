@@ -69,9 +69,8 @@ def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
     """
     import torch
 
-    import alibi_lm.run_folder
-    import alibi_lm.tracking
     import alibi_lm.train
+    import alibi_lm.trainer
 
     calls: list[str] = []
 
@@ -90,7 +89,8 @@ def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
         watch(os, name)
     watch(torch.optim.AdamW, "step")
     watch(torch.Tensor, "backward")
-    watch(alibi_lm.train, "score_tokens")
+    watch(alibi_lm.trainer.Trainer, "validate")
+    watch(alibi_lm.train, "_self_check")
     watch(alibi_lm.train, "mark_finished")
     return calls
 
@@ -176,7 +176,7 @@ def test_the_reference_covers_what_it_should(reference: Callable[[str], Path]) -
     folder = reference("alibi")
     calls = calls_of(folder)
     assert calls.count("step") == 11 and calls.count("backward") == 33
-    assert calls.count("score_tokens") == 3 + 1 and calls.count("rename") > 8
+    assert calls.count("validate") == 3 and calls.count("rename") > 8
     steps = [row["step"] for row in rows(folder)]
     assert steps == [2, 4, 4, 6, 8, 8, 10, 11, 11]
     store = CheckpointStore(folder / "checkpoints")
@@ -255,6 +255,20 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
     assert older is not None and older.step < newest == 9
     assert run(overrides, folder) == 0
     assert_same_run(folder, reference("alibi"))
+
+
+@pytest.mark.parametrize("moment", ["_self_check", "mark_finished"])
+def test_killed_after_the_last_step_of_a_run_that_was_better_before(
+    tmp_path: Path, corpus: list[str], moment: str
+) -> None:
+    overrides = [*SETTINGS, *corpus, "position=alibi", "optimizer.lr=1.0", "steps=8"]
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    assert run(overrides, straight) == 0
+    done = finished(straight)
+    assert done is not None and done["best_validation_loss"] < done["validation_loss"]
+    assert run(overrides, folder, kill_at=(moment, 0)) == -signal.SIGKILL
+    assert run(overrides, folder) == 0
+    assert_same_run(folder, straight)
 
 
 @pytest.mark.slow
