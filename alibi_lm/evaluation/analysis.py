@@ -169,7 +169,6 @@ def _write(config: AnalyseConfig, view: str, task: Task, groups: list[tuple[view
 
 def _points(config: AnalyseConfig, view: str, task: Task, group: views.Group) -> list[views.Point]:
     lengths, trained = task.settings.lengths, group.train_length
-    longest = max(n for n in lengths if group.reason(n) is None or n == min(lengths))
     if view == "perplexity":
         return views.perplexity(group, lengths, config.stride)
     if view == "position":
@@ -177,7 +176,7 @@ def _points(config: AnalyseConfig, view: str, task: Task, group: views.Group) ->
     if view == "last":
         return views.last(group, lengths, config.last)
     if view == "documents":
-        return views.documents(group, config.lengths or sorted({trained, longest}))
+        return views.documents(group, config.lengths or sorted({trained, max(lengths)}))
     if view == "fixed":
         contexts = sorted(config.contexts or lengths)
         return views.fixed(group, contexts, config.every or max(1, group.num_tokens // 1000))

@@ -28,6 +28,9 @@ TERM_NAMES = {
 """Parts of the decomposition, as people read them."""
 
 
+_BANDS = "bands of the difference from the training length, paired by document,"
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve: a scheme at a training length, its seeds together."""
@@ -66,7 +69,9 @@ class Analysis:
         parts = [f"{self.split} split of {', '.join(sorted(set(self.corpora.values())))}"]
         if self.same_text:
             parts.append(f"{self.series[0].tokens:,} tokens in {self.series[0].documents:,} documents")
-        parts.append(f"95% intervals over documents{', given the one seed' if seeds == 1 else ' and seeds'}")
+        over = "documents, given the one seed" if seeds == 1 else "documents and seeds"
+        what = "intervals" if self.view in ("decomposition", "documents", "offset") else _BANDS
+        parts.append(f"95% {what} over {over}")
         parts.append(f"commit {self.commit[:10]}" if self.commit else "no commit")
         return "; ".join(parts)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLOSE_UP_FROM = 0.7  # nats between the worst and the best value from which a close-up is drawn beside it
+CLOSE_UP_FROM = 1.0  # nats between the worst and the best value from which a close-up is drawn beside it
 
 
 def draw_analysis(path: str | Path) -> list[Path]:
@@ -71,7 +71,7 @@ def _figure(
         left=0.72 / width,
         right=1 - right / width,
         top=1 - (head + 0.1) / height,
-        bottom=0.5 / height,
+        bottom=0.58 / height,
         wspace=right / size[0],
         hspace=0.62 / (size[1] - 0.62) if rows > 1 else 0,
     )
@@ -216,14 +216,16 @@ _Y_NAMES = {"position": "nats per token", "offset": "change of the mean loss in 
 
 
 def _small_multiples(found: Analysis) -> Figure:
-    columns = min(3, len(found.series))
-    rows = math.ceil(len(found.series) / columns)
     parts = found.view == "decomposition"
+    # What has nothing to show comes last.
+    ordered = sorted(found.series, key=lambda s: not any("reason" not in p for p in s.points[-1:]))
+    columns = 2 if len(ordered) == 4 else min(3, len(ordered))
+    rows = math.ceil(len(ordered) / columns)
     panel = decomposition_panel if parts else documents_panel
     figure, axes = _figure(found, columns, rows, (3.0, 2.9), 0.95 if parts else 0.6, 0.2 if parts else 0.0)
-    for axis, series in zip(axes, found.series, strict=False):
+    for axis, series in zip(axes, ordered, strict=False):
         panel(axis, series)
-    for axis in axes[len(found.series) :]:
+    for axis in axes[len(ordered) :]:
         axis.set_axis_off()
     if parts:
         _write_key(figure)
