@@ -56,9 +56,7 @@ class Checkpoint:
         weights = _read_tensors(self.path / WEIGHTS_FILE)
         for alias, kept in self._record["tied"].items():
             if kept not in weights:
-                raise ValueError(
-                    f"{self.path / STATE_FILE} ties {alias} to {kept}, which {WEIGHTS_FILE} lacks"
-                )
+                raise ValueError(f"{self.path / STATE_FILE} ties {alias} to {kept}, which {WEIGHTS_FILE} lacks")
             weights[alias] = weights[kept]
         return weights
 
@@ -90,9 +88,7 @@ class Checkpoint:
         entries = _read_tensors(self.path / OPTIMIZER_FILE) if optimizer is not None else {}
         _copy_weights(model, weights, self.path / WEIGHTS_FILE, same_dtype=True)
         if optimizer is not None:
-            _restore_optimizer(
-                model, optimizer, self._record["optimizer"], entries, self.path / OPTIMIZER_FILE
-            )
+            _restore_optimizer(model, optimizer, self._record["optimizer"], entries, self.path / OPTIMIZER_FILE)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -187,8 +183,7 @@ def _storable(tensor: Tensor) -> Tensor:
 def _plain_names(named: Mapping[str, Any]) -> dict[str, Any]:
     """Names without what `torch.compile` (`_orig_mod`) and data parallel wrappers (`module`) add."""
     plain = {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): value
-        for name, value in named.items()
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): value for name, value in named.items()
     }
     if plain and all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): value for name, value in plain.items()}
@@ -261,9 +256,7 @@ def _open_tensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safetensors file ({error}). Nothing in it was executed."
-        ) from error
+        raise ValueError(f"{path} is not a safetensors file ({error}). Nothing in it was executed.") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -308,9 +301,7 @@ def _restore_optimizer(
     # What belongs to a parameter and, under `/<index>`, to a group; all of it placed before any is used.
     places: dict[str, dict[str, Any]] = {str(name): {} for group in expected for name in group}
     places |= {f"/{index}": {} for index in range(len(expected))}
-    values = {
-        f"{name}/{entry}": v for name, of_one in record["values"].items() for entry, v in of_one.items()
-    }
+    values = {f"{name}/{entry}": v for name, of_one in record["values"].items() for entry, v in of_one.items()}
     for key, value in (values | entries).items():
         name, _, entry = key.rpartition("/")
         if name not in places or (name.startswith("/") and entry == "params"):
