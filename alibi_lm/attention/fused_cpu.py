@@ -83,7 +83,7 @@ class Band(NamedTuple):
     saturation: int
     """D: the bias is constant from this distance on; at most T."""
     mask: Tensor
-    """Short sequences: (1, H, T, T), the bias of each pair. Long ones: (1, H, R, W), that of near keys, else -inf."""
+    """Short sequences: (1, H, T, T), of each pair. Long ones: (1, H, R, W), of near keys, -inf for all others."""
 
     @property
     def whole(self) -> bool:
@@ -156,22 +156,20 @@ class DistanceAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and bias."""
         q, k, v, bias, out, log_sum = ctx.saved_tensors
-        scale, far, whole = q.shape[-1] ** -0.5, ctx.band.saturation, ctx.band.whole
-        grad_q = grad_k = grad_v = grad_bias = None
-        if not whole or ctx.needs_input_grad[3]:
-            grad_q, grad_k, grad_v, grad_bias = _near_gradients(
-                q, k, v, ctx.band, out, log_sum, grad_out, bias_only=whole
-            )
-        if whole:
-            grad_q, grad_k, grad_v = _backward(grad_out, q, k, v, out, log_sum, ctx.band.mask, scale)
-        else:
-            dq, dk, dv = _backward(
-                grad_out[:, :, far:], q[:, :, far:], k[:, :, :-far], v[:, :, :-far], out[:, :, far:],
-                log_sum[:, :, far:] - bias[:, far, None], None, scale,
-            )  # fmt: skip
-            grad_q[:, :, far:] += dq
-            grad_k[:, :, :-far] += dk
-            grad_v[:, :, :-far] += dv
+        scale, far, band = q.shape[-1] ** -0.5, ctx.band.saturation, ctx.band
+        if band.whole:
+            grads = _backward(grad_out, q, k, v, out, log_sum, band.mask, scale)
+            if not ctx.needs_input_grad[3]:
+                return *grads, None, None
+            return *grads, _near_gradients(q, k, v, band, out, log_sum, grad_out, bias_only=True)[3], None
+        grad_q, grad_k, grad_v, grad_bias = _near_gradients(q, k, v, band, out, log_sum, grad_out)
+        far_q, far_k, far_v = _backward(
+            grad_out[:, :, far:], q[:, :, far:], k[:, :, :-far], v[:, :, :-far], out[:, :, far:],
+            log_sum[:, :, far:] - bias[:, far, None], None, scale,
+        )  # fmt: skip
+        grad_q[:, :, far:] += far_q
+        grad_k[:, :, :-far] += far_k
+        grad_v[:, :, :-far] += far_v
         return grad_q, grad_k, grad_v, grad_bias, None
 
 
@@ -239,9 +237,16 @@ def _near(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[Tensor, Tensor]:
 
 
 def _near_gradients(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, out: Tensor, log_sum: Tensor, grad_out: Tensor, bias_only: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Gradients through the scores of near keys: of q, k, v (unless bias_only) and of the bias of each distance.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    out: Tensor,
+    log_sum: Tensor,
+    grad_out: Tensor,
+    bias_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients through the scores of near keys: of q, k, v (empty if bias_only) and of the bias of each distance.
 
     That of the far keys' constant is minus the sum of the others.
     """
@@ -271,7 +276,7 @@ def _near_gradients(
     grad_bias[:, reach] = -near_bias.sum(1)
     grad_bias = grad_bias[:, :length].to(band.bias.dtype)
     if bias_only:
-        return None, None, None, grad_bias
+        return q.new_empty(0), q.new_empty(0), q.new_empty(0), grad_bias
 
     def fold(windows: Tensor) -> Tensor:  # the adjoint of _windows
         total = windows[..., reach:, :].clone()

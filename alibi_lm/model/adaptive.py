@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alibi_lm.model.cross_entropy import linear_cross_entropy
+
 
 class AdaptiveVocabulary(nn.Module):
     """Word vectors whose width falls with the word's frequency, and the softmax over them.
@@ -45,9 +47,7 @@ class AdaptiveVocabulary(nn.Module):
         ValueError: cutoffs that leave a band empty, or a factor that leaves a band without dimensions.
     """
 
-    def __init__(
-        self, vocab_size: int, model_dim: int, cutoffs: list[int], factor: float, dropout: float
-    ) -> None:
+    def __init__(self, vocab_size: int, model_dim: int, cutoffs: list[int], factor: float, dropout: float) -> None:
         super().__init__()
         borders = [0, *cutoffs, vocab_size]
         if not cutoffs or any(low >= high for low, high in pairwise(borders)):
@@ -124,7 +124,7 @@ class AdaptiveVocabulary(nn.Module):
         for low, _ in self.bands[1:]:
             band += targets >= low
         head_targets = torch.where(band == 0, targets, head_size + band - 1)
-        nats = F.cross_entropy(self._head_logits(hidden), head_targets, reduction="none")
+        nats = linear_cross_entropy(hidden, self._head_table(), head_targets)
 
         # Rows sorted by band, so that a tail is a slice. An empty slice still gives its weights a gradient
         # (of zeros), so that all processes and all steps see the same set of gradients.
@@ -134,7 +134,7 @@ class AdaptiveVocabulary(nn.Module):
             if tail == 0:
                 continue
             within = targets[rows] - self.bands[tail][0]
-            tail_nats = F.cross_entropy(self._tail_logits(hidden[rows], tail), within, reduction="none")
+            tail_nats = linear_cross_entropy(self._projected(hidden[rows], tail), self.embeddings[tail], within)
             nats = nats.index_add(0, rows, tail_nats)
         return nats
 
@@ -151,13 +151,20 @@ class AdaptiveVocabulary(nn.Module):
 
     def _head_logits(self, hidden: Tensor) -> Tensor:
         """Scores of the first band's words and of the tails: (N, D) -> (N, c_1 + tails)."""
+        return _exact(F.linear(hidden, self._head_table()))
+
+    def _head_table(self) -> Tensor:
+        """Vectors of the first band's words and of the tails: (c_1 + tails, D)."""
         # Joining the weights copies less than joining the scores would.
-        return _exact(F.linear(hidden, torch.cat([self.embeddings[0], self.clusters])))
+        return torch.cat([self.embeddings[0], self.clusters])
 
     def _tail_logits(self, hidden: Tensor, tail: int) -> Tensor:
         """Scores of a tail's words: (n, D) -> (n, words of the band)."""
-        projected = self.dropout(F.linear(hidden, self.projections[tail].t()))
-        return _exact(F.linear(projected, self.embeddings[tail]))
+        return _exact(F.linear(self._projected(hidden, tail), self.embeddings[tail]))
+
+    def _projected(self, hidden: Tensor, tail: int) -> Tensor:
+        """Hidden states in a tail's dimensions: (n, D) -> (n, D_i)."""
+        return self.dropout(F.linear(hidden, self.projections[tail].t()))
 
 
 def _exact(logits: Tensor) -> Tensor:

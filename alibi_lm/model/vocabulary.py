@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alibi_lm.model.cross_entropy import linear_cross_entropy
+
 
 class Vocabulary(nn.Module):
     """A table of word vectors, and the softmax over their scores.
@@ -40,14 +42,18 @@ class Vocabulary(nn.Module):
         """
         return F.embedding(ids, self.embedding)
 
+    @property
+    def output_table(self) -> Tensor:
+        """The vectors whose products with a hidden state are its scores, (V, D)."""
+        return self.embedding if self.output is None else self.output
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores before the softmax: (N, D) -> (N, V), float32 or better."""
-        weight = self.embedding if self.output is None else self.output
-        scores = F.linear(hidden, weight)
+        scores = F.linear(hidden, self.output_table)
         return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Minus the natural logarithm of each target's probability.
+        """Minus the natural logarithm of each target's probability, chunk by chunk.
 
         Args:
             hidden: (N, D).
@@ -56,7 +62,7 @@ class Vocabulary(nn.Module):
         Returns:
             (N,) float32 (float64 in a float64 model).
         """
-        return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+        return linear_cross_entropy(hidden, self.output_table, targets)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """The whole distribution: (N, D) -> (N, V) natural logarithms."""

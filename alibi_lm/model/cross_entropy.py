@@ -1,0 +1,103 @@
+"""The cross-entropy of a linear layer's scores, without the scores of a whole batch.
+
+    nats_n = log sum_w exp(hidden_n . table_w) - hidden_n . table_target(n)
+
+Rows go through in chunks that stay in the cache, each overwritten in place: scores, exponentials, gradient of the
+scores. Where a batch's exponentials fit KEPT_ELEMENTS they wait for the backward pass, else it computes them
+again. Both are exact, and both are faster than scores, softmax and loss one after the other.
+
+Shape letters: N tokens, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Scores of a chunk. On a CPU 16 MiB of float32, about what a core's share of the cache holds."""
+KEPT_ELEMENTS = 1 << 28
+"""Exponentials kept for the backward pass: 1 GiB of float32."""
+
+
+def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """Minus the natural logarithm of each target's probability under softmax(hidden table^T).
+
+    Scores and sums are float32 or better, whatever the dtype of the arguments; inside autocast the products are
+    of its dtype.
+
+    Args:
+        hidden: (N, D).
+        table: (V, D).
+        targets: (N,) int64, in [0, V).
+
+    Returns:
+        (N,) float32 (float64 for float64 arguments).
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, table = hidden.to(dtype), table.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if torch.compiler.is_compiling() and len(hidden) * len(table) <= KEPT_ELEMENTS:
+            # A compiler fuses these three by itself.
+            return F.cross_entropy(_scores(hidden, table), targets, reduction="none")
+        rows = max(64, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // len(table))
+        return _LinearCrossEntropy.apply(hidden, table, targets, rows)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
+        keep = any(ctx.needs_input_grad[:2]) and len(hidden) * len(table) <= KEPT_ELEMENTS
+        nats, log_sums, kept = [], [], []
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            scores = _scores(h, table)
+            largest = scores.amax(dim=1, keepdim=True)
+            of_target = scores.gather(1, t[:, None])
+            exponentials = scores.sub_(largest).exp_()
+            total = exponentials.sum(dim=1, keepdim=True)
+            nats.append(total.log() + largest - of_target)
+            log_sums.append(total.log() + largest)
+            if keep:
+                kept.append((exponentials, total))
+        ctx.save_for_backward(hidden, table, targets, torch.cat(log_sums))
+        ctx.rows, ctx.kept = rows, kept
+        return torch.cat(nats)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, table, targets, log_sums = ctx.saved_tensors
+        # What was kept is overwritten below: a second pass through the same graph computes it again.
+        kept, ctx.kept = ctx.kept, []
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Half precision would round the sum over chunks away.
+        sum_dtype = torch.promote_types(table.dtype, torch.float32)
+        grad_table = torch.zeros_like(table, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
+        for chunk, start in enumerate(range(0, len(hidden), ctx.rows)):
+            rows = slice(start, start + ctx.rows)
+            h, g = hidden[rows], grad[rows, None]
+            if kept:
+                scores, total = kept[chunk]
+                scores.mul_(g / total)
+            else:
+                scores = _scores(h, table).sub_(log_sums[rows]).exp_().mul_(g)
+            scores = scores.scatter_add_(1, targets[rows, None], -g).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(scores, table, out=grad_hidden[rows])
+            if grad_table is not None and grad_table.dtype == scores.dtype:
+                grad_table.addmm_(scores.t(), h)
+            elif grad_table is not None:
+                grad_table += scores.t() @ h
+        return grad_hidden, None if grad_table is None else grad_table.to(table.dtype), None, None
+
+
+def _scores(hidden: Tensor, table: Tensor) -> Tensor:
+    """(N, D), (V, D) -> (N, V), float32 or better: a sum over the vocabulary must not be rounded to 8 bits."""
+    scores = F.linear(hidden, table)
+    return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores

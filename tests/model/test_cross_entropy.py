@@ -1,0 +1,130 @@
+"""The chunked cross-entropy against log_softmax in float64; values, gradients, memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from alibi_lm.model import cross_entropy
+from alibi_lm.model.cross_entropy import linear_cross_entropy
+from alibi_lm.model.vocabulary import Vocabulary
+
+ROUTES = ["whole", "chunks kept", "chunks computed again"]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch):
+    if request.param != "whole":
+        monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 37)  # 64 rows
+    if request.param == "chunks computed again":
+        monkeypatch.setattr(cross_entropy, "KEPT_ELEMENTS", 0)
+    return request.param
+
+
+def inputs(num_tokens: int, dtype: torch.dtype = torch.float64, vocab_size: int = 37, scale: float = 1.0):
+    torch.manual_seed(num_tokens)
+    hidden = (torch.randn(num_tokens, 12) * scale).bfloat16().to(dtype).requires_grad_()
+    table = torch.randn(vocab_size, 12).bfloat16().to(dtype).requires_grad_()
+    weights = torch.rand(num_tokens).bfloat16().to(torch.promote_types(dtype, torch.float32))
+    return hidden, table, torch.randint(0, vocab_size, (num_tokens,)), weights
+
+
+def reference(hidden, table, targets, weights):
+    hidden, table = (x.detach().double().requires_grad_() for x in (hidden, table))
+    log_probs = (hidden @ table.T).log_softmax(dim=1)
+    nats = -log_probs[torch.arange(len(targets)), targets]
+    return nats, *torch.autograd.grad((nats * weights.double()).sum(), (hidden, table))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
+def test_values_and_gradients(route, dtype, num_tokens):
+    hidden, table, targets, weights = inputs(num_tokens, dtype)
+    nats = linear_cross_entropy(hidden, table, targets)
+    assert nats.dtype == torch.promote_types(dtype, torch.float32) and nats.shape == (num_tokens,)
+    got = (nats, *torch.autograd.grad((nats * weights).sum(), (hidden, table)))
+    for mine, theirs in zip(got, reference(hidden, table, targets, weights), strict=True):
+        error = (mine.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1)
+        assert error < TOLERANCE[dtype] * (1 if mine is not nats or dtype != torch.bfloat16 else 3)
+
+
+def test_gradcheck(route):
+    hidden, table, targets, _ = inputs(70)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets), (hidden, table), fast_mode=True
+    )
+
+
+def test_large_scores_neither_overflow_nor_vanish(route):
+    hidden, table, targets, weights = inputs(65, torch.float32, scale=300.0)
+    nats = linear_cross_entropy(hidden, table, targets)
+    expected = reference(hidden, table, targets, weights)[0]
+    assert torch.isfinite(nats).all() and nats.max() > 1000
+    torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_second_backward_pass_gives_the_same(route):
+    hidden, table, targets, weights = inputs(130)
+    loss = (linear_cross_entropy(hidden, table, targets) * weights).sum()
+    first = torch.autograd.grad(loss, (hidden, table), retain_graph=True)
+    for mine, again in zip(first, torch.autograd.grad(loss, (hidden, table)), strict=True):
+        torch.testing.assert_close(mine, again, rtol=1e-12, atol=1e-14)
+
+
+def test_only_one_argument_needs_a_gradient(route):
+    hidden, table, targets, weights = inputs(65)
+    expected = reference(hidden, table, targets, weights)
+    for index, arguments in enumerate(((hidden, table.detach()), (hidden.detach(), table))):
+        loss = (linear_cross_entropy(*arguments, targets) * weights).sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, arguments[index])[0], expected[index + 1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_and_its_tied_table(route, tied):
+    vocabulary = Vocabulary(37, 12, tied).double()
+    vocabulary.initialise()
+    ids, targets = torch.randint(0, 37, (100,)), torch.randint(0, 37, (100,))
+    nats = vocabulary.nats(vocabulary.embed(ids), targets)
+    nats.sum().backward()
+    got = {name: p.grad.clone() for name, p in vocabulary.named_parameters()}
+    vocabulary.zero_grad()
+    table = vocabulary.embedding if tied else vocabulary.output
+    expected = F.cross_entropy(vocabulary.embedding[ids] @ table.T, targets, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(nats, expected, rtol=1e-12, atol=1e-12)
+    for name, parameter in vocabulary.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(vocabulary.log_probs(vocabulary.embed(ids)).exp().sum(1), torch.ones(100).double())
+
+
+def test_autocast_rounds_the_products_alone(route):
+    hidden, table, targets, weights = inputs(130, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nats = linear_cross_entropy(hidden, table, targets)
+    assert nats.dtype == torch.float32
+    got = (nats, *torch.autograd.grad((nats * weights).sum(), (hidden, table)))
+    assert got[1].dtype == got[2].dtype == torch.float32
+    for mine, theirs in zip(got, reference(hidden, table, targets, weights), strict=True):
+        assert (mine.double() - theirs).abs().max() < 2e-2 * theirs.abs().max().clamp_min(1) * 3
+
+
+def test_scores_of_the_whole_batch_never_exist(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            sizes = [x.untyped_storage().nbytes() // 4 for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            largest = max([largest, *sizes])
+            return result
+
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 500)
+    monkeypatch.setattr(cross_entropy, "KEPT_ELEMENTS", 0)
+    hidden, table, targets, _ = inputs(1000, torch.float32, vocab_size=500)
+    with Watch():
+        linear_cross_entropy(hidden, table, targets).sum().backward()
+    assert 0 < largest <= 64 * 500
