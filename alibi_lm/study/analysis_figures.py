@@ -61,9 +61,8 @@ def _figure(
 
     width = 0.75 + columns * (size[0] + right)
     words = textwrap.wrap(found.provenance, int(width * 16.5))
-    if not found.same_text:
-        words.append("NOT THE SAME TEXT: levels cannot be compared between curves")
-    head = 0.62 + 0.15 * len(words) + key
+    marks = [] if found.same_text else ["NOT THE SAME TEXT: levels cannot be compared between curves"]
+    head = 0.62 + 0.15 * (len(words) + len(marks)) + key
     height = head + rows * size[1] + 0.1
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -78,6 +77,8 @@ def _figure(
     left = 0.16 / width
     figure.text(left, 1 - 0.12 / height, TITLES[found.view], va="top", fontsize=12, fontweight="bold")
     figure.text(left, 1 - 0.37 / height, "\n".join(words), va="top", fontsize=8, color="#555555")
+    below = 1 - (0.37 + 0.15 * len(words)) / height
+    figure.text(left, below, "\n".join(marks), va="top", fontsize=8, color="#B00020")
     return figure, axes.ravel()
 
 
@@ -228,11 +229,11 @@ def _small_multiples(found: Analysis) -> Figure:
     for axis in axes[len(ordered) :]:
         axis.set_axis_off()
     if parts:
-        _write_key(figure)
+        _write_key(figure, top=axes[0].get_position().y1)
     return figure
 
 
-def _write_key(figure: Figure) -> None:
+def _write_key(figure: Figure, top: float) -> None:
     """What the bars are, in a line above the panels."""
     from matplotlib.lines import Line2D
 
@@ -250,8 +251,8 @@ def _write_key(figure: Figure) -> None:
     figure.legend(
         handles,
         words,
-        loc="upper left",
-        bbox_to_anchor=(0.08 / width, 1 - 0.52 / height),
+        loc="lower left",
+        bbox_to_anchor=(0.08 / width, top + 0.22 / height),
         ncols=len(words),
         fontsize=8,
         frameon=False,
