@@ -138,6 +138,11 @@ class TrainConfig:
             f"micro_batch_tokens = {self.micro_batch_tokens} is less than train_length = {self.train_length}: "
             "one sequence does not fit. Raise it, or use null.",
         )
+        _check_threads(self.threads)
+        require(
+            self.output_dir is None or bool(self.output_dir.strip()),
+            "output_dir is empty. Name a run folder, or leave it out for outputs/<experiment>/runs/<name>.",
+        )
 
     @property
     def rows_per_step(self) -> int:
@@ -192,13 +197,21 @@ class EvaluateConfig:
     """The folder of results.jsonl; null: outputs/<experiment>/extrapolation."""
 
     def __post_init__(self) -> None:
-        require(
-            self.checkpoint in ("best", "last"), f"checkpoint = {self.checkpoint!r}. Allowed: best, last."
-        )
-        require(
-            self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}."
-        )
+        require(self.checkpoint in ("best", "last"), f"checkpoint = {self.checkpoint!r}. Allowed: best, last.")
+        require(self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}.")
         require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
+        require(
+            self.precision in PRECISIONS,
+            f"precision = {self.precision!r}. Allowed: {', '.join(PRECISIONS)}.",
+        )
+        _check_threads(self.threads)
+
+
+def _check_threads(threads: int | None) -> None:
+    require(
+        threads is None or threads >= 1,
+        f"threads = {threads}. Use a whole number >= 1, or null for torch's choice.",
+    )
 
 
 GROUPS: dict[str, dict[str, type]] = {
@@ -263,15 +276,19 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     known = {f.name for f in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(settings) - known)
+    unknown = sorted(map(str, set(settings) - known))
     require(not unknown, f"config.yaml has unknown settings {unknown}. Was it written by another version?")
+    for group in ("model", "data", "evaluation", *GROUPS):
+        chosen = settings.get(group)
+        require(
+            isinstance(chosen, dict) or (chosen is None and group not in GROUPS),
+            f"config.yaml: {group} = {chosen!r}. It must hold settings.",
+        )
     try:
         root = OmegaConf.structured(TrainConfig)
         for group, registry in GROUPS.items():
-            name = str((settings.get(group) or {}).get("name"))
-            require(
-                name in registry, f"config.yaml: {group}.name = {name!r}. Allowed: {', '.join(registry)}."
-            )
+            name = str(settings[group].get("name"))
+            require(name in registry, f"config.yaml: {group}.name = {name!r}. Allowed: {', '.join(registry)}.")
             root[group] = OmegaConf.structured(registry[name])
         return OmegaConf.to_object(OmegaConf.merge(root, settings))  # type: ignore[return-value]
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
@@ -297,4 +314,9 @@ def load_config(run_folder: Path) -> TrainConfig:
     except Exception as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
     require(isinstance(settings, dict), f"{path} holds no settings.")
-    return from_dict(settings)  # type: ignore[arg-type]
+    # A saved config is resolved; resolving it again would let a foreign file read the user's environment.
+    require("${" not in str(settings), f"{path} holds an interpolation, ${{...}}. Write the value itself there.")
+    try:
+        return from_dict(settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -57,7 +57,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     try:
         device = runtime.start(config.device, world.local_rank, config.threads)
         if not world.is_main:
-            return _train_locked(config, folder, world, device)
+            done = parallel.gather_objects(None, world)[0]
+            return _train_locked(config, folder, world, device) if done is None else done
         if config.overwrite:
             _delete_run(folder)
         with RunLock(folder):
@@ -65,8 +66,10 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             if done is not None:
                 _require_same_run(config, folder)
                 print(
-                    f"{folder}: already finished at step {done['steps']}. Use overwrite=true to start over."
+                    f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over."
                 )
+            parallel.gather_objects(done, world)  # the other processes do as this one does
+            if done is not None:
                 return done
             clear_failed(folder)
             try:

@@ -85,6 +85,13 @@ class Trainer:
         if latest is None:
             return 0
         latest.restore(self.model, self.optimizer)
+        bad = [n for n, weight in self.model.named_parameters() if not bool(torch.isfinite(weight).all())]
+        if bad:
+            raise NonFiniteLoss(
+                f"{latest.path} holds NaN or infinite values ({', '.join(bad[:3])}): the training had diverged. "
+                "Delete that folder to resume from an earlier checkpoint, or start over with overwrite=true and a "
+                "lower optimizer.lr."
+            )
         if latest.state["best_step"] is not None:
             self.best, self.best_step = latest.state["best_validation_loss"], latest.state["best_step"]
         if self.best_step == latest.step and self.world.is_main:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 # No test may reach the network, whatever the user's environment says.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +18,8 @@ from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 
 torch.set_flush_denormal(True)
+
+WORDS = "the cat sat on a mat while dogs ran past old trees in deep green woods near home today".split()
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +50,23 @@ def tiny_model(tiny_config: ModelConfig):
         return model.eval()
 
     return build
+
+
+def _write_text(folder: Path) -> Path:
+    """A small WikiText-like corpus: a few articles of repeating word order, different in each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (split, lines) in enumerate((("train", 300), ("valid", 40), ("test", 40))):
+        text = []
+        for line in range(lines):
+            if line % 20 == 0:
+                text += ["", f" = {WORDS[line // 20 % 18]} = ", ""]
+            start = (line * 7 + index) % 18
+            text.append(" " + " ".join(WORDS[(start + i * (1 + line % 3)) % 18] for i in range(12)) + " ")
+        (folder / f"wiki.{split}.tokens").write_text("\n".join(text) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_text() -> Callable[[Path], Path]:
+    """Write a small WikiText-like corpus into a folder: write_text(folder) -> folder."""
+    return _write_text

@@ -9,25 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "the cat sat on a mat while dogs ran past old trees in deep green woods near home today".split()
-
-
-def write_text(folder: Path) -> Path:
-    """A small WikiText-like corpus: a few articles of repeating word order, different in each split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, (split, lines) in enumerate((("train", 300), ("valid", 40), ("test", 40))):
-        text = []
-        for line in range(lines):
-            if line % 20 == 0:
-                text += ["", f" = {WORDS[line // 20 % 18]} = ", ""]
-            start = (line * 7 + index) % 18
-            text.append(" " + " ".join(WORDS[(start + i * (1 + line % 3)) % 18] for i in range(12)) + " ")
-        (folder / f"wiki.{split}.tokens").write_text("\n".join(text) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory, write_text) -> Path:
     folder = tmp_path_factory.mktemp("user")
     write_text(folder / "text")
     return folder

@@ -70,7 +70,9 @@ def _settings(config: EvaluateConfig, run: TrainConfig, folder: Path) -> tuple[T
         mode=mode,
         stride=stride,
         split=config.split or own.split,
-        tokens_per_forward=config.tokens_per_forward or own.tokens_per_forward,
+        tokens_per_forward=own.tokens_per_forward
+        if config.tokens_per_forward is None
+        else config.tokens_per_forward,
     )
     require(
         bool(settings.lengths),
@@ -90,7 +92,16 @@ def open_corpus(config: EvaluateConfig, task: Task) -> Corpus:
         data = dataclasses.replace(data, path=config.data.path)
     if config.data.cache_dir is not None:
         data = dataclasses.replace(data, cache_dir=config.data.cache_dir)
-    tokenizer = Tokenizer.load(task.folder / "tokenizer.json")
+    path = task.folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(path)
+    record = task.folder / "corpus.json"
+    if record.is_file():
+        trained_with = (read_json_object(record).get("tokenizer") or {}).get("sha256")
+        require(
+            tokenizer.hash == trained_with,
+            f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
+            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run anew.",
+        )
     return prepare(data, tokenizer, splits=(task.settings.split,))
 
 
@@ -119,6 +130,11 @@ def evaluate_length(
     )
     model = load_run(
         task.folder, length, config.checkpoint, config.attention, device, position=config.position or None
+    )
+    require(
+        model.vocab_size == corpus.vocab_size,
+        f"{task.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
+        "Put the run's own tokenizer back.",
     )
     if model.max_position is not None and length > model.max_position:
         reason = f"position={task.config.position.name} has {model.max_position} positions"
@@ -205,7 +221,16 @@ def evaluate(config: EvaluateConfig, world: World) -> Iterator[ResultRow]:
     device = runtime.start(config.device, world.local_rank, config.threads)
     tasks = plan(config)
     output = output_folder(config)
+    if world.is_main:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir = {output} cannot be written ({error.strerror or error}). Give another folder."
+            ) from error
     results = output / "results.jsonl"
+    if results.exists():
+        read_rows(results)  # rows could not be added to a damaged file: better to say so now than after the work
     corpora: dict[str, Corpus] = {}
     for task in tasks:
         corpus = open_corpus(config, task)

@@ -1,0 +1,59 @@
+"""Runs a list of jobs as each process of torchrun does, and notes what every process but the first writes.
+
+    torchrun --standalone --nproc-per-node 2 tests/two_process_driver.py JOBS.json
+
+JOBS.json: {"place": folder, "jobs": [{"train": [overrides], "folder": run folder} or {"evaluate": settings}]}.
+Process 1 leaves `written.json`: the files below `place` that it opened for writing, made, renamed or removed.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+written: list[str] = []
+
+
+def watch(place: str) -> None:
+    """Note every change that this process makes to a file below `place`."""
+    changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.truncate"}
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            change = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        else:
+            path, change = (arguments[0] if arguments else None), event in changes
+        if change and isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(place):
+            written.append(f"{event} {path}")
+
+    sys.addaudithook(hook)
+
+
+def main() -> None:
+    from alibi_lm import parallel
+    from alibi_lm.config import EvaluateConfig
+    from alibi_lm.evaluation.sweep import evaluate
+    from alibi_lm.experiment import compose
+    from alibi_lm.tracking import JsonlConfig
+    from alibi_lm.train import train
+
+    work = json.loads(Path(sys.argv[1]).read_text())
+    rank = int(os.environ["RANK"])
+    if rank:
+        watch(work["place"])
+    for job in work["jobs"]:
+        if "train" in job:
+            train(compose(job["train"]), Path(job["folder"]))
+        else:
+            world = parallel.start("cpu")
+            for _ in evaluate(EvaluateConfig(**job["evaluate"], tracking=JsonlConfig()), world):
+                pass
+            parallel.stop()
+    if rank:
+        changes = list(written)
+        Path(work["place"], "written.json").write_text(json.dumps(changes))
+
+
+if __name__ == "__main__":
+    main()
