@@ -188,8 +188,10 @@ def position_curve(
     means = (sums.sum(axis=1)[:, points] / tokens.sum(axis=0)[points]).mean(axis=0)
     early = edges[:-1] <= train_length
     base = sums[:, :, early].sum(axis=2), tokens[:, early].sum(axis=1)
-    ends = np.empty((2, len(points)))
+    ends = np.full((2, len(points)), np.nan)
     for index, k in enumerate(points):
+        if np.count_nonzero(tokens[:, k]) < 2:
+            continue  # one document does not show how documents differ
         changes = change_sums(sums[:, :, k], tokens[:, k], *base)
         difference = changes.sum(axis=1).mean() / base[1].sum()
         ends[:, index] = np.array(interval_ends(changes, base[1])) - difference

@@ -79,6 +79,8 @@ class Group:
             own = p.pop("sums", None)
             if own is not None and kept is not None and p["nats"] is not None:
                 change = self.point(change_sums(*own, *kept), kept[1])
+                if np.count_nonzero(own[1]) < 2:  # one document does not show how documents differ
+                    change |= {"low": None, "high": None}
                 p["difference"] = {"from": self.train_length} | {k: change[k] for k in ("nats", "low", "high")}
         return points
 

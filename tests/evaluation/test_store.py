@@ -246,7 +246,7 @@ def test_bins_of_the_curve_cover_the_window_and_end_at_the_trained_length(length
     edges = curve_edges(length, trained)
     assert edges[0] == 1 and edges[-1] == length + 1 and (np.diff(edges) > 0).all()
     assert length <= trained or trained + 1 in edges
-    assert (np.diff(edges) <= np.maximum(1, 0.16 * edges[:-1] + 1)).all()
+    assert (np.diff(edges) <= np.maximum(1, 0.2 * edges[:-1] + 1)).all()
 
 
 def test_a_damaged_summary_is_named(place, tmp_path):
