@@ -311,7 +311,7 @@ def short_error(done: subprocess.CompletedProcess[str]) -> str:
     return message
 
 
-@pytest.mark.parametrize("entity", [None, "team"])
+@pytest.mark.parametrize("entity", [None, pytest.param("team", marks=pytest.mark.slow)])
 def test_what_is_published_is_what_the_dry_run_shows(tmp_path, server, entity):
     arguments = [] if entity is None else [f"entity={entity}"]
     done = publishing(tmp_path, server.address, "a" * 40, "project=p", "experiment=quick", *arguments)
