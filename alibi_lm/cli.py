@@ -26,8 +26,9 @@ def report_errors(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], A
 
         try:
             return task(cfg)
-        except (KeyboardInterrupt, SystemExit):
-            raise
+        except KeyboardInterrupt:
+            print("interrupted; give the command again to go on", file=sys.stderr)
+            sys.exit(130)
         except Exception as error:
             status = getattr(error, "status", None)
             if status is not None:  # asked to stop: not an error

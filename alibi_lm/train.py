@@ -65,12 +65,12 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             done = finished(folder)
             if done is not None:
                 _require_same_run(config, folder)
-                print(
-                    f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over."
-                )
+                print(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
             parallel.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
                 return done
+            if (folder / "config.yaml").exists():
+                _require_same_run(config, folder)  # before any mark is touched: this may be someone else's run
             clear_failed(folder)
             try:
                 return _train_locked(config, folder, world, device)
@@ -102,9 +102,7 @@ def _train_locked(config: TrainConfig, folder: Path, world: World, device: torch
             flush=True,
         )
     tracked = dict(to_dict(config), num_parameters=model.num_parameters(), corpus=corpus.hash)
-    with open_tracker(
-        config.tracking, folder, folder.name, config.experiment, tracked, step, world
-    ) as tracker:
+    with open_tracker(config.tracking, folder, folder.name, config.experiment, tracked, step, world) as tracker:
         result = trainer.run(step, tracker)
     if world.is_main:
         _self_check(config, folder, corpus, device, result)
@@ -130,9 +128,7 @@ def _check_length(config: TrainConfig, corpus: Corpus) -> None:
 
 def _write_records(config: TrainConfig, folder: Path, corpus: Corpus, device: torch.device) -> None:
     """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
-    if (folder / "config.yaml").exists():
-        _require_same_run(config, folder)
-    else:
+    if not (folder / "config.yaml").exists():
         write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     write_json_atomic(folder / "environment.json", runtime.environment(device))
     write_json_atomic(folder / "corpus.json", corpus.manifest)
@@ -145,9 +141,7 @@ def _require_same_run(config: TrainConfig, folder: Path) -> None:
     differences = [
         f"{key}: {old_value!r} there, {new_value!r} now"
         for key, old_value, new_value in _flat_differences(old, new)
-        if key.split(".")[0] not in NOT_THE_RUN
-        and key != "data.cache_dir"
-        and not key.startswith("evaluation.")
+        if key.split(".")[0] not in NOT_THE_RUN and key != "data.cache_dir" and not key.startswith("evaluation.")
     ]
     require(
         not differences,
@@ -212,4 +206,3 @@ def differing_settings(config: TrainConfig, baseline: TrainConfig) -> dict[str, 
         for key, _, new in _flat_differences(to_dict(baseline), to_dict(config))
         if key.split(".")[0] not in NOT_THE_RUN and key not in ("data.cache_dir", "data.path")
     }
-

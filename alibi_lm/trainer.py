@@ -36,9 +36,7 @@ class Interrupted(Exception):
     """
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(
-            f"stopped by signal {signal_number} after step {step}; give the command again to resume"
-        )
+        super().__init__(f"stopped by signal {signal_number} after step {step}; give the command again to resume")
         self.status = 128 + signal_number
 
 
@@ -67,11 +65,11 @@ class Trainer:
             corpus.split("train").tokens, corpus.start_id, config.train_length, rows, config.seed
         )
         self.share = parallel.shard(rows, world)
-        self.micro_rows = max(
-            1, (config.micro_batch_tokens or rows * config.train_length) // config.train_length
-        )
+        self.micro_rows = max(1, (config.micro_batch_tokens or rows * config.train_length) // config.train_length)
         self.store = CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_every)
         self.best, self.best_step = math.inf, 0
+        self.validation = math.inf
+        """Validation loss when it was last measured, mean nats per token."""
         self.losses: list[float] = []
         """Loss of each step since the last row of metrics."""
         self.pending: list[tuple[int, Tensor, Tensor]] = []
@@ -92,6 +90,8 @@ class Trainer:
                 "Delete that folder to resume from an earlier checkpoint, or start over with overwrite=true and a "
                 "lower optimizer.lr."
             )
+        if latest.state["validation_loss"] is not None:
+            self.validation = latest.state["validation_loss"]
         if latest.state["best_step"] is not None:
             self.best, self.best_step = latest.state["best_validation_loss"], latest.state["best_step"]
         if self.best_step == latest.step and self.world.is_main:
@@ -110,7 +110,6 @@ class Trainer:
             unit="step",
             disable=not (self.world.is_main and sys.stderr.isatty()),
         )
-        validation = self.best
         clock, timed = time.perf_counter(), step
         with _StopSignals(self.world) as signals:
             while step < config.steps:
@@ -128,10 +127,10 @@ class Trainer:
                     bar.set_postfix_str(f"loss {self.last_loss:.3f}, {speed:,.0f} tok/s")
                     clock, timed = now, step
                 if step % config.validate_every == 0 or last:
-                    validation = self.validate(tracker, step)
-                    better = validation < self.best
+                    self.validation = self.validate(tracker, step)
+                    better = self.validation < self.best
                     if better:
-                        self.best, self.best_step = validation, step
+                        self.best, self.best_step = self.validation, step
                 if step % config.checkpoint_every == 0 or last or stop or better:
                     self.checkpoint(step)
                     clock, timed = time.perf_counter(), step
@@ -139,15 +138,17 @@ class Trainer:
                     bar.close()
                     raise Interrupted(stop, step)
         bar.close()
+        if self.world.is_main:
+            self.store.prune()  # the best checkpoint before the last one, or what a kill left
         return {
             "steps": step,
             "tokens_seen": step * self.tokens_per_step,
             "train_length": config.train_length,
             "position": config.position.name,
             "num_parameters": self.model.num_parameters(),
-            "validation_loss": validation,
+            "validation_loss": self.validation,
             "best_validation_loss": self.best,
-            "corpus": self.corpus.hash,
+            "corpus": self.corpus.split("train").hash,
             "device": runtime.environment(self.device)["device"],
         }
 
@@ -245,6 +246,7 @@ class Trainer:
                 "tokens_seen": step * self.tokens_per_step,
                 "best_validation_loss": self.best if self.best_step else None,
                 "best_step": self.best_step or None,
+                "validation_loss": self.validation if math.isfinite(self.validation) else None,
                 "losses_since_log": self.losses,
             }
             self.store.save(step, self.model, self.optimizer, state)

@@ -14,9 +14,10 @@ from alibi_lm.data.text import PASSAGE_LINES, SPLITS, Passage, Source
 
 LEFT_OUT = frozenset(
     """site-packages dist-packages __pycache__ test tests idle_test
-    lib2to3 idlelib turtledemo ensurepip""".split()
+    lib2to3 idlelib turtledemo ensurepip encodings""".split()
 )
-"""Folders of the standard library that are not its own working code, or not on every machine."""
+"""Folders of the standard library that are not its own working code, nearly copies of each other (the tables of
+`encodings`), or not on every machine."""
 LEAST_CHARACTERS = 4_000_000
 """A whole standard library has about 11 million characters of source; far less means that it was stripped."""
 REMEDY = "Use a Python installed with its sources, or data=wikitext103 data.path=<folder of .tokens files>."
@@ -120,8 +121,13 @@ def _library_files(folder: Path) -> list[str]:
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
-        found += [Path(root, name).relative_to(folder).as_posix() for name in files if name.endswith(".py")]
+        found += [Path(root, name).relative_to(folder).as_posix() for name in files if _is_source(name)]
     return sorted(found)
+
+
+def _is_source(name: str) -> bool:
+    """Whether a person wrote it: `_sysconfigdata...` is generated when Python is built."""
+    return name.endswith(".py") and not name.startswith("_sysconfigdata")
 
 
 def _read_text(path: Path) -> str | None:

@@ -69,7 +69,9 @@ def score_tokens(
         leave=False,
         disable=progress is None or not sys.stderr.isatty(),
     )
-    for batch in scoring_batches(tokens, start_id, length, stride, tokens_per_forward, slice(share.start, share.stop)):
+    for batch in scoring_batches(
+        tokens, start_id, length, stride, tokens_per_forward, slice(share.start, share.stop)
+    ):
         input_ids, target_ids = batch.input_ids.to(device), batch.target_ids[:, batch.score_from :].to(device)
         with nullcontext() if autocast is None else autocast:
             hidden = model(input_ids, window=window)[:, batch.score_from :]

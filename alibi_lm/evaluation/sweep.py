@@ -122,7 +122,7 @@ def evaluate_length(
         train_length=task.config.train_length,
         seed=task.config.seed,
         stride=settings.stride,
-        corpus=corpus.hash,
+        corpus=stream.hash,
         words=stream.words,
         bytes=stream.bytes,
         commit=runtime.code_version()[0],
@@ -279,7 +279,7 @@ def _baseline(config: EvaluateConfig, task: Task, corpus: Corpus) -> ResultRow |
         mode=settings.mode,
         stride=settings.stride,
         split=settings.split,
-        corpus=corpus.hash,
+        corpus=corpus.split(settings.split).hash,
         commit=runtime.code_version()[0],
     )
 

@@ -1,1 +1,1 @@
-
+"""The language model: transformer, vocabulary (embedding and output) and initialisation."""
