@@ -144,7 +144,7 @@ def _write(config: AnalyseConfig, view: str, task: Task, groups: list[tuple[view
                 "position": group.position,
                 "train_length": group.train_length,
                 "variant": variant,
-                "corpus": corpus.hash,
+                "corpus": corpus.split(task.settings.split).hash,
                 "tokens": group.num_tokens,
                 "documents": len(group.documents),
                 "runs": group.labels,
@@ -152,7 +152,7 @@ def _write(config: AnalyseConfig, view: str, task: Task, groups: list[tuple[view
                 "points": _points(config, view, task, group),
             }
         )
-    corpora = {corpus.hash: corpus.name for _, corpus, _ in groups}
+    corpora = {corpus.split(task.settings.split).hash: corpus.name for _, corpus, _ in groups}
     content = {
         "view": view,
         "experiment": config.experiment,
