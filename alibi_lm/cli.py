@@ -39,11 +39,28 @@ def report_errors(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], A
                 print(message, file=sys.stderr)
                 sys.exit(1)
             job = HydraConfig.get().job
-            _failures.append(f"job {job.num} ({job.override_dirname}): {message}")
-            print(f"FAILED {_failures[-1]}", file=sys.stderr, flush=True)
-            return None
+            failure = f"job {job.num} ({job.override_dirname}): {message}"
+            _remember(failure)
+            print(f"FAILED {failure}", file=sys.stderr, flush=True)
+            return _Failure(failure)
 
     return run
+
+
+class _Failure:
+    """A failed job's result. A launcher that runs jobs elsewhere sends it back, and that is how it is noticed."""
+
+    def __init__(self, failure: str) -> None:
+        self.failure = failure
+
+    def __reduce__(self) -> tuple[Callable[[str], _Failure], tuple[str]]:
+        return _remember, (self.failure,)
+
+
+def _remember(failure: str) -> _Failure:
+    if failure not in _failures:
+        _failures.append(failure)
+    return _Failure(failure)
 
 
 def exit_status() -> int:
