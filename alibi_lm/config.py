@@ -193,6 +193,8 @@ class EvaluateConfig:
     """float32 by default, also where training ran in bfloat16."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
+    draw: bool = True
+    """Draw figure and table afterwards, of all that results.jsonl holds."""
     output_dir: str | None = None
     """The folder of results.jsonl; null: outputs/<experiment>/extrapolation."""
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import queue
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from alibi_lm.config import TrainConfig, register, to_config
 from alibi_lm.run_folder import run_name, short_hash
@@ -64,13 +69,74 @@ def run_folder(config: TrainConfig) -> Path:
     return Path("outputs") / config.experiment / "runs" / name
 
 
-def reproduce(experiment: str, overrides: list[str]) -> int:
-    """Train every run of an experiment's `study`, skipping what is finished; returns the exit status."""
-    config = compose([f"experiment={experiment}", *overrides])
-    if not config.study:
+def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, tuple[list[str], TrainConfig]]:
+    """An experiment's runs, from its `study` and further overrides, by the rules of a Hydra multirun.
+
+    Returns:
+        Run folder -> (the overrides that describe the run, its config), in the order of the study.
+
+    Raises:
+        ValueError: the experiment names no runs.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    study = compose([f"experiment={experiment}"]).study
+    if not study:
         raise ValueError(f"experiment={experiment} has no `study`: it names no runs. Use make train instead.")
-    status = 0
-    for sweep in config.study:
-        command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", f"experiment={experiment}"]
-        status |= subprocess.run([*command, *sweep.split(), *overrides], check=False).returncode
-    return status
+    parser = OverridesParser.create()
+    runs = {}
+    for sweep in study:
+        (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides([*sweep.split(), *overrides]), None)
+        for job in jobs:
+            config = compose([f"experiment={experiment}", *job])
+            runs[run_folder(config)] = ([f"experiment={experiment}", *job], config)
+    return runs
+
+
+def reproduce(experiment: str, overrides: list[str]) -> int:
+    """Train and evaluate every run of an experiment, then draw; what is finished is skipped.
+
+    On a CPU as many runs go side by side as there are cores for their `threads`: two processes of one thread
+    each do more than one process of two, and do not wait for each other when the machine is busy.
+
+    Returns:
+        Exit status: 0 if all went well. A run that fails stops no other.
+    """
+    runs = planned_runs(experiment, overrides)
+    config = next(iter(runs.values()))[1]
+    at_once = 1
+    if config.threads is not None and (config.device == "cpu" or not torch.cuda.is_available()):
+        at_once = min(len(runs), max(1, (os.cpu_count() or 1) // config.threads))
+    print(f"experiment={experiment}: {len(runs)} runs, {at_once} at a time", flush=True)
+    shared = [o for o in overrides if o.startswith(("device=", "threads="))]
+    # The corpus first and alone, with its bars: the runs would only wait for each other.
+    if status := _script("prepare_data.py", [f"experiment={experiment}", *overrides]):
+        return status
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(at_once):
+        slots.put(slot)
+
+    def run(folder: Path) -> int:
+        slot = slots.get()
+        try:
+            # A line of the terminal for each bar.
+            bar = {"TQDM_POSITION": str(slot)}
+            return _script("train.py", runs[folder][0], bar) or _script(
+                "evaluate.py", [f"experiment={experiment}", f"runs={folder}", "draw=false", *shared], bar
+            )
+        finally:
+            slots.put(slot)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        failed = [folder.name for folder, status in zip(runs, pool.map(run, runs), strict=True) if status]
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    # Each target is scored by now, so this only gathers and draws; also where a run failed.
+    tracking = [o for o in overrides if o.startswith("tracking")]
+    return _script("evaluate.py", [f"experiment={experiment}", *shared, *tracking]) or int(bool(failed))
+
+
+def _script(name: str, arguments: list[str], environment: dict[str, str] | None = None) -> int:
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    return subprocess.run(command, check=False, env={**os.environ, **(environment or {})}).returncode

@@ -192,7 +192,7 @@ class _WandbTracker(_JsonlTracker):
 
     The run's id is kept in the run folder. Online, a resumed run goes on in the same wandb run, which
     ignores steps that it has already. Offline, every process adds a file of the same id under
-    <run folder>/wandb; `wandb sync --append` joins them.
+    <run folder>/wandb; `wandb sync` of all of them, in order of start, joins them.
     """
 
     def __init__(

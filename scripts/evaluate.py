@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
         for row in evaluate(config, world):
             if world.is_main:
                 print(describe(row), flush=True)
-        if world.is_main:
+        if world.is_main and config.draw:
             log_curve(config)
             paths = draw(output_folder(config))
             print(next(p for p in paths if p.suffix == ".md").read_text(), *paths, sep="\n")

@@ -7,27 +7,11 @@ stopped or killed: the training command resumes it) or missing (named by the exp
 import sys
 from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
-from alibi_lm.experiment import compose, run_folder
+from alibi_lm.experiment import planned_runs
 from alibi_lm.run_folder import Status, failed, status
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 STATES: tuple[Status, ...] = ("finished", "running", "failed", "partial", "missing")
-
-
-def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, int]:
-    """Folders of the experiment's runs and the steps of each, by the rules of a Hydra multirun."""
-    parser = OverridesParser.create()
-    runs = {}
-    for sweep in compose([f"experiment={experiment}"]).study:
-        parsed = parser.parse_overrides([*sweep.split(), *overrides])
-        (jobs,) = BasicSweeper.split_arguments(parsed, None)
-        for job in jobs:
-            config = compose([f"experiment={experiment}", *job])
-            runs[run_folder(config)] = config.steps
-    return runs
 
 
 def progress(folder: Path, steps: int | None) -> str:
@@ -45,7 +29,10 @@ def main(arguments: list[str]) -> int:
     experiment = names[-1] if names else "quick"
     try:
         runs: dict[Path, int | None] = {
-            **planned_runs(experiment, [a for a in arguments if not a.startswith("experiment=")])
+            folder: config.steps
+            for folder, (_, config) in planned_runs(
+                experiment, [a for a in arguments if not a.startswith("experiment=")]
+            ).items()
         }
     except Exception as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,12 @@ from alibi_lm.positions.base import require
 from alibi_lm.run_folder import finished, read_json_object
 from alibi_lm.tracking import open_tracker
 
+CURVE_COLUMNS = (
+    "run", "position", "train_length", "seed", "inference_length", "mode", "stride", "split", "perplexity",
+    "tokens_per_second", "peak_memory_bytes",
+)  # fmt: skip
+"""Columns of the table in Weights & Biases, fields of a row."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -305,11 +311,8 @@ def log_curve(config: EvaluateConfig) -> None:
     with open_tracker(config.tracking, output, name, config.experiment, settings, 0) as tracker:
         tracker.table(
             "extrapolation",
-            ["run", "position", "train_length", "seed", "inference_length", "mode", "split", "perplexity"],
-            [
-                [r.run, r.position, r.train_length, r.seed, r.inference_length, r.mode, r.split, r.perplexity]
-                for r in rows
-            ],
+            list(CURVE_COLUMNS),
+            [[getattr(row, column) for column in CURVE_COLUMNS] for row in rows],
             line_plot=("inference_length", "perplexity", "run"),
         )
         tracker.summary({f"extrapolation/{r.run}@{r.inference_length}": r.perplexity for r in rows})

@@ -21,8 +21,6 @@ GROUPING = ("position.name", "train_length")
 their mean with the band from the lowest to the highest."""
 MAX_LINES = 100
 """Lines of a panel; the app's own limit of ten would leave schemes out without a word."""
-MEMORY_NOTE = """**Peak memory** is not tracked while training. Every evaluated length has it in `results.jsonl`
-beside the curves (`peak_memory_bytes`, with `tokens_per_second`)."""
 
 
 def build(project: str, entity: str | None = None, experiment: str | None = None) -> Workspace:
@@ -112,6 +110,14 @@ def _sections(ws: ModuleType, wr: ModuleType) -> list[Any]:
             max_bars_to_show=MAX_LINES,
         )
 
+    def curve(title: str, column: str) -> Any:
+        return wr.CustomChart(
+            query={"summaryTable": {"tableKey": CURVE_TABLE}},
+            chart_name="wandb/line/v0",
+            chart_fields={"x": "inference_length", "y": column, "stroke": "run"},
+            chart_strings={"title": title},
+        )
+
     def section(name: str, *panels: Any) -> Any:
         layout = ws.SectionLayoutSettings(columns=2, rows=(len(panels) + 1) // 2)
         return ws.Section(name=name, panels=list(panels), is_open=True, layout_settings=layout)
@@ -121,12 +127,7 @@ def _sections(ws: ModuleType, wr: ModuleType) -> list[Any]:
         section(
             "Extrapolation",
             # As the evaluation draws it: a line for each run.
-            wr.CustomChart(
-                query={"summaryTable": {"tableKey": CURVE_TABLE}},
-                chart_name="wandb/line/v0",
-                chart_fields={"x": "inference_length", "y": "perplexity", "stroke": "run"},
-                chart_strings={"title": "Perplexity against inference length"},
-            ),
+            curve("Perplexity against inference length", "perplexity"),
             wr.WeavePanelSummaryTable(table_name=CURVE_TABLE),
         ),
         section(
@@ -149,7 +150,8 @@ def _sections(ws: ModuleType, wr: ModuleType) -> list[Any]:
             "Throughput and memory",
             line("Training throughput", "train/tokens_per_second", speed),
             bar("Training throughput, last", "train/tokens_per_second", speed),
-            wr.MarkdownPanel(markdown=MEMORY_NOTE),
+            curve("Evaluation throughput against inference length", "tokens_per_second"),
+            curve("Evaluation peak memory against inference length", "peak_memory_bytes"),
         ),
     ]
 

@@ -80,7 +80,7 @@ def test_dry_run_prints_the_specification_and_opens_no_socket(monkeypatch, capsy
         ("Extrapolation", 2),
         ("Training loss by scheme", 4),
         ("Validation loss by scheme", 4),
-        ("Throughput and memory", 3),
+        ("Throughput and memory", 4),
     ]
     assert all(s["isOpen"] for s in sections)
 
@@ -198,7 +198,7 @@ def test_the_curve_is_the_table_that_an_evaluation_logs(place):
     found = records(place / "outputs/smoke/extrapolation")
     run, config = run_and_config(found)
     assert run["run_group"] == "smoke"
-    chart, table = [p for p in panels() if p["viewType"] in ("Vega2", "Weave")]
+    chart, table, speed, memory = [p for p in panels() if p["viewType"] in ("Vega2", "Weave")]
     (query,) = chart["config"]["userQuery"]["queryFields"]
     (wanted,) = [field for field in query["fields"] if field["name"] == "summaryTable"]
     (key,) = [argument["value"] for argument in wanted["args"] if argument["name"] == "tableKey"]
@@ -210,7 +210,10 @@ def test_the_curve_is_the_table_that_an_evaluation_logs(place):
             summary |= record["summary"]["update"]
     assert summary[f"{key}._type"] == "table-file"
     (file,) = (place / "outputs/smoke/extrapolation").glob(f"wandb/offline-run-*/files/media/table/{key}_0*.json")
-    assert set(chart["config"]["fieldSettings"].values()) <= set(json.loads(file.read_text())["columns"])
+    columns = set(json.loads(file.read_text())["columns"])
+    for panel in (chart, speed, memory):
+        assert set(panel["config"]["fieldSettings"].values()) <= columns
+        assert panel["config"]["userQuery"] == chart["config"]["userQuery"]
     own = config[f"_wandb.visualize.{key}_plot"]["panel_config"]
     assert own["fieldSettings"] == chart["config"]["fieldSettings"]
     assert own["panelDefId"] == chart["config"]["panelDefId"]
