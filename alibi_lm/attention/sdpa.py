@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alibi_lm.attention import fused_cpu
+from alibi_lm.attention.band import Band, DistanceAttention, prepare_band
 from alibi_lm.attention.base import AttentionBackend, hidden_keys
 from alibi_lm.positions.base import PositionScheme
 
@@ -36,7 +37,7 @@ class SdpaPrepared:
 
     key_bias: Tensor | None = None
     """(H, S) float32."""
-    band: fused_cpu.Band | None = None
+    band: Band | None = None
     slices: list[tuple[slice, slice, Callable[[], Tensor | None]]] | None = None
 
 
@@ -44,6 +45,9 @@ class SdpaAttention(AttentionBackend):
     """torch.nn.functional.scaled_dot_product_attention."""
 
     name = "sdpa"
+
+    def __init__(self) -> None:
+        self.fused_cpu = fused_cpu.available()
 
     def prepare(
         self, scheme: PositionScheme, q_pos: Tensor, k_pos: Tensor, window: int | None, dtype: torch.dtype
@@ -59,9 +63,9 @@ class SdpaAttention(AttentionBackend):
                 key_bias = scheme.key_bias(k_pos)
                 if key_bias is not None:
                     return SdpaPrepared(key_bias=key_bias)
-            if k_pos.is_cpu and _consecutive(k_pos) and fused_cpu.available():
+            if k_pos.is_cpu and self.fused_cpu and _consecutive(k_pos):
                 bias = scheme.distance_bias(torch.arange(num_keys))
-                band = None if bias is None else fused_cpu.prepare_band(bias, scheme.saturation, dtype)
+                band = None if bias is None else prepare_band(bias, scheme.saturation, dtype)
                 if band is not None:
                     return SdpaPrepared(band=band)
         return SdpaPrepared(slices=_mask_slices(scheme, q_pos, k_pos, window, dtype))
@@ -69,7 +73,9 @@ class SdpaAttention(AttentionBackend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: SdpaPrepared, dropout: float) -> Tensor:
         """See the base class."""
         if prepared.key_bias is not None:
-            return _with_key_bias(q, k, v, prepared.key_bias, dropout)
+            if q.is_cpu and self.fused_cpu and not dropout and not prepared.key_bias.requires_grad:
+                return fused_cpu.attend_key_bias(q, k, v, prepared.key_bias)
+            return _with_columns(q, k, v, prepared.key_bias, dropout)
         if prepared.band is not None:
             return _with_distance_bias(q, k, v, prepared.band, dropout)
         if prepared.slices is None:
@@ -83,10 +89,8 @@ class SdpaAttention(AttentionBackend):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _with_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, dropout: float) -> Tensor:
-    """Causal attention with a bias per head and key, in whichever fused form fits."""
-    if q.is_cpu and not dropout and not key_bias.requires_grad and fused_cpu.available():
-        return fused_cpu.attend_key_bias(q, k, v, key_bias)
+def _with_columns(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, dropout: float) -> Tensor:
+    """Causal attention with a bias per head and key, as extra columns of queries and keys."""
     head_dim = q.shape[-1]
     q_columns, k_columns = (
         c.to(q.dtype).expand(len(q), -1, -1, -1) for c in _columns(key_bias, head_dim, q.dtype)
@@ -126,10 +130,10 @@ def _columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tenso
     return F.pad(torch.ones_like(k_columns), padding)[None], F.pad(k_columns, padding)[None]
 
 
-def _with_distance_bias(q: Tensor, k: Tensor, v: Tensor, band: fused_cpu.Band, dropout: float) -> Tensor:
+def _with_distance_bias(q: Tensor, k: Tensor, v: Tensor, band: Band, dropout: float) -> Tensor:
     """Causal attention with a bias per head and distance."""
     if not dropout:
-        return fused_cpu.DistanceAttention.apply(q, k, v, band.bias, band)
+        return DistanceAttention.apply(q, k, v, band.bias, band)
     # Dropout of attention weights has no fused kernel on the CPU.
     distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
     mask = band.bias[:, distance.clamp_min(0)].masked_fill(distance < 0, float("-inf"))

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alibi_lm.attention import build_backend, fused_cpu, sdpa
+from alibi_lm.attention import band, build_backend, fused_cpu, sdpa
 from alibi_lm.positions import POSITIONS, PositionShape
 
 BUDGET = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2e-2}
@@ -51,7 +51,7 @@ def assert_within(actual: list[torch.Tensor], expected: list[torch.Tensor], budg
 def no_short_cuts(monkeypatch):
     """Short sequences take the routes of long ones."""
     monkeypatch.setattr(sdpa, "SHORT", 0)
-    monkeypatch.setattr(fused_cpu, "WHOLE", 0)
+    monkeypatch.setattr(band, "WHOLE", 0)
 
 
 def test_the_kernel_is_available_where_this_suite_runs():
@@ -68,7 +68,7 @@ def test_the_kernel_is_available_where_this_suite_runs():
 def test_equal_to_eager(monkeypatch, name, settings, num_heads, length, dtype, short_cuts):
     if not short_cuts:
         monkeypatch.setattr(sdpa, "SHORT", 0)
-        monkeypatch.setattr(fused_cpu, "WHOLE", 0)
+        monkeypatch.setattr(band, "WHOLE", 0)
     scheme = scheme_of(name, num_heads, **settings)
     _, expected = run("eager", scheme, length, torch.float64)
     _, actual = run("sdpa", scheme, length, dtype)
