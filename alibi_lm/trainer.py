@@ -24,6 +24,7 @@ from alibi_lm.config import TrainConfig
 from alibi_lm.data.batches import TrainingBatches
 from alibi_lm.data.corpus import Corpus
 from alibi_lm.evaluation.score import mean_nats, score_tokens
+from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.parallel import World
 
@@ -75,7 +76,7 @@ class Trainer:
         self.pending: list[tuple[int, Tensor, Tensor]] = []
         """(step, loss, gradient norm) still on the device: reading them at once would stall it."""
         self.last_loss = self.last_norm = math.nan
-        self.nats = torch.compile(model.nats) if config.compile else model.nats
+        self.nats = CompiledNats(model) if config.compile else model.nats
 
     def restore(self) -> int:
         """Load the newest whole checkpoint; returns the number of steps done."""

@@ -1,0 +1,56 @@
+"""The compiled step equals the eager one, and says what to do where nothing can be compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP = """
+import sys, torch
+torch.manual_seed(0)
+from alibi_lm.model.compiled import CompiledNats
+from alibi_lm.model.transformer import ModelConfig, TransformerLM
+from alibi_lm.positions import POSITIONS
+from alibi_lm.attention import sdpa
+sdpa.SHORT = 0
+config = ModelConfig(num_layers=2, model_dim=24, num_heads=3, ffn_dim=48)
+for name in sys.argv[1:]:
+    model = TransformerLM(config, POSITIONS[name](), "sdpa", 50, 64)
+    tokens, targets = torch.randint(0, 50, (2, 61)), torch.randint(0, 50, (2, 61))
+    results = []
+    for nats in (model.nats, CompiledNats(model)):
+        model.zero_grad()
+        value = nats(tokens, targets)
+        value.sum().backward()
+        results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    print(name, "equal")
+"""
+
+
+def run(schemes: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", STEP, *schemes], env=variables, capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.mark.slow
+def test_equal_to_eager(tmp_path):
+    done = run(["none", "rotary", "alibi", "t5"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["none", "equal", "rotary", "equal", "alibi", "equal", "t5", "equal"]
+
+
+@pytest.mark.slow
+def test_no_compiler_is_a_clear_error(tmp_path):
+    done = run(["none"], tmp_path, CXX="/no/such/compiler", PATH="/nonexistent")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()
+    message = "\n".join(last[-3:])
+    assert "ValueError: compile = true, but torch.compile failed here" in message
+    assert "use compile=false" in " ".join(message.split())
