@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from alibi_lm.attention.base import AttentionBackend
 from alibi_lm.attention.eager import EagerAttention
+from alibi_lm.attention.flex import FlexAttention
 from alibi_lm.attention.sdpa import SdpaAttention
 
 
@@ -23,8 +24,19 @@ class SdpaConfig:
     name: str = "sdpa"
 
 
-ATTENTION: dict[str, type] = {"eager": EagerConfig, "sdpa": SdpaConfig}
-_BACKENDS: dict[str, type[AttentionBackend]] = {"eager": EagerAttention, "sdpa": SdpaAttention}
+@dataclass
+class FlexConfig:
+    """torch's FlexAttention, for GPUs."""
+
+    name: str = "flex"
+
+
+ATTENTION: dict[str, type] = {"eager": EagerConfig, "sdpa": SdpaConfig, "flex": FlexConfig}
+_BACKENDS: dict[str, type[AttentionBackend]] = {
+    "eager": EagerAttention,
+    "sdpa": SdpaAttention,
+    "flex": FlexAttention,
+}
 
 
 def build_backend(name: str) -> AttentionBackend:

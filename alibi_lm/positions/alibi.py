@@ -16,6 +16,7 @@ tried and found to extrapolate badly.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,11 @@ class Alibi(PositionScheme):
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """See the base class; exact for slopes that are powers of two and distances below 2^24."""
         return -self.slopes_per_head()[:, None, None] * distances(q_pos, k_pos).float()
+
+    def score_mod(self, q_pos: Tensor, k_pos: Tensor) -> Callable[..., Tensor]:
+        """See the base class; computed from the positions, so no (T, S) table is read."""
+        slopes = self.slopes_per_head()
+        return lambda score, b, h, q, k: score - slopes[h] * (q_pos[q] - k_pos[k])
 
     def key_bias(self, k_pos: Tensor) -> Tensor:
         """See the base class: -m (i - j) = m (j - c) + m (c - i), and the last term belongs to the query.

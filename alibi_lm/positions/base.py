@@ -11,6 +11,7 @@ Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,6 +129,21 @@ class PositionScheme(nn.Module):
             (H, T, S) float32, finite also where k_pos > q_pos (masking is the backend's work), or None.
         """
         return None
+
+    def score_mod(self, q_pos: Tensor, k_pos: Tensor) -> Callable[..., Tensor] | None:
+        """The bias as a function of one score, for kernels that are generated around it.
+
+        Args:
+            q_pos: (T,) int64.
+            k_pos: (S,) int64.
+
+        Returns:
+            A function (score, batch, head, query index, key index) -> score plus bias, or None.
+        """
+        bias = self.bias(q_pos, k_pos)
+        if bias is None:
+            return None
+        return lambda score, b, h, q, k: score + bias[h, q, k]
 
     def key_bias(self, k_pos: Tensor) -> Tensor | None:
         """The bias as a function of the key alone, up to a constant for each query and head, where there is one.
