@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,28 @@ def test_the_command_of_the_documentation(place: Path) -> None:
     assert done.stdout.count("already finished at step 4") == 1
     done = torchrun(*command, "seed=2", cwd=place, ok=False)
     assert "holds a run with other settings" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_stops_all_processes_at_one_step_and_saves(place: Path) -> None:
+    command = [str(ROOT / "scripts" / "train.py"), *overrides(place, "steps=5000", "output_dir=stopped")]
+    command += ["checkpoint_every=100000", "validate_every=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        cwd=place,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics, deadline = place / "stopped" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    (saved,) = (place / "stopped" / "checkpoints").glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    assert f"after step {step}" in printed, printed
+    assert [row["step"] for row in rows(place / "stopped")] == list(range(1, step + 1))
