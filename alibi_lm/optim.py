@@ -269,7 +269,7 @@ SCHEDULES: dict[str, type] = {
 
 
 def _check_lr(lr: float) -> None:
-    _require(lr > 0, f"optimizer.lr = {lr}. Use a number > 0.")
+    _require(0 < lr < math.inf, f"optimizer.lr = {lr}. Use a finite number > 0.")
 
 
 def _check_warmup(steps: int) -> None:

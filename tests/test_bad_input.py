@@ -198,7 +198,7 @@ SETTINGS: list[tuple[str, str]] = [
     ("position=sinusoidal position.variant=vaswani2", "position.variant = 'vaswani2'"),
     ("optimizer.lr=0", "optimizer.lr = 0"),
     ("optimizer.lr=nan", "optimizer.lr = nan"),
-    ("optimizer.lr=inf output_dir=new", "optimizer.lr"),
+    ("optimizer.lr=inf", "optimizer.lr = inf"),
     ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]"),
     ("optimizer.betas=[0.9,1.0]", "optimizer.betas = [0.9, 1.0]"),
     ("optimizer.eps=0", "optimizer.eps = 0"),
@@ -389,24 +389,15 @@ DATA: list[tuple[str, Callable[[Place], None], str]] = [
 ]
 
 
-# What a damaged manifest holds is not looked at before it is used: a KeyError or the like, not a message.
-UNCHECKED = pytest.mark.xfail(reason="fields of manifest.json and source.json are used unchecked")
-UNCHECKED_DATA = (
-    "manifest nested too deep", "manifest without splits", "manifest without a count",
-    "manifest with a word for a count", "manifest with an object dtype", "source.json without tokenizers",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("damage", "word"),
-    [pytest.param(*d[1:], id=d[0], marks=UNCHECKED if d[0] in UNCHECKED_DATA else ()) for d in DATA],
+    [pytest.param(*d[1:], id=d[0]) for d in DATA],
 )
 def test_bad_data_is_refused_by_training(place: Place, damage: Callable[[Place], None], word: str) -> None:
     damage(place)
     refused(place, lambda: place.train("output_dir=new"), word)
 
 
-@UNCHECKED
 def test_object_arrays_are_not_unpickled(place: Place) -> None:
     path = place.streams() / "train.documents.npy"
     np.save(path, np.array([_Trap()], dtype=object), allow_pickle=True)
@@ -720,7 +711,6 @@ def test_any_bytes_as_config_are_refused(tmp_path: Path, content: bytes) -> None
         load_config(tmp_path)
 
 
-@UNCHECKED
 @FUZZ
 @given(data=st.data())
 def test_any_value_in_a_manifest_is_taken_or_refused(original: Place, tmp_path: Path, data: st.DataObject) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from alibi_lm.data import encode, wikitext
 from alibi_lm.data.storage import sha256_of, write_json
-from alibi_lm.data.streams import FORMAT, Corpus, open_prepared, read_json, short, stale
+from alibi_lm.data.streams import FORMAT, Corpus, open_prepared, read_json, read_manifest, short, stale
 from alibi_lm.data.text import SPLITS, Source
 from alibi_lm.data.tokenizers import Tokenizer, TokenizerConfig
 
@@ -33,7 +33,7 @@ class SourceFolder:
         if tokenizer is None:
             return None
         folder = self.stream_folder(tokenizer)
-        manifest = read_json(folder / "manifest.json", folder)
+        manifest = read_manifest(folder)
         if manifest is None or any(split not in manifest["splits"] for split in splits):
             return None
         for split in splits:
@@ -52,7 +52,7 @@ class SourceFolder:
         entries: dict[str, Any] = {}
         if tokenizer is not None:
             folder = self.stream_folder(tokenizer)
-            entries = (read_json(folder / "manifest.json", folder) or {"splits": {}})["splits"]
+            entries = (read_manifest(folder) or {"splits": {}})["splits"]
         missing = [split for split in splits if split not in entries]
         for split in missing:
             self.source.require(split)
@@ -67,6 +67,9 @@ class SourceFolder:
     def read(self) -> dict[str, Any]:
         """The index of the source's folder; empty where nothing was prepared."""
         index = read_json(self.index, self.folder)
+        for name in ("texts", "tokenizers"):
+            if index is not None and not isinstance(index.get(name), dict):
+                raise stale(f"{self.index} has no {name}", self.folder)
         return index or {"format": FORMAT, "source": self.identity, "texts": {}, "tokenizers": {}}
 
     def built(self, config: TokenizerConfig, index: dict[str, Any]) -> Tokenizer | None:
@@ -128,7 +131,7 @@ class SourceFolder:
             for label in labels:
                 wikitext.check_vocabulary(entry["identity"], label, tokenizer.vocab_size)
         tokenizer.save(folder / "tokenizer.json")
-        manifest = read_json(folder / "manifest.json", folder) or {
+        manifest = read_manifest(folder) or {
             "format": FORMAT,
             "tokenizer": {
                 "kind": tokenizer.kind,

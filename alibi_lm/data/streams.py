@@ -19,6 +19,10 @@ from alibi_lm.data.tokenizers import Tokenizer
 
 FORMAT = 1
 """Of the JSON files beside the streams; another number is refused."""
+ENTRY_FIELDS: dict[str, type] = dict.fromkeys(
+    ("file", "documents_file", "dtype", "sha256", "text_sha256", "fingerprint", "documents_fingerprint"), str
+) | {"tokens": int, "words": int, "bytes": int, "source": dict}
+"""Of a split in a manifest: what opening it relies on."""
 
 
 @dataclass
@@ -106,7 +110,7 @@ def open_prepared(folder: Path, splits: Sequence[str], tokenizer: Tokenizer | No
         ValueError: a split is not there, files are truncated or changed, or `tokenizer` is not the one that
             the streams were encoded with.
     """
-    manifest = read_json(folder / "manifest.json", folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder} holds no finished streams (no manifest.json). Prepare them by `make data`.")
     if tokenizer is not None and manifest["tokenizer"]["sha256"] != tokenizer.hash:
@@ -142,7 +146,7 @@ def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: Tok
     return TokenStream(
         split=split,
         tokens=np.memmap(path, dtype=entry["dtype"], mode="r"),
-        documents=np.load(documents_path, allow_pickle=False),
+        documents=_documents(documents_path, folder),
         words=entry["words"],
         bytes=entry["bytes"],
         sha256=entry["sha256"],
@@ -151,13 +155,52 @@ def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: Tok
     )
 
 
+def _documents(path: Path, folder: Path) -> NDArray[np.int64]:
+    try:
+        documents = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise stale(f"{path} is not an array of numbers ({error})", folder) from None
+    if documents.ndim != 1 or documents.dtype != np.int64:
+        raise stale(f"{path} holds {documents.dtype} of shape {documents.shape}, not a list of int64", folder)
+    return documents
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A stream folder's manifest with the fields that are relied on, None if there is none.
+
+    Raises:
+        ValueError: a field is missing, of the wrong type, or names a file elsewhere.
+    """
+    path = folder / "manifest.json"
+    manifest = read_json(path, folder)
+    if manifest is None:
+        return None
+    _expect(path, folder, manifest, {"tokenizer": dict, "splits": dict, "source": dict, "description": str})
+    _expect(path, folder, manifest["tokenizer"], {"sha256": str})
+    for split, entry in manifest["splits"].items():
+        _expect(path, folder, {split: entry}, {split: dict})
+        _expect(path, folder, entry, ENTRY_FIELDS)
+        if entry["dtype"] not in ("<u2", "<i4"):
+            raise stale(f"{path} says dtype {entry['dtype']!r} of {split}; <u2 and <i4 are known", folder)
+        for name in (entry["file"], entry["documents_file"]):
+            if Path(name).name != name:
+                raise stale(f"{path} names the file {name!r}; it must lie beside the manifest", folder)
+    return manifest
+
+
+def _expect(path: Path, folder: Path, content: dict[str, Any], kinds: dict[str, type]) -> None:
+    for name, kind in kinds.items():
+        if type(content.get(name)) is not kind:
+            raise stale(f"{path} has no {name}, or not one of type {kind.__name__}", folder)
+
+
 def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
     """A JSON file of ours, None if there is none; `folder` is what to delete if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise stale(f"{path} cannot be read ({error})", folder) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise stale(f"{path} is not of format {FORMAT}", folder)
