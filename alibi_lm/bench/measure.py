@@ -1,0 +1,193 @@
+"""Paired, interleaved measurements.
+
+A round at one length times every subject once, one after the other, and a matrix product beside them. All ratios
+are taken inside a round, so that what slows the machine for a while slows both sides; the median over rounds is
+reported, with its quartiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alibi_lm.bench.subjects import Subject
+from alibi_lm.model.transformer import ModelConfig
+
+
+@dataclass
+class Times:
+    """Seconds of each round, for one subject at one length; None where it is not measured or failed."""
+
+    train: list[float | None] = field(default_factory=list)
+    evaluate: list[float | None] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+
+@dataclass
+class Round:
+    """All measurements at one length."""
+
+    length: int
+    batch: int
+    subjects: list[Subject]
+    vocab_size: int
+    trains: bool
+    """Whether training is measured too."""
+    clock: str = "wall"
+    """See `BenchConfig.clock`."""
+    times: dict[str, Times] = field(default_factory=lambda: defaultdict(Times))
+    flops_per_second: list[float] = field(default_factory=list)
+    """Of a matrix product in the same round, in the training's precision."""
+    seconds: list[float] = field(default_factory=list)
+    """Wall time of each round."""
+
+    def run(self) -> None:
+        """Measure every subject once more."""
+        began = time.perf_counter()
+        device = self.subjects[0].device
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab_size, (self.batch, self.length + 1), generator=generator).to(device)
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        self.flops_per_second.append(matmul_speed(device, self.subjects[0].precision, self.clock))
+        for subject in self.subjects:
+            times = self.times[subject.label + subject.backend]
+            first = not times.evaluate
+            before = reset_peak(device) if first else 0
+            if self.trains:
+                times.train.append(timed(device, partial(subject.train_step, inputs, targets), self.clock))
+            else:
+                times.train.append(None)
+            times.evaluate.append(timed(device, partial(subject.evaluate, inputs, targets), self.clock))
+            if first:
+                peak = read_peak(device)
+                if peak is not None:
+                    # A first step allocates the optimizer's means; count state once, as parameters plus step.
+                    state = subject.state_bytes() // 4
+                    times.peak_memory_bytes = max(0, peak - before) + state
+        self.seconds.append(time.perf_counter() - began)
+
+    def kept(self) -> range:
+        """Rounds that count: not the first, which also warms up, where there are three or more."""
+        count = len(self.seconds)
+        return range(1 if count >= 3 else 0, count)
+
+    def ratios(self, subject: Subject, kind: str, of: Subject) -> list[float]:
+        """Speed of a subject over that of another in each kept round."""
+        mine, theirs = (getattr(self.times[s.label + s.backend], kind) for s in (subject, of))
+        return [theirs[i] / mine[i] for i in self.kept() if mine[i] and theirs[i]]
+
+    def tokens_per_second(self, subject: Subject, kind: str) -> float | None:
+        """Median over the kept rounds."""
+        seconds = getattr(self.times[subject.label + subject.backend], kind)
+        values = [seconds[i] for i in self.kept() if seconds[i]]
+        return self.batch * self.length / statistics.median(values) if values else None
+
+    def utilisation(self, subject: Subject, sizes: ModelConfig, vocab_size: int) -> float | None:
+        """FLOPs of the training step over what the machine's matrix product does in the same round."""
+        seconds = self.times[subject.label + subject.backend].train
+        flops = self.batch * self.length * training_flops(sizes, vocab_size, self.length)
+        values = [flops / s / self.flops_per_second[i] for i in self.kept() if (s := seconds[i])]
+        return statistics.median(values) if values else None
+
+
+def spread(values: list[float]) -> tuple[float, float, float] | None:
+    """Median and quartiles."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def training_flops(sizes: ModelConfig, vocab_size: int, length: int) -> float:
+    """Floating-point operations of forward and backward for one token.
+
+    6 a weight that multiplies the token (2 forward, 4 backward), and causal attention: a token meets length / 2
+    keys, twice (scores, weighted sum), at 2 operations a dimension, times 3 for the backward pass.
+    An adaptive vocabulary counts its first band alone, so that utilisation is a lower bound.
+    """
+    dim = sizes.model_dim
+    words = sizes.adaptive_cutoffs[0] + len(sizes.adaptive_cutoffs) if sizes.adaptive_cutoffs else vocab_size
+    weights = sizes.num_layers * (4 * dim * dim + 2 * dim * sizes.ffn_dim) + words * dim
+    return 6 * weights + 6 * sizes.num_layers * dim * length
+
+
+def matmul_speed(device: torch.device, precision: str, clock: str = "wall") -> float:
+    """FLOP/s of a large matrix product, the limit that a step is compared with."""
+    size = 1024 if device.type == "cpu" else 8192
+    half = device.type == "cuda" and precision != "float32"
+    a = torch.randn(2 * size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    b = torch.randn(size, size, device=device, dtype=a.dtype)
+    a @ b
+    seconds = [timed(device, lambda: a @ b, clock) for _ in range(7)]
+    return 4 * size**3 / statistics.median(s for s in seconds if s)
+
+
+def timed(device: torch.device, run: Callable[[], Any], clock: str = "wall") -> float | None:
+    """Seconds of a call, or None where it runs out of memory."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = now()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return now() - began
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start a measurement of peak memory; returns the bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # Give freed memory back to the system first, so that using it again is seen.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return 0
+    return _status("VmRSS") or 0
+
+
+def read_peak(device: torch.device) -> int | None:
+    """Highest number of bytes in use since `reset_peak`; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def repeat(rounds: list[Round], seconds: float, progress: Callable[[str], None]) -> None:
+    """Run every round once, then again and again, so that each gets its share of the time."""
+    deadline = time.perf_counter() + seconds
+    for one in sorted(rounds, key=lambda r: r.length):
+        progress(f"length {one.length}: {len(one.subjects)} implementations")
+        one.run()
+    while True:
+        left = deadline - time.perf_counter()
+        fitting = [r for r in rounds if max(r.seconds) < left]
+        if not fitting:
+            return
+        min(fitting, key=lambda r: sum(r.seconds)).run()

@@ -1,0 +1,151 @@
+"""Rows, tables, and the paper's Table 1 beside ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from alibi_lm import runtime
+from alibi_lm.bench.measure import Round, spread
+from alibi_lm.bench.subjects import Subject
+from alibi_lm.model.transformer import ModelConfig
+from alibi_lm.run_folder import write_text_atomic
+
+PAPER_TABLE_1 = {
+    "sinusoidal": {512: (28.5, 82.1, 15.3), 1024: (26.0, 77.8, 19.2), 3072: (15.3, 42.4, 15.1)},
+    "rotary": {512: (20.0, 43.4, 17.8), 1024: (17.7, 39.4, 22.8), 3072: (11.5, 29.5, 17.8)},
+    "t5": {512: (14.4, 21.8, 16.9), 1024: (13.0, 20.2, 20.9), 3072: (4.3, 4.9, 15.9)},
+    "alibi": {512: (28.3, 85.8, 15.3), 1024: (25.8, 76.4, 19.3), 3072: (15.5, 42.2, 15.2)},
+}
+"""Press et al. 2022, Table 1, one V100: thousand words/s in training and evaluation, GB of training memory."""
+
+
+def rows(rounds: list[Round], sizes: ModelConfig, vocab_size: int) -> list[dict[str, Any]]:
+    """One row for each subject and length."""
+    result = []
+    commit, dirty = runtime.code_version()
+    for one in rounds:
+        device = one.subjects[0].device
+        machine = runtime.environment(device)
+        base = one.subjects[0]
+        reference = next((s for s in one.subjects if s.ours and s.position == "alibi" and not s.compiled), None)
+        for subject in one.subjects:
+            training = spread(one.ratios(subject, "train", base))
+            evaluation = spread(one.ratios(subject, "evaluate", base))
+            row: dict[str, Any] = {
+                "device": machine["device"],
+                "dtype": _dtype(subject),
+                "implementation": subject.implementation,
+                "position": subject.position,
+                "backend": subject.backend,
+                "compiled": subject.compiled,
+                "length": one.length,
+                "batch": one.batch,
+                "train_tokens_per_second": one.tokens_per_second(subject, "train"),
+                "eval_tokens_per_second": one.tokens_per_second(subject, "evaluate"),
+                "train_ratio": training and training[0],
+                "eval_ratio": evaluation and evaluation[0],
+                "peak_memory_bytes": one.times[subject.label + subject.backend].peak_memory_bytes,
+                "train_ratio_quartiles": training and list(training[1:]),
+                "eval_ratio_quartiles": evaluation and list(evaluation[1:]),
+                "train_flops_utilisation": one.utilisation(subject, sizes, vocab_size),
+            }
+            for kind, name in (("train", "alibi_train_speedup"), ("evaluate", "alibi_eval_speedup")):
+                faster = spread(one.ratios(reference, kind, subject)) if reference else None
+                row[name] = faster and faster[0]
+            row |= {
+                "rounds": len(one.kept()),
+                "threads": machine["threads"],
+                "clock": one.clock,
+                "torch": machine["torch"],
+            }
+            row |= {"parameters": sum(p.numel() for p in subject.module.parameters())}
+            row |= {"commit": commit, "dirty": dirty}
+            result.append(row)
+    return result
+
+
+def _dtype(subject: Subject) -> str:
+    if subject.precision == "auto":
+        return "bfloat16" if subject.device.type == "cuda" else "float32"
+    return subject.precision
+
+
+def write(folder: Path, measured: list[dict[str, Any]]) -> Path:
+    """Replace results.jsonl atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.jsonl"
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in measured))
+    return path
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """The measurements for a terminal: ratios to our `none` with their quartiles."""
+    lines = []
+    for length in sorted({row["length"] for row in measured}):
+        here = [row for row in measured if row["length"] == length]
+        first = here[0]
+        lines += [
+            "",
+            f"length {length}, batch {first['batch']}, {first['rounds']} rounds; {first['device']}, "
+            f"{first['threads']} threads, {first['dtype']}",
+            f"{'':38}{'train':>9} {'ratio to none':>20} {'eval':>9} {'ratio to none':>20} {'of matmul':>9} "
+            f"{'alibi x':>11} {'memory':>8}",
+        ]
+        for row in here:
+            name = f"{row['implementation']} {row['position']}" + (" compiled" if row["compiled"] else "")
+            if row["backend"] not in ("sdpa", "its own"):
+                name += f" ({row['backend']})"
+            speedups = "/".join(_number(row[k], "4.2f") for k in ("alibi_train_speedup", "alibi_eval_speedup"))
+            lines.append(
+                f"{name:38}{_number(row['train_tokens_per_second'], '9,.0f'):>9} {_ratio(row, 'train'):>20} "
+                f"{_number(row['eval_tokens_per_second'], '9,.0f'):>9} {_ratio(row, 'eval'):>20} "
+                f"{_number(row['train_flops_utilisation'], '9.2f'):>9} {speedups:>11} "
+                f"{_number(row['peak_memory_bytes'] and row['peak_memory_bytes'] / 2**20, '5,.0f'):>5} MB"
+            )
+    lines += [
+        "",
+        "tokens/s: medians. ratio: median (quartiles) of tokens/s over our none's in the same round.",
+        "of matmul: FLOPs of the training step over a matrix product's. alibi x: how many times as fast our",
+        "ALiBi trains / evaluates.",
+    ]
+    return "\n".join(lines)
+
+
+def table_1(measured: list[dict[str, Any]]) -> str:
+    """The paper's Table 1 with our numbers beside it, where lengths and schemes meet."""
+    lines = ["", "The paper's Table 1 (one V100) and this machine: thousand words/s, GB of memory in training"]
+    lines.append(f"{'':22}{'train':>17} {'eval':>17} {'memory':>17}")
+    for position, lengths in PAPER_TABLE_1.items():
+        for length, paper in lengths.items():
+            row = next(
+                (
+                    r
+                    for r in measured
+                    if (r["implementation"], r["position"], r["length"], r["compiled"])
+                    == ("alibi_lm", position, length, False)
+                ),
+                None,
+            )
+            if row is None:
+                continue
+            here = [
+                row["train_tokens_per_second"] and row["train_tokens_per_second"] / 1e3,
+                row["eval_tokens_per_second"] and row["eval_tokens_per_second"] / 1e3,
+                row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e9,
+            ]
+            cells = [f"{theirs:7.1f} {_number(mine, '9.1f'):>9}" for theirs, mine in zip(paper, here, strict=True)]
+            lines.append(f"{position:12} L={length:<7} " + " ".join(cells))
+    return "\n".join(lines) if len(lines) > 3 else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ratio(row: dict[str, Any], kind: str) -> str:
+    if row[f"{kind}_ratio"] is None:
+        return "-"
+    low, high = row[f"{kind}_ratio_quartiles"]
+    return f"{row[f'{kind}_ratio']:.2f} ({low:.2f}-{high:.2f})"

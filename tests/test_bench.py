@@ -1,0 +1,170 @@
+"""The benchmark measures what it says: pairs, FLOPs, fields of the results file, mistakes of the user."""
+
+import json
+
+import pytest
+import torch
+
+from alibi_lm.bench import command, measure, report
+from alibi_lm.bench.command import main, parse
+from alibi_lm.bench.config import BenchConfig
+from alibi_lm.bench.measure import Round, repeat, spread, training_flops
+from alibi_lm.model.transformer import ModelConfig
+
+FIELDS = (
+    "device dtype implementation position backend compiled length batch train_tokens_per_second "
+    "eval_tokens_per_second train_ratio eval_ratio peak_memory_bytes"
+).split()
+TINY = ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=32)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(BenchConfig, "model_config", lambda self, device_type: TINY)
+    monkeypatch.setattr(measure, "matmul_speed", lambda *_: 1e9)
+
+
+def test_a_run_writes_the_documented_fields(tiny, tmp_path, capsys):
+    arguments = [
+        "lengths=[16,33]",
+        "eval_lengths=[70]",
+        "positions=[alibi,t5]",
+        "peers=false",
+        "seconds=1",
+        "tokens=64",
+    ]
+    assert main([*arguments, f"output_dir={tmp_path}", "device=cpu"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {(r["position"], r["length"]) for r in rows} == {
+        (p, n) for p in ("none", "alibi", "t5") for n in (16, 33, 70)
+    }
+    for row in rows:
+        assert set(FIELDS) <= set(row)
+        assert row["implementation"] == "alibi_lm" and row["backend"] == "sdpa" and row["compiled"] is False
+        assert row["batch"] == max(1, 64 // row["length"]) and row["dtype"] == "float32"
+        assert (row["train_tokens_per_second"] is None) == (row["length"] == 70)
+        assert row["eval_tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0
+        if row["position"] == "none":
+            assert row["eval_ratio"] == 1 and row["train_ratio"] in (1, None)
+    out = capsys.readouterr().out
+    assert "alibi_lm alibi" in out and "ratio to none" in out and str(tmp_path / "results.jsonl") in out
+
+
+def test_every_subject_computes_a_language_models_loss(tiny):
+    """Peers included, where they are installed: near log V on random tokens, with gradients everywhere."""
+    pytest.importorskip("transformers")
+    config = BenchConfig(lengths=[16], eval_lengths=[], positions=["alibi"])
+    device, sizes = torch.device("cpu"), ModelConfig(num_layers=1, model_dim=64, num_heads=2, ffn_dim=128)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subjects = [*command.ours(config, sizes, 50, device), *command.peers(config, sizes, 50, device)]
+    subjects = [s for s in subjects if not isinstance(s, str)]
+    assert len(subjects) >= 5
+    ids = torch.randint(0, 50, (4, 17))
+    for subject in subjects:
+        loss = subject.loss(ids[:, :-1], ids[:, 1:])
+        assert loss.ndim == 0 and 2 < loss.item() < 8, subject.label
+        before = [p.detach().clone() for p in subject.module.parameters()]
+        subject.train_step(ids[:, :-1], ids[:, 1:])
+        changed = [not torch.equal(a, b) for a, b in zip(before, subject.module.parameters(), strict=True)]
+        assert sum(changed) >= len(changed) - 2, subject.label
+    sizes_of = {s.label: sum(p.numel() for p in s.module.parameters()) for s in subjects}
+    ours = sizes_of.pop("alibi_lm alibi")
+    assert all(0.8 < other / ours < 1.25 for other in sizes_of.values()), sizes_of
+
+
+def test_a_missing_peer_is_a_line_and_no_failure(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "x_transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    lines = list(command.peers(BenchConfig(lengths=[16]), TINY, 50, torch.device("cpu")))
+    assert len(lines) == 2 and all("not measured" in line for line in lines)
+
+
+class Fake:
+    """A subject of known speed."""
+
+    ours, compiled, precision, backend = True, False, "float32", "sdpa"
+    device = torch.device("cpu")
+    module = torch.nn.Linear(1, 1)
+
+    def __init__(self, label: str, seconds: list[float]) -> None:
+        self.label = self.implementation = self.position = label
+        self.seconds = seconds
+
+
+def test_ratios_are_taken_within_rounds_and_the_first_round_is_dropped():
+    """A slow-down of the machine hits both sides: paired ratios are 2 throughout, ratios of means are not."""
+    base, fast = Fake("none", [9.0, 1.0, 4.0, 2.0]), Fake("fast", [1.0, 0.5, 2.0, 1.0])
+    one = Round(8, 2, [base, fast], 50, True, seconds=[1.0] * 4)
+    for subject in (base, fast):
+        one.times[subject.label + "sdpa"].train = subject.seconds
+    assert one.ratios(fast, "train", base) == [2.0, 2.0, 2.0]
+    assert one.tokens_per_second(fast, "train") == 16 / 1.0
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0) and spread([]) is None and spread([7.0])[0] == 7.0
+    one.times["fastsdpa"].train = [1.0, None, 2.0, 1.0]
+    assert one.ratios(fast, "train", base) == [2.0, 2.0], "a failed step leaves its round out"
+
+
+def test_flops_against_a_count_by_hand():
+    sizes = ModelConfig(num_layers=4, model_dim=256, num_heads=8, ffn_dim=1024)
+    # 4 layers of 12 D^2, 8192 words; a token of a 1024-token sequence meets 512 keys on average, twice.
+    forward = 2 * (4 * 12 * 256**2 + 8192 * 256) + 4 * 2 * (2 * 256 * 512)
+    assert training_flops(sizes, 8192, 1024) == 3 * forward
+
+
+def test_rounds_share_the_time_and_run_once_at_least(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    class Timed(Round):
+        def run(self):
+            self.seconds.append(float(self.length))
+            clock[0] += self.length
+
+    rounds = [Timed(n, 1, [], 50, True) for n in (1, 4, 50)]
+    repeat(rounds, 30.0, lambda line: None)
+    assert [len(r.seconds) for r in rounds] == [1, 1, 1], "the long one took all of it, and still ran"
+    rounds = [Timed(n, 1, [], 50, True) for n in (1, 4)]
+    repeat(rounds, 40.0, lambda line: None)
+    assert sum(sum(r.seconds) for r in rounds) <= 40
+    assert abs(sum(rounds[0].seconds) - sum(rounds[1].seconds)) <= 8
+
+
+def test_table_1_stands_beside_the_papers():
+    row = {
+        "implementation": "alibi_lm", "position": "alibi", "length": 512, "compiled": False,
+        "train_tokens_per_second": 123456.0, "eval_tokens_per_second": None, "peak_memory_bytes": 7 * 10**9,
+    }  # fmt: skip
+    line = report.table_1([row]).splitlines()[-1].split()
+    assert line == ["alibi", "L=512", "28.3", "123.5", "85.8", "-", "15.3", "7.0"]
+    assert report.table_1([{**row, "length": 100}]) == ""
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("length=[3]", "length"),
+        ("lengths=[1]", "lengths hold 1. Use whole numbers >= 2"),
+        ("positions=[albi]", r"positions = \['albi'\]. Allowed: none, sinusoidal"),
+        ("backends=[]", "Name at least one"),
+        ("model=huge", "model = 'huge'. Allowed: auto, small"),
+        ("seconds=never", "seconds|never"),
+        ("clock=cpu", "use threads=1"),
+        ("--fast", "is no setting"),
+    ],
+)
+def test_mistakes_end_in_a_short_message(argument, message, capsys):
+    assert main([argument]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    with pytest.raises(ValueError, match=message):
+        parse([argument])
+
+
+def test_help_lists_the_settings(capsys):
+    assert main(["--help"]) == 0
+    assert "eval_lengths" in capsys.readouterr().out
