@@ -54,7 +54,7 @@ def test_every_subject_computes_a_language_models_loss(tiny):
     """Peers included, where they are installed: near log V on random tokens, with gradients everywhere."""
     pytest.importorskip("transformers")
     config = BenchConfig(lengths=[16], eval_lengths=[], positions=["alibi"])
-    device, sizes = torch.device("cpu"), ModelConfig(num_layers=1, model_dim=64, num_heads=2, ffn_dim=128)
+    device, sizes = torch.device("cpu"), ModelConfig(num_layers=1, model_dim=64, num_heads=2, ffn_dim=256)
     import warnings
 
     with warnings.catch_warnings():
