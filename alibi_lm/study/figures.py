@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,10 @@ def build_figure(
                 part += [Panel(None, [])] * (width - len(part))
                 for close_up in [False, True] if tall else [False]:
                     cells += [(panel, close_up) for panel in part]
-        head = 0.62 + 0.19 * min(len(marks), 4)
-        size = (0.25 + 5.0 * grid[1], head + 0.35 + 3.75 * grid[0])
+        width_inches = 0.25 + 5.0 * grid[1]
+        origin = textwrap.wrap(f"{view.title}; {provenance(rows, view)}", _characters(width_inches))
+        head = 0.62 + 0.16 * (len(origin) - 1) + 0.19 * min(len(marks), 4)
+        size = (width_inches, head + 0.35 + 3.75 * grid[0])
         figure = Figure(figsize=size, facecolor="white")
         axes = figure.subplots(*grid, squeeze=False).ravel()
         figure.subplots_adjust(
@@ -127,7 +130,7 @@ def build_figure(
             wspace=1.72 / 3.3 if grid[1] > 1 else 0,
             hspace=0.34,
         )
-        _write_head(figure, view, provenance(rows, view), marks)
+        _write_head(figure, origin, marks)
         for axis, (panel, close_up) in zip(axes, cells, strict=True):
             if not panel.curves:
                 axis.set_axis_off()
@@ -157,19 +160,26 @@ def needs_close_up(panel: Panel) -> bool:
     return bool(values) and max(values) / min(values) > CLOSE_UP_FROM
 
 
-def _write_head(figure: Figure, view: View, origin: str, marks: Sequence[str]) -> None:
-    height = figure.get_size_inches()[1]
-    left = 0.16 / figure.get_size_inches()[0]
+def _characters(width_inches: float) -> int:
+    """Characters of small print that fit into a figure's width."""
+    return int((width_inches - 0.32) / 0.066)
+
+
+def _write_head(figure: Figure, origin: Sequence[str], marks: Sequence[str]) -> None:
+    width, height = figure.get_size_inches()
+    left = 0.16 / width
 
     def write(inches: float, text: str, **style: Any) -> None:
         figure.text(left, 1 - inches / height, text, va="top", ha="left", **style)
 
-    write(0.12, f"Perplexity by inference length: {view.title}", fontsize=12, fontweight="bold")
-    write(0.37, origin, fontsize=8, color="#555555")
+    write(0.12, "Perplexity by inference length", fontsize=12, fontweight="bold")
+    for index, line in enumerate(origin):
+        write(0.37 + 0.16 * index, line, fontsize=8, color="#555555")
+    below = 0.58 + 0.16 * (len(origin) - 1)
     shown = list(marks[:4]) if len(marks) <= 4 else [*marks[:3], f"and {len(marks) - 3} more (see table.md)"]
     for index, mark in enumerate(shown):
-        text = mark if len(mark) <= 130 else mark[:127] + "..."
-        write(0.58 + 0.19 * index, f"NOT A FAIR COMPARISON: {text}", fontsize=8, color="#B00020")
+        text = textwrap.shorten(mark, _characters(width) - 24, placeholder=" ...")
+        write(below + 0.19 * index, f"NOT A FAIR COMPARISON: {text}", fontsize=8, color="#B00020")
 
 
 def _save(figure: Figure, path: Path) -> None:
