@@ -170,9 +170,7 @@ class CosineConfig:
 
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps)
-        _require(
-            0 <= self.min_lr_ratio <= 1, f"schedule.min_lr_ratio = {self.min_lr_ratio}. Allowed: [0, 1]."
-        )
+        _require(0 <= self.min_lr_ratio <= 1, f"schedule.min_lr_ratio = {self.min_lr_ratio}. Allowed: [0, 1].")
 
     def lr(self, step: int, total_steps: int, peak_lr: float) -> float:
         """Learning rate of an update.

@@ -54,7 +54,13 @@ def test_a_saved_config_is_the_config(position):
 
 @pytest.mark.parametrize(
     "config",
-    [TrainConfig, EvaluateConfig, EvaluationConfig, ModelConfig, *(c for g in GROUPS.values() for c in g.values())],
+    [
+        TrainConfig,
+        EvaluateConfig,
+        EvaluationConfig,
+        ModelConfig,
+        *(c for g in GROUPS.values() for c in g.values()),
+    ],
     ids=lambda c: c.__name__,
 )
 def test_every_setting_is_described(config):

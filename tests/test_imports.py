@@ -51,7 +51,9 @@ def test_imports_go_one_way(path):
     for name in imports(ast.parse(path.read_text())):
         if name.startswith("alibi_lm."):
             imported = name.split(".")[1]
-            assert LEVEL[imported] <= level, f"{path.name} (level {level}) imports {name} (level {LEVEL[imported]})"
+            assert LEVEL[imported] <= level, (
+                f"{path.name} (level {level}) imports {name} (level {LEVEL[imported]})"
+            )
 
 
 def test_the_study_reads_files_and_never_models():

@@ -89,9 +89,7 @@ class ScoringBatch:
     score_from: int
 
 
-def scoring_windows(
-    num_tokens: int, length: int, stride: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scoring_windows(num_tokens: int, length: int, stride: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Windows that score each target of a stream exactly once.
 
     Nonoverlapping (stride None or equal to length): window k has targets [k n, (k+1) n). Sliding: window k

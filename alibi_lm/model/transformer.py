@@ -62,9 +62,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "model_dim", "num_heads", "ffn_dim"):
-            require(
-                getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}. Use a whole number >= 1."
-            )
+            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}. Use a whole number >= 1.")
         require(
             self.model_dim % self.num_heads == 0,
             f"model.num_heads = {self.num_heads} does not divide model.model_dim = {self.model_dim}. "
@@ -298,9 +296,7 @@ class TransformerLM(nn.Module):
             x = x * math.sqrt(self.config.model_dim)
         x = self.schemes[0].add_to_embeddings(x, positions)
         x = self.dropout(x)
-        dtype = (
-            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        )
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         shared = [
             LayerPositions(
                 scheme,

@@ -61,9 +61,7 @@ def test_shapes_of_bands(vocabulary: AdaptiveVocabulary) -> None:
 
 def test_embed_equals_the_table_of_all_words(vocabulary: AdaptiveVocabulary) -> None:
     ids = torch.arange(VOCAB).repeat(2, 1).flip(1)
-    torch.testing.assert_close(
-        vocabulary.embed(ids), reference_vectors(vocabulary)[ids], rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(vocabulary.embed(ids), reference_vectors(vocabulary)[ids], rtol=1e-12, atol=1e-12)
 
 
 def test_distribution_equals_the_definition_and_sums_to_one(vocabulary: AdaptiveVocabulary) -> None:

@@ -90,8 +90,7 @@ def test_scores_are_scaled_before_the_bias_is_added():
     for h in range(8):
         for i in range(5):
             scores = [
-                float(q[0, h, i] @ k[0, h, j]) / math.sqrt(16) - 2.0 ** -(h + 1) * (i - j)
-                for j in range(i + 1)
+                float(q[0, h, i] @ k[0, h, j]) / math.sqrt(16) - 2.0 ** -(h + 1) * (i - j) for j in range(i + 1)
             ]
             weights = [math.exp(s - max(scores)) for s in scores]
             for j in range(i + 1):

@@ -57,9 +57,7 @@ def test_learned_adds_the_row_of_each_position():
     scheme = LearnedConfig().build(shape(train_length=10))
     assert scheme.max_position == 10 and scheme.table.shape == (10, 32)
     x = torch.zeros(1, 3, 32)
-    torch.testing.assert_close(
-        scheme.add_to_embeddings(x, torch.tensor([9, 0, 4]))[0], scheme.table[[9, 0, 4]]
-    )
+    torch.testing.assert_close(scheme.add_to_embeddings(x, torch.tensor([9, 0, 4]))[0], scheme.table[[9, 0, 4]])
 
 
 def test_rotary_rotates_interleaved_pairs_by_the_papers_angles():
