@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow data train eval-extrapolation reproduce figures claims report bench status
+.PHONY: help setup check format test test-slow data train eval-extrapolation reproduce analyse figures claims report bench status
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -54,6 +54,9 @@ eval-extrapolation: $(STAMP)  ## evaluate every finished run of the experiment, 
 
 reproduce: $(STAMP)  ## train every run of the experiment (finished ones are skipped), then evaluate and draw
 	$(BIN)/python scripts/reproduce.py experiment=$(EXPERIMENT) $(ARGS)
+
+analyse: $(STAMP)  ## where a curve comes from: loss by position, fixed targets, decomposition, ...
+	$(BIN)/python scripts/analyse.py experiment=$(EXPERIMENT) $(ARGS)
 
 figures: $(STAMP)  ## redraw figures and tables from result files alone
 	$(BIN)/python scripts/figures.py experiment=$(EXPERIMENT) $(ARGS)
