@@ -38,10 +38,10 @@ format: $(STAMP)  ## let the formatter and the linter mend what they can
 	$(BIN)/ruff check --fix .
 
 test: $(STAMP)  ## the CPU test suite, 5 minutes at most on 2 cores
-	$(BIN)/python -m pytest -q -n auto -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## the long tests, 25 minutes at most
-	$(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow $(ARGS)
 
 data: $(STAMP)  ## prepare the experiment's corpus and verify it
 	$(BIN)/python scripts/prepare_data.py experiment=$(EXPERIMENT) $(ARGS)

@@ -56,8 +56,7 @@ def plan(config: EvaluateConfig) -> list[Task]:
         bool(folders),
         f"runs = {pattern} matches no folder. Train first (make train), or give runs=<run folder or glob>.",
     )
-    explicit = config.runs is not None
-    if not explicit:
+    if not Path(pattern).is_dir():
         # A sweep still under way has unfinished folders beside finished ones: those can be evaluated already.
         unfinished = [f.name for f in folders if finished(f) is None]
         folders = [f for f in folders if finished(f) is not None]
