@@ -28,7 +28,7 @@ from alibi_lm.positions.base import PositionScheme
 MASK_ELEMENTS = 1 << 25
 """Largest dense mask, in elements (128 MiB of float32); longer ones are built in slices of queries."""
 SHORT = 256
-"""Up to this many keys a dense mask costs no more than a key bias, and is exact to the last bit."""
+"""On a CPU, up to this many keys a dense mask costs no more than a key bias, and is exact to the last bit."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class SdpaAttention(AttentionBackend):
         if num_queries == num_keys and window is None:
             if scheme.bias(q_pos[:1], k_pos[:1]) is None:
                 return SdpaPrepared()
-            if num_keys > SHORT and dtype in (torch.float32, torch.bfloat16):
+            if (num_keys > SHORT or not k_pos.is_cpu) and dtype in (torch.float32, torch.bfloat16):
                 key_bias = scheme.key_bias(k_pos)
                 if key_bias is not None:
                     return SdpaPrepared(key_bias=key_bias)
@@ -151,6 +151,8 @@ def _mask_slices(
     """Slices of queries, the keys each can see, and a function that gives its additive mask (1, H, t, s)."""
     num_queries, num_keys, num_heads = len(q_pos), len(k_pos), scheme.shape.num_heads
     offset = num_keys - num_queries
+    # Kernels of a GPU want the mask in the dtype of the queries; the CPU's add it in float32.
+    mask_dtype = torch.promote_types(dtype, torch.float32) if q_pos.is_cpu else dtype
 
     def dense(rows: slice, columns: slice) -> Tensor:
         queries, keys = q_pos[rows], k_pos[columns]
@@ -159,7 +161,7 @@ def _mask_slices(
         if bias is None:
             bias = torch.zeros((1, 1), device=hidden.device).expand_as(hidden)[None]
         # The fused CPU kernel takes a mask of four dimensions only.
-        return bias.masked_fill(hidden, float("-inf")).to(dtype)[None]
+        return bias.masked_fill(hidden, float("-inf")).to(mask_dtype)[None]
 
     rows_per_slice = max(1, MASK_ELEMENTS // (num_heads * num_keys))
     whole = rows_per_slice >= num_queries

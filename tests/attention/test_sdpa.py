@@ -27,15 +27,15 @@ def scheme_of(name: str, num_heads: int, **settings: object):
     return scheme
 
 
-def run(backend: str, scheme, length: int, dtype: torch.dtype, dropout: float = 0.0):
+def run(backend: str, scheme, length: int, dtype: torch.dtype, window: int | None = None):
     """Output, and gradients of q, k, v and the scheme's parameters; the same draw for every dtype."""
     torch.manual_seed(length)
     shape = (2, scheme.shape.num_heads, length, 8)
     q, k, v, grad = (torch.randn(shape).bfloat16().to(dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)] + list(scheme.parameters())
     attention, positions = build_backend(backend), torch.arange(length)
-    prepared = attention.prepare(scheme, positions, positions, None, dtype)
-    out = attention(q, k, v, prepared, dropout)
+    prepared = attention.prepare(scheme, positions, positions, window, dtype)
+    out = attention(q, k, v, prepared, 0.0)
     return prepared, [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -75,6 +75,16 @@ def test_equal_to_eager(monkeypatch, name, settings, num_heads, length, dtype, s
     # Parameters are float32, and so is the sum that makes their gradient.
     budget = max(BUDGET[dtype], 1e-5 if name == "t5" else 0) + (length * 6e-8 if dtype != torch.float64 else 0)
     assert_within(actual, expected, budget)
+
+
+@pytest.mark.parametrize("dtype", BUDGET)
+@pytest.mark.parametrize("name", ["none", "alibi", "t5"])
+def test_windows_equal_to_eager(monkeypatch, name, dtype):
+    monkeypatch.setattr(sdpa, "MASK_ELEMENTS", 1000)
+    scheme = scheme_of(name, 3)
+    _, expected = run("eager", scheme, 90, torch.float64, window=17)
+    _, actual = run("sdpa", scheme, 90, dtype, window=17)
+    assert_within(actual, expected, max(BUDGET[dtype], 1e-5 if name == "t5" else 0))
 
 
 @pytest.mark.parametrize("length", [65, 200])
