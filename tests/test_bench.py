@@ -126,10 +126,12 @@ def test_rounds_share_the_time_and_run_once_at_least(monkeypatch):
             clock[0] += self.length
 
     rounds = [Timed(n, 1, [], 50, True) for n in (1, 4, 50)]
-    repeat(rounds, 30.0, lambda line: None)
+    done = []
+    repeat(rounds, 30.0, done.append)
+    assert done == rounds
     assert [len(r.seconds) for r in rounds] == [1, 1, 1], "the long one took all of it, and still ran"
     rounds = [Timed(n, 1, [], 50, True) for n in (1, 4)]
-    repeat(rounds, 40.0, lambda line: None)
+    repeat(rounds, 40.0, done.append)
     assert sum(sum(r.seconds) for r in rounds) <= 40
     assert abs(sum(rounds[0].seconds) - sum(rounds[1].seconds)) <= 8
 

@@ -81,7 +81,13 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
             if n not in config.lengths
         ]
         print(f"{len(subjects) + len(others)} implementations, about {config.seconds:.0f} s", file=sys.stderr)
-        repeat(rounds, config.seconds, lambda line: print(line, file=sys.stderr))
+
+        def keep(done: Round) -> None:
+            # What is measured stays, whatever becomes of the rest.
+            report.write(Path(config.output_dir), report.rows(rounds, sizes, vocab_size))
+            print(f"length {done.length}: round {len(done.seconds)}, {done.seconds[-1]:.1f} s", file=sys.stderr)
+
+        repeat(rounds, config.seconds, keep)
     measured = report.rows(rounds, sizes, vocab_size)
     path = report.write(Path(config.output_dir), measured)
     print(report.table(measured))

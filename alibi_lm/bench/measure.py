@@ -179,15 +179,19 @@ def _status(name: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def repeat(rounds: list[Round], seconds: float, progress: Callable[[str], None]) -> None:
-    """Run every round once, then again and again, so that each gets its share of the time."""
+def repeat(rounds: list[Round], seconds: float, after: Callable[[Round], None]) -> None:
+    """Run every round once, then again and again, so that each gets its share of the time.
+
+    Args:
+        rounds: what to measure.
+        seconds: no round that would end after this time begins, other than the first of each length.
+        after: called after each round.
+    """
     deadline = time.perf_counter() + seconds
     for one in sorted(rounds, key=lambda r: r.length):
-        progress(f"length {one.length}: {len(one.subjects)} implementations")
         one.run()
-    while True:
-        left = deadline - time.perf_counter()
-        fitting = [r for r in rounds if max(r.seconds) < left]
-        if not fitting:
-            return
-        min(fitting, key=lambda r: sum(r.seconds)).run()
+        after(one)
+    while fitting := [r for r in rounds if time.perf_counter() + max(r.seconds) < deadline]:
+        one = min(fitting, key=lambda r: sum(r.seconds))
+        one.run()
+        after(one)

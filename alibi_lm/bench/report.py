@@ -25,7 +25,7 @@ def rows(rounds: list[Round], sizes: ModelConfig, vocab_size: int) -> list[dict[
     """One row for each subject and length."""
     result = []
     commit, dirty = runtime.code_version()
-    for one in rounds:
+    for one in (r for r in rounds if r.seconds):
         device = one.subjects[0].device
         machine = runtime.environment(device)
         base = one.subjects[0]
