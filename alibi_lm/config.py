@@ -19,8 +19,8 @@ from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
-from alibi_lm.positions.base import require
 from alibi_lm.runtime import DEVICES, PRECISIONS
+from alibi_lm.settings import require
 from alibi_lm.tracking import TRACKING
 
 MODES = ("nonoverlapping", "sliding")

@@ -14,6 +14,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from alibi_lm.settings import require
+
 
 @dataclass
 class AdamWConfig:
@@ -31,12 +33,12 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         _check_lr(self.lr)
-        _require(
+        require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optimizer.betas = {self.betas}. Give two numbers in [0, 1), like [0.9, 0.95].",
         )
-        _require(self.eps > 0, f"optimizer.eps = {self.eps}. Use a number > 0.")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}. Use a number >= 0.")
+        require(self.eps > 0, f"optimizer.eps = {self.eps}. Use a number > 0.")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}. Use a number >= 0.")
 
 
 @dataclass
@@ -53,8 +55,8 @@ class NAGConfig:
 
     def __post_init__(self) -> None:
         _check_lr(self.lr)
-        _require(0 <= self.momentum < 1, f"optimizer.momentum = {self.momentum}. Allowed: [0, 1).")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}. Use a number >= 0.")
+        require(0 <= self.momentum < 1, f"optimizer.momentum = {self.momentum}. Allowed: [0, 1).")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}. Use a number >= 0.")
 
 
 OPTIMIZERS: dict[str, type] = {"adamw": AdamWConfig, "nag": NAGConfig}
@@ -170,7 +172,7 @@ class CosineConfig:
 
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps)
-        _require(0 <= self.min_lr_ratio <= 1, f"schedule.min_lr_ratio = {self.min_lr_ratio}. Allowed: [0, 1].")
+        require(0 <= self.min_lr_ratio <= 1, f"schedule.min_lr_ratio = {self.min_lr_ratio}. Allowed: [0, 1].")
 
     def lr(self, step: int, total_steps: int, peak_lr: float) -> float:
         """Learning rate of an update.
@@ -229,13 +231,13 @@ class FairseqCosineConfig:
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps)
         for name in ("warmup_init_lr", "min_lr"):
-            _require(getattr(self, name) >= 0, f"schedule.{name} = {getattr(self, name)}. Use a number >= 0.")
-        _require(
+            require(getattr(self, name) >= 0, f"schedule.{name} = {getattr(self, name)}. Use a number >= 0.")
+        require(
             self.period_steps is None or self.period_steps >= 1,
             f"schedule.period_steps = {self.period_steps}. Use a whole number >= 1, or null for one period.",
         )
-        _require(self.t_mult >= 1, f"schedule.t_mult = {self.t_mult}. Use a number >= 1.")
-        _require(0 < self.shrink <= 1, f"schedule.shrink = {self.shrink}. Allowed: (0, 1].")
+        require(self.t_mult >= 1, f"schedule.t_mult = {self.t_mult}. Use a number >= 1.")
+        require(0 < self.shrink <= 1, f"schedule.shrink = {self.shrink}. Allowed: (0, 1].")
 
     def lr(self, step: int, total_steps: int, peak_lr: float) -> float:
         """Learning rate of an update; see `CosineConfig.lr`.
@@ -267,13 +269,8 @@ SCHEDULES: dict[str, type] = {
 
 
 def _check_lr(lr: float) -> None:
-    _require(0 < lr < math.inf, f"optimizer.lr = {lr}. Use a finite number > 0.")
+    require(0 < lr < math.inf, f"optimizer.lr = {lr}. Use a finite number > 0.")
 
 
 def _check_warmup(steps: int) -> None:
-    _require(steps >= 0, f"schedule.warmup_steps = {steps}. Use a whole number >= 0.")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    require(steps >= 0, f"schedule.warmup_steps = {steps}. Use a whole number >= 0.")

@@ -20,7 +20,6 @@ from alibi_lm.evaluation.load import build_model, load_run
 from alibi_lm.evaluation.score import mean_nats, score_tokens
 from alibi_lm.optim import build_optimizer
 from alibi_lm.parallel import World
-from alibi_lm.positions.base import require
 from alibi_lm.run_folder import (
     RunLock,
     clear_failed,
@@ -30,6 +29,7 @@ from alibi_lm.run_folder import (
     write_json_atomic,
     write_text_atomic,
 )
+from alibi_lm.settings import require
 from alibi_lm.tracking import open_tracker
 from alibi_lm.trainer import Interrupted, Trainer
 

@@ -103,6 +103,19 @@ def test_the_trainers_validation_is_the_evaluators_number(trained, place):
             assert row["nats"] / row["tokens"] == pytest.approx(finished["validation_loss"], rel=1e-6)
 
 
+def test_the_decomposition_of_a_curve(trained, place):
+    done = script(
+        place, "analyse.py", "experiment=smoke", "view=decomposition", "runs=outputs/smoke/runs/*_s1*",
+        "lengths=[16,48]", "stride=2", "threads=1",
+    )  # fmt: skip
+    view = place / "outputs" / "smoke" / "analysis"
+    for suffix in ("json", "md", "png", "svg"):
+        assert f"outputs/smoke/analysis/decomposition.{suffix}" in done.stdout
+        assert (view / f"decomposition.{suffix}").stat().st_size > 500
+    assert (view / "decomposition.md").read_text().strip() in done.stdout
+    assert "position=learned has 16 positions" in done.stdout
+
+
 def test_a_failing_job_hides_no_other(place):
     done = script(
         place, "train.py", "-m", *TRAIN, "position=alibi", "output_dir=deep", "seed=8",
@@ -136,6 +149,7 @@ def test_load_run_gives_log_probabilities(trained, place):
         ("train.py", ["experiment=smoke", "data=wikitext103", "data.path=nowhere"], ["nowhere"]),
         ("evaluate.py", ["runs=nowhere", "lengths=[64]"], ["runs = nowhere", "matches no folder"]),
         ("evaluate.py", ["runs=text", "lengths=[64]"], ["text", "config.yaml"]),
+        ("analyse.py", ["experiment=smoke", "view=sideways"], ["view = 'sideways'", "decomposition"]),
     ],
 )
 def test_mistakes_end_in_a_message(place, name, arguments, words):

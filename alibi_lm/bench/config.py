@@ -8,8 +8,8 @@ from pathlib import Path
 from alibi_lm.attention import ATTENTION
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.positions import POSITIONS
-from alibi_lm.positions.base import require
 from alibi_lm.runtime import DEVICES, PRECISIONS
+from alibi_lm.settings import require
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 

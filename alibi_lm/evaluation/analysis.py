@@ -20,8 +20,8 @@ from alibi_lm.evaluation.load import load_run
 from alibi_lm.evaluation.passes import Passes
 from alibi_lm.evaluation.store import Scoring, TokenStore, identity
 from alibi_lm.evaluation.sweep import Task, open_corpus, plan
-from alibi_lm.positions.base import require
 from alibi_lm.run_folder import short_hash, write_text_atomic
+from alibi_lm.settings import require
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "perplexity": ("lengths", "stride"),

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig, load_config
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.positions.base import require
+from alibi_lm.settings import require
 
 
 def build_model(

@@ -23,15 +23,15 @@ from alibi_lm.evaluation.score import score_tokens
 from alibi_lm.evaluation.store import Scoring, TokenStore, identity
 from alibi_lm.evaluation.summary import summarise, upsert_summaries
 from alibi_lm.parallel import World
-from alibi_lm.positions.base import require
 from alibi_lm.run_folder import finished, read_json_object
+from alibi_lm.settings import require
 from alibi_lm.tracking import open_tracker
 
 CURVE_COLUMNS = (
-    "run", "position", "train_length", "seed", "inference_length", "mode", "stride", "split", "perplexity",
-    "tokens_per_second", "peak_memory_bytes",
+    "curve", "run", "position", "train_length", "seed", "inference_length", "mode", "stride", "split",
+    "perplexity", "tokens_per_second", "peak_memory_bytes",
 )  # fmt: skip
-"""Columns of the table in Weights & Biases, fields of a row."""
+"""Columns of the table in Weights & Biases: the name of a row's curve, and fields of the row."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,14 @@ def log_curve(config: EvaluateConfig) -> None:
         tracker.table(
             "extrapolation",
             list(CURVE_COLUMNS),
-            [[getattr(row, column) for column in CURVE_COLUMNS] for row in rows],
-            line_plot=("inference_length", "perplexity", "run"),
+            [[curve_name(row), *(getattr(row, column) for column in CURVE_COLUMNS[1:])] for row in rows],
+            line_plot=("inference_length", "perplexity", "curve"),
         )
-        tracker.summary({f"extrapolation/{r.run}@{r.inference_length}": r.perplexity for r in rows})
+        tracker.summary({f"extrapolation/{curve_name(r)}@{r.inference_length}": r.perplexity for r in rows})
+
+
+def curve_name(row: ResultRow) -> str:
+    """What tells one curve from another: `alibi_L64_s1`, and split or stride where not the usual ones."""
+    split = "" if row.split == "validation" else f" {row.split}"
+    stride = "" if row.stride is None else f" stride {row.stride}"
+    return f"{row.run}{split}{stride}"

@@ -19,7 +19,7 @@ from alibi_lm.model.adaptive import AdaptiveVocabulary
 from alibi_lm.model.init import INITIALISATIONS, initialise
 from alibi_lm.model.vocabulary import Vocabulary
 from alibi_lm.positions import PositionConfig, PositionScheme, PositionShape
-from alibi_lm.positions.base import require
+from alibi_lm.settings import require
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 

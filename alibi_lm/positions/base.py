@@ -185,10 +185,4 @@ def distances(q_pos: Tensor, k_pos: Tensor) -> Tensor:
     return (q_pos[:, None] - k_pos[None, :]).clamp_min(0)
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-__all__ = ["NoneConfig", "PositionScheme", "PositionShape", "distances", "require"]
+__all__ = ["NoneConfig", "PositionScheme", "PositionShape", "distances"]

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, require
+from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.settings import require
 
 VARIANTS = ("fairseq", "vaswani")
 

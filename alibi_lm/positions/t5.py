@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, distances, require
+from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.settings import require
 
 
 @dataclass

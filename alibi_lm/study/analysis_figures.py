@@ -13,8 +13,8 @@ from alibi_lm.study.analysis_data import TITLES, Analysis, Series, read_analysis
 from alibi_lm.study.analysis_lines import LINES, Line
 from alibi_lm.study.analysis_panels import decomposition_key, decomposition_panel, documents_panel
 from alibi_lm.study.analysis_tables import markdown
-from alibi_lm.study.axes import GRID, SOFT, _Label, _write_labels, length_ticks
-from alibi_lm.study.figures import _RC, _save
+from alibi_lm.study.axes import GRID, SOFT, Label, length_ticks, write_labels
+from alibi_lm.study.figures import RC, save
 from alibi_lm.study.style import look
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def draw_analysis(path: str | Path) -> list[Path]:
     figure = build_analysis_figure(found)
     written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for target in written:
-        _save(figure, target)
+        save(figure, target)
     table = path.with_suffix(".md")
     write_text_atomic(table, markdown(path))
     return [*written, table]
@@ -48,7 +48,7 @@ def build_analysis_figure(found: Analysis) -> Figure:
     """The figure of one view."""
     import matplotlib
 
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         if found.view in ("documents", "decomposition"):
             return _small_multiples(found)
         return _charts(found)
@@ -198,10 +198,10 @@ def _limit(axis: Axes, lines: Sequence[Line], close_up: bool, view: str) -> None
 def _label(axis: Axes, lines: Sequence[Line]) -> None:
     """Names at the right edge; a line that leaves through the top is named in the whole range."""
     ceiling = axis.get_ylim()[1]
-    _write_labels(
+    write_labels(
         axis,
         [
-            _Label(line.x[-1], line.y[-1], line.name, look(line.position).color)
+            Label(line.x[-1], line.y[-1], line.name, look(line.position).color)
             for line in lines
             if line.y[-1] <= ceiling
         ],

@@ -19,7 +19,7 @@ PAPER_DASHES = (1.0, 1.6)
 
 
 @dataclass(frozen=True)
-class _Label:
+class Label:
     """A name beside the end of a line; `x`, `y` are that end in data units."""
 
     x: float
@@ -60,14 +60,14 @@ def draw_panel(
         axis.set_yscale("log")
     _frame(axis, drawn, train_length)
     axis.set_ylim(low, high)
-    labels: list[_Label] = []
+    labels: list[Label] = []
     for curve in sorted(drawn, key=lambda c: c.position == "alibi"):  # ALiBi on top of the others
         labels += _draw_curve(axis, curve, train_length, high if close_up else math.inf)
     for curve in dotted:
         _draw_published(axis, curve)
     if not close_up:
         _draw_baselines(axis, baselines, labels)
-    _write_labels(axis, labels)
+    write_labels(axis, labels)
     title = "close-up" if close_up else ("whole range" if has_twin else "")
     trained = f"trained at {train_length}" if train_length is not None else "rings: training length"
     axis.set_title(", ".join(part for part in (trained, title) if part), fontsize=9, loc="left", color="#333333")
@@ -134,7 +134,7 @@ def length_ticks(first: float, last: float, anchor: int) -> list[float]:
     return [anchor * 2.0**k for k in range(low, high + 1) if k % step == 0]
 
 
-def _draw_curve(axis: Axes, curve: Curve, train_length: int | None, ceiling: float) -> list[_Label]:
+def _draw_curve(axis: Axes, curve: Curve, train_length: int | None, ceiling: float) -> list[Label]:
     style = look(curve.position)
     guest = train_length is not None and curve.train_length != train_length
     x = curve.lengths
@@ -168,7 +168,7 @@ def _draw_curve(axis: Axes, curve: Curve, train_length: int | None, ceiling: flo
     name = label_of(curve, with_length=guest or train_length is None)
     notes = [_short(curve.variant)] if curve.variant else []
     notes += [f"ends at {x[-1]}"] if ends else []
-    return [_Label(x[-1], y[-1], name, style.color, ", ".join(notes))]
+    return [Label(x[-1], y[-1], name, style.color, ", ".join(notes))]
 
 
 def label_of(curve: Curve, with_length: bool) -> str:
@@ -187,7 +187,7 @@ def _draw_published(axis: Axes, curve: Curve) -> None:
     axis.plot(curve.lengths, y, color=style.color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
 
 
-def _draw_baselines(axis: Axes, baselines: Mapping[str, float], labels: list[_Label]) -> None:
+def _draw_baselines(axis: Axes, baselines: Mapping[str, float], labels: list[Label]) -> None:
     low, high = axis.get_ylim()
     for name, value in sorted(baselines.items()):
         # A baseline far above the curves would squash them, so it is drawn only where it costs little room.
@@ -195,7 +195,7 @@ def _draw_baselines(axis: Axes, baselines: Mapping[str, float], labels: list[_La
             axis.set_ylim(low, value * 1.08)
         if low <= value <= axis.get_ylim()[1]:
             axis.axhline(value, color="#AAAAAA", linewidth=0.9, zorder=1)
-            labels.append(_Label(axis.get_xlim()[1], value, f"{name} baseline", SOFT))
+            labels.append(Label(axis.get_xlim()[1], value, f"{name} baseline", SOFT))
 
 
 def _name_hidden_baselines(axis: Axes, baselines: Mapping[str, float]) -> None:
@@ -218,13 +218,13 @@ def _spaced(lengths: Sequence[int]) -> list[int]:
     return kept
 
 
-def _write_labels(axis: Axes, labels: Sequence[_Label]) -> None:
+def write_labels(axis: Axes, labels: Sequence[Label]) -> None:
     """Write the names at the right edge, moved apart where they would touch, each tied to its line's end."""
     figure = axis.get_figure(root=True)
     assert figure is not None  # panels are drawn into a figure
     height = axis.get_position().height * figure.get_size_inches()[1] * 72  # points
     to_fraction = axis.transData + axis.transAxes.inverted()
-    slots: list[tuple[float, _Label, bool]] = []  # height wanted, label, whether this is its second line
+    slots: list[tuple[float, Label, bool]] = []  # height wanted, label, whether this is its second line
     for label in sorted(labels, key=lambda item: (item.y, item.text)):
         end = float(to_fraction.transform((label.x, label.y))[1])
         slots += [(end, label, True)] if label.note else []

@@ -114,7 +114,7 @@ def _sections(ws: ModuleType, wr: ModuleType) -> list[Any]:
         return wr.CustomChart(
             query={"summaryTable": {"tableKey": CURVE_TABLE}},
             chart_name="wandb/line/v0",
-            chart_fields={"x": "inference_length", "y": column, "stroke": "run"},
+            chart_fields={"x": "inference_length", "y": column, "stroke": "curve"},
             chart_strings={"title": title},
         )
 
@@ -126,7 +126,7 @@ def _sections(ws: ModuleType, wr: ModuleType) -> list[Any]:
     return [
         section(
             "Extrapolation",
-            # As the evaluation draws it: a line for each run.
+            # As the evaluation draws it: a line for each run, split and stride.
             curve("Perplexity against inference length", "perplexity"),
             wr.WeavePanelSummaryTable(table_name=CURVE_TABLE),
         ),

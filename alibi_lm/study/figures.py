@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CLOSE_UP_FROM = 2.0  # highest over lowest perplexity in a panel from which a close-up is drawn beside it
 MAX_COLUMNS = 4
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "svg.hashsalt": "alibi_lm",  # ids in the SVG would otherwise be random
     "svg.fonttype": "path",  # the same picture on machines without the font
     "font.family": "DejaVu Sans",
@@ -38,6 +38,7 @@ _RC: dict[Any, Any] = {
     "ytick.major.width": 0.7,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
+"""Settings of matplotlib for every figure."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
         figure = build_figure(rows, view, unfair, with_paper)
         for suffix in ("png", "svg"):
             path = folder / f"{name}.{suffix}"
-            _save(figure, path)
+            save(figure, path)
             written.append(path)
     table = folder / "table.md"
     write_text_atomic(table, markdown(rows, unfair))
@@ -102,7 +103,7 @@ def build_figure(
     columns = split_into_panels(found)
     tall = any(needs_close_up(panel) for panel in columns)
     marks = [item.sentence for item in unfair if item.matters]
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         if len(columns) == 1:
             grid = (1, 2 if tall else 1)
             cells = [(columns[0], close_up) for close_up in ([False, True] if tall else [False])]
@@ -182,14 +183,15 @@ def _write_head(figure: Figure, origin: Sequence[str], marks: Sequence[str]) -> 
         write(below + 0.19 * index, f"NOT A FAIR COMPARISON: {text}", fontsize=8, color="#B00020")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG or SVG, by its suffix, atomically; the same figure gives the same bytes."""
     import matplotlib
 
     beside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     # Dates and versions would make the same rows give different files.
     metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
     try:
-        with matplotlib.rc_context(_RC):
+        with matplotlib.rc_context(RC):
             figure.savefig(beside, format=path.suffix[1:], dpi=160, metadata=metadata)
         os.replace(beside, path)
     finally:

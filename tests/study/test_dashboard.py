@@ -146,7 +146,8 @@ def place(tmp_path_factory) -> Path:
     train(config, place / "outputs/smoke/runs/alibi_L8_s1")
     results = place / "outputs/smoke/extrapolation"
     results.mkdir()
-    write_rows(results / "results.jsonl", curve("alibi", {64: 20.0, 128: 20.5}))
+    rows = curve("alibi", {64: 20.0, 128: 20.5}) + curve("alibi", {64: 19.0}, mode="sliding", stride=1)
+    write_rows(results / "results.jsonl", rows)
     log_curve(EvaluateConfig(experiment="smoke", output_dir=str(results), tracking=WandbConfig()))
     return place
 
@@ -210,7 +211,13 @@ def test_the_curve_is_the_table_that_an_evaluation_logs(place):
             summary |= record["summary"]["update"]
     assert summary[f"{key}._type"] == "table-file"
     (file,) = (place / "outputs/smoke/extrapolation").glob(f"wandb/offline-run-*/files/media/table/{key}_0*.json")
-    columns = set(json.loads(file.read_text())["columns"])
+    logged = json.loads(file.read_text())
+    columns = set(logged["columns"])
+    at = [logged["columns"].index(name) for name in ("curve", "inference_length", "perplexity")]
+    name = "alibi_L64_s1"
+    points = [[row[i] for i in at] for row in logged["data"]]
+    assert sorted(points) == [[name, 64, 20.0], [name, 128, 20.5], [f"{name} stride 1", 64, 19.0]]
+    assert summary[f"extrapolation/{name} stride 1@64"] == 19
     for panel in (chart, speed, memory):
         assert set(panel["config"]["fieldSettings"].values()) <= columns
         assert panel["config"]["userQuery"] == chart["config"]["userQuery"]
