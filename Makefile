@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow data train eval-extrapolation reproduce analyse figures claims report bench status
+.PHONY: help setup check format test test-slow data train eval-extrapolation reproduce study analyse figures claims report publish bench status
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -55,6 +55,9 @@ eval-extrapolation: $(STAMP)  ## evaluate every finished run of the experiment, 
 reproduce: $(STAMP)  ## train every run of the experiment (finished ones are skipped), then evaluate and draw
 	$(BIN)/python scripts/reproduce.py experiment=$(EXPERIMENT) $(ARGS)
 
+study: $(STAMP)  ## reproduce, then the experiment's further measurements, claims, report, and docs/results
+	$(BIN)/python scripts/study.py experiment=$(EXPERIMENT) $(ARGS)
+
 analyse: $(STAMP)  ## where a curve comes from: loss by position, fixed targets, decomposition, ...
 	$(BIN)/python scripts/analyse.py experiment=$(EXPERIMENT) $(ARGS)
 
@@ -66,6 +69,9 @@ claims: $(STAMP)  ## the paper's claims against the experiment's results
 
 report: $(STAMP)  ## one HTML file of the experiment's results
 	$(BIN)/python scripts/report.py experiment=$(EXPERIMENT) $(ARGS)
+
+publish: $(STAMP)  ## copy the experiment's results, small enough to commit, to docs/results
+	$(BIN)/python scripts/publish.py experiment=$(EXPERIMENT) $(ARGS)
 
 bench: $(STAMP)  ## speed and memory per scheme, backend and length
 	$(BIN)/python scripts/bench.py $(ARGS)

@@ -47,6 +47,23 @@ def report_errors(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], A
     return run
 
 
+def run_experiment(job: Callable[[str, list[str]], int]) -> int:
+    """Call job(experiment, overrides) as the command line says; returns the exit status.
+
+    Mistakes end in a short message and status 1.
+    """
+    names = [a.removeprefix("experiment=") for a in sys.argv[1:] if a.startswith("experiment=")]
+    overrides = [a for a in sys.argv[1:] if not a.startswith("experiment=")]
+    try:
+        return job(names[-1] if names else "quick", overrides)
+    except KeyboardInterrupt:
+        print("interrupted; give the command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        print(_describe(error), file=sys.stderr)
+        return 1
+
+
 class _Failure:
     """A failed job's result. A launcher that runs jobs elsewhere sends it back, and that is how it is noticed."""
 
@@ -72,6 +89,10 @@ def exit_status() -> int:
 
 def _describe(error: Exception) -> str:
     """A message for a mistake of the user, a traceback for a mistake of ours."""
-    if isinstance(error, ValueError | OSError | RuntimeError | NotImplementedError):
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    mistakes = (ValueError, OSError, RuntimeError, NotImplementedError, HydraException, OmegaConfBaseException)
+    if isinstance(error, mistakes):
         return f"error: {error}"
     return "".join(traceback.format_exception(error))

@@ -78,6 +78,8 @@ class TrainConfig:
     """Name of the experiment; its runs lie in outputs/<experiment>/runs."""
     study: list[str] = field(default_factory=list)
     """The experiment's runs, as multirun overrides: each entry is one sweep of `make reproduce`."""
+    measurements: list[str] = field(default_factory=list)
+    """What `make study` measures of the runs beside the curve, in this order: scripts and their settings."""
     train_length: int = 64
     """Tokens of a training sequence (the paper's L)."""
     seed: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 
 from alibi_lm.config import TrainConfig, register, to_config
 from alibi_lm.run_folder import run_name, short_hash
+from alibi_lm.settings import require
 from alibi_lm.train import differing_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +137,45 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
     # Each target is scored by now, so this only gathers and draws; also where a run failed.
     tracking = [o for o in overrides if o.startswith("tracking")]
     return _script("evaluate.py", [f"experiment={experiment}", *shared, *tracking]) or int(bool(failed))
+
+
+def study(experiment: str, overrides: list[str]) -> int:
+    """All of an experiment: its runs, their curves, its `measurements`, claims, report, and the published folder.
+
+    What is done is skipped, so that the command can be given again until all of it is. A step that fails stops
+    no other.
+
+    Args:
+        experiment: its name.
+        overrides: of training; `device=` and `threads=` hold for the measurements too.
+
+    Returns:
+        Exit status: 0 if every step went well.
+
+    Raises:
+        ValueError: a measurement that is no script.
+    """
+    chosen = [o for o in overrides if o.startswith("measurements=")]
+    shared = [o for o in overrides if o.startswith(("device=", "threads="))]
+    steps = [["reproduce", *overrides]]
+    for line in compose([f"experiment={experiment}", *chosen]).measurements:
+        name, *arguments = shlex.split(line) or [""]
+        require(
+            name in ("evaluate", "analyse", "bench"),
+            f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, and their settings.",
+        )
+        steps.append([name, *arguments, *shared])
+    benchmark = ["bench=outputs/bench/results.jsonl"] if any(name == "bench" for name, *_ in steps) else []
+    steps += [["claims"], ["report"], ["publish", *benchmark]]
+    failed = []
+    for name, *arguments in steps:
+        own = [] if name == "bench" else [f"experiment={experiment}"]
+        print(f"\n== {name} {' '.join(arguments)}".rstrip(), flush=True)
+        if _script(f"{name}.py", [*own, *arguments]):
+            failed.append(shlex.join([name, *arguments]))
+    if failed:
+        print(f"{len(failed)} of {len(steps)} steps failed: {'; '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def _script(name: str, arguments: list[str], environment: dict[str, str] | None = None) -> int:

@@ -33,7 +33,9 @@ from alibi_lm.settings import require
 from alibi_lm.tracking import open_tracker
 from alibi_lm.trainer import Interrupted, Trainer
 
-NOT_THE_RUN = ("device", "tracking", "threads", "output_dir", "overwrite", "keep_last", "keep_every", "study")
+NOT_THE_RUN = (
+    "device", "tracking", "threads", "output_dir", "overwrite", "keep_last", "keep_every", "study", "measurements",
+)  # fmt: skip
 """Settings that may change between the parts of a run, because no result depends on them."""
 SELF_CHECK_TOLERANCE = 1e-3
 """Nats by which the evaluator may differ from the trainer's validation loss (bfloat16 training: more)."""

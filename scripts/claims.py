@@ -7,7 +7,7 @@ from alibi_lm.evaluation.results import read_rows
 from alibi_lm.run_folder import write_text_atomic
 from alibi_lm.study.claim_files import read_claims
 from alibi_lm.study.claims import Evidence, claims_markdown, judge_all, read_bench, read_summaries_if_any
-from alibi_lm.study.command import FOLDER, main, parse, study_folder
+from alibi_lm.study.command import FOLDER, bench_file, main, parse, study_folder
 from alibi_lm.study.fairness import differences
 from alibi_lm.study.records import find_records
 
@@ -16,12 +16,12 @@ CLAIMS = Path(__file__).resolve().parents[1] / "configs" / "claims"
 
 def task(arguments: list[str]) -> None:
     """Print a line a claim and write claims.md; the exit status does not depend on the verdicts."""
-    own = {"claims": str(CLAIMS), "bench": "outputs/bench/results.jsonl", "min_seeds": 0}
+    own = {"claims": str(CLAIMS), "bench": None, "min_seeds": 0}
     settings = parse(arguments, FOLDER | own, {"min_seeds": "a whole number, 0 for what each claim asks"})
     folder = study_folder(settings)
     rows = read_rows(folder / "results.jsonl")
     evidence = Evidence(
-        rows, find_records(rows, folder), read_summaries_if_any(folder), read_bench(settings["bench"])
+        rows, find_records(rows, folder), read_summaries_if_any(folder), read_bench(bench_file(settings, folder))
     )
     unfair = differences(rows, folder)
     files = read_claims(Path(settings["claims"]))

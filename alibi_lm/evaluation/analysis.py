@@ -35,8 +35,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 """The views and the settings that each understands."""
 
 _INCIDENTAL = {
-    "seed", "output_dir", "overwrite", "tracking", "device", "threads", "compile", "study", "evaluation",
-    "log_every", "validate_every", "checkpoint_every", "keep_last", "keep_every", "experiment",
+    "seed", "output_dir", "overwrite", "tracking", "device", "threads", "compile", "study", "measurements",
+    "evaluation", "log_every", "validate_every", "checkpoint_every", "keep_last", "keep_every", "experiment",
 }  # fmt: skip
 
 

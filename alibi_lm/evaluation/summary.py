@@ -252,9 +252,10 @@ def read_summaries(path: str | Path) -> dict[RowKey, Summary]:
         # numpy leaves the file open when it is no archive, so it is opened here.
         with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             entries = json.loads(bytes(file["index"]).decode())
+            pools = {name: file[name] for name in file.files if name != "index"}
             found = {}
             for entry in entries:
-                arrays = {name: file[entry["arrays"][name]] for name in _ARRAYS}
+                arrays = {name: _span(pools, *entry["arrays"][name]) for name in _ARRAYS}
                 summary = Summary(**{name: entry[name] for name in _PLAIN}, **arrays)
                 found[summary.key] = summary
             return found
@@ -264,19 +265,34 @@ def read_summaries(path: str | Path) -> dict[RowKey, Summary]:
         raise ValueError(f"{path} is damaged ({error}). Delete it and evaluate again.") from None
 
 
+def _span(pools: dict[str, np.ndarray], dtype: str, first: int, last: int) -> np.ndarray:
+    if not 0 <= first <= last <= len(pools[dtype]):
+        raise ValueError(f"numbers {first} to {last} of {len(pools[dtype])}")
+    return pools[dtype][first:last]
+
+
 def write_summaries(path: str | Path, summaries: Iterable[Summary]) -> None:
     """Replace a `summary.npz` atomically; arrays that several entries share are written once."""
     index: list[dict[str, Any]] = []
-    arrays: dict[str, np.ndarray] = {}
+    # One long array for each dtype: thousands of short ones take seconds to read and write.
+    pools: dict[str, list[np.ndarray]] = {}
+    sizes: dict[str, int] = {}
+    spans: dict[bytes, tuple[str, int, int]] = {}
     for summary in sorted(summaries, key=lambda s: tuple(str(part) for part in s.key)):
-        names = {}
+        places = {}
         for name in _ARRAYS:
             array = np.ascontiguousarray(getattr(summary, name))
-            names[name] = hashlib.sha256(str(array.dtype).encode() + array.tobytes()).hexdigest()[:16]
-            arrays[names[name]] = array
-        index.append({name: getattr(summary, name) for name in _PLAIN} | {"arrays": names})
-    text = json.dumps(index, indent=1).encode()
-    arrays = {"index": np.frombuffer(text, dtype=np.uint8)} | dict(sorted(arrays.items()))
+            dtype = str(array.dtype)
+            digest = hashlib.sha256(dtype.encode() + array.tobytes()).digest()
+            if digest not in spans:
+                first = sizes.get(dtype, 0)
+                spans[digest] = (dtype, first, first + len(array))
+                sizes[dtype] = first + len(array)
+                pools.setdefault(dtype, []).append(array)
+            places[name] = spans[digest]
+        index.append({name: getattr(summary, name) for name in _PLAIN} | {"arrays": places})
+    arrays = {"index": np.frombuffer(json.dumps(index).encode(), dtype=np.uint8)}
+    arrays |= {dtype: np.concatenate(pools[dtype]) for dtype in sorted(pools)}
     with whole_file(Path(path)) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             # numpy's own writer notes the time of day, so that equal summaries would differ.

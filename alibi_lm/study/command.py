@@ -48,6 +48,14 @@ def study_folder(settings: Settings) -> Path:
     return folder
 
 
+def bench_file(settings: Settings, folder: Path) -> Path:
+    """Rows of the benchmark: `bench=`, or those published with the results, or the last ones measured here."""
+    published = folder / "bench.jsonl"
+    if settings["bench"] is not None:
+        return Path(settings["bench"])
+    return published if published.is_file() else Path("outputs") / "bench" / "results.jsonl"
+
+
 def main(task: Callable[[list[str]], None]) -> int:
     """Run a script's task on the command line's arguments; a user's mistake ends in one message and status 1."""
     try:

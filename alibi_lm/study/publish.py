@@ -1,0 +1,75 @@
+"""What is committed of an experiment's results: small, and enough for every figure, table and interval."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from alibi_lm.evaluation.results import read_rows
+from alibi_lm.study.analysis_figures import draw_analysis
+from alibi_lm.study.figures import draw
+from alibi_lm.study.records import RUN_FILES, find_records
+
+RESULT_FILES = ("results.jsonl", "results.csv", "summary.npz")
+LARGEST = 16 * 2**20
+"""Bytes of a file that may be published."""
+
+
+def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]:
+    """Copy results, analyses and what each run says of itself, and draw them there.
+
+    Weights, checkpoints and per-token results stay where they are.
+
+    Args:
+        folder: of an experiment's `results.jsonl`; analyses are looked for in `../analysis`.
+        target: replaced as a whole; files that no publication wrote, such as a README, stay.
+        bench: result rows of a benchmark that belong to it, published as `bench.jsonl`.
+
+    Returns:
+        What was written, sorted.
+
+    Raises:
+        ValueError: no or damaged results, a run without its folder, a file above 16 MiB, or a target that holds
+            something else.
+    """
+    records = find_records(read_rows(folder / "results.jsonl"), folder)
+    if target.exists() and any(target.iterdir()) and not (target / "results.jsonl").is_file():
+        raise ValueError(f"target = {target} holds something other than published results. Name another folder.")
+    sources = {Path(name): folder / name for name in RESULT_FILES}
+    for path in sorted((folder.parent / "analysis").glob("*.json")):
+        sources[Path("analysis") / path.name] = path
+    for record in records.values():
+        if record.folder is None:
+            raise ValueError(f"run {record.name} is in {folder / 'results.jsonl'}, but its folder was not found.")
+        for name in (*RUN_FILES, "metrics.jsonl"):
+            sources[Path("runs") / record.folder.name / name] = record.folder / name
+    if bench is not None and bench.is_file():
+        sources[Path("bench.jsonl")] = bench
+    sources = {name: path for name, path in sources.items() if path.is_file()}
+    for path in sources.values():
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST:,}: not published.")
+    for record in records.values():
+        if record.environment.get("dirty"):
+            print(f"note: {record.name} was trained by uncommitted code", file=sys.stderr)
+
+    # Beside the target first: a publication is whole or not there.
+    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        for name, path in sources.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, beside / name)
+        draw(beside)
+        for path in sorted((beside / "analysis").glob("*.json")):
+            draw_analysis(path)
+        for name in ("runs", "analysis"):
+            shutil.rmtree(target / name, ignore_errors=True)
+        written = sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
+        for name in written:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, target / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return [target / name for name in written]
