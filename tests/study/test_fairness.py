@@ -68,6 +68,16 @@ def test_each_difference_is_listed_with_its_runs(tmp_path, change, what, matters
     assert item.sentence.startswith(what + ": ") and "t5_L64_s1" in item.sentence
 
 
+def test_views_measured_at_different_times_are_no_difference(tmp_path):
+    later = dict(commit="fff", split="test")
+    found = differences([row(), row("t5"), row(**later), row("t5", **later)], tmp_path)
+    assert not [d for d in found if "commit" in d.what]
+    refused = row("learned", perplexity=None, commit="fff")
+    assert not [d for d in differences([row(), refused], tmp_path) if d.what == "commit of the evaluation"]
+    (item,) = [d for d in differences([row(), row("t5", commit="fff")], tmp_path) if "commit" in d.what]
+    assert item.matters
+
+
 def test_several_differences_come_with_those_that_matter_first(tmp_path):
     items = found(tmp_path, config={"lr: 0.002": "lr: 0.1"}, environment={"torch": "2.6"})
     assert [item.matters for item in items] == [True, False]
