@@ -140,7 +140,7 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
 
 
 def study(experiment: str, overrides: list[str]) -> int:
-    """All of an experiment: its runs, their curves, its `measurements`, claims, report, and the published folder.
+    """All of an experiment: runs, curves, its `measurements`, claims, the paper beside it, report, publication.
 
     What is done is skipped, so that the command can be given again until all of it is. A step that fails stops
     no other.
@@ -166,7 +166,7 @@ def study(experiment: str, overrides: list[str]) -> int:
         )
         steps.append([name, *arguments, *shared])
     benchmark = ["bench=outputs/bench/results.jsonl"] if any(name == "bench" for name, *_ in steps) else []
-    steps += [["claims"], ["report"], ["publish", *benchmark]]
+    steps += [["claims"], ["compare_paper"], ["report"], ["publish", *benchmark]]
     failed = []
     for name, *arguments in steps:
         own = [] if name == "bench" else [f"experiment={experiment}"]

@@ -8,6 +8,7 @@ from alibi_lm.study.command import FOLDER, main, parse, study_folder
 from alibi_lm.study.figures import draw
 from alibi_lm.study.paper import comparison_markdown
 from alibi_lm.study.records import find_records
+from alibi_lm.study.shapes import shapes, shapes_markdown
 
 
 def task(arguments: list[str]) -> None:
@@ -19,6 +20,8 @@ def task(arguments: list[str]) -> None:
     folder = study_folder(settings)
     rows = read_rows(folder / "results.jsonl")
     text = comparison_markdown(rows, find_records(rows, folder), settings["near"])
+    if shape := shapes_markdown(shapes(rows)):
+        text += f"\n{shape}"
     write_text_atomic(folder / "paper.md", text)
     print(text)
     for path in draw(folder, with_paper=True) if settings["draw"] else []:

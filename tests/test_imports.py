@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "alibi_lm").rglob("*.py"))
 LAZY = {"wandb", "datasets", "tokenizers", "safetensors", "scipy", "matplotlib", "filelock", "transformers"}
 # A module may import from its own level and from lower ones.
 LEVELS = [
-    {"runtime", "run_folder"},
+    {"settings", "runtime", "run_folder"},
     {"positions", "data", "optim", "tracking", "parallel", "checkpoint", "checkpoint_format"},
     {"attention"},
     {"model"},

@@ -255,8 +255,8 @@ def read_summaries(path: str | Path) -> dict[RowKey, Summary]:
             pools = {name: file[name] for name in file.files if name != "index"}
             found = {}
             for entry in entries:
-                arrays = {name: _span(pools, *entry["arrays"][name]) for name in _ARRAYS}
-                summary = Summary(**{name: entry[name] for name in _PLAIN}, **arrays)
+                parts: dict[str, Any] = {name: _span(pools, *entry["arrays"][name]) for name in _ARRAYS}
+                summary = Summary(**{name: entry[name] for name in _PLAIN}, **parts)
                 found[summary.key] = summary
             return found
     except FileNotFoundError:

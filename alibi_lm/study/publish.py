@@ -12,7 +12,7 @@ from alibi_lm.study.analysis_figures import draw_analysis
 from alibi_lm.study.figures import draw
 from alibi_lm.study.records import RUN_FILES, find_records
 
-RESULT_FILES = ("results.jsonl", "results.csv", "summary.npz")
+RESULT_FILES = ("results.jsonl", "results.csv", "summary.npz", "claims.md", "paper.md")
 LARGEST = 16 * 2**20
 """Bytes of a file that may be published."""
 
@@ -43,8 +43,8 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
     for record in records.values():
         if record.folder is None:
             raise ValueError(f"run {record.name} is in {folder / 'results.jsonl'}, but its folder was not found.")
-        for name in (*RUN_FILES, "metrics.jsonl"):
-            sources[Path("runs") / record.folder.name / name] = record.folder / name
+        for part in (*RUN_FILES, "metrics.jsonl"):
+            sources[Path("runs") / record.folder.name / part] = record.folder / part
     if bench is not None and bench.is_file():
         sources[Path("bench.jsonl")] = bench
     sources = {name: path for name, path in sources.items() if path.is_file()}
@@ -64,8 +64,8 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
         draw(beside)
         for path in sorted((beside / "analysis").glob("*.json")):
             draw_analysis(path)
-        for name in ("runs", "analysis"):
-            shutil.rmtree(target / name, ignore_errors=True)
+        for part in ("runs", "analysis"):
+            shutil.rmtree(target / part, ignore_errors=True)
         written = sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
         for name in written:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
