@@ -170,3 +170,16 @@ def test_mistakes_end_in_a_short_message(argument, message, capsys):
 def test_help_lists_the_settings(capsys):
     assert main(["--help"]) == 0
     assert "eval_lengths" in capsys.readouterr().out
+
+
+def test_a_profile_gives_each_part_its_share(capsys):
+    arguments = ["profile=true", "lengths=[32]", "positions=[alibi]", "backends=[eager,sdpa]", "vocab_size=64"]
+    assert main([*arguments, "tokens=64", "device=cpu", "threads=1", "peers=false"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert lines[0].split(" | ")[1:3] == ["alibi_lm none eager", "alibi_lm alibi eager"]
+    shares = {line.split(" | ")[0].strip("| "): line for line in lines[2:]}
+    for part in ("loss", "attention", "linear layers", "optimizer, clipping"):
+        cells = [int(cell.strip(" |%")) for cell in shares[part].split(" | ")[1:]]
+        assert len(cells) == 4 and all(cell > 0 for cell in cells), shares[part]
+    columns = zip(*([int(c.strip(" |%")) for c in line.split(" | ")[1:]] for line in lines[2:]), strict=True)
+    assert all(97 <= sum(column) <= 103 for column in columns)

@@ -15,6 +15,7 @@ from alibi_lm import runtime
 from alibi_lm.bench import report
 from alibi_lm.bench.config import BenchConfig
 from alibi_lm.bench.measure import Round, repeat
+from alibi_lm.bench.profile import profile_step, profile_table
 from alibi_lm.bench.subjects import Subject, ours, peers
 
 EPILOGUE = "Settings are given as name=value, for example: lengths=[256,1024] positions=[none,alibi] peers=false"
@@ -63,6 +64,13 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     vocab_size = config.vocab_size or (267744 if sizes.adaptive_cutoffs else 8192)
 
     subjects = list(ours(config, sizes, vocab_size, device))
+    if config.profile:
+        for n in config.lengths:
+            shares = {
+                f"{s.label} {s.backend}": profile_step(s, max(1, tokens // n), n, vocab_size) for s in subjects
+            }
+            print(f"\nlength {n}\n\n{profile_table(shares)}")
+        return []
     others: list[Subject] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers' own

@@ -1,0 +1,66 @@
+"""Where the time of a training step goes, by part of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from alibi_lm.bench.subjects import Subject
+
+PARTS: Mapping[str, str] = {
+    "loss": r"LinearCrossEntropy|nll_loss|log_softmax|logsumexp",
+    "optimizer, clipping": r"Optimizer\.|_fused_adamw|_foreach",
+    "attention": r"scaled_dot_product|softmax|bmm|flash_attention",
+    "linear layers": r"addmm|aten::mm\b|AddmmBackward|MmBackward",
+}
+"""Name of a part -> operators that belong to it, with all that they call. The first that fits is taken."""
+REST = "norms, activations, embeddings, copies"
+
+
+def profile_step(subject: Subject, batch: int, length: int, vocab_size: int) -> dict[str, float]:
+    """Share of each part in one training step's time on the CPU, largest first; they add up to 1.
+
+    Args:
+        subject: what is measured.
+        batch: sequences.
+        length: tokens of each.
+        vocab_size: random tokens are below it.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(subject.device)
+    subject.train_step(ids[:, :-1], ids[:, 1:])  # allocates the optimizer's state
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        subject.train_step(ids[:, :-1], ids[:, 1:])
+    microseconds: dict[str, float] = {}
+    for event in found.events():
+        part = _part(event)
+        microseconds[part] = microseconds.get(part, 0.0) + event.self_cpu_time_total
+    total = sum(microseconds.values())
+    return dict(sorted(((part, us / total) for part, us in microseconds.items()), key=lambda item: -item[1]))
+
+
+def _part(event: Any) -> str:
+    """The part that an operator, or the outermost one that called it, belongs to."""
+    chain = []
+    while event is not None:
+        chain.append(str(event.name))
+        event = event.cpu_parent
+    for name in reversed(chain):
+        for part, pattern in PARTS.items():
+            if re.search(pattern, name):
+                return part
+    return REST
+
+
+def profile_table(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown, a column a subject."""
+    parts = list(dict.fromkeys(part for share in shares.values() for part in share))
+    lines = [f"| part of the step | {' | '.join(shares)} |", f"| --- |{' --: |' * len(shares)}"]
+    for part in parts:
+        lines.append(f"| {part} | {' | '.join(f'{share.get(part, 0):.0%}' for share in shares.values())} |")
+    return "\n".join(lines)
