@@ -183,3 +183,16 @@ def test_a_profile_gives_each_part_its_share(capsys):
         assert len(cells) == 4 and all(cell > 0 for cell in cells), shares[part]
     columns = zip(*([int(c.strip(" |%")) for c in line.split(" | ")[1:]] for line in lines[2:]), strict=True)
     assert all(97 <= sum(column) <= 103 for column in columns)
+
+
+def test_the_table_is_printed_again_from_its_rows(tmp_path, capsys):
+    small = ["lengths=[16]", "eval_lengths=[]", "positions=[alibi]", "vocab_size=64", "tokens=16", "seconds=0.01"]
+    assert main([*small, "peers=false", "device=cpu", "threads=1", f"output_dir={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert main([f"show={tmp_path / 'results.jsonl'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "length 16" in shown and shown.strip() in printed
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    for name in ("other.jsonl", "nothing.jsonl"):
+        assert main([f"show={tmp_path / name}"]) == 1
+        assert f"show = {tmp_path / name}" in capsys.readouterr().err

@@ -52,3 +52,14 @@ def test_every_make_target_it_names_exists():
     named = {word for words in re.findall(r"\bmake ((?:[a-z-]+ ?)+)", code) for word in words.split()}
     assert named <= targets, named - targets
     assert {"train", "eval-extrapolation", "reproduce", "test"} <= named
+
+
+def test_its_tables_are_the_published_ones():
+    published = sorted((ROOT / "docs" / "results").glob("*/table.md"))
+    assert published
+    for path in published:
+        first = path.read_text().split("\n## ")[1]
+        lines = [line for line in first.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+        assert len(lines) > 3
+        for line in lines:
+            assert line in README, f"{path.parent.name}: {line}"

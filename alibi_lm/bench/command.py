@@ -55,6 +55,10 @@ def parse(arguments: Sequence[str]) -> BenchConfig:
 
 def bench(config: BenchConfig) -> list[dict[str, Any]]:
     """Measure, print the tables, write results.jsonl; returns its rows."""
+    if config.show is not None:
+        known = report.read(Path(config.show))
+        print(report.table(known))
+        return known
     device = runtime.start(config.device, threads=config.threads)
     on_gpu = device.type == "cuda"
     config.lengths = config.lengths or ([512, 1024, 3072] if on_gpu else [256, 1024, 4096])

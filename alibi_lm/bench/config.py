@@ -41,6 +41,8 @@ class BenchConfig:
     """Tokens of a step, at least one sequence; null: 2048 on a CPU and the paper's 9216 on a GPU."""
     seconds: float = 270.0
     """Rounds are repeated until this much time is used; each length gets one round at least."""
+    show: str | None = None
+    """A file of results: print its table, and measure nothing."""
     profile: bool = False
     """Instead of the speed: where the time of our training steps goes, at each length."""
     device: str = "auto"

@@ -80,6 +80,21 @@ def write(folder: Path, measured: list[dict[str, Any]]) -> Path:
     return path
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results.jsonl.
+
+    Raises:
+        ValueError: no such file, or something else than result rows in it.
+    """
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not found or any("train_ratio_quartiles" not in row for row in found):
+            raise ValueError("no rows of a benchmark")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"show = {path}: {error}. Give a results.jsonl that make bench wrote.") from None
+    return found
+
+
 def table(measured: list[dict[str, Any]]) -> str:
     """The measurements for a terminal: ratios to our `none` with their quartiles."""
     lines = []
