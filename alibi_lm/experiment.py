@@ -83,7 +83,8 @@ def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, tuple[list
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    study = compose([f"experiment={experiment}"]).study
+    chosen = [o for o in overrides if o.startswith("study=")]
+    study = compose([f"experiment={experiment}", *chosen]).study
     if not study:
         raise ValueError(f"experiment={experiment} has no `study`: it names no runs. Use make train instead.")
     parser = OverridesParser.create()
