@@ -205,7 +205,8 @@ def _name_hidden_baselines(axis: Axes, baselines: Mapping[str, float]) -> None:
         for name, value in sorted(baselines.items())
         if not low <= value <= high
     ]
-    axis.set_title("; ".join(hidden), fontsize=7.5, loc="right", color=SOFT)
+    # Inside, at the left: curves rise to the right, and beside the title there may be no room.
+    axis.text(0.02, 0.98, "\n".join(hidden), fontsize=7.5, color=SOFT, va="top", transform=axis.transAxes)
 
 
 def _spaced(lengths: Sequence[int]) -> list[int]:
