@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
 
 from alibi_lm.evaluation.results import read_rows
 from alibi_lm.study.analysis_figures import draw_analysis
@@ -20,7 +23,8 @@ LARGEST = 16 * 2**20
 def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]:
     """Copy results, analyses and what each run says of itself, and draw them there.
 
-    Weights, checkpoints and per-token results stay where they are.
+    Weights, checkpoints and per-token results stay where they are. Of absolute paths in what runs say, only the
+    last part is published: the others tell of somebody's machine and nothing of the run.
 
     Args:
         folder: of an experiment's `results.jsonl`; analyses are looked for in `../analysis`.
@@ -61,6 +65,8 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
         for name, path in sources.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, beside / name)
+            if path.name in ("config.yaml", "corpus.json"):
+                (beside / name).write_text(_without_folders(path.read_text(encoding="utf-8")), encoding="utf-8")
         draw(beside)
         for path in sorted((beside / "analysis").glob("*.json")):
             draw_analysis(path)
@@ -73,3 +79,20 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return [target / name for name in written]
+
+
+def _without_folders(text: str) -> str:
+    """YAML or JSON with each absolute path cut to its last part."""
+    found: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                collect(part)
+        elif isinstance(value, str) and PurePath(value).is_absolute():
+            found.append(value)
+
+    collect(yaml.safe_load(text))
+    for value in sorted(found, key=len, reverse=True):
+        text = text.replace(value, PurePath(value).name)
+    return text

@@ -40,6 +40,19 @@ def test_a_publication_draws_the_same_figure_and_leaves_weights_behind(experimen
     assert (target / "extrapolation.svg").read_bytes() == before
 
 
+def test_absolute_paths_are_cut_to_their_last_part(experiment, tmp_path):
+    run = experiment.parent / "runs" / "alibi_L64_s1"
+    (run / "config.yaml").write_text("data:\n  path: /home/ada/wiki text\n  cache_dir: data\n")
+    (run / "corpus.json").write_text(json.dumps({"source": {"kind": "folder", "path": "/home/ada/wiki text"}}))
+    publish(experiment, tmp_path / "docs")
+    published = tmp_path / "docs" / "runs" / "alibi_L64_s1"
+    assert (published / "config.yaml").read_text() == "data:\n  path: wiki text\n  cache_dir: data\n"
+    assert json.loads((published / "corpus.json").read_text()) == {
+        "source": {"kind": "folder", "path": "wiki text"}
+    }
+    assert "/home/ada" in (run / "config.yaml").read_text()
+
+
 def test_a_second_publication_replaces_the_first_and_keeps_other_files(experiment, tmp_path):
     target = tmp_path / "docs"
     publish(experiment, target)
