@@ -62,6 +62,8 @@ class Round:
         for subject in self.subjects:
             times = self.times[subject.label + subject.backend]
             first = not times.evaluate
+            if first and self.trains and subject.compiled:
+                subject.train_step(inputs, targets)  # compiles, which may take as long as a thousand steps
             before = reset_peak(device) if first else 0
             if self.trains:
                 times.train.append(timed(device, partial(subject.train_step, inputs, targets), self.clock))
