@@ -68,7 +68,12 @@ class Analysis:
         seeds = max(len(s.runs) for s in self.series)
         parts = [f"{self.split} split of {', '.join(sorted(set(self.corpora.values())))}"]
         if self.same_text:
-            parts.append(f"{self.series[0].tokens:,} tokens in {self.series[0].documents:,} documents")
+            tokens, documents = f"{self.series[0].tokens:,} tokens", f"{self.series[0].documents:,} documents"
+            # `fixed` and `offset` score a part of the targets, the same at every point.
+            scored = {p["targets"] for one in self.series for p in one.points if p.get("targets")}
+            if self.view in ("fixed", "offset") and len(scored) == 1:
+                tokens = f"{scored.pop():,} of {tokens} scored"
+            parts.append(f"{tokens} in {documents}")
         over = "documents, given the one seed" if seeds == 1 else "documents and seeds"
         what = "intervals" if self.view in ("decomposition", "documents", "offset") else _BANDS
         parts.append(f"95% {what} over {over}")

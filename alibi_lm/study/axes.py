@@ -206,7 +206,9 @@ def _name_hidden_baselines(axis: Axes, baselines: Mapping[str, float]) -> None:
         if not low <= value <= high
     ]
     # Inside, at the left: curves rise to the right, and beside the title there may be no room.
-    axis.text(0.02, 0.98, "\n".join(hidden), fontsize=7.5, color=SOFT, va="top", transform=axis.transAxes)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # hides the grid and the trained length's line
+    note = "\n".join(hidden)
+    axis.text(0.02, 0.98, note, fontsize=7.5, color=SOFT, va="top", transform=axis.transAxes, bbox=box, zorder=3)
 
 
 def _spaced(lengths: Sequence[int]) -> list[int]:

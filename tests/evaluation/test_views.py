@@ -260,3 +260,11 @@ def test_damaged_data_is_named(tmp_path, content):
 def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AnalyseConfig(**settings)
+
+
+def test_a_view_of_a_part_of_the_targets_says_so(analysed):
+    for view in ("fixed", "offset"):
+        found = read_analysis(analysed / f"{view}.json")
+        (scored,) = {p["targets"] for one in found.series for p in one.points if p.get("targets")}
+        assert f"{scored:,} of {found.series[0].tokens:,} tokens scored in " in found.provenance
+    assert "scored" not in read_analysis(analysed / "position.json").provenance
