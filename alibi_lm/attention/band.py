@@ -108,14 +108,14 @@ class DistanceAttention(torch.autograd.Function):
         q, k, v, bias, out, log_sum = ctx.saved_tensors
         scale, far, band = q.shape[-1] ** -0.5, ctx.band.saturation, ctx.band
         if band.whole:
-            grads = kernel_backward(grad_out, q, k, v, out, log_sum, band.mask, scale)
+            grads = kernel_backward(grad_out, q, k, v, out, log_sum, True, band.mask, scale)
             if not ctx.needs_input_grad[3]:
                 return *grads, None, None
             return *grads, _near_gradients(q, k, v, band, out, log_sum, grad_out, bias_only=True)[3], None
         grad_q, grad_k, grad_v, grad_bias = _near_gradients(q, k, v, band, out, log_sum, grad_out)
         far_q, far_k, far_v = kernel_backward(
             grad_out[:, :, far:], q[:, :, far:], k[:, :, :-far], v[:, :, :-far], out[:, :, far:],
-            log_sum[:, :, far:] - bias[:, far, None], None, scale,
+            log_sum[:, :, far:] - bias[:, far, None], True, None, scale,
         )  # fmt: skip
         grad_q[:, :, far:] += far_q
         grad_k[:, :, :-far] += far_k

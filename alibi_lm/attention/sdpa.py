@@ -23,6 +23,7 @@ from torch import Tensor
 from alibi_lm.attention import fused_cpu
 from alibi_lm.attention.band import Band, DistanceAttention, prepare_band
 from alibi_lm.attention.base import AttentionBackend, hidden_keys
+from alibi_lm.attention.key_bias import attend_key_bias
 from alibi_lm.positions.base import PositionScheme
 
 MASK_ELEMENTS = 1 << 25
@@ -74,7 +75,7 @@ class SdpaAttention(AttentionBackend):
         """See the base class."""
         if prepared.key_bias is not None:
             if q.is_cpu and self.fused_cpu and not dropout and not prepared.key_bias.requires_grad:
-                return fused_cpu.attend_key_bias(q, k, v, prepared.key_bias)
+                return attend_key_bias(q, k, v, prepared.key_bias)
             return _with_columns(q, k, v, prepared.key_bias, dropout)
         if prepared.band is not None:
             return _with_distance_bias(q, k, v, prepared.band, dropout)
