@@ -173,8 +173,8 @@ def test_help_lists_the_settings(capsys):
 
 
 def test_a_profile_gives_each_part_its_share(capsys):
-    arguments = ["profile=true", "lengths=[32]", "positions=[alibi]", "backends=[eager,sdpa]", "vocab_size=64"]
-    assert main([*arguments, "tokens=64", "device=cpu", "threads=1", "peers=false"]) == 0
+    arguments = ["profile=true", "lengths=[32]", "positions=[alibi]", "backends=[eager,sdpa]", "vocab_size=512"]
+    assert main([*arguments, "tokens=512", "device=cpu", "threads=1", "peers=false"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert lines[0].split(" | ")[1:3] == ["alibi_lm none eager", "alibi_lm alibi eager"]
     shares = {line.split(" | ")[0].strip("| "): line for line in lines[2:]}
