@@ -5,6 +5,7 @@ from pathlib import Path
 
 from alibi_lm.evaluation.results import read_rows
 from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.study.analysis_data import read_analysis
 from alibi_lm.study.claim_files import read_claims
 from alibi_lm.study.claims import Evidence, claims_markdown, judge_all, read_bench, read_summaries_if_any
 from alibi_lm.study.command import FOLDER, bench_file, main, parse, study_folder
@@ -20,8 +21,15 @@ def task(arguments: list[str]) -> None:
     settings = parse(arguments, FOLDER | own, {"min_seeds": "a whole number, 0 for what each claim asks"})
     folder = study_folder(settings)
     rows = read_rows(folder / "results.jsonl")
+    # Published results hold their analyses; those of an experiment lie beside its results.
+    analyses = [parent / "analysis" / "decomposition.json" for parent in (folder, folder.parent)]
+    decomposition = next((read_analysis(path) for path in analyses if path.is_file()), None)
     evidence = Evidence(
-        rows, find_records(rows, folder), read_summaries_if_any(folder), read_bench(bench_file(settings, folder))
+        rows,
+        find_records(rows, folder),
+        read_summaries_if_any(folder),
+        read_bench(bench_file(settings, folder)),
+        decomposition,
     )
     unfair = differences(rows, folder)
     files = read_claims(Path(settings["claims"]))

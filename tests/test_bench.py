@@ -10,6 +10,8 @@ from alibi_lm.bench.command import main, parse
 from alibi_lm.bench.config import BenchConfig
 from alibi_lm.bench.measure import Round, repeat, spread, training_flops
 from alibi_lm.model.transformer import ModelConfig
+from alibi_lm.study.claim_files import Claim, Side
+from alibi_lm.study.claims import Evidence, judge_claim, read_bench
 
 FIELDS = (
     "device dtype implementation position backend compiled length batch train_tokens_per_second "
@@ -40,14 +42,17 @@ def test_a_run_writes_the_documented_fields(tiny, tmp_path, capsys):
     }
     for row in rows:
         assert set(FIELDS) <= set(row)
-        assert row["implementation"] == "alibi_lm" and row["backend"] == "sdpa" and row["compiled"] is False
+        assert row["implementation"] == "ours" and row["backend"] == "sdpa" and row["compiled"] is False
         assert row["batch"] == max(1, 64 // row["length"]) and row["dtype"] == "float32"
         assert (row["train_tokens_per_second"] is None) == (row["length"] == 70)
         assert row["eval_tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0
         if row["position"] == "none":
             assert row["eval_ratio"] == 1 and row["train_ratio"] in (1, None)
+    claim = Claim("x", "s", "t", Side("alibi"), Side("t5"), "above", factor=1e-9, measure="eval_ratio")
+    judged = judge_claim(claim, Evidence([], {}, {}, bench=read_bench(tmp_path / "results.jsonl")))
+    assert judged.verdict == "HOLDS" and len(judged.instances) == 3
     out = capsys.readouterr().out
-    assert "alibi_lm alibi" in out and "ratio to none" in out and str(tmp_path / "results.jsonl") in out
+    assert "ours alibi" in out and "ratio to none" in out and str(tmp_path / "results.jsonl") in out
 
 
 def test_every_subject_computes_a_language_models_loss(tiny):
@@ -71,7 +76,7 @@ def test_every_subject_computes_a_language_models_loss(tiny):
         changed = [not torch.equal(a, b) for a, b in zip(before, subject.module.parameters(), strict=True)]
         assert sum(changed) >= len(changed) - 2, subject.label
     sizes_of = {s.label: sum(p.numel() for p in s.module.parameters()) for s in subjects}
-    ours = sizes_of.pop("alibi_lm alibi")
+    ours = sizes_of.pop("ours alibi")
     assert all(0.8 < other / ours < 1.25 for other in sizes_of.values()), sizes_of
 
 
@@ -138,7 +143,7 @@ def test_rounds_share_the_time_and_run_once_at_least(monkeypatch):
 
 def test_table_1_stands_beside_the_papers():
     row = {
-        "implementation": "alibi_lm", "position": "alibi", "length": 512, "compiled": False,
+        "implementation": "ours", "position": "alibi", "length": 512, "compiled": False,
         "train_tokens_per_second": 123456.0, "eval_tokens_per_second": None, "peak_memory_bytes": 7 * 10**9,
     }  # fmt: skip
     line = report.table_1([row]).splitlines()[-1].split()
@@ -176,7 +181,7 @@ def test_a_profile_gives_each_part_its_share(capsys):
     arguments = ["profile=true", "lengths=[32]", "positions=[alibi]", "backends=[eager,sdpa]", "vocab_size=512"]
     assert main([*arguments, "tokens=512", "device=cpu", "threads=1", "peers=false"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert lines[0].split(" | ")[1:3] == ["alibi_lm none eager", "alibi_lm alibi eager"]
+    assert lines[0].split(" | ")[1:3] == ["ours none eager", "ours alibi eager"]
     shares = {line.split(" | ")[0].strip("| "): line for line in lines[2:]}
     for part in ("loss", "attention", "linear layers", "optimizer, clipping"):
         cells = [int(cell.strip(" |%")) for cell in shares[part].split(" | ")[1:]]

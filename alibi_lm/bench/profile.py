@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,8 @@ def profile_step(subject: Subject, batch: int, length: int, vocab_size: int) -> 
         length: tokens of each.
         vocab_size: random tokens are below it.
     """
+    # Its library reports each start and stop on standard error otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
     ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from typing import Any
 
 from alibi_lm import runtime
 from alibi_lm.bench.measure import Round, spread
-from alibi_lm.bench.subjects import Subject
+from alibi_lm.bench.subjects import OURS, Subject
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.run_folder import write_text_atomic
 
@@ -139,7 +139,7 @@ def table_1(measured: list[dict[str, Any]]) -> str:
                     r
                     for r in measured
                     if (r["implementation"], r["position"], r["length"], r["compiled"])
-                    == ("alibi_lm", position, length, False)
+                    == (OURS, position, length, False)
                 ),
                 None,
             )

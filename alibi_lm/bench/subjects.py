@@ -21,6 +21,8 @@ from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.optim import AdamWConfig, build_optimizer
 from alibi_lm.positions import POSITIONS
 
+OURS = "ours"
+"""Name of this package among the implementations."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(inputs (B, T), targets (B, T)) -> mean nats per token, or the like."""
 
@@ -43,7 +45,7 @@ class Subject:
     @property
     def ours(self) -> bool:
         """Whether it is this package."""
-        return self.implementation == "alibi_lm"
+        return self.implementation == OURS
 
     @property
     def label(self) -> str:
@@ -92,9 +94,7 @@ def ours(config: BenchConfig, sizes: ModelConfig, vocab_size: int, device: torch
                     # As in training and evaluation: only the training step is ever compiled.
                     return (nats if model.training else model.nats)(inputs, targets).mean()
 
-                yield Subject(
-                    "alibi_lm", name, backend, compiled, model, loss, optimizer, device, config.precision
-                )
+                yield Subject(OURS, name, backend, compiled, model, loss, optimizer, device, config.precision)
 
 
 def peers(

@@ -12,8 +12,12 @@
 `L` runs over all training lengths in the results, or those of `train_lengths`. Each side is
 `{position, train: L, at: L, mode: nonoverlapping, stride, split: validation, where: {setting: value}}`; lengths
 are written `L`, `2L`, `L/2`, `1024`, and `at` also `every>L` or `longest>=4L`. `min_seeds` is 1 where both sides
-are the same runs and 2 where they are not, unless given. `measure: train_ratio` or `eval_ratio` compares speeds
-of benchmark rows at equal length instead. A claim that result rows cannot decide has `not_measured: why`.
+are the same runs and 2 where they are not, unless given.
+
+Two kinds of claims need other measurements: `measure: train_ratio` or `eval_ratio` compares speeds of benchmark
+rows at equal length; `part: early_tokens`, `positions_beyond` or `keys_beyond` is about that part of the change of
+the loss from L to the length of `left` (scripts/analyse.py view=decomposition), as a factor of perplexity. A claim
+that none of these can decide has `not_measured: why`.
 """
 
 from __future__ import annotations
@@ -92,6 +96,7 @@ class Claim:
     train_lengths: list[int] | None = None
     min_seeds: int | None = None
     measure: str | None = None
+    part: str | None = None
     not_measured: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +108,11 @@ class Claim:
             raise ValueError(f"factor = {self.factor}; it must be positive, and above 1 for within")
         if self.measure not in (None, "train_ratio", "eval_ratio"):
             raise ValueError(f"measure = {self.measure!r}; allowed: train_ratio, eval_ratio")
-        if self.not_measured is None and (self.left is None or self.right is None):
+        if self.part not in (None, "early_tokens", "positions_beyond", "keys_beyond"):
+            raise ValueError(f"part = {self.part!r}; allowed: early_tokens, positions_beyond, keys_beyond")
+        if self.part is not None and (self.left is None or self.right is not None or self.left.train != "L"):
+            raise ValueError(f"part = {self.part}; it has a left side, trained at L, and no right one")
+        if self.part is None and self.not_measured is None and (self.left is None or self.right is None):
             raise ValueError("left or right is missing; a claim that rows cannot decide has not_measured")
 
     @property
@@ -111,6 +120,8 @@ class Claim:
         """Fewest seeds that settle it; one is enough only for runs compared with themselves."""
         if self.min_seeds is not None:
             return self.min_seeds
+        if self.part is not None:
+            return 1
         assert self.left is not None and self.right is not None
         same = (self.left.position, self.left.train, self.left.where) == (
             self.right.position,

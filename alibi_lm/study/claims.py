@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_lm.evaluation.results import ResultRow, RowKey
+from alibi_lm.study.analysis_data import Analysis
 from alibi_lm.study.claim_files import Claim, ClaimFile, Side, length_of
 from alibi_lm.study.curves import View, curves
 from alibi_lm.study.fairness import Difference
@@ -61,6 +62,7 @@ class Evidence:
     summaries: Mapping[RowKey, Any]
     bench: Sequence[Mapping[str, Any]] = ()
     """Rows of the benchmark."""
+    decomposition: Analysis | None = None
 
 
 def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:
@@ -76,6 +78,9 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
         return Judged(claim, "NOT RUN", [], claim.not_measured)
     if claim.measure is not None:
         return _judge_speed(claim, evidence.bench)
+    if claim.part is not None:
+        needed = claim.seeds_needed if min_seeds is None else min_seeds
+        return _judge_part(claim, evidence.decomposition, needed)
     assert claim.left is not None and claim.right is not None
     needed = claim.seeds_needed if min_seeds is None else min_seeds
     found, missing = _pairs(claim, evidence)
@@ -249,6 +254,29 @@ def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
             what = f"length {key[4]}, {key[2]}, {key[0]}"
             instances.append(Instance(what, verdict, f"{math.exp(value):.3f}"))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
+    return Judged(claim, overall([i.verdict for i in instances]), instances, note)
+
+
+def _judge_part(claim: Claim, decomposition: Analysis | None, needed: int) -> Judged:
+    """A part of what changes the loss beyond L, at every length that was taken apart."""
+    assert claim.left is not None and claim.part is not None
+    side, instances = claim.left, []
+    for series in decomposition.series if decomposition is not None and decomposition.split == side.split else []:
+        # Variants stand beside the experiment's own settings only where both were analysed.
+        if series.position != side.position or series.variant:
+            continue
+        known = [int(point["length"]) for point in series.points]
+        for length in side.lengths(series.train_length, known):
+            part = series.points[known.index(length)].get(claim.part)
+            if part is None:
+                continue  # refused there
+            seeds = len(series.runs)
+            over = f"{seeds} seeds and {series.documents} documents" if seeds > 1 else "one seed"
+            measured = Measured(part["nats"], part["low"], part["high"], seeds, over)
+            verdict = judge(measured, claim.relation, claim.factor, needed)
+            what = f"L={series.train_length}, from L to {length}"
+            instances.append(Instance(what, verdict, _numbers(measured, needed)))
+    note = "" if instances else "needs analyse.py view=decomposition of such runs"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)
 
 
