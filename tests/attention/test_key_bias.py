@@ -134,8 +134,8 @@ def test_not_a_number_is_passed_on():
     assert out[0, 0, 400:].isnan().all() and out[:, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("reach", [1, 63, 64, 200, 300, 1000, 3000])
-@pytest.mark.parametrize("length", [128, 500, 4096])
+@pytest.mark.parametrize("reach", [1, 63, 64, 200, 300, 1000, 3000, 5000])
+@pytest.mark.parametrize("length", [128, 500, 4096, 16384])
 def test_blocks_cover_every_row_once_with_all_keys_in_reach(reach, length):
     plan = key_bias._blocks(reach, length)
     if plan is None:

@@ -19,7 +19,7 @@ sdpa.SHORT = 0
 config = ModelConfig(num_layers=2, model_dim=24, num_heads=3, ffn_dim=48)
 for name in sys.argv[1:]:
     model = TransformerLM(config, POSITIONS[name](), "sdpa", 50, 64)
-    tokens, targets = torch.randint(0, 50, (2, 61)), torch.randint(0, 50, (2, 61))
+    tokens, targets = torch.randint(0, 50, (2, 301)), torch.randint(0, 50, (2, 301))
     results = []
     for nats in (model.nats, CompiledNats(model)):
         model.zero_grad()
