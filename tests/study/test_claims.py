@@ -239,7 +239,7 @@ def test_a_part_of_the_change_beyond_L_is_judged_by_the_decomposition(parts, ver
 def test_parts_are_refused_where_they_make_no_sense():
     for settings in ({"part": "keys"}, {"right": Side("alibi")}, {"left": None}, {"left": Side("alibi", "2L")}):
         values: dict = {"part": "keys_beyond", "left": Side("alibi", at="2L")} | settings
-        with pytest.raises(ValueError, match="part = '?key"):
+        with pytest.raises(ValueError, match=r"part = '?key"):
             Claim("x", "s", "t", **values)
 
 
