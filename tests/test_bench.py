@@ -121,24 +121,44 @@ def test_flops_against_a_count_by_hand():
     assert training_flops(sizes, 8192, 1024) == 3 * forward
 
 
-def test_rounds_share_the_time_and_run_once_at_least(monkeypatch):
+def test_lengths_take_turns_and_run_once_at_least(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
 
     class Timed(Round):
-        def run(self):
-            self.seconds.append(float(self.length))
-            clock[0] += self.length
+        """Of a round's seconds, a tenth is for our own subjects."""
+
+        def run(self, ours_alone=False):
+            self.seconds_of_ours = self.length / 10
+            self.seconds.append(self.length / (10 if ours_alone else 1))
+            clock[0] += self.seconds[-1]
 
     rounds = [Timed(n, 1, [], 50, True) for n in (1, 4, 50)]
     done = []
     repeat(rounds, 30.0, done.append)
     assert done == rounds
     assert [len(r.seconds) for r in rounds] == [1, 1, 1], "the long one took all of it, and still ran"
-    rounds = [Timed(n, 1, [], 50, True) for n in (1, 4)]
-    repeat(rounds, 40.0, done.append)
-    assert sum(sum(r.seconds) for r in rounds) <= 40
-    assert abs(sum(rounds[0].seconds) - sum(rounds[1].seconds)) <= 8
+    rounds = [Timed(n, 1, [], 50, True) for n in (1, 4, 50)]
+    clock[0] = 0.0
+    repeat(rounds, 76.0, done.append)
+    assert rounds[2].seconds[:3] == [50, 5, 5], "ours alone, where all no longer fit"
+    assert rounds[1].seconds[:2] == [4, 4] and clock[0] <= 76
+
+
+def test_a_round_of_ours_leaves_the_others_as_they_were(tiny):
+    config = BenchConfig(lengths=[16], eval_lengths=[], positions=["alibi"])
+    subjects = list(command.ours(config, TINY, 50, torch.device("cpu")))
+    subjects[1].implementation = "peer"
+    one = Round(16, 2, subjects, 50, True)
+    for ours_alone in (False, True, True):
+        one.run(ours_alone)
+    ours, peer = subjects
+    assert 0 < one.seconds_of_ours < one.seconds[0]
+    assert [i for i, _ in one.seconds_of("train", ours)] == [1, 2], "the first one only warms up"
+    assert [i for i, _ in one.seconds_of("train", peer)] == [0], "it is all there is"
+    assert len(one.ratios(peer, "evaluate", ours)) == 1 and len(one.ratios(ours, "train", ours)) == 2
+    row = report.rows([one], TINY, 50)
+    assert [r["rounds"] for r in row] == [2, 1] and "2 rounds (1 of others)" in report.table(row)
 
 
 def test_table_1_stands_beside_the_papers():

@@ -40,7 +40,7 @@ class BenchConfig:
     tokens: int | None = None
     """Tokens of a step, at least one sequence; null: 2048 on a CPU and the paper's 9216 on a GPU."""
     seconds: float = 270.0
-    """Rounds are repeated until this much time is used; each length gets one round at least."""
+    """Rounds are repeated until this much time is used; each length gets one round of all at least."""
     show: str | None = None
     """A file of results: print its table, and measure nothing."""
     profile: bool = False

@@ -2,7 +2,7 @@
 
 A round at one length times every subject once, one after the other, and a matrix product beside them. All ratios
 are taken inside a round, so that what slows the machine for a while slows both sides; the median over rounds is
-reported, with its quartiles.
+reported, with its quartiles. Where another round of all subjects would take too long, one of our own is taken.
 """
 
 from __future__ import annotations
@@ -50,9 +50,15 @@ class Round:
     """Of a matrix product in the same round, in the training's precision."""
     seconds: list[float] = field(default_factory=list)
     """Wall time of each round."""
+    seconds_of_ours: float = 0.0
+    """Of those, in the first round, for our own subjects."""
 
-    def run(self) -> None:
-        """Measure every subject once more."""
+    def run(self, ours_alone: bool = False) -> None:
+        """Measure every subject once more, or every one of ours.
+
+        Args:
+            ours_alone: leave the peers out.
+        """
         began = time.perf_counter()
         device = self.subjects[0].device
         generator = torch.Generator().manual_seed(0)
@@ -61,6 +67,11 @@ class Round:
         self.flops_per_second.append(matmul_speed(device, self.subjects[0].precision, self.clock))
         for subject in self.subjects:
             times = self.times[subject.label + subject.backend]
+            if ours_alone and not subject.ours:
+                times.train.append(None)
+                times.evaluate.append(None)
+                continue
+            subject_began = time.perf_counter()
             first = not times.evaluate
             if first and self.trains and subject.compiled:
                 subject.train_step(inputs, targets)  # compiles, which may take as long as a thousand steps
@@ -76,29 +87,32 @@ class Round:
                     # A first step allocates the optimizer's means; count state once, as parameters plus step.
                     state = subject.state_bytes() // 4
                     times.peak_memory_bytes = max(0, peak - before) + state
+            if subject.ours and not self.seconds:
+                self.seconds_of_ours += time.perf_counter() - subject_began
         self.seconds.append(time.perf_counter() - began)
 
-    def kept(self) -> range:
-        """Rounds that count: not the first, which also warms up, where there are three or more."""
-        count = len(self.seconds)
-        return range(1 if count >= 3 else 0, count)
+    def seconds_of(self, kind: str, *subjects: Subject) -> list[tuple[int, tuple[float, ...]]]:
+        """The rounds that count for these subjects, and their seconds in each.
+
+        Those that measured all of them; not the first, which also warms up, where there are three or more.
+        """
+        columns = [getattr(self.times[s.label + s.backend], kind) for s in subjects]
+        rounds = [(i, row) for i, row in enumerate(zip(*columns, strict=True)) if all(row)]
+        return rounds[1:] if len(rounds) >= 3 else rounds
 
     def ratios(self, subject: Subject, kind: str, of: Subject) -> list[float]:
-        """Speed of a subject over that of another in each kept round."""
-        mine, theirs = (getattr(self.times[s.label + s.backend], kind) for s in (subject, of))
-        return [theirs[i] / mine[i] for i in self.kept() if mine[i] and theirs[i]]
+        """Speed of a subject over that of another in each round that counts."""
+        return [theirs / mine for _, (mine, theirs) in self.seconds_of(kind, subject, of)]
 
     def tokens_per_second(self, subject: Subject, kind: str) -> float | None:
-        """Median over the kept rounds."""
-        seconds = getattr(self.times[subject.label + subject.backend], kind)
-        values = [seconds[i] for i in self.kept() if seconds[i]]
+        """Median over the rounds that count."""
+        values = [seconds for _, (seconds,) in self.seconds_of(kind, subject)]
         return self.batch * self.length / statistics.median(values) if values else None
 
     def utilisation(self, subject: Subject, sizes: ModelConfig, vocab_size: int) -> float | None:
         """FLOPs of the training step over what the machine's matrix product does in the same round."""
-        seconds = self.times[subject.label + subject.backend].train
         flops = self.batch * self.length * training_flops(sizes, vocab_size, self.length)
-        values = [flops / s / self.flops_per_second[i] for i in self.kept() if (s := seconds[i])]
+        values = [flops / s / self.flops_per_second[i] for i, (s,) in self.seconds_of("train", subject)]
         return statistics.median(values) if values else None
 
 
@@ -193,7 +207,13 @@ def repeat(rounds: list[Round], seconds: float, after: Callable[[Round], None]) 
     for one in sorted(rounds, key=lambda r: r.length):
         one.run()
         after(one)
-    while fitting := [r for r in rounds if time.perf_counter() + max(r.seconds) < deadline]:
-        one = min(fitting, key=lambda r: sum(r.seconds))
-        one.run()
+    while True:
+        left = deadline - time.perf_counter()
+        whole = [r for r in rounds if max(r.seconds) < left]
+        # Lengths take turns; a long one, whose peers no longer fit, goes on with ours alone.
+        fitting = [r for r in rounds if r in whole or r.seconds_of_ours < left]
+        if not fitting:
+            return
+        one = min(fitting, key=lambda r: (len(r.seconds), -r.length))
+        one.run(ours_alone=one not in whole)
         after(one)

@@ -55,7 +55,7 @@ def rows(rounds: list[Round], sizes: ModelConfig, vocab_size: int) -> list[dict[
                 faster = spread(one.ratios(reference, kind, subject)) if reference else None
                 row[name] = faster and faster[0]
             row |= {
-                "rounds": len(one.kept()),
+                "rounds": len(one.seconds_of("evaluate", subject)),
                 "threads": machine["threads"],
                 "clock": one.clock,
                 "torch": machine["torch"],
@@ -101,9 +101,11 @@ def table(measured: list[dict[str, Any]]) -> str:
     for length in sorted({row["length"] for row in measured}):
         here = [row for row in measured if row["length"] == length]
         first = here[0]
+        fewest = min(row["rounds"] for row in here)
+        rounds = f"{first['rounds']} rounds" + (f" ({fewest} of others)" if fewest < first["rounds"] else "")
         lines += [
             "",
-            f"length {length}, batch {first['batch']}, {first['rounds']} rounds; {first['device']}, "
+            f"length {length}, batch {first['batch']}, {rounds}; {first['device']}, "
             f"{first['threads']} threads, {first['dtype']}",
             f"{'':38}{'train':>9} {'ratio to none':>20} {'eval':>9} {'ratio to none':>20} {'of matmul':>9} "
             f"{'alibi x':>11} {'memory':>8}",
