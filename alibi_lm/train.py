@@ -26,6 +26,7 @@ from alibi_lm.run_folder import (
     finished,
     mark_failed,
     mark_finished,
+    read_json_object,
     write_json_atomic,
     write_text_atomic,
 )
@@ -89,6 +90,7 @@ def _train_locked(config: TrainConfig, folder: Path, world: World, device: torch
     corpus = _prepare(config, world)
     _check_length(config, corpus)
     if world.is_main:
+        _require_same_text(folder, corpus)
         _write_records(config, folder, corpus, device)
 
     torch.manual_seed(config.seed)
@@ -150,6 +152,33 @@ def _require_same_run(config: TrainConfig, folder: Path) -> None:
         f"output_dir = {folder} holds a run with other settings ({'; '.join(differences)}). "
         "Use overwrite=true to start over, or another output_dir.",
     )
+
+
+def _require_same_text(folder: Path, corpus: Corpus) -> None:
+    """Refuse to continue a run on another text, or with another tokenizer."""
+    record = folder / "corpus.json"
+    if not record.is_file() or not any((folder / "checkpoints").glob("*")):
+        return
+    old, new = read_json_object(record), corpus.manifest
+    for what, path in (
+        ("tokenizer", ("tokenizer",)),
+        ("training text", ("splits", "train")),
+        ("validation text", ("splits", "validation")),
+    ):
+        there, here = (_digest(manifest, path) for manifest in (old, new))
+        require(
+            there == here,
+            f"output_dir = {folder} holds a run with another {what} (sha256 {there[:12]} there, {here[:12]} now). "
+            "Give it the text it was begun with, or use overwrite=true to start over.",
+        )
+
+
+def _digest(manifest: dict[str, Any], path: tuple[str, ...]) -> str:
+    """The sha256 of a part of a corpus's manifest."""
+    part: Any = manifest
+    for key in path:
+        part = part.get(key) or {}
+    return str(part.get("sha256"))
 
 
 def _flat_differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -308,3 +308,29 @@ def test_asked_to_stop(tmp_path: Path, corpus: list[str], stop: signal.Signals) 
     assert run(overrides, folder) == 0
     assert run(overrides, tmp_path / "uninterrupted") == 0
     assert_same_run(folder, tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize(
+    ("split", "word", "what"),
+    [("train", "", "training text"), ("valid", "", "validation text"), ("train", " w1 ", "tokenizer")],
+)
+def test_a_run_is_not_continued_on_another_text(
+    tmp_path: Path, corpus: list[str], split: str, word: str, what: str
+) -> None:
+    """The text changed between a kill and the next start, and its token streams with it."""
+    text = Path(corpus[1].partition("=")[2])
+    mine = shutil.copytree(text, tmp_path / "text", ignore=shutil.ignore_patterns("cache"))
+    settings = [o for o in SETTINGS if not o.startswith("tokenizer.")]
+    overrides = [*settings, "data=wikitext2", "tokenizer=word", f"data.path={mine}", "position=alibi", "steps=4"]
+    folder = tmp_path / "run"
+    assert run([*overrides, f"data.cache_dir={tmp_path / 'a'}"], folder, kill_at=("_self_check", 0)) == -9
+    before = {name: (folder / name).read_bytes() for name in ("corpus.json", "tokenizer.json")}
+
+    file = mine / f"wiki.{split}.tokens"
+    lines = file.read_text().splitlines()[::-1]  # the same words, as often
+    file.write_text("\n".join(line.replace(word, " v1 ") if word else line for line in lines) + "\n")
+    from alibi_lm.train import train
+
+    with pytest.raises(ValueError, match=f"holds a run with another {what} .*overwrite=true"):
+        train(composed(*overrides, f"data.cache_dir={tmp_path / 'b'}"), folder)
+    assert {name: (folder / name).read_bytes() for name in before} == before
