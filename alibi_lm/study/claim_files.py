@@ -12,7 +12,7 @@
 `L` runs over all training lengths in the results, or those of `train_lengths`. Each side is
 `{position, train: L, at: L, mode: nonoverlapping, stride, split: validation, where: {setting: value}}`; lengths
 are written `L`, `2L`, `L/2`, `1024`, and `at` also `every>L` or `longest>=4L`. `min_seeds` is 1 where both sides
-are the same runs and 2 where they are not, unless given.
+are the same runs and 2 where they are not, unless given. A claim about all L may ask for `min_lengths` of them.
 
 Two kinds of claims need other measurements: `measure: train_ratio` or `eval_ratio` compares speeds of benchmark
 rows at equal length; `part: early_tokens`, `positions_beyond` or `keys_beyond` is about that part of the change of
@@ -95,6 +95,8 @@ class Claim:
     factor: float = 1.0
     train_lengths: list[int] | None = None
     min_seeds: int | None = None
+    min_lengths: int = 1
+    """Training lengths without which a claim about all of them is not confirmed."""
     measure: str | None = None
     part: str | None = None
     not_measured: str | None = None

@@ -90,9 +90,14 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
         for what, value in measured
     ]
     verdict = overall([instance.verdict for instance in instances])
-    # A claim about certain lengths is not confirmed at those that were left out.
-    partly = f"not run: {missing}" if instances and missing and claim.train_lengths else ""
-    return Judged(claim, verdict, instances, partly if instances else missing)
+    if not instances:
+        return Judged(claim, verdict, [], missing)
+    # A claim about certain lengths, or about all, is not confirmed at those that were left out.
+    note = f"not run: {missing}" if missing and claim.train_lengths else ""
+    lengths = {what.partition(",")[0] for what, _ in measured}
+    if len(lengths) < claim.min_lengths:
+        note = f"{claim.min_lengths} training lengths needed"
+    return Judged(claim, "NOT SETTLED" if note and verdict == "HOLDS" else verdict, instances, note)
 
 
 def judge_all(files: Iterable[ClaimFile], evidence: Evidence, min_seeds: int | None = None) -> list[list[Judged]]:

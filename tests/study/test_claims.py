@@ -19,6 +19,7 @@ from alibi_lm.study.settle import Measured, judge, measure, overall
 CLAIMS = Path(__file__).parents[2] / "configs" / "claims"
 FILES = read_claims(CLAIMS)
 ALL = {claim.id: claim for file in FILES for claim in file.claims}
+AT_EQUAL_LENGTH = Claim("x", "s", "t", Side("alibi"), Side("sinusoidal"), "below")
 
 ON_PAPER = {
     "sinusoidal_worse_at_2L": "HOLDS",
@@ -89,7 +90,7 @@ def two_schemes(alibi, sinusoidal, length=64):
 )
 def test_several_seeds_settle_a_comparison_either_way(alibi, sinusoidal, verdict):
     rows = evidence(two_schemes(alibi, sinusoidal))
-    assert judge_claim(ALL["alibi_beats_sinusoidal_at_every_L"], rows).verdict == verdict
+    assert judge_claim(AT_EQUAL_LENGTH, rows).verdict == verdict
 
 
 def test_every_claim_about_rows_fails_where_the_opposite_is_true():
@@ -113,12 +114,6 @@ def test_a_claim_over_several_lengths_fails_where_one_fails():
     found = judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], evidence(rows))
     assert [i.verdict for i in found.instances] == ["HOLDS", "FAILS"] and found.verdict == "FAILS"
     assert overall(["HOLDS", "NOT SETTLED"]) == "NOT SETTLED" and overall([]) == "NOT RUN"
-
-
-def test_lengths_left_out_are_named_where_the_claim_lists_them():
-    rows = two_schemes([20.0, 20.1, 20.2], [21.0, 21.1, 21.2], 64)
-    found = judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], evidence(rows))
-    assert found.verdict == "HOLDS" and "no alibi trained at 128" in found.note
 
 
 def test_asking_at_more_lengths_widens_each_interval():
@@ -153,7 +148,7 @@ def test_document_sums_are_used_where_they_are_at_hand():
             made = row(position, seed=seed, perplexity=math.exp(sums.sum() / TOKENS))
             rows.append(made)
             summaries[made.key] = SimpleNamespace(document_nats=sums, document_tokens=tokens)
-    claim = ALL["alibi_beats_sinusoidal_at_every_L"]
+    claim = AT_EQUAL_LENGTH
     found = judge_claim(claim, evidence(rows, summaries=summaries))
     assert found.verdict == "HOLDS" and "3 seeds and 40 documents" in found.instances[0].numbers
     one = [r for r in rows if r.seed == 1]
@@ -241,6 +236,27 @@ def test_parts_are_refused_where_they_make_no_sense():
         values: dict = {"part": "keys_beyond", "left": Side("alibi", at="2L")} | settings
         with pytest.raises(ValueError, match=r"part = '?key"):
             Claim("x", "s", "t", **values)
+
+
+def test_a_claim_is_not_confirmed_at_lengths_that_were_not_run():
+    claim = ALL["alibi_beats_sinusoidal_at_64_and_128"]
+    rows = two_schemes([20.0, 20.1], [22.0, 22.2], length=128)
+    found = judge_claim(claim, evidence(rows))
+    assert [i.verdict for i in found.instances] == ["HOLDS"]
+    assert found.verdict == "NOT SETTLED" and "no alibi trained at 64" in found.note
+    rows += two_schemes([20.0, 20.1], [22.0, 22.2], length=64)
+    assert judge_claim(claim, evidence(rows)).verdict == "HOLDS"
+    worse = two_schemes([22.0, 22.2], [20.0, 20.1], length=128)
+    assert judge_claim(claim, evidence(worse)).verdict == "FAILS", "one length is enough to refute it"
+
+
+def test_a_claim_about_every_length_needs_several():
+    claim = ALL["alibi_beats_sinusoidal_at_every_L"]
+    rows = []
+    for length, verdict in ((64, "NOT SETTLED"), (128, "NOT SETTLED"), (256, "HOLDS")):
+        rows += two_schemes([20.0, 20.1], [22.0, 22.2], length=length)
+        found = judge_claim(claim, evidence(rows))
+        assert found.verdict == verdict and bool(found.note) == (verdict != "HOLDS")
 
 
 def test_different_texts_are_never_compared():
