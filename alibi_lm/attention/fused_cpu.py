@@ -10,6 +10,7 @@ Shape letters: B batch, T tokens (queries and keys), H heads, K head dim.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -43,9 +44,10 @@ def kernel_backward(
 
 @functools.cache
 def available() -> bool:
-    """Whether this build of torch has the kernel, and it computes what this module relies on.
+    """Whether this build of torch has the kernel, and it computes what is relied on here.
 
-    The operator is not part of torch's public interface, so it is tried once, on five tokens.
+    The operator is not part of torch's public interface, so it is tried once: causal with a row of stride 0, and
+    queries in blocks whose keys are overlapping views.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     with (
@@ -54,14 +56,26 @@ def available() -> bool:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        q, k, v = (torch.randn(1, 2, 5, 8, generator=generator, requires_grad=True) for _ in range(3))
-        row = torch.randn(2, 5, generator=generator)
-        ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
-        expected = (q @ k.mT * 8**-0.5 + row[:, None]).masked_fill(ahead, float("-inf")).softmax(-1) @ v
-        try:
-            got = kernel(q, k, v, True, row[None, :, None].expand(1, -1, 5, -1), 8**-0.5)[0]
-            mine, theirs = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (got, expected))
-        except (AttributeError, RuntimeError, NotImplementedError, TypeError):
-            return False
-        close = functools.partial(torch.allclose, rtol=1e-4, atol=1e-5)
-        return close(got, expected) and all(map(close, mine, theirs))
+        q, k, v = (torch.randn(1, 2, 6, 8, generator=generator, requires_grad=True) for _ in range(3))
+        row = torch.randn(2, 6, generator=generator)[None, :, None].expand(1, -1, 6, -1)
+        block = torch.randn(2, 4, generator=generator)
+        block[0, 3] = -math.inf
+
+        # The first head's last four queries in two blocks of two, each with the four keys up to its own last.
+        q_blocks = q[:, 0, 2:].unflatten(1, (2, 2))
+        k_blocks, v_blocks = (x[:, 0].unfold(1, 4, 2).transpose(-2, -1) for x in (k, v))
+        calls = ((q, k, v, True, row), (q_blocks, k_blocks, v_blocks, False, block.expand(1, 2, -1, -1)))
+        for queries, keys, values, causal, mask in calls:
+            scores = queries @ keys.mT * 8**-0.5 + mask
+            if causal:
+                scores = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -math.inf)
+            expected = scores.softmax(-1) @ values
+            try:
+                got = kernel(queries, keys, values, causal, mask, 8**-0.5)[0]
+                mine, theirs = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (got, expected))
+            except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+                return False
+            close = functools.partial(torch.allclose, rtol=1e-4, atol=1e-5)
+            if not (close(got, expected) and all(map(close, mine, theirs))):
+                return False
+        return True

@@ -12,6 +12,9 @@ Two things make it so:
 
   so that it holds whatever was trained. A steep head costs what its reach costs, not what the length costs.
 
+The reach is that of the longest-sighted token of the batch, so another token, a later one included, can change how
+the sums are split, and with it the last bits of a result: as with any two shapes of a batch, never more.
+
 Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, F rows before the first block, R rows of
 a block, W keys that a block sees before its own.
 """
@@ -46,6 +49,8 @@ def attend_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> Tensor
     Returns:
         (B, H, T, K).
     """
+    # The kernel reads each vector as a run of numbers, whatever its stride.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _operator(q, k, v, key_bias)[0]
 
 
@@ -190,9 +195,13 @@ def _blocks(reach: int, length: int) -> tuple[int, int, int] | None:
     return (first, block, reach) if computed <= WORTHWHILE * length * (length + 256) / 2 else None
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def _block_mask(slope: float, block: int, reach: int) -> Tensor:
-    """(R, W + R): the bias of the keys that a block sees, the same for every block; later keys hidden."""
+    """(R, W + R): the bias of the keys that a block sees, the same for every block; later keys hidden.
+
+    Kept for the next layer and the backward pass: the heads of one layer need few, of 27 MB at most below 16,384
+    tokens.
+    """
     distance = torch.arange(block)[:, None] + float(reach) - torch.arange(reach + block)
     return (-slope * distance).masked_fill(distance < 0, -math.inf)
 

@@ -1,11 +1,10 @@
 """Attention through torch's fused kernels, `scaled_dot_product_attention` and what lies behind it on the CPU.
 
-Five routes, all equal to `eager`:
+Four routes, all equal to `eager`:
 - no bias: the plain causal kernel;
-- a bias that is a function of the key (`PositionScheme.key_bias`, ALiBi): on the CPU a row of scores added by the
-  plain causal kernel, elsewhere extra columns of queries and keys; no (T, S) tensor exists;
-- a bias that is a function of the distance (`PositionScheme.distance_bias`, T5), on the CPU: slices of queries
-  that share one block of the mask;
+- a bias that is a function of the key (`PositionScheme.key_bias`, ALiBi): on the CPU see `key_bias.py`, elsewhere
+  extra columns of queries and keys; no (T, S) tensor exists;
+- a bias that is a function of the distance (`PositionScheme.distance_bias`, T5), on the CPU: see `band.py`;
 - any other bias, a window, or queries that are not all of the keys: a dense additive mask, built once per
   forward pass when it is small and in slices of queries when it is not.
 """

@@ -36,9 +36,13 @@ SETTINGS: dict[str, Any] = {
     "model.activation_dropout": 0.1,
     "model.final_norm": False,
     "model.adaptive_cutoffs": [20000, 60000],
+    "model.adaptive_factor": 4.0,
+    "model.adaptive_dropout": 0.2,
+    "model.initialisation": "fairseq",
     "data.name": "wikitext103",
     "tokenizer.name": "word",
     "optimizer.name": "nag",
+    "schedule.name": "fairseq_cosine",
     "clip_norm": 0.1,
     "steps": STEPS,
 }
@@ -201,6 +205,8 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
             found.append(f"text: {split} has {counts} words, the paper's {expected or 0:,}")
     if any(row.words is not None and row.words != row.tokens for row in rows):
         found.append("text: tokens are not words; our perplexities below are per word all the same")
+    texts = {_training_text(record) for record in records.values()} - {None}
+    found += [f"training text: {text}" for text in sorted(filter(None, texts))]
     known = [record for record in records.values() if record.config]
     if len(known) < len(records):
         found.append(f"unknown: {len(records) - len(known)} runs have no config.yaml at hand")
@@ -265,6 +271,12 @@ def comparison_table(items: Sequence[Comparison]) -> Table:
         )
     header = "scheme,trained at,tested at,paper,table,ours,seeds,difference,paper's ratio,our ratio".split(",")
     return Table(header, body)
+
+
+def _training_text(record: RunRecord) -> str | None:
+    """What a run was trained on, where its record says that it was not WikiText-103's own training split."""
+    identity = ((record.corpus.get("splits") or {}).get("train") or {}).get("identity")
+    return identity if identity and identity.startswith("not ") else None
 
 
 def _budget(record: RunRecord) -> float | None:

@@ -45,7 +45,8 @@ def test_values_and_gradients(route, dtype, num_tokens):
     got = (nats, *torch.autograd.grad((nats * weights).sum(), (hidden, table)))
     for mine, theirs in zip(got, reference(hidden, table, targets, weights), strict=True):
         error = (mine.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1)
-        assert error < TOLERANCE[dtype] * (1 if mine is not nats or dtype != torch.bfloat16 else 3)
+        # The loss of half-precision arguments is that of float32; only gradients are rounded to their dtype.
+        assert error < (1e-6 if mine is nats and dtype == torch.bfloat16 else TOLERANCE[dtype])
 
 
 def test_gradcheck(route):

@@ -45,6 +45,21 @@ def test_later_tokens_change_nothing_before_them(tiny_model, name, settings, att
 
 
 @each_variant
+def test_later_tokens_change_no_more_than_rounding_in_a_long_sequence(tiny_model, name, settings):
+    """Long sequences take other routes; how they split their sums may depend on all tokens."""
+    model = tiny_model(name, "sdpa", train_length=700, **settings)
+    with torch.no_grad():
+        for block in model.layers:
+            block.attention.qkv.weight *= 2  # scores as large as in a trained model
+    tokens = ids(2, 700)
+    changed = tokens.clone()
+    changed[:, 600:] = (changed[:, 600:] + 1) % 50
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :600], after[:, :600], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before[:, 600:], after[:, 600:], rtol=1e-2, atol=1e-2)
+
+
+@each_variant
 @pytest.mark.parametrize("attention", BACKENDS)
 def test_gradient_reaches_all_earlier_tokens_and_no_later_one(tiny_model, name, settings, attention):
     model = tiny_model(name, attention, **settings)

@@ -125,9 +125,9 @@ def real_row(**changes):
     return ResultRow(**(row(train=512, length=512).__dict__ | counts | changes))
 
 
-def notes_for(tmp_path, config, finished, **changes):
+def notes_for(tmp_path, config, finished, corpus=None, **changes):
     rows = [real_row(**changes)]
-    write_run(tmp_path / "runs", rows[0].run, config, finished)
+    write_run(tmp_path / "runs", rows[0].run, config, finished, corpus=corpus)
     return caveats(rows, find_records(rows, tmp_path / "extrapolation"))
 
 
@@ -154,6 +154,16 @@ def test_the_papers_own_settings_have_no_caveat(tmp_path):
 def test_each_difference_from_the_paper_is_said(tmp_path, config, finished, changes, message):
     notes = notes_for(tmp_path, paper_config(**config), finished, **changes)
     assert any(message in note for note in notes), notes
+
+
+def test_another_training_text_is_said(tmp_path):
+    seen = {"tokens_seen": 286_000 * 73_728}
+    other = {"splits": {"train": {"identity": "not the original WikiText-103 training split (5 words, not 6)"}}}
+    assert notes_for(tmp_path / "a", paper_config(), seen, other) == [
+        f"training text: {other['splits']['train']['identity']}"
+    ]
+    own = {"splits": {"train": {"identity": "the original WikiText-103 training split"}}}
+    assert notes_for(tmp_path / "b", paper_config(), seen, own) == []
 
 
 def test_the_script_prints_and_writes_the_comparison(tmp_path):

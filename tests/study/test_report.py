@@ -126,7 +126,7 @@ def test_it_is_rewritten_and_the_same_for_the_same_results(report):
     path, _ = report
     before = path.read_bytes()
     path.write_text("old")
-    done = run_script("report.py", f"folder={path.parent}")
+    done = run_script("report.py", f"folder={path.parent}", cwd=path.parents[3])
     assert done.returncode == 0 and path.read_bytes() == before
 
 
