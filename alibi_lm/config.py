@@ -172,7 +172,7 @@ class EvaluateConfig:
     runs: str | None = None
     """A run folder or a glob of them."""
     lengths: list[int] = field(default_factory=list)
-    """Inference lengths; empty: the experiment's own."""
+    """Inference lengths; empty: those in the config.yaml of each run, which are its experiment's at that time."""
     mode: str | None = None
     """nonoverlapping or sliding; null: the experiment's own."""
     stride: int | None = None

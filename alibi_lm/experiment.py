@@ -78,11 +78,17 @@ def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, tuple[list
         Run folder -> (the overrides that describe the run, its config), in the order of the study.
 
     Raises:
-        ValueError: the experiment names no runs.
+        ValueError: the experiment names no runs, or all of them would share a folder.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    for override in overrides:
+        if override.startswith("output_dir="):
+            raise ValueError(
+                f"{override}: the runs of an experiment have a folder each, outputs/{experiment}/runs/<name>. "
+                "Leave it out here; make train takes it, for one run."
+            )
     chosen = [o for o in overrides if o.startswith("study=")]
     study = compose([f"experiment={experiment}", *chosen]).study
     if not study:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
+import re
 import subprocess
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,33 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     torch.manual_seed(mixed)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory in bytes: of the CUDA allocator since its last reset, or of this process (resident)."""
+def reset_peak_memory(device: torch.device) -> int:
+    """Start a measurement of peak memory; returns the bytes in use now, 0 where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # Give freed memory back to the system first, so that using it again is seen.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return 0
+    return _process_status("VmRSS") or 0
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most bytes in use since `reset_peak_memory`: CUDA's allocator's, or the process's resident ones (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    return _process_status("VmHWM")
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+
+def _process_status(name: str) -> int | None:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 @functools.cache

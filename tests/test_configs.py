@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm.config import GROUPS, EvaluateConfig, EvaluationConfig, TrainConfig, from_dict, to_dict
 from alibi_lm.evaluation.load import build_model
-from alibi_lm.experiment import compose, run_folder
+from alibi_lm.experiment import compose, planned_runs, run_folder
 from alibi_lm.model.transformer import ModelConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -144,3 +144,10 @@ def test_saved_configs_are_checked(change, message):
     settings = to_dict(compose(["experiment=smoke"])) | change
     with pytest.raises(ValueError, match=message):
         from_dict(settings)
+
+
+def test_the_runs_of_an_experiment_do_not_share_a_folder(tmp_path):
+    """`make reproduce ARGS=output_dir=...` would have trained one run of seven."""
+    assert len(planned_runs("quick", [])) == 7
+    with pytest.raises(ValueError, match=r"output_dir=\S+: the runs of an experiment have a folder each"):
+        planned_runs("quick", [f"output_dir={tmp_path}"])

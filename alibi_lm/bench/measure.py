@@ -7,19 +7,17 @@ reported, with its quartiles. Where another round of all subjects would take too
 
 from __future__ import annotations
 
-import ctypes
-import re
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from alibi_lm import runtime
 from alibi_lm.bench.subjects import Subject
 from alibi_lm.model.transformer import ModelConfig
 
@@ -75,14 +73,14 @@ class Round:
             first = not times.evaluate
             if first and self.trains and subject.compiled:
                 subject.train_step(inputs, targets)  # compiles, which may take as long as a thousand steps
-            before = reset_peak(device) if first else 0
+            before = runtime.reset_peak_memory(device) if first else 0
             if self.trains:
                 times.train.append(timed(device, partial(subject.train_step, inputs, targets), self.clock))
             else:
                 times.train.append(None)
             times.evaluate.append(timed(device, partial(subject.evaluate, inputs, targets), self.clock))
             if first:
-                peak = read_peak(device)
+                peak = runtime.peak_memory_bytes(device)
                 if peak is not None:
                     # A first step allocates the optimizer's means; count state once, as parameters plus step.
                     state = subject.state_bytes() // 4
@@ -164,35 +162,6 @@ def timed(device: torch.device, run: Callable[[], Any], clock: str = "wall") -> 
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
-
-
-def reset_peak(device: torch.device) -> int:
-    """Start a measurement of peak memory; returns the bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        # Give freed memory back to the system first, so that using it again is seen.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return 0
-    return _status("VmRSS") or 0
-
-
-def read_peak(device: torch.device) -> int | None:
-    """Highest number of bytes in use since `reset_peak`; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int | None:
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def repeat(rounds: list[Round], seconds: float, after: Callable[[Round], None]) -> None:

@@ -33,6 +33,9 @@ CURVE_COLUMNS = (
 )  # fmt: skip
 """Columns of the table in Weights & Biases: the name of a row's curve, and fields of the row."""
 
+WAY = ("checkpoint", "attention", "precision")
+"""Settings of an evaluation that each row names; `fairness.py` compares them."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -131,7 +134,7 @@ def evaluate_length(
         words=stream.words,
         bytes=stream.bytes,
         commit=runtime.code_version()[0],
-        extra=_origin(task.folder, corpus),
+        extra=_origin(task.folder, corpus) | {name: getattr(config, name) for name in WAY},
     )
     model = load_run(
         task.folder, length, config.checkpoint, config.attention, device, position=config.position or None
@@ -144,8 +147,7 @@ def evaluate_length(
     if model.max_position is not None and length > model.max_position:
         reason = f"position={task.config.position.name} has {model.max_position} positions"
         return ResultRow(**common, reason=reason)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    runtime.reset_peak_memory(device)
     scored = TokenStore(output_folder(config) / "tokens").get(
         label,
         Scoring(settings.split, settings.mode, length, settings.stride),

@@ -93,6 +93,9 @@ def _of_rows(rows: Iterable[ResultRow]) -> list[Difference]:
             points.setdefault(row.key[1:], []).append(row)
     mixed = [row for point in points.values() if len({row.commit for row in point}) > 1 for row in point]
     found += _compare("commit of the evaluation", {(r.run or "", r.key): _short(r.commit) for r in mixed}, True)
+    for name in ("checkpoint", "precision", "attention"):
+        ways = {(r.run or "", r.key): str(r.extra[name]) for r in rows if name in r.extra}
+        found += _compare(f"{name} of the evaluation", ways, name != "attention")
     return found
 
 

@@ -214,6 +214,7 @@ def test_the_summary_has_an_entry_for_every_value_and_agrees_with_its_row(place)
     summaries = read_summaries(place / "extrapolation" / "summary.npz")
     assert set(summaries) == {row.key for row in rows} and len(rows) == 8
     for row in rows:
+        assert {"checkpoint": "best", "attention": "sdpa", "precision": "float32"}.items() <= row.extra.items()
         summary = summaries[row.key]
         assert summary.nats == pytest.approx(row.nats, rel=1e-12)
         assert summary.document_tokens.sum() == summary.position_tokens.sum() == row.tokens

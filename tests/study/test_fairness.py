@@ -111,3 +111,15 @@ def test_a_damaged_run_folder_is_a_clear_error(tmp_path):
 
 def test_flatten_keeps_lists_whole():
     assert flatten({"a": {"b": [1, {"c": 2}], "d": None}, "e": 1}) == {"a.b": [1, {"c": 2}], "a.d": None, "e": 1}
+
+
+@pytest.mark.parametrize(
+    "way, other, matters",
+    [("checkpoint", "last", True), ("precision", "bfloat16", True), ("attention", "eager", False)],
+)
+def test_rows_that_were_computed_in_another_way_are_named(tmp_path, way, other, matters):
+    usual = {"checkpoint": "best", "precision": "float32", "attention": "sdpa"}
+    rows = [row("alibi", extra=usual), row("rotary", extra=usual | {way: other}), row("t5")]
+    (difference,) = found(tmp_path, rows=rows)
+    assert difference.what == f"{way} of the evaluation" and difference.matters is matters
+    assert difference.values == {usual[way]: ["alibi_L64_s1"], other: ["rotary_L64_s1"]}
