@@ -28,10 +28,8 @@ INITIALISATIONS = ("scaled", "fairseq")
 
 @torch.no_grad()
 def initialise(model: TransformerLM) -> None:
-    """Draw all parameters of a model from torch's global generator."""
+    """Draw all parameters of a model from torch's global generator; those of position schemes last."""
     model.vocabulary.initialise()
-    for scheme in model.schemes:
-        scheme.initialise()
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
@@ -39,6 +37,8 @@ def initialise(model: TransformerLM) -> None:
     draw = _fairseq if model.config.initialisation == "fairseq" else _scaled
     for block in model.layers:
         draw(block, len(model.layers))
+    for scheme in model.schemes:
+        scheme.initialise()
 
 
 def _scaled(block: Block, num_layers: int) -> None:

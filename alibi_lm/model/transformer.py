@@ -221,9 +221,11 @@ class TransformerLM(nn.Module):
             train_length=train_length,
             context_length=context_length or train_length,
         )
-        first = position.build(shape)
-        copies = 1 if first.share_across_layers else config.num_layers
-        self.positions = nn.ModuleList([first, *(position.build(shape) for _ in range(copies - 1))])
+        # One seed gives all schemes the same weights elsewhere: what a scheme draws is drawn aside, or last.
+        with torch.random.fork_rng(devices=[]):
+            first = position.build(shape)
+            copies = 1 if first.share_across_layers else config.num_layers
+            self.positions = nn.ModuleList([first, *(position.build(shape) for _ in range(copies - 1))])
         if config.adaptive_cutoffs:
             self.vocabulary: Vocabulary | AdaptiveVocabulary = AdaptiveVocabulary(
                 vocab_size,

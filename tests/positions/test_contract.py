@@ -33,6 +33,14 @@ def ids(batch: int, length: int) -> torch.Tensor:
 
 
 @each_variant
+def test_one_seed_gives_every_scheme_the_same_weights_elsewhere(tiny_model, name, settings):
+    mine, plain = tiny_model(name, **settings).state_dict(), tiny_model("none").state_dict()
+    shared = [key for key in mine if not key.startswith("positions.")]
+    assert shared == [key for key in plain if not key.startswith("positions.")]
+    assert all(torch.equal(mine[key], plain[key]) for key in shared)
+
+
+@each_variant
 @pytest.mark.parametrize("attention", BACKENDS)
 def test_later_tokens_change_nothing_before_them(tiny_model, name, settings, attention):
     model = tiny_model(name, attention, **settings)
