@@ -119,6 +119,7 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
         at_once = min(len(runs), max(1, (os.cpu_count() or 1) // config.threads))
     print(f"experiment={experiment}: {len(runs)} runs, {at_once} at a time", flush=True)
     shared = [o for o in overrides if o.startswith(("device=", "threads="))]
+    side_by_side = [f"threads={config.threads}"] if at_once > 1 else []
     # The corpus first and alone, with its bars: the runs would only wait for each other.
     if status := _script("prepare_data.py", [f"experiment={experiment}", *overrides]):
         return status
@@ -132,7 +133,9 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
             # A line of the terminal for each bar.
             bar = {"TQDM_POSITION": str(slot)}
             return _script("train.py", runs[folder][0], bar) or _script(
-                "evaluate.py", [f"experiment={experiment}", f"runs={folder}", "draw=false", *shared], bar
+                "evaluate.py",
+                [f"experiment={experiment}", f"runs={folder}", "draw=false", *side_by_side, *shared],
+                bar,
             )
         finally:
             slots.put(slot)

@@ -58,6 +58,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     if config.show is not None:
         known = report.read(Path(config.show))
         print(report.table(known))
+        print(f"\n{report.ratios_markdown(known)}")
         return known
     device = runtime.start(config.device, threads=config.threads)
     on_gpu = device.type == "cuda"

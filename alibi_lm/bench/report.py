@@ -111,12 +111,9 @@ def table(measured: list[dict[str, Any]]) -> str:
             f"{'alibi x':>11} {'memory':>8}",
         ]
         for row in here:
-            name = f"{row['implementation']} {row['position']}" + (" compiled" if row["compiled"] else "")
-            if row["backend"] not in ("sdpa", "its own"):
-                name += f" ({row['backend']})"
             speedups = "/".join(_number(row[k], "4.2f") for k in ("alibi_train_speedup", "alibi_eval_speedup"))
             lines.append(
-                f"{name:38}{_number(row['train_tokens_per_second'], '9,.0f'):>9} {_ratio(row, 'train'):>20} "
+                f"{_name(row):38}{_number(row['train_tokens_per_second'], '9,.0f'):>9} {_ratio(row, 'train'):>20} "
                 f"{_number(row['eval_tokens_per_second'], '9,.0f'):>9} {_ratio(row, 'eval'):>20} "
                 f"{_number(row['train_flops_utilisation'], '9.2f'):>9} {speedups:>11} "
                 f"{_number(row['peak_memory_bytes'] and row['peak_memory_bytes'] / 2**20, '5,.0f'):>5} MB"
@@ -128,6 +125,33 @@ def table(measured: list[dict[str, Any]]) -> str:
         "ALiBi trains / evaluates.",
     ]
     return "\n".join(lines)
+
+
+def ratios_markdown(measured: list[dict[str, Any]]) -> str:
+    """Tokens/s over our none's, a line an implementation and two columns a length; `docs/speed.md` has these."""
+    lengths = sorted({row["length"] for row in measured})
+    columns = [
+        (f"{kind} {length:,}", f"{kind}_ratio", length)
+        for length in lengths
+        for kind in ("train", "eval")
+        if any(row["length"] == length and row[f"{kind}_ratio"] is not None for row in measured)
+    ]
+    body: dict[str, dict[tuple[str, int], str]] = {}
+    for row in measured:
+        for kind in ("train_ratio", "eval_ratio"):
+            body.setdefault(_name(row), {})[kind, row["length"]] = _number(row[kind], ".2f")
+    lines = [
+        f"| implementation | {' | '.join(title for title, *_ in columns)} |",
+        f"| --- |{' --: |' * len(columns)}",
+    ]
+    for name, cells in body.items():
+        lines.append(f"| {name} | {' | '.join(cells.get((kind, length), '-') for _, kind, length in columns)} |")
+    return "\n".join(lines)
+
+
+def _name(row: dict[str, Any]) -> str:
+    name = f"{row['implementation']} {row['position']}" + (" compiled" if row["compiled"] else "")
+    return name if row["backend"] in ("sdpa", "its own") else f"{name} ({row['backend']})"
 
 
 def table_1(measured: list[dict[str, Any]]) -> str:
