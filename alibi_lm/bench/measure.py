@@ -183,6 +183,6 @@ def repeat(rounds: list[Round], seconds: float, after: Callable[[Round], None]) 
         fitting = [r for r in rounds if r in whole or r.seconds_of_ours < left]
         if not fitting:
             return
-        one = min(fitting, key=lambda r: (len(r.seconds), -r.length))
+        one = min(fitting, key=lambda r: (len(r.seconds), r.length))
         one.run(ours_alone=one not in whole)
         after(one)
