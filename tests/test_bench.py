@@ -216,7 +216,7 @@ def test_the_table_is_printed_again_from_its_rows(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert main([f"show={tmp_path / 'results.jsonl'}"]) == 0
     shown = capsys.readouterr().out
-    table, short = shown.strip().split("\n\n| implementation | train 16 | eval 16 |\n")
+    table, short = shown.strip().split("\n\n| implementation | train 16 | eval 16 | of matmul 16 |\n")
     assert "length 16" in table and table in printed
     assert [line.split(" | ")[0] for line in short.splitlines()[1:]] == ["| ours none", "| ours alibi"]
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')

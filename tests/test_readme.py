@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from alibi_lm.bench.report import ratios_markdown
+from alibi_lm.bench.report import read as report_rows
 from alibi_lm.model.transformer import KeyValueCache, TransformerLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,3 +65,9 @@ def test_its_tables_are_the_published_ones():
         assert len(lines) > 3
         for line in lines:
             assert line in README, f"{path.parent.name}: {line}"
+
+
+def test_the_tables_of_speeds_are_the_published_ones():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    for name in ("results", "compiled"):
+        assert ratios_markdown(report_rows(ROOT / "docs" / "results" / "bench" / f"{name}.jsonl")) in page, name

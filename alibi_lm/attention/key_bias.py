@@ -212,8 +212,8 @@ def _by_tokens(x: Tensor) -> Tensor:
     return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-# A compiler would look inside, and write expanded masks out; it sees these two operators instead. Its cache on disk
-# knows them by name: another signature needs another name.
+# A compiler would look inside, and write expanded masks out; it sees these two operators instead. Its cache on
+# disk knows them by name: another signature needs another name.
 _operator = torch.library.custom_op("alibi_lm::key_bias_attention", forward, mutates_args=())
 _operator_backward = torch.library.custom_op("alibi_lm::key_bias_attention_backward", backward, mutates_args=())
 

@@ -128,22 +128,20 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 
 def ratios_markdown(measured: list[dict[str, Any]]) -> str:
-    """Tokens/s over our none's, a line an implementation and two columns a length; `docs/speed.md` has these."""
-    lengths = sorted({row["length"] for row in measured})
+    """Tokens/s over our none's, and the training step's share of a matrix product's speed: `docs/speed.md`."""
+    kinds = {"train": "train_ratio", "eval": "eval_ratio", "of matmul": "train_flops_utilisation"}
     columns = [
-        (f"{kind} {length:,}", f"{kind}_ratio", length)
-        for length in lengths
-        for kind in ("train", "eval")
-        if any(row["length"] == length and row[f"{kind}_ratio"] is not None for row in measured)
+        (f"{title} {length:,}", kind, length)
+        for length in sorted({row["length"] for row in measured})
+        for title, kind in kinds.items()
+        if any(row["length"] == length and row[kind] is not None for row in measured)
     ]
     body: dict[str, dict[tuple[str, int], str]] = {}
     for row in measured:
-        for kind in ("train_ratio", "eval_ratio"):
+        for kind in kinds.values():
             body.setdefault(_name(row), {})[kind, row["length"]] = _number(row[kind], ".2f")
-    lines = [
-        f"| implementation | {' | '.join(title for title, *_ in columns)} |",
-        f"| --- |{' --: |' * len(columns)}",
-    ]
+    titles = " | ".join(title for title, *_ in columns)
+    lines = [f"| implementation | {titles} |", f"| --- |{' --: |' * len(columns)}"]
     for name, cells in body.items():
         lines.append(f"| {name} | {' | '.join(cells.get((kind, length), '-') for _, kind, length in columns)} |")
     return "\n".join(lines)
