@@ -139,7 +139,7 @@ def build_optimizer(config: AdamWConfig | NAGConfig, model: nn.Module) -> torch.
 
     Args:
         config: an optimizer's settings.
-        model: whose parameters to train; fused kernels are used where they are on a CUDA device.
+        model: whose parameters to train; AdamW updates all of them in one fused kernel.
     """
     if isinstance(config, NAGConfig):
         return FairseqNAG(model.parameters(), config.lr, config.momentum, config.weight_decay)
@@ -156,7 +156,7 @@ def build_optimizer(config: AdamWConfig | NAGConfig, model: nn.Module) -> torch.
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
-        fused=True if all(p.is_cuda for p in parameters) else None,
+        fused=True,
     )
 
 

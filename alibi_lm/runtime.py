@@ -16,6 +16,8 @@ import torch
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt (malloc.h)."""
 
 
 def start(device: str = "auto", local_rank: int = 0, threads: int | None = None) -> torch.device:
@@ -24,6 +26,9 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     Flushing denormals matters for ALiBi on a CPU: its steep heads drive far probabilities to denormal
     floats, which are several times slower to multiply. Threads inherit the switch only if they are
     created after it is set.
+
+    Memory that is freed stays with the process where that is glibc's to decide. A training step frees all it
+    has made, and would otherwise have the system make the same pages anew in the next step.
 
     Args:
         device: `auto` (CUDA if there is one), `cpu` or `cuda`.
@@ -34,6 +39,7 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
         ValueError: unknown device, or `cuda` where there is none.
     """
     torch.set_flush_denormal(True)
+    _keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     if device not in DEVICES:
@@ -44,6 +50,20 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's allocator give no freed memory back to the system, unless the environment says otherwise."""
+    chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    if any(name in os.environ for name in chosen):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc
+    # Smaller blocks than this one come from the heap, which is trimmed only where more than 2 GiB of it lie idle.
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -86,7 +106,7 @@ def reset_peak_memory(device: torch.device) -> int:
         # Give freed memory back to the system first, so that using it again is seen.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return 0
     return _process_status("VmRSS") or 0
 

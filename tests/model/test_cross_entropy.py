@@ -15,7 +15,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
     if request.param != "whole":
-        monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 37)  # 64 rows
+        monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 37)
+        monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 64)
     if request.param == "chunks computed again":
         monkeypatch.setattr(cross_entropy, "KEPT_ELEMENTS", 0)
     return request.param
@@ -124,8 +125,14 @@ def test_scores_of_the_whole_batch_never_exist(monkeypatch):
             return result
 
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 500)
+    monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 64)
     monkeypatch.setattr(cross_entropy, "KEPT_ELEMENTS", 0)
     hidden, table, targets, _ = inputs(1000, torch.float32, vocab_size=500)
     with Watch():
         linear_cross_entropy(hidden, table, targets).sum().backward()
     assert 0 < largest <= 64 * 500
+    largest = 0
+    monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 300)
+    with Watch():
+        linear_cross_entropy(hidden, table, targets).sum().backward()
+    assert largest == 300 * 500, "a large vocabulary must not cut products to a few rows"
