@@ -9,6 +9,9 @@ from alibi_lm.bench import command, measure, report
 from alibi_lm.bench.command import main, parse
 from alibi_lm.bench.config import BenchConfig
 from alibi_lm.bench.measure import Round, repeat, spread, training_flops
+from alibi_lm.bench.peer_process import PeerProcess
+from alibi_lm.bench.peers import peers
+from alibi_lm.bench.subjects import Task
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.study.claim_files import Claim, Side
 from alibi_lm.study.claims import Evidence, judge_claim, read_bench
@@ -64,7 +67,7 @@ def test_every_subject_computes_a_language_models_loss(tiny):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        subjects = [*command.ours(config, sizes, 50, device), *command.peers(config, sizes, 50, device)]
+        subjects = [*command.ours(config, sizes, 50, device), *peers(config, sizes, 50, device)]
     subjects = [s for s in subjects if not isinstance(s, str)]
     assert len(subjects) >= 5
     ids = torch.randint(0, 50, (4, 17))
@@ -85,8 +88,38 @@ def test_a_missing_peer_is_a_line_and_no_failure(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "x_transformers", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    lines = list(command.peers(BenchConfig(lengths=[16]), TINY, 50, torch.device("cpu")))
+    lines = list(peers(BenchConfig(lengths=[16]), TINY, 50, torch.device("cpu")))
     assert len(lines) == 2 and all("not measured" in line for line in lines)
+
+
+def test_peers_are_measured_in_a_process_of_their_own():
+    pytest.importorskip("transformers")
+    sizes = ModelConfig(num_layers=1, model_dim=64, num_heads=2, ffn_dim=256)
+    config = BenchConfig(lengths=[16], eval_lengths=[], precision="float32")
+    with PeerProcess(config, sizes, 50, torch.device("cpu")) as process:
+        bloom = next(s for s in process.subjects if "BLOOM" in s.label)
+        here = next(
+            p for p in peers(config, sizes, 50, torch.device("cpu")) if getattr(p, "label", "") == bloom.label
+        )
+        assert (bloom.label, bloom.backend, bloom.ours) == ("transformers BLOOM alibi", "its own", False)
+        assert bloom.num_parameters == here.num_parameters
+        first = bloom.measure(Task(2, 16, 50, trains=True, clock="wall", first=True))
+        assert 0 < first.train < 60 and 0 < first.evaluate < 60 and first.peak_memory_bytes > 0
+        again = bloom.measure(Task(2, 16, 50, trains=False, clock="wall", first=False))
+        assert again.train is None and again.evaluate > 0 and again.peak_memory_bytes is None
+
+
+def test_a_peer_that_fails_leaves_a_line_and_one_that_dies_an_error(capsys):
+    pytest.importorskip("transformers")
+    sizes = ModelConfig(num_layers=1, model_dim=64, num_heads=2, ffn_dim=256)
+    with PeerProcess(BenchConfig(lengths=[16]), sizes, 50, torch.device("cpu")) as process:
+        task = Task(1, 16, 60_000, trains=True, clock="wall", first=False)  # words it does not have
+        measured = process.subjects[0].measure(task)
+        assert measured.train is None and measured.evaluate is None
+        assert f"{process.subjects[0].label} at length 16: IndexError" in capsys.readouterr().err
+        process._process.kill()
+        with pytest.raises(RuntimeError, match=r"ended with status -9.*peers=false"):
+            process.subjects[0].measure(task)
 
 
 class Fake:
@@ -94,7 +127,6 @@ class Fake:
 
     ours, compiled, precision, backend = True, False, "float32", "sdpa"
     device = torch.device("cpu")
-    module = torch.nn.Linear(1, 1)
 
     def __init__(self, label: str, seconds: list[float]) -> None:
         self.label = self.implementation = self.position = label

@@ -71,17 +71,26 @@ def reaches(q: Tensor, k: Tensor, key_bias: Tensor) -> Tensor:
     line = row[:, :1] + slope[:, None] * torch.arange(length, dtype=torch.float64)
     # A row in float32 leaves its line by its own rounding.
     is_line = (row - line).abs().amax(1) <= 4 * torch.finfo(torch.float32).eps * row.abs().amax(1)
+    # Sum over d >= W of exp(b - slope d), by the geometric series, for b = 0; each unit of b adds 1 / slope.
+    shortest = (NEGLIGIBLE - torch.log1p(-torch.exp(-slope))) / slope
+    # Not a number where the row does not rise: then all keys count. Norms are taken only where they may matter.
+    steep = is_line & (shortest < length)
+    count = int(steep.nonzero().max()) + 1 if steep.any() else 0
+    reach = shortest[:count] + _bound(q[:, :count], k[:, :count]) / slope[:count]
+    # Scores that are not numbers bound nothing.
+    known = steep[:count] & (reach < length)
+    result = torch.full((len(row),), length)
+    result[:count][known] = reach[known].ceil().clamp_min(1).long()
+    return result
 
+
+def _bound(q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, T, K) twice -> (H,) float64: the most by which any key's score exceeds the one of the query's own."""
     q, k = q.float(), k.float()
     # Sums of squares: faster than a norm over so few numbers.
     largest_key = k.square().sum(-1).amax(-1, keepdim=True).sqrt()
     excess = q.square().sum(-1).sqrt() * largest_key - (q * k).sum(-1)
-    bound = excess.amax(2).amax(0).double() * q.shape[-1] ** -0.5
-    # Sum over d >= W of exp(bound - slope d), by the geometric series.
-    reach = (bound + NEGLIGIBLE - torch.log1p(-torch.exp(-slope))) / slope
-    # Not a number where the row does not rise or the scores are none: then all keys count.
-    known = is_line & (reach < length)
-    return torch.where(known, reach.ceil().clamp_min(1), length).long()
+    return excess.amax(2).amax(0).double() * q.shape[-1] ** -0.5
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

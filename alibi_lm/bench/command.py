@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from alibi_lm import runtime
 from alibi_lm.bench import report
 from alibi_lm.bench.config import BenchConfig
 from alibi_lm.bench.measure import Round, repeat
+from alibi_lm.bench.peer_process import PeerProcess
 from alibi_lm.bench.profile import profile_step, profile_table
-from alibi_lm.bench.subjects import Subject, ours, peers
+from alibi_lm.bench.subjects import Implementation, Task, ours
 
 EPILOGUE = "Settings are given as name=value, for example: lengths=[256,1024] positions=[none,alibi] peers=false"
 
@@ -71,19 +72,17 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     subjects = list(ours(config, sizes, vocab_size, device))
     if config.profile:
         for n in config.lengths:
-            shares = {
-                f"{s.label} {s.backend}": profile_step(s, max(1, tokens // n), n, vocab_size) for s in subjects
-            }
+            task = Task(max(1, tokens // n), n, vocab_size, trains=True, clock=config.clock, first=False)
+            shares = {f"{s.label} {s.backend}": profile_step(s, task) for s in subjects}
             print(f"\nlength {n}\n\n{profile_table(shares)}")
         return []
-    others: list[Subject] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peers' own
-        for peer in peers(config, sizes, vocab_size, device) if config.peers else ():
-            if isinstance(peer, str):
-                print(peer, file=sys.stderr)
-            else:
-                others.append(peer)
+    with ExitStack() as stack:
+        others: list[Implementation] = []
+        if config.peers:
+            process = stack.enter_context(PeerProcess(config, sizes, vocab_size, device))
+            others += process.subjects
+            for line in process.missing:
+                print(line, file=sys.stderr)
         rounds = [
             Round(n, max(1, tokens // n), [*subjects, *others], vocab_size, True, config.clock)
             for n in config.lengths

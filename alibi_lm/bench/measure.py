@@ -10,15 +10,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import torch
-
-from alibi_lm import runtime
-from alibi_lm.bench.subjects import Subject
+from alibi_lm.bench.subjects import Implementation, Task
+from alibi_lm.bench.timing import matmul_speed
 from alibi_lm.model.transformer import ModelConfig
 
 
@@ -37,7 +33,7 @@ class Round:
 
     length: int
     batch: int
-    subjects: list[Subject]
+    subjects: Sequence[Implementation]
     vocab_size: int
     trains: bool
     """Whether training is measured too."""
@@ -58,11 +54,8 @@ class Round:
             ours_alone: leave the peers out.
         """
         began = time.perf_counter()
-        device = self.subjects[0].device
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.vocab_size, (self.batch, self.length + 1), generator=generator).to(device)
-        inputs, targets = ids[:, :-1], ids[:, 1:]
-        self.flops_per_second.append(matmul_speed(device, self.subjects[0].precision, self.clock))
+        base = self.subjects[0]
+        self.flops_per_second.append(matmul_speed(base.device, base.precision, self.clock))
         for subject in self.subjects:
             times = self.times[subject.label + subject.backend]
             if ours_alone and not subject.ours:
@@ -71,25 +64,17 @@ class Round:
                 continue
             subject_began = time.perf_counter()
             first = not times.evaluate
-            if first and self.trains and subject.compiled:
-                subject.train_step(inputs, targets)  # compiles, which may take as long as a thousand steps
-            before = runtime.reset_peak_memory(device) if first else 0
-            if self.trains:
-                times.train.append(timed(device, partial(subject.train_step, inputs, targets), self.clock))
-            else:
-                times.train.append(None)
-            times.evaluate.append(timed(device, partial(subject.evaluate, inputs, targets), self.clock))
+            task = Task(self.batch, self.length, self.vocab_size, self.trains, self.clock, first)
+            measured = subject.measure(task)
+            times.train.append(measured.train)
+            times.evaluate.append(measured.evaluate)
             if first:
-                peak = runtime.peak_memory_bytes(device)
-                if peak is not None:
-                    # A first step allocates the optimizer's means; count state once, as parameters plus step.
-                    state = subject.state_bytes() // 4
-                    times.peak_memory_bytes = max(0, peak - before) + state
+                times.peak_memory_bytes = measured.peak_memory_bytes
             if subject.ours and not self.seconds:
                 self.seconds_of_ours += time.perf_counter() - subject_began
         self.seconds.append(time.perf_counter() - began)
 
-    def seconds_of(self, kind: str, *subjects: Subject) -> list[tuple[int, tuple[float, ...]]]:
+    def seconds_of(self, kind: str, *subjects: Implementation) -> list[tuple[int, tuple[float, ...]]]:
         """The rounds that count for these subjects, and their seconds in each.
 
         Those that measured all of them; not the first, which also warms up, where there are three or more.
@@ -98,16 +83,16 @@ class Round:
         rounds = [(i, row) for i, row in enumerate(zip(*columns, strict=True)) if all(row)]
         return rounds[1:] if len(rounds) >= 3 else rounds
 
-    def ratios(self, subject: Subject, kind: str, of: Subject) -> list[float]:
+    def ratios(self, subject: Implementation, kind: str, of: Implementation) -> list[float]:
         """Speed of a subject over that of another in each round that counts."""
         return [theirs / mine for _, (mine, theirs) in self.seconds_of(kind, subject, of)]
 
-    def tokens_per_second(self, subject: Subject, kind: str) -> float | None:
+    def tokens_per_second(self, subject: Implementation, kind: str) -> float | None:
         """Median over the rounds that count."""
         values = [seconds for _, (seconds,) in self.seconds_of(kind, subject)]
         return self.batch * self.length / statistics.median(values) if values else None
 
-    def utilisation(self, subject: Subject, sizes: ModelConfig, vocab_size: int) -> float | None:
+    def utilisation(self, subject: Implementation, sizes: ModelConfig, vocab_size: int) -> float | None:
         """FLOPs of the training step over what the machine's matrix product does in the same round."""
         flops = self.batch * self.length * training_flops(sizes, vocab_size, self.length)
         values = [flops / s / self.flops_per_second[i] for i, (s,) in self.seconds_of("train", subject)]
@@ -135,33 +120,6 @@ def training_flops(sizes: ModelConfig, vocab_size: int, length: int) -> float:
     words = sizes.adaptive_cutoffs[0] + len(sizes.adaptive_cutoffs) if sizes.adaptive_cutoffs else vocab_size
     weights = sizes.num_layers * (4 * dim * dim + 2 * dim * sizes.ffn_dim) + words * dim
     return 6 * weights + 6 * sizes.num_layers * dim * length
-
-
-def matmul_speed(device: torch.device, precision: str, clock: str = "wall") -> float:
-    """FLOP/s of a large matrix product, the limit that a step is compared with."""
-    size = 1024 if device.type == "cpu" else 8192
-    half = device.type == "cuda" and precision != "float32"
-    a = torch.randn(2 * size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
-    b = torch.randn(size, size, device=device, dtype=a.dtype)
-    a @ b
-    seconds = [timed(device, lambda: a @ b, clock) for _ in range(7)]
-    return 4 * size**3 / statistics.median(s for s in seconds if s)
-
-
-def timed(device: torch.device, run: Callable[[], Any], clock: str = "wall") -> float | None:
-    """Seconds of a call, or None where it runs out of memory."""
-    now = time.process_time if clock == "cpu" else time.perf_counter
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = now()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return now() - began
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
 
 
 def repeat(rounds: list[Round], seconds: float, after: Callable[[Round], None]) -> None:

@@ -7,9 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from alibi_lm.bench.subjects import Subject
+from alibi_lm.bench.subjects import Subject, Task
 
 PARTS: Mapping[str, str] = {
     "loss": r"LinearCrossEntropy|nll_loss|log_softmax|logsumexp",
@@ -21,24 +19,21 @@ PARTS: Mapping[str, str] = {
 REST = "norms, activations, embeddings, copies"
 
 
-def profile_step(subject: Subject, batch: int, length: int, vocab_size: int) -> dict[str, float]:
+def profile_step(subject: Subject, task: Task) -> dict[str, float]:
     """Share of each part in one training step's time on the CPU, largest first; they add up to 1.
 
     Args:
         subject: what is measured.
-        batch: sequences.
-        length: tokens of each.
-        vocab_size: random tokens are below it.
+        task: its tokens.
     """
     # Its library reports each start and stop on standard error otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
-    ids = torch.randint(0, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(subject.device)
-    subject.train_step(ids[:, :-1], ids[:, 1:])  # allocates the optimizer's state
+    inputs, targets = task.tokens(subject.device)
+    subject.train_step(inputs, targets)  # allocates the optimizer's state
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        subject.train_step(ids[:, :-1], ids[:, 1:])
+        subject.train_step(inputs, targets)
     microseconds: dict[str, float] = {}
     for event in found.events():
         part = _part(event)

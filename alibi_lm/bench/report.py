@@ -8,7 +8,7 @@ from typing import Any
 
 from alibi_lm import runtime
 from alibi_lm.bench.measure import Round, spread
-from alibi_lm.bench.subjects import OURS, Subject
+from alibi_lm.bench.subjects import OURS, Implementation
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.run_folder import write_text_atomic
 
@@ -60,13 +60,12 @@ def rows(rounds: list[Round], sizes: ModelConfig, vocab_size: int) -> list[dict[
                 "clock": one.clock,
                 "torch": machine["torch"],
             }
-            row |= {"parameters": sum(p.numel() for p in subject.module.parameters())}
-            row |= {"commit": commit, "dirty": dirty}
+            row |= {"parameters": subject.num_parameters, "commit": commit, "dirty": dirty}
             result.append(row)
     return result
 
 
-def _dtype(subject: Subject) -> str:
+def _dtype(subject: Implementation) -> str:
     if subject.precision == "auto":
         return "bfloat16" if subject.device.type == "cuda" else "float32"
     return subject.precision

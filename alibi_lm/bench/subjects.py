@@ -1,14 +1,15 @@
-"""What is measured: our model with each scheme and backend, and peers as their users get them.
+"""What is measured: language models of the same sizes, with a step of training and a pass of evaluation.
 
-Every subject is one language model of the same sizes, with a step of training and a pass of evaluation over the
-same tokens. Peers train with the same optimizer and clipping; their own code computes model and loss.
+All of them see the same tokens. Peers train with the same optimizer and clipping as our schemes; their own code
+computes model and loss.
 """
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from alibi_lm import runtime
 from alibi_lm.bench.config import BenchConfig
+from alibi_lm.bench.timing import timed
 from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.optim import AdamWConfig, build_optimizer
@@ -27,20 +29,46 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(inputs (B, T), targets (B, T)) -> mean nats per token, or the like."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """One training step, if `trains`, and one evaluation, of `batch` sequences of `length` random tokens."""
+
+    batch: int
+    length: int
+    vocab_size: int
+    trains: bool
+    clock: str
+    """See `BenchConfig.clock`."""
+    first: bool
+    """Whether this task is new to the subject: compile before, and measure memory."""
+
+    def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (B, T) int64; the same at every call."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab_size, (self.batch, self.length + 1), generator=generator).to(device)
+        return ids[:, :-1], ids[:, 1:]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one task: seconds, None where it is not measured or out of memory; bytes, where it was the first."""
+
+    train: float | None
+    evaluate: float | None
+    peak_memory_bytes: int | None = None
+
+
 @dataclass
-class Subject:
-    """One implementation of one scheme."""
+class Implementation(ABC):
+    """One implementation of one scheme, wherever it runs."""
 
     implementation: str
     position: str
     backend: str
     compiled: bool
-    module: nn.Module
-    loss: Loss
-    optimizer: torch.optim.Optimizer
     device: torch.device
     precision: str
-    evaluates_in: str = "float32"
+    """Of training."""
 
     @property
     def ours(self) -> bool:
@@ -51,6 +79,48 @@ class Subject:
     def label(self) -> str:
         """Name in the table."""
         return f"{self.implementation} {self.position}" + (" compiled" if self.compiled else "")
+
+    @property
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Trained numbers."""
+
+    @abstractmethod
+    def measure(self, task: Task) -> Measurement:
+        """Do a task and time it."""
+
+
+@dataclass
+class Subject(Implementation):
+    """An implementation in this process."""
+
+    module: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    evaluates_in: str = "float32"
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def measure(self, task: Task) -> Measurement:
+        """Do a task and time it."""
+        inputs, targets = task.tokens(self.device)
+        if task.first and task.trains and self.compiled:
+            self.train_step(inputs, targets)  # compiles, which may take as long as a thousand steps
+        before = runtime.reset_peak_memory(self.device) if task.first else 0
+        if task.first and task.trains and self.ours:
+            self.train_step(inputs, targets)  # makes the memory that later steps find (see runtime.start)
+        train = None
+        if task.trains:
+            train = timed(self.device, partial(self.train_step, inputs, targets), task.clock)
+        evaluate = timed(self.device, partial(self.evaluate, inputs, targets), task.clock)
+        peak = runtime.peak_memory_bytes(self.device) if task.first else None
+        if peak is not None:
+            # A first step allocates the optimizer's means; count state once, as parameters plus step.
+            peak = max(0, peak - before) + self.state_bytes() // 4
+        return Measurement(train, evaluate, peak)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Forward, backward, clipping, update."""
@@ -94,102 +164,4 @@ def ours(config: BenchConfig, sizes: ModelConfig, vocab_size: int, device: torch
                     # As in training and evaluation: only the training step is ever compiled.
                     return (nats if model.training else model.nats)(inputs, targets).mean()
 
-                yield Subject(OURS, name, backend, compiled, model, loss, optimizer, device, config.precision)
-
-
-def peers(
-    config: BenchConfig, sizes: ModelConfig, vocab_size: int, device: torch.device
-) -> Iterator[Subject | str]:
-    """Peers of the same sizes, or a line that says why one is not measured."""
-    longest = max(config.lengths)
-    if sizes.adaptive_cutoffs:
-        yield "peers are not measured: they have no adaptive vocabulary (use model=small)"
-        return
-    for build in (_x_transformers, _hugging_face):
-        try:
-            found = list(build(sizes, vocab_size, longest))
-        except ImportError as error:
-            yield f"{error.name or error} is not installed: not measured (pip install 'alibi_lm[bench]')"
-            continue
-        for implementation, position, module, loss in found:
-            module.to(device)
-            fused = True if device.type == "cuda" else None
-            optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
-            yield Subject(
-                implementation, position, "its own", False, module, loss, optimizer, device, config.precision
-            )
-
-
-def _x_transformers(
-    sizes: ModelConfig, vocab_size: int, longest: int
-) -> Iterator[tuple[str, str, nn.Module, Loss]]:
-    """x-transformers with its fused attention on, which is faster than its default."""
-    from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-
-    schemes: dict[str, tuple[bool, dict[str, Any]]] = {
-        "alibi": (False, {"alibi_pos_bias": True, "alibi_num_heads": sizes.num_heads}),
-        "rotary": (False, {"rotary_pos_emb": True}),
-        "learned": (True, {}),
-    }
-    for position, (absolute, settings) in schemes.items():
-        decoder = Decoder(
-            dim=sizes.model_dim,
-            depth=sizes.num_layers,
-            heads=sizes.num_heads,
-            attn_dim_head=sizes.head_dim,
-            ff_mult=sizes.ffn_dim / sizes.model_dim,
-            attn_flash=True,
-            **settings,
-        )
-        model = AutoregressiveWrapper(
-            TransformerWrapper(
-                num_tokens=vocab_size,
-                max_seq_len=longest,
-                use_abs_pos_emb=absolute,
-                tie_embedding=True,
-                attn_layers=decoder,
-            )
-        )
-
-        def loss(inputs: Tensor, targets: Tensor, model: nn.Module = model) -> Tensor:
-            # It predicts each input from those before it, one target fewer than we do.
-            return model(inputs)
-
-        yield "x-transformers", position, model, loss
-
-
-def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator[tuple[str, str, nn.Module, Loss]]:
-    """Hugging Face's ALiBi models and its rotary one, with the attention that it chooses by default."""
-    import transformers as hf
-
-    dim, layers, heads = sizes.model_dim, sizes.num_layers, sizes.num_heads
-    bloom = hf.BloomConfig(vocab_size=vocab_size, hidden_size=dim, n_layer=layers, n_head=heads)
-    mpt = hf.MptConfig(
-        vocab_size=vocab_size,
-        d_model=dim,
-        n_layers=layers,
-        n_heads=heads,
-        expansion_ratio=math.ceil(sizes.ffn_dim / dim),
-        max_seq_len=longest,
-    )
-    neox = hf.GPTNeoXConfig(
-        vocab_size=vocab_size,
-        hidden_size=dim,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=sizes.ffn_dim,
-        tie_word_embeddings=True,
-        max_position_embeddings=longest,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-    )
-    for implementation, position, make in (
-        ("transformers BLOOM", "alibi", lambda: hf.BloomForCausalLM(bloom)),
-        ("transformers MPT", "alibi", lambda: hf.MptForCausalLM(mpt)),
-        ("transformers GPT-NeoX", "rotary", lambda: hf.GPTNeoXForCausalLM(neox)),
-    ):
-        model = make()
-
-        def loss(inputs: Tensor, targets: Tensor, model: nn.Module = model) -> Tensor:
-            return model(input_ids=inputs, labels=inputs, use_cache=False).loss
-
-        yield implementation, position, model, loss
+                yield Subject(OURS, name, backend, compiled, device, config.precision, model, loss, optimizer)

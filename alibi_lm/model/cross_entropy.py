@@ -2,9 +2,9 @@
 
     nats_n = log sum_w exp(hidden_n . table_w) - hidden_n . table_target(n)
 
-Rows go through in chunks that stay in the cache, each overwritten in place: scores, exponentials, gradient of the
-scores. Where a batch's exponentials fit KEPT_ELEMENTS they wait for the backward pass, else it computes them
-again. Both are exact, and both are faster than scores, softmax and loss one after the other.
+Rows go through in chunks, each overwritten in place: scores, log-probabilities, in the backward pass probabilities,
+gradient of the scores. Where a batch's log-probabilities fit KEPT_ELEMENTS they wait for the backward pass, else it
+computes them again. Both are exact, and both are faster than scores, softmax and loss one after the other.
 
 Shape letters: N tokens, D model dim, V vocabulary.
 """
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Scores of a chunk. On a CPU 16 MiB of float32, about what a core's share of the cache holds."""
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Scores of a chunk. On a CPU 32 MiB of float32, what a large cache holds."""
 FEWEST_ROWS = 512
 """Rows of a chunk, however many words there are: with fewer, matrix products are slower by up to a half."""
 KEPT_ELEMENTS = 1 << 28
-"""Exponentials kept for the backward pass: 1 GiB of float32."""
+"""Log-probabilities kept for the backward pass: 1 GiB of float32."""
 
 
 def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -59,25 +59,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
         keep = any(ctx.needs_input_grad[:2]) and len(hidden) * len(table) <= KEPT_ELEMENTS
-        nats, log_sums, kept = [], [], []
+        nats, kept = [], []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            scores = _scores(h, table)
-            largest = scores.amax(dim=1, keepdim=True)
-            of_target = scores.gather(1, t[:, None])
-            exponentials = scores.sub_(largest).exp_()
-            total = exponentials.sum(dim=1, keepdim=True)
-            nats.append(total.log() + largest - of_target)
-            log_sums.append(total.log() + largest)
+            log_probs = _log_probs(h, table)
+            nats.append(-log_probs.gather(1, t[:, None])[:, 0])
             if keep:
-                kept.append((exponentials, total))
-        ctx.save_for_backward(hidden, table, targets, torch.cat(log_sums))
+                kept.append(log_probs)
+        ctx.save_for_backward(hidden, table, targets)
         ctx.rows, ctx.kept = rows, kept
-        return torch.cat(nats)[:, 0]
+        return torch.cat(nats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, table, targets, log_sums = ctx.saved_tensors
+        hidden, table, targets = ctx.saved_tensors
         # What was kept is overwritten below: a second pass through the same graph computes it again.
         kept, ctx.kept = ctx.kept, []
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -86,13 +81,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_table = torch.zeros_like(table, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
         for chunk, start in enumerate(range(0, len(hidden), ctx.rows)):
             rows = slice(start, start + ctx.rows)
-            h, g = hidden[rows], grad[rows, None]
-            if kept:
-                scores, total = kept[chunk]
-                scores.mul_(g / total)
-            else:
-                scores = _scores(h, table).sub_(log_sums[rows]).exp_().mul_(g)
-            scores = scores.scatter_add_(1, targets[rows, None], -g).to(hidden.dtype)
+            h, t, g = hidden[rows], targets[rows, None], grad[rows, None]
+            scores = (kept[chunk] if kept else _log_probs(h, table)).exp_().mul_(g).scatter_add_(1, t, -g)
+            scores = scores.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(scores, table, out=grad_hidden[rows])
             if grad_table is not None and grad_table.dtype == scores.dtype:
@@ -100,6 +91,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif grad_table is not None:
                 grad_table += scores.t() @ h
         return grad_hidden, None if grad_table is None else grad_table.to(table.dtype), None, None
+
+
+def _log_probs(hidden: Tensor, table: Tensor) -> Tensor:
+    """(N, D), (V, D) -> (N, V) natural logarithms, float32 or better, no gradient."""
+    scores = _scores(hidden, table)
+    return torch.log_softmax(scores, dim=1, out=scores)
 
 
 def _scores(hidden: Tensor, table: Tensor) -> Tensor:
