@@ -2,9 +2,9 @@
 
     nats_n = log sum_w exp(hidden_n . table_w) - hidden_n . table_target(n)
 
-Rows go through in chunks, each overwritten in place: scores, log-probabilities, in the backward pass probabilities,
-gradient of the scores. Where a batch's log-probabilities fit KEPT_ELEMENTS they wait for the backward pass, else it
-computes them again. Both are exact, and both are faster than scores, softmax and loss one after the other.
+Rows go through in chunks, each overwritten in place: scores, log-probabilities, then in the backward pass
+probabilities and the gradient of the scores. Where a batch's log-probabilities fit KEPT_ELEMENTS they wait for the
+backward pass, else it computes them again. Both are exact, and faster than scores, softmax and loss one by one.
 
 Shape letters: N tokens, D model dim, V vocabulary.
 """
