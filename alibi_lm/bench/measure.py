@@ -1,6 +1,6 @@
 """Paired, interleaved measurements.
 
-A round at one length times every subject once, one after the other, and a matrix product beside them. All ratios
+A round at one length times every subject once, one after the other, each with a matrix product beside it. Ratios
 are taken inside a round, so that what slows the machine for a while slows both sides; the median over rounds is
 reported, with its quartiles. Where another round of all subjects would take too long, one of our own is taken.
 """
@@ -13,8 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from alibi_lm.bench.subjects import Implementation, Task
-from alibi_lm.bench.timing import matmul_speed
+from alibi_lm.bench.subjects import Implementation, Measurement, Task
 from alibi_lm.model.transformer import ModelConfig
 
 
@@ -24,6 +23,8 @@ class Times:
 
     train: list[float | None] = field(default_factory=list)
     evaluate: list[float | None] = field(default_factory=list)
+    flops_per_second: list[float | None] = field(default_factory=list)
+    """Of a matrix product beside the training step."""
     peak_memory_bytes: int | None = None
 
 
@@ -40,8 +41,6 @@ class Round:
     clock: str = "wall"
     """See `BenchConfig.clock`."""
     times: dict[str, Times] = field(default_factory=lambda: defaultdict(Times))
-    flops_per_second: list[float] = field(default_factory=list)
-    """Of a matrix product in the same round, in the training's precision."""
     seconds: list[float] = field(default_factory=list)
     """Wall time of each round."""
     seconds_of_ours: float = 0.0
@@ -54,20 +53,18 @@ class Round:
             ours_alone: leave the peers out.
         """
         began = time.perf_counter()
-        base = self.subjects[0]
-        self.flops_per_second.append(matmul_speed(base.device, base.precision, self.clock))
         for subject in self.subjects:
             times = self.times[subject.label + subject.backend]
-            if ours_alone and not subject.ours:
-                times.train.append(None)
-                times.evaluate.append(None)
-                continue
             subject_began = time.perf_counter()
             first = not times.evaluate
-            task = Task(self.batch, self.length, self.vocab_size, self.trains, self.clock, first)
-            measured = subject.measure(task)
+            if ours_alone and not subject.ours:
+                measured = Measurement(None, None)
+            else:
+                task = Task(self.batch, self.length, self.vocab_size, self.trains, self.clock, first)
+                measured = subject.measure(task)
             times.train.append(measured.train)
             times.evaluate.append(measured.evaluate)
+            times.flops_per_second.append(measured.flops_per_second)
             if first:
                 times.peak_memory_bytes = measured.peak_memory_bytes
             if subject.ours and not self.seconds:
@@ -93,9 +90,10 @@ class Round:
         return self.batch * self.length / statistics.median(values) if values else None
 
     def utilisation(self, subject: Implementation, sizes: ModelConfig, vocab_size: int) -> float | None:
-        """FLOPs of the training step over what the machine's matrix product does in the same round."""
+        """FLOPs of the training step over what the machine's matrix product does beside it."""
         flops = self.batch * self.length * training_flops(sizes, vocab_size, self.length)
-        values = [flops / s / self.flops_per_second[i] for i, (s,) in self.seconds_of("train", subject)]
+        speeds = self.times[subject.label + subject.backend].flops_per_second
+        values = [flops / s / speed for i, (s,) in self.seconds_of("train", subject) if (speed := speeds[i])]
         return statistics.median(values) if values else None
 
 
@@ -137,10 +135,10 @@ def repeat(rounds: list[Round], seconds: float, after: Callable[[Round], None]) 
     while True:
         left = deadline - time.perf_counter()
         whole = [r for r in rounds if max(r.seconds) < left]
-        # Lengths take turns; a long one, whose peers no longer fit, goes on with ours alone.
+        # Lengths get equal time; a long one, whose peers no longer fit, goes on with ours alone.
         fitting = [r for r in rounds if r in whole or r.seconds_of_ours < left]
         if not fitting:
             return
-        one = min(fitting, key=lambda r: (len(r.seconds), r.length))
+        one = min(fitting, key=lambda r: (sum(r.seconds), r.length))
         one.run(ours_alone=one not in whole)
         after(one)

@@ -6,6 +6,7 @@ computes model and loss.
 
 from __future__ import annotations
 
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from alibi_lm import runtime
 from alibi_lm.bench.config import BenchConfig
-from alibi_lm.bench.timing import timed
+from alibi_lm.bench.timing import matmul_speeds, timed
 from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.optim import AdamWConfig, build_optimizer
@@ -55,6 +56,8 @@ class Measurement:
 
     train: float | None
     evaluate: float | None
+    flops_per_second: float | None = None
+    """Of a large matrix product right before and after the training step, in its precision."""
     peak_memory_bytes: int | None = None
 
 
@@ -112,15 +115,17 @@ class Subject(Implementation):
         before = runtime.reset_peak_memory(self.device) if task.first else 0
         if task.first and task.trains and self.ours:
             self.train_step(inputs, targets)  # makes the memory that later steps find (see runtime.start)
-        train = None
+        train = speed = None
         if task.trains:
+            speeds = matmul_speeds(self.device, self.precision, task.clock)
             train = timed(self.device, partial(self.train_step, inputs, targets), task.clock)
+            speed = statistics.median(speeds + matmul_speeds(self.device, self.precision, task.clock))
         evaluate = timed(self.device, partial(self.evaluate, inputs, targets), task.clock)
         peak = runtime.peak_memory_bytes(self.device) if task.first else None
         if peak is not None:
             # A first step allocates the optimizer's means; count state once, as parameters plus step.
             peak = max(0, peak - before) + self.state_bytes() // 4
-        return Measurement(train, evaluate, peak)
+        return Measurement(train, evaluate, speed, peak)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Forward, backward, clipping, update."""
