@@ -2,9 +2,9 @@
 
     nats_n = log sum_w exp(hidden_n . table_w) - hidden_n . table_target(n)
 
-Rows go through in chunks, each overwritten in place: scores, log-probabilities, then in the backward pass
-probabilities and the gradient of the scores. Where a batch's log-probabilities fit KEPT_ELEMENTS they wait for the
-backward pass, else it computes them again. Both are exact, and faster than scores, softmax and loss one by one.
+Rows go through in chunks, each overwritten in place: scores, log-probabilities, probabilities, gradient of the
+scores. Where a batch's probabilities fit KEPT_ELEMENTS they wait for the backward pass, else it computes them
+again. Both are exact, and faster than scores, softmax and loss one after the other.
 
 Shape letters: N tokens, D model dim, V vocabulary.
 """
@@ -24,7 +24,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 FEWEST_ROWS = 512
 """Rows of a chunk, however many words there are: with fewer, matrix products are slower by up to a half."""
 KEPT_ELEMENTS = 1 << 28
-"""Log-probabilities kept for the backward pass: 1 GiB of float32."""
+"""Probabilities kept for the backward pass: 1 GiB of float32."""
 
 
 def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_probs = _log_probs(h, table)
             nats.append(-log_probs.gather(1, t[:, None])[:, 0])
             if keep:
-                kept.append(log_probs)
+                kept.append(log_probs.exp_())
         ctx.save_for_backward(hidden, table, targets)
         ctx.rows, ctx.kept = rows, kept
         return torch.cat(nats)
@@ -76,20 +76,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # What was kept is overwritten below: a second pass through the same graph computes it again.
         kept, ctx.kept = ctx.kept, []
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_table: Tensor | None = None
         # Half precision would round the sum over chunks away.
         sum_dtype = torch.promote_types(table.dtype, torch.float32)
-        grad_table = torch.zeros_like(table, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
         for chunk, start in enumerate(range(0, len(hidden), ctx.rows)):
             rows = slice(start, start + ctx.rows)
             h, t, g = hidden[rows], targets[rows, None], grad[rows, None]
-            scores = (kept[chunk] if kept else _log_probs(h, table)).exp_().mul_(g).scatter_add_(1, t, -g)
-            scores = scores.to(hidden.dtype)
+            probs = kept[chunk] if kept else _log_probs(h, table).exp_()
+            # The gradient of the scores is g times this; g goes to the narrow side of both products.
+            scores = probs.scatter_add_(1, t, -torch.ones_like(g)).to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(scores, table, out=grad_hidden[rows])
-            if grad_table is not None and grad_table.dtype == scores.dtype:
-                grad_table.addmm_(scores.t(), h)
-            elif grad_table is not None:
-                grad_table += scores.t() @ h
+                torch.mm(scores, table, out=grad_hidden[rows]).mul_(g)
+            if ctx.needs_input_grad[1]:
+                h = (h * g).to(h.dtype)
+                if grad_table is None:
+                    grad_table = (scores.t() @ h).to(sum_dtype)
+                elif sum_dtype == h.dtype:
+                    grad_table.addmm_(scores.t(), h)
+                else:
+                    grad_table += scores.t() @ h
+        if grad_table is None and ctx.needs_input_grad[1]:
+            grad_table = torch.zeros_like(table)
         return grad_hidden, None if grad_table is None else grad_table.to(table.dtype), None, None
 
 
