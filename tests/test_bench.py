@@ -102,6 +102,7 @@ def test_peers_are_measured_in_a_process_of_their_own():
         here = next(
             p for p in peers(config, sizes, 50, torch.device("cpu")) if getattr(p, "label", "") == bloom.label
         )
+        assert not bloom.flushes_denormals
         assert (bloom.label, bloom.backend, bloom.ours) == ("transformers BLOOM alibi", "its own", False)
         assert bloom.num_parameters == here.num_parameters
         first = bloom.measure(Task(2, 16, 50, trains=True, clock="wall", first=True))
@@ -126,7 +127,7 @@ def test_a_peer_that_fails_leaves_a_line_and_one_that_dies_an_error(capsys):
 class Fake:
     """A subject of known speed."""
 
-    ours, compiled, precision, backend = True, False, "float32", "sdpa"
+    ours, compiled, precision, backend, flushes_denormals = True, False, "float32", "sdpa", True
     device = torch.device("cpu")
 
     def __init__(self, label: str, seconds: list[float]) -> None:

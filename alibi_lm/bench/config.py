@@ -33,6 +33,8 @@ class BenchConfig:
     """Measure our schemes compiled as well."""
     peers: bool = True
     """Measure other libraries where they are installed (pip install 'alibi_lm[bench]')."""
+    flush_peers: bool = False
+    """Flush denormal floats to zero for other libraries too, which their users would have to ask torch for."""
     lengths: list[int] = field(default_factory=list)
     """Training and evaluation; empty: 256, 1024, 4096 on a CPU and the paper's 512, 1024, 3072 on a GPU."""
     eval_lengths: list[int] | None = None

@@ -1,7 +1,7 @@
-"""Other libraries' models in a process of their own, where memory is allocated as their users have it.
+"""Other libraries' models in a process of their own, set up as their users have it.
 
-Our own process keeps freed memory (`runtime.start`), which would make the peers faster than they are elsewhere.
-Denormal floats are flushed to zero there too, a gift of up to several times their speed (docs/speed.md).
+Our own process keeps freed memory and flushes denormal floats to zero (`runtime.start`), which would make the
+peers faster than they are elsewhere.
 """
 
 from __future__ import annotations
@@ -76,8 +76,19 @@ class PeerProcess:
         theirs.close()
         found, self.missing = self.ask(None)
         self.subjects = [
-            RemoteSubject(name, position, backend, False, device, config.precision, parameters, index, self)
-            for index, (name, position, backend, parameters) in enumerate(found)
+            RemoteSubject(
+                name,
+                position,
+                backend,
+                False,
+                device,
+                config.precision,
+                config.flush_peers,
+                parameters,
+                index,
+                self,
+            )
+            for index, ((name, position, backend), parameters) in enumerate(found)
         ]
 
     def ask(self, request: tuple[int, Task] | None) -> Any:
@@ -117,14 +128,14 @@ def _serve(
     threads: int,
 ) -> None:
     """Build the peers, then answer one request after the other until the other side is gone."""
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(config.flush_peers)
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # peers' own
     subjects: list[Subject] = []
     missing: list[str] = []
     for peer in peers(config, sizes, vocab_size, device):
         missing.append(peer) if isinstance(peer, str) else subjects.append(peer)
-    described = [(s.implementation, s.position, s.backend, s.num_parameters) for s in subjects]
+    described = [((s.implementation, s.position, s.backend), s.num_parameters) for s in subjects]
     while True:
         try:
             request = connection.recv()

@@ -32,7 +32,16 @@ def peers(
             module.to(device)
             optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
             yield Subject(
-                implementation, position, "its own", False, device, config.precision, module, loss, optimizer
+                implementation,
+                position,
+                "its own",
+                False,
+                device,
+                config.precision,
+                config.flush_peers,
+                module,
+                loss,
+                optimizer,
             )
 
 

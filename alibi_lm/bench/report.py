@@ -57,6 +57,7 @@ def rows(rounds: list[Round], sizes: ModelConfig, vocab_size: int) -> list[dict[
             row |= {
                 "rounds": len(one.seconds_of("evaluate", subject)),
                 "threads": machine["threads"],
+                "flushes_denormals": subject.flushes_denormals,
                 "clock": one.clock,
                 "torch": machine["torch"],
             }

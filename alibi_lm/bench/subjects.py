@@ -72,6 +72,8 @@ class Implementation(ABC):
     device: torch.device
     precision: str
     """Of training."""
+    flushes_denormals: bool
+    """See `runtime.start`."""
 
     @property
     def ours(self) -> bool:
@@ -169,4 +171,6 @@ def ours(config: BenchConfig, sizes: ModelConfig, vocab_size: int, device: torch
                     # As in training and evaluation: only the training step is ever compiled.
                     return (nats if model.training else model.nats)(inputs, targets).mean()
 
-                yield Subject(OURS, name, backend, compiled, device, config.precision, model, loss, optimizer)
+                yield Subject(
+                    OURS, name, backend, compiled, device, config.precision, True, model, loss, optimizer
+                )
