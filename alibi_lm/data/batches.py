@@ -15,6 +15,24 @@ import torch
 from torch import Tensor
 
 
+def cut_windows(tokens: np.ndarray, start_id: int, starts: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
+    """Windows of a stream: each target with the token before it as input.
+
+    Args:
+        tokens: (N,) integers.
+        start_id: input in front of the stream's first target.
+        starts: (B,) integers, index of each window's first target.
+        width: targets of a window.
+
+    Returns:
+        inputs, targets: (B, width) int64, on the CPU.
+    """
+    chunk = tokens[starts[:, None] + np.arange(-1, width)].astype(np.int64)
+    chunk[starts == 0, 0] = start_id
+    both = torch.from_numpy(chunk)
+    return both[:, :-1], both[:, 1:]
+
+
 class TrainingBatches:
     """Batches of fixed blocks of the training stream, in the authors' order.
 
@@ -65,11 +83,7 @@ class TrainingBatches:
         Returns:
             input_ids, target_ids: (rows, length) int64, on the CPU.
         """
-        starts = self.blocks(step)[rows] * self.length
-        chunk = self.tokens[starts[:, None] + np.arange(-1, self.length)].astype(np.int64)
-        chunk[starts == 0, 0] = self.start_id
-        both = torch.from_numpy(chunk)
-        return both[:, :-1], both[:, 1:]
+        return cut_windows(self.tokens, self.start_id, self.blocks(step)[rows] * self.length, self.length)
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,4 @@ def scoring_batches(
         per_batch = max(1, tokens_per_forward // width)
         for i in range(0, len(group), per_batch):
             first = starts[group[i : i + per_batch]]
-            chunk = tokens[first[:, None] + np.arange(-1, width)].astype(np.int64)
-            chunk[first == 0, 0] = start_id
-            both = torch.from_numpy(chunk)
-            yield ScoringBatch(first, both[:, :-1], both[:, 1:], context)
+            yield ScoringBatch(first, *cut_windows(tokens, start_id, first, width), context)

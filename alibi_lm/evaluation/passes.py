@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alibi_lm.data.batches import cut_windows
 from alibi_lm.evaluation.score import score_tokens
 from alibi_lm.evaluation.store import Scoring
 from alibi_lm.evaluation.summary import positions_in_window
@@ -63,12 +64,10 @@ def score_windows(
     rows = max(1, tokens_per_forward // width)
     for i in range(0, len(starts), rows):
         first = starts[i : i + rows]
-        chunk = tokens[first[:, None] + np.arange(-1, width)].astype(np.int64)
-        chunk[first == 0, 0] = start_id
-        both = torch.from_numpy(chunk).to(device)
-        targets = both[:, 1 + score_from :]
+        inputs, targets = (x.to(device) for x in cut_windows(tokens, start_id, first, width))
+        targets = targets[:, score_from:]
         with nullcontext() if autocast is None else autocast:
-            hidden = model(both[:, :-1], positions=positions)[:, score_from:]
+            hidden = model(inputs, positions=positions)[:, score_from:]
             scored = model.vocabulary.nats(hidden.flatten(0, 1), targets.flatten())
         nats[i : i + rows] = scored.view_as(targets).float().cpu().numpy()
     return nats

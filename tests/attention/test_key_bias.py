@@ -1,6 +1,7 @@
 """Heads that leave far keys out: what is left out weighs nothing, and what is computed is the definition."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +163,26 @@ def test_a_compiler_sees_the_operators_as_they_are():
     torch.library.opcheck(key_bias._operator, (*leaves, row))
     saved = key_bias.forward(q, k, v, row)
     torch.library.opcheck(key_bias._operator_backward, (grad, q, k, v, row, *saved))
+
+
+def test_the_documented_share_of_the_triangle():
+    """docs/speed.md says what eight heads compute with a bound of 20."""
+
+    def share(length: int) -> float:
+        whole = length * (length + 256) / 2
+        computed = 0.0
+        for slope in alibi_slopes(8):
+            reach = math.ceil((20 + key_bias.NEGLIGIBLE - math.log1p(-math.exp(-slope))) / slope)
+            plan = key_bias._blocks(min(length, reach), length)
+            if plan is None:
+                computed += whole
+            else:
+                first, block, seen_before = plan
+                computed += first * (first + 64) / 2 + (length - first) * (seen_before + block)
+        return computed / 8 / whole
+
+    text = " ".join((Path(__file__).resolve().parents[2] / "docs" / "speed.md").read_text().split())
+    assert (
+        f"blocks compute {share(4096):.2f} of the triangle's scores at 4,096 tokens, {share(16384):.2f} at 16,384"
+        in text
+    )

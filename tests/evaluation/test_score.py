@@ -1,13 +1,17 @@
 """Identities that an honest scorer satisfies."""
 
 import math
+import statistics
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from alibi_lm.evaluation.score import mean_nats, score_tokens
+from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.parallel import World
+from alibi_lm.positions import POSITIONS
 
 
 @pytest.fixture
@@ -112,3 +116,22 @@ def test_a_window_as_long_as_the_text_limits_nothing(tiny_model, tokens):
     full = score_tokens(model, tokens, 7, 64)
     np.testing.assert_allclose(score_tokens(model, tokens, 7, 64, window=64), full, atol=1e-5)
     assert np.abs(score_tokens(model, tokens, 7, 64, window=4) - full).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", ["alibi", "rotary", "t5"])
+def test_thirty_lengths_cost_thirty_times_one(position):
+    """No length pays for being new. Measured in turns, so that what slows the machine slows both."""
+    sizes = ModelConfig(num_layers=2, model_dim=256, num_heads=8, ffn_dim=1024)
+    model = TransformerLM(sizes, POSITIONS[position](), "sdpa", 8192, 1024).eval()
+    tokens = np.random.default_rng(0).integers(0, 8192, 4096).astype(np.uint16)
+
+    def seconds(length: int) -> float:
+        began = time.perf_counter()
+        score_tokens(model, tokens, 0, length)
+        return time.perf_counter() - began
+
+    seconds(1000)
+    ratios = [seconds(length) / seconds(1000) for length in range(985, 1015)]
+    print(f"{position}: {statistics.mean(ratios):.3f} times one length, median {statistics.median(ratios):.3f}")
+    assert statistics.median(ratios) < 1.15
