@@ -206,6 +206,23 @@ def test_table_1_stands_beside_the_papers():
     assert report.table_1([{**row, "length": 100}]) == ""
 
 
+def test_the_lead_over_others_by_length():
+    def row(implementation: str, length: int, train: float | None, evaluate: float) -> dict:
+        return {
+            "implementation": implementation, "position": "alibi", "compiled": False, "backend": "its own",
+            "length": length, "alibi_train_speedup": train, "alibi_eval_speedup": evaluate,
+        }  # fmt: skip
+
+    rows = [row("ours", 64, 1.0, 1.0), row("a", 64, 2.0, 3.0), row("a", 1024, None, 4.5), row("b", 64, 1.25, 0.5)]
+    assert report.speedups_markdown(rows).splitlines() == [
+        "| our ALiBi, times as fast as | 64 | 1,024 |",
+        "| --- | --: | --: |",
+        "| a alibi | 2.00 / 3.00 | - / 4.50 |",
+        "| b alibi | 1.25 / 0.50 | - |",
+    ]
+    assert report.speedups_markdown(rows[:1]) == ""
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

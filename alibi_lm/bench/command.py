@@ -59,7 +59,8 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     if config.show is not None:
         known = report.read(Path(config.show))
         print(report.table(known))
-        print(f"\n{report.ratios_markdown(known)}")
+        short = (report.ratios_markdown(known), report.speedups_markdown(known))
+        print("".join(f"\n{part}\n" for part in short if part), end="")
         return known
     device = runtime.start(config.device, threads=config.threads)
     on_gpu = device.type == "cuda"

@@ -147,6 +147,20 @@ def ratios_markdown(measured: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def speedups_markdown(measured: list[dict[str, Any]]) -> str:
+    """How many times as fast our ALiBi trains / evaluates as each other library's model: `docs/speed.md`."""
+    others = [row for row in measured if row["implementation"] != OURS]
+    lengths = sorted({row["length"] for row in others})
+    body: dict[str, dict[int, str]] = {}
+    for row in others:
+        cell = " / ".join(_number(row[f"alibi_{kind}_speedup"], ".2f") for kind in ("train", "eval"))
+        body.setdefault(_name(row), {})[row["length"]] = cell
+    lines = [f"| our ALiBi, times as fast as | {' | '.join(f'{n:,}' for n in lengths)} |"]
+    lines.append(f"| --- |{' --: |' * len(lengths)}")
+    lines += [f"| {name} | {' | '.join(cells.get(n, '-') for n in lengths)} |" for name, cells in body.items()]
+    return "\n".join(lines) if others else ""
+
+
 def _name(row: dict[str, Any]) -> str:
     name = f"{row['implementation']} {row['position']}" + (" compiled" if row["compiled"] else "")
     return name if row["backend"] in ("sdpa", "its own") else f"{name} ({row['backend']})"
