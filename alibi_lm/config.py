@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from alibi_lm.attention import ATTENTION
+from alibi_lm.attention import ATTENTION, chosen_backend
 from alibi_lm.data.sources import DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
@@ -183,8 +183,8 @@ class EvaluateConfig:
     """Tokens of a forward pass; null: the experiment's own."""
     checkpoint: str = "best"
     """best (lowest validation loss) or last."""
-    attention: str = "sdpa"
-    """Attention backend."""
+    attention: str = "auto"
+    """Attention backend; auto becomes the one it stands for here, which is what result rows record."""
     position: dict[str, Any] = field(default_factory=dict)
     """Test-time changes of the scheme's settings, such as +position.scaling=yarn."""
     data: EvaluateData = field(default_factory=EvaluateData)
@@ -203,6 +203,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.checkpoint in ("best", "last"), f"checkpoint = {self.checkpoint!r}. Allowed: best, last.")
         require(self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}.")
+        self.attention = chosen_backend(self.attention)
         require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
         require(
             self.precision in PRECISIONS,

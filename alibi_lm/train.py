@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from alibi_lm import parallel, runtime
+from alibi_lm.attention import chosen_backend
 from alibi_lm.config import TrainConfig, load_config, to_dict
 from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.evaluation.load import build_model, load_run
@@ -134,7 +135,10 @@ def _write_records(config: TrainConfig, folder: Path, corpus: Corpus, device: to
     """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
     if not (folder / "config.yaml").exists():
         write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    write_json_atomic(folder / "environment.json", runtime.environment(device))
+    write_json_atomic(
+        folder / "environment.json",
+        runtime.environment(device) | {"attention": chosen_backend(config.attention.name)},
+    )
     write_json_atomic(folder / "corpus.json", corpus.manifest)
     corpus.tokenizer.save(folder / "tokenizer.json")
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from alibi_lm.attention import chosen_backend
 from alibi_lm.bench import command, measure, report
 from alibi_lm.bench import subjects as subjects_module
 from alibi_lm.bench.command import main, parse
@@ -46,7 +47,11 @@ def test_a_run_writes_the_documented_fields(tiny, tmp_path, capsys):
     }
     for row in rows:
         assert set(FIELDS) <= set(row)
-        assert row["implementation"] == "ours" and row["backend"] == "sdpa" and row["compiled"] is False
+        assert (
+            row["implementation"] == "ours"
+            and row["backend"] == chosen_backend("auto")
+            and row["compiled"] is False
+        )
         assert row["batch"] == max(1, 64 // row["length"]) and row["dtype"] == "float32"
         assert (row["train_tokens_per_second"] is None) == (row["length"] == 70)
         assert row["eval_tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0
@@ -270,7 +275,9 @@ def test_the_table_is_printed_again_from_its_rows(tmp_path, capsys):
     shown = capsys.readouterr().out
     table, short = shown.strip().split("\n\n| implementation | train 16 | eval 16 | of matmul 16 |\n")
     assert "length 16" in table and table in printed
-    assert [line.split(" | ")[0] for line in short.splitlines()[1:]] == ["| ours none", "| ours alibi"]
+    assert [line.split(" | ")[0] for line in short.splitlines()[1:]] == [
+        f"| ours {name} ({chosen_backend('auto')})" for name in ("none", "alibi")
+    ]
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     for name in ("other.jsonl", "nothing.jsonl"):
         assert main([f"show={tmp_path / name}"]) == 1

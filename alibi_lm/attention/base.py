@@ -67,3 +67,14 @@ def hidden_keys(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     if window is None:
         return ahead
     return ahead | (q_pos[:, None] - k_pos[None, :] >= window)
+
+
+def consecutive(positions: Tensor) -> bool:
+    """Whether each position follows the one before. Positions on the CPU only: it reads them."""
+    return bool((positions.diff() == 1).all())
+
+
+def empty_by_tokens(x: Tensor) -> Tensor:
+    """(B, H, T, K), empty, with tokens before heads in memory: heads then join to one vector without a copy."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)

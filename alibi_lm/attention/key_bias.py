@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alibi_lm.attention.base import empty_by_tokens
 from alibi_lm.attention.fused_cpu import kernel, kernel_backward
 
 NEGLIGIBLE = 25 * math.log(2)
@@ -97,7 +98,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, 
     """Attend: output (B, H, T, K), log of the sum of exponentials (B, H, T), reaches (H,)."""
     scale = q.shape[-1] ** -0.5
     reach = reaches(q, k, key_bias)
-    out = _by_tokens(q)
+    out = empty_by_tokens(q)
     log_sum = q.new_empty(q.shape[:3], dtype=torch.float32)
     for part in _parts(reach.tolist(), key_bias):
         part_out, part_sum = kernel(part.rows(q), part.keys(k), part.keys(v), part.causal, part.mask, scale)
@@ -111,7 +112,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `forward` returned."""
     scale = q.shape[-1] ** -0.5
-    grad_q, grad_k, grad_v = (_by_tokens(x) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (empty_by_tokens(x) for x in (q, k, v))
     for part in _parts(reach.tolist(), key_bias):
         part_q, part_k, part_v = kernel_backward(
             part.rows(grad), part.rows(q), part.keys(k), part.keys(v), part.rows(out),
@@ -215,12 +216,6 @@ def _block_mask(slope: float, block: int, reach: int) -> Tensor:
     return (-slope * distance).masked_fill(distance < 0, -math.inf)
 
 
-def _by_tokens(x: Tensor) -> Tensor:
-    """(B, H, T, K), empty, in the kernel's order of memory: tokens before heads."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
 # A compiler would look inside, and write expanded masks out; it sees these two operators instead. Its cache on
 # disk knows them by name: another signature needs another name.
 _operator = torch.library.custom_op("alibi_lm::key_bias_attention", forward, mutates_args=())
@@ -230,7 +225,7 @@ _operator_backward = torch.library.custom_op("alibi_lm::key_bias_attention_backw
 @_operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _by_tokens(q),
+        empty_by_tokens(q),
         q.new_empty(q.shape[:3], dtype=torch.float32),
         q.new_empty(q.shape[1], dtype=torch.int64),
     )
@@ -238,7 +233,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor
 
 @_operator_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_tokens(q), _by_tokens(k), _by_tokens(v)
+    return empty_by_tokens(q), empty_by_tokens(k), empty_by_tokens(v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alibi_lm.attention import fused_cpu
 from alibi_lm.attention.band import Band, DistanceAttention, prepare_band
-from alibi_lm.attention.base import AttentionBackend, hidden_keys
+from alibi_lm.attention.base import AttentionBackend, consecutive, hidden_keys
 from alibi_lm.attention.key_bias import attend_key_bias
 from alibi_lm.positions.base import PositionScheme
 
@@ -63,7 +63,7 @@ class SdpaAttention(AttentionBackend):
                 key_bias = scheme.key_bias(k_pos)
                 if key_bias is not None:
                     return SdpaPrepared(key_bias=key_bias)
-            if k_pos.is_cpu and self.fused_cpu and _consecutive(k_pos):
+            if k_pos.is_cpu and self.fused_cpu and not torch.compiler.is_compiling() and consecutive(k_pos):
                 bias = scheme.distance_bias(torch.arange(num_keys))
                 band = None if bias is None else prepare_band(bias, scheme.saturation, dtype)
                 if band is not None:
@@ -138,11 +138,6 @@ def _with_distance_bias(q: Tensor, k: Tensor, v: Tensor, band: Band, dropout: fl
     distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
     mask = band.bias[:, distance.clamp_min(0)].masked_fill(distance < 0, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[None], dropout_p=dropout)
-
-
-def _consecutive(positions: Tensor) -> bool:
-    """Whether each position follows the one before. Positions on the CPU only: it reads them."""
-    return not torch.compiler.is_compiling() and bool((positions.diff() == 1).all())
 
 
 def _mask_slices(

@@ -27,7 +27,7 @@ class BenchConfig:
     """Keep the dropouts of a named model, as the paper's Table 1 did; else they are 0, to compare kernels."""
     positions: list[str] = field(default_factory=lambda: ["none", "alibi", "sinusoidal", "rotary", "t5"])
     """Our schemes. `none` is always measured: the ratios refer to it."""
-    backends: list[str] = field(default_factory=lambda: ["sdpa"])
+    backends: list[str] = field(default_factory=lambda: ["auto"])
     """Attention backends of the schemes."""
     compile: bool = False
     """Measure our schemes compiled as well."""
@@ -63,7 +63,7 @@ class BenchConfig:
         for setting, allowed in (("positions", POSITIONS), ("backends", ATTENTION)):
             for name in getattr(self, setting):
                 require(name in allowed, f"{setting} = {getattr(self, setting)}. Allowed: {', '.join(allowed)}.")
-        require(bool(self.backends), "backends = []. Name at least one, like backends=[sdpa].")
+        require(bool(self.backends), "backends = []. Name at least one, like backends=[auto].")
         for length in [*self.lengths, *(self.eval_lengths or [])]:
             require(length >= 2, f"lengths hold {length}. Use whole numbers >= 2.")
         require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")

@@ -163,7 +163,7 @@ def speedups_markdown(measured: list[dict[str, Any]]) -> str:
 
 def _name(row: dict[str, Any]) -> str:
     name = f"{row['implementation']} {row['position']}" + (" compiled" if row["compiled"] else "")
-    return name if row["backend"] in ("sdpa", "its own") else f"{name} ({row['backend']})"
+    return name if row["backend"] == "its own" else f"{name} ({row['backend']})"
 
 
 def table_1(measured: list[dict[str, Any]]) -> str:

@@ -114,16 +114,18 @@ class Subject(Implementation):
         inputs, targets = task.tokens(self.device)
         if task.first and task.trains and self.compiled:
             self.train_step(inputs, targets)  # compiles, which may take as long as a thousand steps
+        train = evaluate = speed = None
+        # The products lie outside of what memory is measured in.
+        speeds = matmul_speeds(self.device, self.precision, task.clock) if task.trains else []
         before = runtime.reset_peak_memory(self.device) if task.first else 0
         if task.first and task.trains and self.ours:
             self.train_step(inputs, targets)  # makes the memory that later steps find (see runtime.start)
-        train = speed = None
         if task.trains:
-            speeds = matmul_speeds(self.device, self.precision, task.clock)
             train = timed(self.device, partial(self.train_step, inputs, targets), task.clock)
-            speed = statistics.median(speeds + matmul_speeds(self.device, self.precision, task.clock))
         evaluate = timed(self.device, partial(self.evaluate, inputs, targets), task.clock)
         peak = runtime.peak_memory_bytes(self.device) if task.first else None
+        if task.trains:
+            speed = statistics.median(speeds + matmul_speeds(self.device, self.precision, task.clock))
         if peak is not None:
             # A first step allocates the optimizer's means; count state once, as parameters plus step.
             peak = max(0, peak - before) + self.state_bytes() // 4
@@ -171,6 +173,7 @@ def ours(config: BenchConfig, sizes: ModelConfig, vocab_size: int, device: torch
                     # As in training and evaluation: only the training step is ever compiled.
                     return (nats if model.training else model.nats)(inputs, targets).mean()
 
+                backend_name = model.backend.name
                 yield Subject(
-                    OURS, name, backend, compiled, device, config.precision, True, model, loss, optimizer
+                    OURS, name, backend_name, compiled, device, config.precision, True, model, loss, optimizer
                 )

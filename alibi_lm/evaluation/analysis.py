@@ -68,7 +68,7 @@ class AnalyseConfig:
     """validation or test; null: the experiment's own."""
     checkpoint: str = "best"
     """best (lowest validation loss) or last."""
-    attention: str = "sdpa"
+    attention: str = "auto"
     """Attention backend."""
     position: dict[str, Any] = field(default_factory=dict)
     """Test-time changes of the scheme's settings, such as +position.scaling=yarn."""

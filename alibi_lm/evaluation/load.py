@@ -41,7 +41,7 @@ def load_run(
     folder: str | Path,
     inference_length: int | None = None,
     checkpoint: str = "best",
-    attention: str = "sdpa",
+    attention: str = "auto",
     device: str | torch.device = "cpu",
     position: dict[str, Any] | None = None,
 ) -> TransformerLM:
@@ -52,7 +52,7 @@ def load_run(
         inference_length: longest sequence it will be given; schemes with automatic scaling depend on it.
             None: the training length.
         checkpoint: `best` (lowest validation loss) or `last`.
-        attention: backend; `sdpa` never changes results beyond float32 rounding.
+        attention: backend; they differ by float32 rounding.
         device: where to put the model.
         position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.
 

@@ -141,7 +141,7 @@ def train_config(checkpoint: FairseqCheckpoint, position: str, vocab_size: int) 
     return TrainConfig(
         model=model_config(settings, vocab_size, has_final_norm(checkpoint)),
         position=scheme,
-        attention=ATTENTION["sdpa"](),
+        attention=ATTENTION["auto"](),
         data=DataConfig(name="wikitext103"),
         tokenizer=WordConfig(),
         optimizer=NAGConfig(),

@@ -100,3 +100,8 @@ class Alibi(PositionScheme):
         smallest.
         """
         return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        """See the base class; exact where `bias` is."""
+        slopes = self.slopes_per_head()
+        return -slopes.view(-1, *[1] * distance.dim()) * distance.float()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from alibi_lm.attention.native import why_not
+
 ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import sys, torch
@@ -17,8 +19,8 @@ from alibi_lm.positions import POSITIONS
 from alibi_lm.attention import sdpa
 sdpa.SHORT = 0
 config = ModelConfig(num_layers=2, model_dim=24, num_heads=3, ffn_dim=48)
-for name in sys.argv[1:]:
-    model = TransformerLM(config, POSITIONS[name](), "sdpa", 50, 64)
+for name in sys.argv[2:]:
+    model = TransformerLM(config, POSITIONS[name](), sys.argv[1], 50, 64)
     tokens, targets = torch.randint(0, 50, (2, 301)), torch.randint(0, 50, (2, 301))
     results = []
     for nats in (model.nats, CompiledNats(model)):
@@ -32,23 +34,26 @@ for name in sys.argv[1:]:
 """
 
 
-def run(schemes: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(backend: str, schemes: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-c", STEP, *schemes], env=variables, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", STEP, backend, *schemes], env=variables, capture_output=True, text=True, timeout=500
     )
 
 
 @pytest.mark.slow
-def test_equal_to_eager(tmp_path):
-    done = run(["none", "rotary", "alibi", "t5"], tmp_path)
+@pytest.mark.parametrize(
+    "backend", ["sdpa", pytest.param("native", marks=pytest.mark.skipif(bool(why_not()), reason=why_not()))]
+)
+def test_equal_to_eager(tmp_path, backend):
+    done = run(backend, ["none", "rotary", "alibi", "t5"], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["none", "equal", "rotary", "equal", "alibi", "equal", "t5", "equal"]
 
 
 @pytest.mark.slow
 def test_no_compiler_is_a_clear_error(tmp_path):
-    done = run(["none"], tmp_path, CXX="/no/such/compiler", PATH="/nonexistent")
+    done = run("sdpa", ["none"], tmp_path, CXX="/no/such/compiler", PATH="/nonexistent")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()
     message = "\n".join(last[-3:])

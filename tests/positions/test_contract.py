@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from alibi_lm.attention.native import why_not
 from alibi_lm.model.transformer import KeyValueCache
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
@@ -14,7 +15,7 @@ VARIANTS = [(name, {}) for name in ALL] + [
 ]
 IDS = ["-".join([name, *map(str, settings.values())]) for name, settings in VARIANTS]
 each_variant = pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=IDS)
-BACKENDS = ("eager", "sdpa")
+BACKENDS = ("eager", "sdpa", *([] if why_not() else ["native"]))
 
 
 def variants_that_define(hook: str) -> pytest.MarkDecorator:
@@ -136,15 +137,16 @@ def test_backends_agree_in_outputs_and_gradients(tiny_model, monkeypatch, name, 
         nats = model.nats(tokens, targets, window=window)
         nats.sum().backward()
         results[attention] = (nats, {n: p.grad for n, p in model.named_parameters()})
-    torch.testing.assert_close(results["sdpa"][0], results["eager"][0], rtol=1e-5, atol=1e-5)
-    for parameter, expected in results["eager"][1].items():
-        actual = results["sdpa"][1][parameter]
-        if expected is None:
-            assert actual is None, parameter
-        else:
-            torch.testing.assert_close(
-                actual, expected, rtol=1e-3, atol=2e-4, msg=lambda m, p=parameter: f"{p}: {m}"
-            )
+    for attention in BACKENDS[1:]:
+        torch.testing.assert_close(results[attention][0], results["eager"][0], rtol=1e-5, atol=1e-5)
+        for parameter, expected in results["eager"][1].items():
+            actual = results[attention][1][parameter]
+            if expected is None:
+                assert actual is None, parameter
+            else:
+                torch.testing.assert_close(
+                    actual, expected, rtol=1e-3, atol=2e-4, msg=lambda m, p=parameter: f"{p}: {m}"
+                )
 
 
 @variants_that_define("key_bias")

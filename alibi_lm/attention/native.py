@@ -1,0 +1,240 @@
+"""Attention on the CPU by a kernel of this package, compiled for the machine's processor (`native.cpp`).
+
+It serves every full pass in float32 whose bias, if any, depends on head and distance: no bias, ALiBi, T5, and
+any scheme that defines `PositionScheme.distance_bias`, trained or not; with or without a window. All else goes the
+ways of `sdpa.py`: other devices and dtypes, cached decoding, dropout of attention weights, other biases.
+
+Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, N blocks of queries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alibi_lm.attention import native_library
+from alibi_lm.attention.base import AttentionBackend, consecutive, empty_by_tokens
+from alibi_lm.attention.sdpa import SdpaAttention
+from alibi_lm.positions.base import PositionScheme
+
+
+class NativePrepared(NamedTuple):
+    """What the layers share."""
+
+    bias: Tensor | None
+    """(H, T) float32: of each distance; may need a gradient."""
+    window: int
+    """A query sees the keys at distances below it."""
+    otherwise: Callable[[], Any]
+    """Gives what `SdpaAttention` prepares, for calls that the kernel does not serve."""
+
+
+class NativeAttention(AttentionBackend):
+    """The kernel where it serves, else `SdpaAttention`.
+
+    Raises:
+        ValueError: the kernel cannot be compiled here.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        reason = why_not()
+        if reason:
+            raise ValueError(
+                f"attention = native, but its kernel cannot be compiled here: {reason}. It needs a C++ "
+                "compiler with OpenMP (g++, or the one that CXX names). Install one, or use attention=sdpa."
+            )
+        self.sdpa = SdpaAttention()
+
+    # A compiled model breaks off here, once per forward pass: reading positions is nothing a compiler can do.
+    @torch.compiler.disable
+    def prepare(
+        self, scheme: PositionScheme, q_pos: Tensor, k_pos: Tensor, window: int | None, dtype: torch.dtype
+    ) -> Any:
+        """See the base class."""
+        otherwise = functools.cache(lambda: self.sdpa.prepare(scheme, q_pos, k_pos, window, dtype))
+        if not (k_pos.is_cpu and dtype == torch.float32 and len(q_pos) == len(k_pos)):
+            return otherwise()
+        bias = None
+        if scheme.bias(q_pos[:1], k_pos[:1]) is not None:
+            bias = scheme.distance_bias(torch.arange(len(k_pos))) if consecutive(k_pos) else None
+            if bias is None:
+                return otherwise()
+        elif window is not None and not consecutive(k_pos):
+            return otherwise()
+        return NativePrepared(bias, len(k_pos) if window is None else window, otherwise)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any, dropout: float) -> Tensor:
+        """See the base class."""
+        if not isinstance(prepared, NativePrepared):
+            return self.sdpa(q, k, v, prepared, dropout)
+        if dropout:
+            return self.sdpa(q, k, v, prepared.otherwise(), dropout)
+        return attend(q, k, v, prepared.bias, prepared.window)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> Tensor:
+    """Causal attention with a bias per head and distance.
+
+    Args:
+        q: (B, H, T, K) float32 on the CPU.
+        k: (B, H, T, K).
+        v: (B, H, T, K).
+        bias: (H, T) float32, of distances 0 to T - 1; None: no bias.
+        window: a query sees the keys at distances below it; at least 1.
+
+    Returns:
+        (B, H, T, K).
+    """
+    # The kernel reads each vector as a run of numbers, whatever its stride.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return _operator(q, k, v, bias, window)[0]
+
+
+@functools.cache
+def why_not() -> str:
+    """Why the kernel does not serve here; empty where it does.
+
+    It is tried once: 70 tokens, more than a tile of queries or of keys, with a bias and without.
+    """
+    found = native_library.find()
+    if found.library is None:
+        return found.reason
+    generator = torch.Generator("cpu").manual_seed(0)
+    with (
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        q, k, v = (torch.randn(1, 2, 70, 10, generator=generator, requires_grad=True) for _ in range(3))
+        slopes = torch.tensor([[0.5], [0.01]], requires_grad=True)
+        bias = -slopes * torch.arange(70)
+        distance = torch.arange(70)[:, None] - torch.arange(70)
+        for given, window in ((None, 70), (bias, 70), (bias, 7)):
+            scores = q @ k.mT * 10**-0.5 + (0 if given is None else given[:, distance.clamp_min(0)])
+            expected = scores.masked_fill((distance < 0) | (distance >= window), -math.inf).softmax(-1) @ v
+            got = attend(q, k, v, given, window)
+            leaves = [q, k, v] if given is None else [q, k, v, slopes]
+            mine, theirs = (
+                torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for out in (got, expected)
+            )
+            for x, y in zip((got, *mine), (expected, *theirs), strict=True):
+                if not torch.allclose(x, y, rtol=1e-3, atol=1e-4):
+                    return "what was compiled does not compute attention"
+    return ""
+
+
+class _View(ctypes.Structure):
+    """A (B, H, T, K) tensor whose last dimension lies in one run."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((f"step_{n}", ctypes.c_int64) for n in "bht")]
+
+
+class _Call(ctypes.Structure):
+    """What a call of the kernel hands over: `struct Call` of native.cpp, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "H", "T", "K", "threads", "window")),
+        ("scale", ctypes.c_float),
+        *((name, _View) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("bias", "log_sum", "reach")),
+        *((name, _View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        ("grad_bias", ctypes.c_void_p),
+    ]
+
+
+def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> None:
+    """Call the kernel; every tensor must be float32 (reach: int64), and alive until this returns."""
+    batch, heads, tokens, dim = q.shape
+    library = native_library.find().library
+    assert library is not None
+    call = _Call(batch, heads, tokens, dim, torch.get_num_threads(), window, dim**-0.5)
+    for name, x in {"q": q, **tensors}.items():
+        if x is not None:
+            is_view = isinstance(getattr(call, name), _View)
+            setattr(call, name, _View(x.data_ptr(), *x.stride()[:3]) if is_view else x.data_ptr())
+    getattr(library, function)(ctypes.byref(call))
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend: output (B, H, T, K), log2 of the sum of exponentials (B, H, T), distances that count (B, H, N)."""
+    out, log_sum, reach = _results(q)
+    bias = None if bias is None else bias.contiguous()
+    _run("forward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach)
+    return out, log_sum, reach
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    window: int,
+    out: Tensor,
+    log_sum: Tensor,
+    reach: Tensor,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and of the bias (H, T) if `of_bias`, else empty; from what `forward` returned."""
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    grad_q, grad_k, grad_v = (empty_by_tokens(x) for x in (q, k, v))
+    grad_bias = q.new_empty(q.shape[:3]) if of_bias else None
+    _run(
+        "backward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach,
+        grad_out=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias,
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias.sum(0)
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = (q.shape[2] + native_library.ROWS - 1) // native_library.ROWS
+    return (
+        empty_by_tokens(q),
+        q.new_empty(q.shape[:3]),
+        q.new_empty((*q.shape[:2], blocks), dtype=torch.int64),
+    )
+
+
+# A compiler sees these two operators as they are. Its cache on disk knows them by name: another signature needs
+# another name.
+_operator = torch.library.custom_op("alibi_lm::native_attention", forward, mutates_args=())
+_operator_backward = torch.library.custom_op("alibi_lm::native_attention_backward", backward, mutates_args=())
+
+
+@_operator.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(q)
+
+
+@_operator_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = q.new_empty(q.shape[1:3]) if rest[-1] else q.new_empty(0)
+    return empty_by_tokens(q), empty_by_tokens(k), empty_by_tokens(v), grad_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, bias, ctx.window = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(q, k, v, *([bias] if ctx.has_bias else []), *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, *rest = ctx.saved_tensors
+    bias = rest.pop(0) if ctx.has_bias else None
+    of_bias = ctx.needs_input_grad[3]
+    *grads, grad_bias = _operator_backward(grad, q, k, v, bias, ctx.window, *rest, of_bias)
+    return *grads, grad_bias if of_bias else None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_setup_context)

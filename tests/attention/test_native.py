@@ -1,0 +1,296 @@
+"""The package's own CPU kernel against the definition in float64: outputs, gradients, and what it leaves out."""
+
+import math
+
+import pytest
+import torch
+
+from alibi_lm.attention import build_backend, chosen_backend, native
+from alibi_lm.attention.native_library import ROWS
+from alibi_lm.positions import POSITIONS, PositionShape
+from alibi_lm.positions.alibi import alibi_slopes
+
+from .test_sdpa import assert_within, run, scheme_of
+
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f"attention=native: {native.why_not()}")
+BUDGET = 3e-6
+
+
+def draw(batch: int, heads: int, length: int, dim: int, size: float = 1.0) -> list[torch.Tensor]:
+    """q, k, v and a gradient, (B, H, T, K), as a model has them: views of one tensor, tokens before heads."""
+    torch.manual_seed(length + dim)
+    return list((torch.randn(batch, length, 4, heads, dim) * size).permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def alibi_bias(heads: int, length: int) -> torch.Tensor:
+    return -torch.tensor(alibi_slopes(heads))[:, None] * torch.arange(length)
+
+
+def definition(q, k, v, grad, bias=None, window=None) -> list[torch.Tensor]:
+    """Output and gradients of q, k, v and the bias, in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v, bias) if x is not None]
+    length = q.shape[2]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    scores = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + leaves[3][:, distance.clamp_min(0)]
+    out = scores.masked_fill((distance < 0) | (distance >= (window or length)), -math.inf).softmax(-1) @ leaves[2]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
+
+
+def attend(q, k, v, grad, bias=None, window=None) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, bias) if x is not None]
+    out = native.attend(*leaves[:3], leaves[3] if bias is not None else None, window or q.shape[2])
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 6, 47, 48, 49, 63, 64, 65, 97, 128, 200, 333])
+@pytest.mark.parametrize("num_heads", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("none", {}), ("alibi", {}), ("alibi", {"learned_slopes": True}), ("t5", {}), ("t5", {"max_distance": 20})],
+)
+def test_every_scheme_equals_eager(name, settings, num_heads, length):
+    scheme = scheme_of(name, num_heads, **settings)
+    _, expected = run("eager", scheme, length, torch.float64)
+    prepared, actual = run("native", scheme, length, torch.float32)
+    assert isinstance(prepared, native.NativePrepared)
+    # A parameter's gradient adds up many float32 numbers of both signs.
+    assert_within(actual, expected, 1e-5 if list(scheme.parameters()) else BUDGET)
+
+
+@pytest.mark.parametrize("dim", [1, 8, 10, 16, 20, 32, 33, 64, 128])
+@pytest.mark.parametrize("length", [5, 70, 150])
+def test_every_head_dim(dim, length):
+    q, k, v, grad = draw(2, 3, length, dim)
+    bias = torch.randn(3, length)  # no scheme's: neither line nor steps
+    for given in (None, bias):
+        assert_within(attend(q, k, v, grad, given), definition(q, k, v, grad, given), BUDGET)
+
+
+@pytest.mark.parametrize("window", [1, 2, 17, 48, 64, 65, 149, 150, 1000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_window_hides_what_lies_outside(window, biased):
+    q, k, v, grad = draw(1, 2, 150, 16)
+    bias = torch.randn(2, 150) if biased else None
+    assert_within(attend(q, k, v, grad, bias, window), definition(q, k, v, grad, bias, window), BUDGET)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("length", [700, 1100])
+def test_steep_heads_equal_the_definition(length, size):
+    q, k, v, grad = draw(1, 8, length, 16, size)
+    bias = alibi_bias(8, length)
+    _, _, reach = native.forward(q, k, v, bias, length)
+    assert reach.min() < length == reach[:, -1].min()  # the steepest head leaves keys out, the gentlest none
+    assert_within(attend(q, k, v, grad, bias), definition(q, k, v, grad, bias), BUDGET * max(1, size))
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("num_heads", [4, 6])
+@pytest.mark.parametrize("opposed", [False, True])
+def test_what_lies_past_the_reach_weighs_less_than_float32_rounds_away(size, num_heads, opposed):
+    length = 600
+    q, k, v, _ = draw(2, num_heads, length, 8, size)
+    if opposed:  # every query shuns its own key and seeks the early ones
+        q[:], k[:, :, :300], k[:, :, 300:] = size, size, -size
+    bias = alibi_bias(num_heads, length)
+    reach = native.forward(q, k, v, bias, length)[2]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    scores = q.double() @ k.double().mT * 8**-0.5 + bias.double()[:, distance.clamp_min(0)]
+    weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
+    of_query = reach.repeat_interleave(ROWS, dim=2)[:, :, :length, None]
+    assert (weights * (distance >= of_query)).sum(-1).max() <= 2.0**-25
+    assert reach.min() < length
+
+
+def test_the_reach_is_what_the_formula_says():
+    """q = 0 makes every score 0: the far keys' weight is a geometric series over the query's own 1."""
+    q, k, v = torch.zeros(1, 2, 500, 8), *torch.randn(2, 1, 2, 500, 8)
+    slopes = torch.tensor([0.5, 0.25])
+    reach = native.forward(q, k, v, -slopes[:, None] * torch.arange(500), 500)[2]
+    for slope, found in zip(slopes.tolist(), reach[0], strict=True):
+        assert len(set(found.tolist())) == 1
+        total = [sum(math.exp(-slope * d) for d in range(start, 500)) for start in (found[0] - 1, found[0])]
+        assert total[0] > 2.0**-25 >= total[1]
+
+
+def test_one_far_key_of_great_weight_keeps_its_place():
+    """A key whose score outweighs any distance: the bound sees its norm, so nothing is left out after it."""
+    length = 600
+    q, k, v, grad = draw(1, 2, length, 8)
+    q[:] = q.abs()
+    k[:, 0, 3] = 300.0
+    bias = -torch.tensor([0.5, 0.25])[:, None] * torch.arange(length)
+    reach = native.forward(q, k, v, bias, length)[2]
+    assert (reach[0, 0] == length).all() and (reach[0, 1] < length).all()
+    expected = definition(q, k, v, grad, bias)
+    assert (expected[0][:, 0, 5:200] - v[:, 0, 3:4].double()).abs().max() < 1e-3  # they all look at it
+    assert_within(attend(q, k, v, grad, bias), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        pytest.param(0.5 * torch.arange(600.0), id="rising"),
+        pytest.param(torch.zeros(600), id="flat"),
+        pytest.param(-0.5 * torch.arange(600.0).clamp_max(20), id="flat from some distance on"),
+    ],
+)
+def test_a_bias_that_does_not_fall_for_good_leaves_nothing_out(bias):
+    q, k, v, grad = draw(1, 1, 600, 8)
+    assert (native.forward(q, k, v, bias[None], 600)[2] == 600).all()
+    rounding = 6e-8 * float(bias.abs().max())  # of the scores it is added to
+    assert_within(attend(q, k, v, grad, bias[None]), definition(q, k, v, grad, bias[None]), BUDGET + rounding)
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_neither_later_tokens_nor_other_sequences_nor_threads_change_a_bit(heads):
+    q, k, v, grad = draw(3, heads, 400, 8)
+    bias = alibi_bias(heads, 400)
+    expected = attend(q, k, v, grad, bias)
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, :, 250:] *= 5
+        x[1] *= 3
+    later = native.attend(*changed, bias, 400)
+    assert torch.equal(later[::2, :, :250], expected[0][::2, :, :250])
+    assert not torch.equal(later[:, :, 250:], expected[0][:, :, 250:])
+    alone = attend(*(x[:1] for x in (q, k, v, grad)), bias)
+    assert all(torch.equal(x, y[:1]) for x, y in zip(alone[:4], expected[:4], strict=True))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert all(torch.equal(x, y) for x, y in zip(attend(q, k, v, grad, bias), expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_not_finite_is_passed_on(part, bad, biased):
+    q, k, v, grad = draw(1, 4, 200, 8)
+    bias = alibi_bias(4, 200) if biased else None
+    {"query": q, "key": k, "value": v}[part][0, 0, 100, 0] = bad
+    finite = native.attend(q, k, v, bias, 200).isfinite().all(-1)[0]
+    assert finite[1:].all()
+    if part == "value":
+        # Rows of the same tile may multiply it by a weight of zero, as the definition does in all rows.
+        assert finite[0, :96].all() and not finite[0, 100:110].any()
+    else:
+        expected = definition(q, k, v, grad, bias)[0].isfinite().all(-1)[0]
+        assert torch.equal(finite, expected) and not expected.all()
+
+
+def test_a_key_that_is_not_a_number_is_never_too_far_away():
+    q, k, v, _ = draw(1, 1, 700, 8)
+    k[0, 0, 10, 0] = math.nan
+    bias = -0.5 * torch.arange(700)[None]
+    assert (native.forward(q, k, v, bias, 700)[2] == 700).all()
+    assert native.attend(q, k, v, bias, 700)[0, 0, 10:].isnan().all()
+
+
+def test_a_constant_added_to_the_bias_changes_no_reach():
+    q, k, v, _ = draw(1, 8, 700, 8)
+    bias = alibi_bias(8, 700)
+    reaches = [native.forward(q, k, v, bias + constant, 700)[2] for constant in (-32.0, 0.0, 32.0)]
+    assert torch.equal(reaches[0], reaches[1]) and torch.equal(reaches[1], reaches[2])
+
+
+def test_a_gradient_that_is_not_finite_is_passed_on():
+    q, k, v, grad = draw(1, 1, 130, 8)
+    grad[0, 0, 100, 0] = math.nan
+    _, grad_q, grad_k, grad_v = attend(q, k, v, grad)
+    assert grad_q[0, 0, 100].isnan().all() and grad_q[0, 0, :100].isfinite().all()
+    assert grad_k[0, 0, :101].isnan().all() and grad_v[0, 0, :101, 0].isnan().all()
+
+
+def test_weights_that_float32_cannot_hold_are_zero_not_denormal():
+    q, k, v = torch.zeros(3, 1, 1, 128, 8)
+    v[0, 0, 0] = 1.0
+    bias = -torch.arange(128.0)[None]
+    out = native.attend(q, k, v, bias, 128)[0, 0, :, 0]
+    assert (out[:40] > 0).all() and (out[60:] == 0).all()
+
+
+def test_any_strides():
+    q, k, v, grad = draw(2, 3, 90, 16)
+    expected = attend(q, k, v, grad)
+    moved = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v, grad)]
+    assert all(x.stride(-1) != 1 for x in moved)
+    apart = [torch.stack([x, x], dim=3)[:, :, :, 0] for x in (q, k, v, grad)]
+    once = [x[:1, :1].contiguous() for x in (q, k, v, grad)]
+    for form in (moved, apart, [x.contiguous() for x in (q, k, v, grad)]):
+        assert all(torch.equal(x, y) for x, y in zip(attend(*form), expected, strict=True))
+    shared = [x.expand(2, 3, -1, -1) for x in once]
+    for x, y in zip(attend(*shared), attend(*once), strict=True):
+        assert torch.equal(x, y.expand_as(x))
+
+
+def test_a_compiler_sees_the_operators_as_they_are():
+    q, k, v, grad = draw(2, 4, 100, 8)
+    for bias in (None, alibi_bias(4, 100), alibi_bias(4, 100).requires_grad_()):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        torch.library.opcheck(native._operator, (*leaves, bias, 100))
+        with torch.no_grad():
+            saved = native.forward(q, k, v, bias, 100)
+            arguments = (grad, q, k, v, bias, 100, *saved, bias is not None)
+            torch.library.opcheck(native._operator_backward, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_go_the_ways_of_sdpa(dtype):
+    scheme = scheme_of("alibi", 3)
+    prepared, actual = run("native", scheme, 80, dtype)
+    assert not isinstance(prepared, native.NativePrepared)
+    assert_within(actual, run("eager", scheme, 80, torch.float64)[1], 2e-2 if dtype == torch.bfloat16 else 1e-10)
+
+
+@pytest.mark.parametrize("name", ["none", "alibi", "t5"])
+def test_positions_with_gaps_do_not_take_the_distance_of_their_indices(name):
+    scheme, positions, results = scheme_of(name, 3), torch.arange(100) * 2, []
+    for backend in ("eager", "native"):
+        attention = build_backend(backend)
+        q, k, v, _ = draw(1, 3, 100, 8)
+        prepared = attention.prepare(scheme, positions, positions, 30, q.dtype)
+        results.append(attention(q, k, v, prepared, 0.0))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "alibi", "t5"])
+def test_dropout_of_attention_weights(name):
+    """The mean over many draws is the output without dropout; one draw is not."""
+    scheme, positions, attention = scheme_of(name, 2), torch.arange(70), build_backend("native")
+    q, k, v, _ = draw(2, 2, 70, 8)
+    prepared = attention.prepare(scheme, positions, positions, None, torch.float32)
+    with torch.no_grad():
+        plain = attention(q, k, v, prepared, 0.0)
+        draws = torch.stack([attention(q, k, v, prepared, 0.2) for _ in range(300)])
+    assert (draws[0] - plain).abs().max() > 0.05
+    assert (draws.mean(0) - plain).abs().mean() < 0.02
+
+
+def test_a_scheme_that_is_no_function_of_distance_goes_the_ways_of_sdpa():
+    class Curved(POSITIONS["alibi"]().build(PositionShape(24, 8, 3, 2, 64, 64)).__class__):
+        def bias(self, q_pos, k_pos):
+            return -(q_pos[:, None] * k_pos[None]).float().sqrt().expand(3, -1, -1)
+
+        def distance_bias(self, distance):
+            return None
+
+        def key_bias(self, k_pos):
+            return None
+
+    scheme = Curved(POSITIONS["alibi"](), PositionShape(24, 8, 3, 2, 64, 64))
+    prepared, actual = run("native", scheme, 60, torch.float32)
+    assert not isinstance(prepared, native.NativePrepared)
+    assert_within(actual, run("eager", scheme, 60, torch.float64)[1], BUDGET)
+
+
+def test_auto_is_native_on_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen_backend("auto") == "native" == build_backend("auto").name
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen_backend("auto") == "sdpa" == build_backend("auto").name
+    assert [chosen_backend(name) for name in ("eager", "flex")] == ["eager", "flex"]
