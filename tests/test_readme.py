@@ -4,6 +4,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
 from alibi_lm.bench.report import ratios_markdown, speedups_markdown
@@ -18,14 +19,15 @@ def code_blocks(language: str) -> list[str]:
     return [textwrap.dedent(b) for b in re.findall(rf"```{language}\n(.*?)\n *```", README, flags=re.DOTALL)]
 
 
-def test_the_scheme_of_the_four_steps_works(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("attention", ["sdpa", "auto"])
+def test_the_scheme_of_the_four_steps_works(tiny_config, tmp_path, monkeypatch, attention):
     source = next(b for b in code_blocks("python") if "class Kerple" in b)
     (tmp_path / "kerple.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     import kerple
 
     torch.manual_seed(1)
-    model = TransformerLM(tiny_config, kerple.KerpleConfig(), "sdpa", 50, 64).eval()
+    model = TransformerLM(tiny_config, kerple.KerpleConfig(), attention, 50, 64).eval()
     tokens = torch.randint(0, 50, (2, 200))
     whole = model(tokens)
     cache = KeyValueCache()

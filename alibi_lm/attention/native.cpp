@@ -157,10 +157,10 @@ INLINE void transpose(float* to, const float* from, int64_t D) {
 }
 
 // Runs task(0), ..., task(count - 1) on so many threads, each on the next one that is free. make() gives a thread its
-// task, and so its memory.
+// task, and so its memory. All threads take part, idle or not: a smaller team would end the rest of torch's.
 template <typename Make>
 void in_parallel(int64_t threads, int64_t count, const Make& make) {
-#pragma omp parallel num_threads(std::min(threads, count))
+#pragma omp parallel num_threads(threads)
   {
     auto task = make();
 #pragma omp for schedule(dynamic, 1)

@@ -52,19 +52,22 @@ def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tens
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             return F.cross_entropy(scores, targets, reduction="none")
         rows = max(FEWEST_ROWS, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // len(table))
-        return _LinearCrossEntropy.apply(hidden, table, targets, rows)
+        # A parameter needs a gradient in evaluation too, and inside of `forward` no gradient is ever taken.
+        keep = torch.is_grad_enabled() and len(hidden) * len(table) <= KEPT_ELEMENTS
+        return _LinearCrossEntropy.apply(hidden, table, targets, rows, keep)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
-        keep = any(ctx.needs_input_grad[:2]) and len(hidden) * len(table) <= KEPT_ELEMENTS
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, rows: int, keep: bool) -> Tensor:
+        keep = keep and any(ctx.needs_input_grad[:2])
         nats, kept = [], []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             log_probs = _log_probs(h, table)
             nats.append(-log_probs.gather(1, t[:, None])[:, 0])
             if keep:
                 kept.append(log_probs.exp_())
+            del log_probs  # the next chunk finds its memory in the cache
         ctx.save_for_backward(hidden, table, targets)
         ctx.rows, ctx.kept = rows, kept
         return torch.cat(nats)
@@ -97,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_table += scores.t() @ h
         if grad_table is None and ctx.needs_input_grad[1]:
             grad_table = torch.zeros_like(table)
-        return grad_hidden, None if grad_table is None else grad_table.to(table.dtype), None, None
+        return grad_hidden, None if grad_table is None else grad_table.to(table.dtype), None, None, None
 
 
 def _log_probs(hidden: Tensor, table: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Position schemes: one published method a file, all behind the hooks of `PositionScheme`.
 
 To add one: write its file, add its config class to POSITIONS, write configs/position/<name>.yaml. The model,
-both attention backends, cached decoding, the evaluator and the contract tests then serve it as they stand.
+every attention backend, cached decoding, the evaluator and the contract tests then serve it as they stand.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.positions.base import PositionScheme, PositionShape
 
 
 @dataclass
@@ -84,9 +84,10 @@ class Alibi(PositionScheme):
         """The slopes, (H,) float32."""
         return self.log_slopes.float().exp() if self.learned else self.slopes
 
-    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    def distance_bias(self, distance: Tensor) -> Tensor:
         """See the base class; exact for slopes that are powers of two and distances below 2^24."""
-        return -self.slopes_per_head()[:, None, None] * distances(q_pos, k_pos).float()
+        slopes = self.slopes_per_head()
+        return -slopes.view(-1, *[1] * distance.dim()) * distance.float()
 
     def score_mod(self, q_pos: Tensor, k_pos: Tensor) -> Callable[..., Tensor]:
         """See the base class; computed from the positions, so no (T, S) table is read."""
@@ -100,8 +101,3 @@ class Alibi(PositionScheme):
         smallest.
         """
         return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
-
-    def distance_bias(self, distance: Tensor) -> Tensor:
-        """See the base class; exact where `bias` is."""
-        slopes = self.slopes_per_head()
-        return -slopes.view(-1, *[1] * distance.dim()) * distance.float()

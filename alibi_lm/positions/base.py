@@ -121,6 +121,9 @@ class PositionScheme(nn.Module):
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
         """Score bias of every head for every query and key, added after q.k / sqrt(head_dim).
 
+        That of their distance, where the scheme defines `distance_bias`; overridden by schemes whose bias is more
+        than a function of distance.
+
         Args:
             q_pos: (T,) int64, absolute query positions.
             k_pos: (S,) int64, absolute key positions.
@@ -128,7 +131,8 @@ class PositionScheme(nn.Module):
         Returns:
             (H, T, S) float32, finite also where k_pos > q_pos (masking is the backend's work), or None.
         """
-        return None
+        bias = self.distance_bias(distances(q_pos, k_pos))
+        return None if bias is None else bias.contiguous()
 
     def score_mod(self, q_pos: Tensor, k_pos: Tensor) -> Callable[..., Tensor] | None:
         """The bias as a function of one score, for kernels that are generated around it.
@@ -162,6 +166,8 @@ class PositionScheme(nn.Module):
 
     def distance_bias(self, distance: Tensor) -> Tensor | None:
         """The bias as a function of the distance q_pos - k_pos alone, where it is one.
+
+        Backends that know it need no (T, S) tensor, and give its gradient for little.
 
         Args:
             distance: int64 >= 0, any shape.

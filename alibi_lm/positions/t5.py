@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.positions.base import PositionScheme, PositionShape
 from alibi_lm.settings import require
 
 
@@ -85,10 +85,6 @@ class T5Bias(PositionScheme):
     def initialise(self) -> None:
         """Normal, standard deviation model_dim^-0.5, as Hugging Face's T5 starts its table."""
         nn.init.normal_(self.table, std=self.shape.model_dim**-0.5)
-
-    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """See the base class."""
-        return self.distance_bias(distances(q_pos, k_pos))
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         """See the base class."""

@@ -1,8 +1,12 @@
 """The chunked cross-entropy against log_softmax in float64; values, gradients, memory."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from alibi_lm.model import cross_entropy
 from alibi_lm.model.cross_entropy import linear_cross_entropy
@@ -110,10 +114,33 @@ def test_autocast_rounds_the_products_alone(route):
         assert (mine.double() - theirs).abs().max() < 2e-2 * theirs.abs().max().clamp_min(1) * 3
 
 
-def test_scores_of_the_whole_batch_never_exist(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_has_one_chunk_of_scores_at_a_time(route, context):
+    """Nothing waits for a backward pass that never comes, although the table is a parameter."""
+    hidden, table, targets, weights = inputs(200, torch.float32)
+    chunks: list[weakref.ref[torch.Tensor]] = []
+    most = 0
 
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            result = func(*args, **(kwargs or {}))
+            if (
+                isinstance(result, torch.Tensor)
+                and result.shape[1:] == table.shape[:1]
+                and result.shape != table.shape[::-1]
+            ):
+                chunks.append(weakref.ref(result))
+            most = max(most, len({x.data_ptr() for ref in chunks if (x := ref()) is not None}))
+            return result
+
+    with Watch(), context():
+        nats = linear_cross_entropy(hidden, table, targets)
+    assert most == 1
+    torch.testing.assert_close(nats.double(), reference(hidden, table, targets, weights)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_scores_of_the_whole_batch_never_exist(monkeypatch):
     largest = 0
 
     class Watch(TorchDispatchMode):

@@ -217,7 +217,7 @@ def test_one_window_sees_what_a_longer_window_sees(tiny_model, name, settings):
     torch.testing.assert_close(whole[:, :32], start, rtol=1e-5, atol=1e-5)
 
 
-@variants_that_define("bias")
+@variants_that_define("distance_bias")
 def test_bias_keeps_its_precision_in_a_half_precision_model(tiny_model, name, settings):
     reference = tiny_model(name, **settings).double().positions[0]
     scheme = tiny_model(name, **settings).bfloat16().positions[0]
