@@ -103,7 +103,8 @@ def _train_locked(config: TrainConfig, folder: Path, world: World, device: torch
         verb = f"resumes at step {step}" if step else "starts"
         print(
             f"{folder.name}: {verb} of {config.steps}; {model.num_parameters():,} parameters, "
-            f"{config.rows_per_step * config.train_length:,} tokens a step, {corpus.name}",
+            f"{config.rows_per_step * config.train_length:,} tokens a step, {corpus.name}, "
+            f"attention={model.backend.name}",
             flush=True,
         )
     tracked = dict(to_dict(config), num_parameters=model.num_parameters(), corpus=corpus.hash)
