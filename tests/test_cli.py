@@ -144,10 +144,16 @@ def test_load_run_gives_log_probabilities(trained, place):
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("train.py", ["experiment=smoke", "position.slop=1"], ["slop"]),
+        pytest.param(*("train.py", ["experiment=smoke", "position.slop=1"], ["slop"]), marks=pytest.mark.slow),
         ("train.py", ["experiment=smoke", "model.num_heads=3"], ["model.num_heads = 3", "does not divide"]),
-        ("train.py", ["experiment=smoke", "data=wikitext103", "data.path=nowhere"], ["nowhere"]),
-        ("evaluate.py", ["runs=nowhere", "lengths=[64]"], ["runs = nowhere", "matches no folder"]),
+        pytest.param(
+            *("train.py", ["experiment=smoke", "data=wikitext103", "data.path=nowhere"], ["nowhere"]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("evaluate.py", ["runs=nowhere", "lengths=[64]"], ["runs = nowhere", "matches no folder"]),
+            marks=pytest.mark.slow,
+        ),
         ("evaluate.py", ["runs=text", "lengths=[64]"], ["text", "config.yaml"]),
         ("analyse.py", ["experiment=smoke", "view=sideways"], ["view = 'sideways'", "decomposition"]),
     ],
