@@ -92,6 +92,22 @@ def test_files_stay_readable(path):
     assert text.isascii(), f"{path} holds characters beyond ASCII"
 
 
+def test_a_training_step_loads_no_compiler():
+    """Two seconds that an evaluation need not wait (an optimizer of torch loads it, whatever we do)."""
+    code = (
+        "import sys, torch, alibi_lm.train\n"
+        "from alibi_lm.model.transformer import ModelConfig, TransformerLM\n"
+        "from alibi_lm.positions import POSITIONS\n"
+        "for name in POSITIONS:\n"
+        "    sizes = ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=16)\n"
+        "    model = TransformerLM(sizes, POSITIONS[name](), 'auto', 20, 64)\n"
+        "    tokens = torch.randint(0, 20, (2, 64))\n"
+        "    model.nats(tokens, tokens).sum().backward()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_the_package_imports_without_the_lazy_packages():
     """A machine with only torch, numpy, tqdm and Hydra can import all that training needs."""
     code = (

@@ -21,6 +21,8 @@ class AttentionBackend(ABC):
     """
 
     name: str
+    prepares_outside: bool = False
+    """Whether `prepare` reads positions, so that a compiled model must break off for it, once per forward pass."""
 
     @abstractmethod
     def prepare(

@@ -4,7 +4,7 @@
 // product that uses them up; nothing of size T x T is ever written. Three things are left out that a general kernel
 // computes:
 // - tiles whose keys all lie ahead of their queries;
-// - tiles whose keys are so far away that the bias leaves them no weight which a float could hold (`reaches`);
+// - tiles whose keys are so far away that the bias leaves them no weight which a float could hold (`find_reaches`);
 // - a mask: the bias of a head is one line over distances, which each query reads from its own place on.
 //
 // Scores are in base 2 throughout: exp(s) = 2^(s log2 e), where log2 e is multiplied into queries and bias.
@@ -16,8 +16,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
 #include <new>
+
+#include <omp.h>
 
 namespace {
 
@@ -27,13 +28,15 @@ constexpr int64_t LANES = 16;
 constexpr int64_t LANES = 8;
 #endif
 constexpr int64_t HIGH = 6, WIDE = 2 * LANES;  // a register tile
-constexpr int64_t KEYS = 64;         // with ROWS = 48 a tile of scores takes 12 KiB
+constexpr int64_t KEYS = 64;                   // with ROWS = 48 a tile of scores takes 12 KiB
 static_assert(KEYS % WIDE == 0);
 constexpr int64_t MARGIN = ROWS + KEYS;  // a tile reads this far past the end of a bias line, at most
 
 constexpr float LOG2E = 1.44269504088896340736f;
 // Keys are left out where all of them together weigh less than 2^-25 of the query's own key.
 constexpr float NEGLIGIBLE = -25;
+// Floats between the memories of two threads: what one writes the other's core would fetch ahead, a tenth of its time.
+constexpr int64_t APART = 16384;
 // A weight below 2^-64 of the largest one is zero, so that no denormal number comes of it.
 constexpr float LEAST = -64;
 
@@ -80,10 +83,11 @@ INLINE Vec power_of_two(Vec x) {
 
 // Products of small matrices -------------------------------------------------------------------------------------
 
-// c (M x WIDE) = or += a (M x depth) b (depth x WIDE), held in registers. Element (m, d) of a lies at m step_m + d step_d.
-template <int M, bool ADD>
-INLINE void multiply_registers(int64_t depth, const float* a, int64_t step_m, int64_t step_d, const float* b,
-                               int64_t step_b, float* c, int64_t step_c) {
+// c (M x WIDE) = or += a (M x depth) b (depth x WIDE), held in registers. Each matrix has its step from row to row;
+// a may lie TRANSPOSED.
+template <int M, bool ADD, bool TRANSPOSED>
+INLINE void multiply_registers(int64_t depth, const float* a, int64_t step_a, const float* b, int64_t step_b, float* c,
+                               int64_t step_c) {
   Vec left[M], right[M];
   for (int m = 0; m < M; m++) {
     left[m] = ADD ? load(c + m * step_c) : Vec{};
@@ -92,7 +96,7 @@ INLINE void multiply_registers(int64_t depth, const float* a, int64_t step_m, in
   for (int64_t d = 0; d < depth; d++) {
     const Vec b_left = load(b + d * step_b), b_right = load(b + d * step_b + LANES);
     for (int m = 0; m < M; m++) {
-      const float x = a[m * step_m + d * step_d];
+      const float x = TRANSPOSED ? a[d * step_a + m] : a[m * step_a + d];
       left[m] += x * b_left;
       right[m] += x * b_right;
     }
@@ -103,16 +107,18 @@ INLINE void multiply_registers(int64_t depth, const float* a, int64_t step_m, in
   }
 }
 
-// c (rows x columns) = or += a (rows x depth) b (depth x columns); columns a multiple of WIDE.
-template <bool ADD>
-INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t step_m, int64_t step_d,
-                     const float* b, int64_t step_b, float* c, int64_t step_c) {
+// c (rows x columns) = or += a (rows x depth) b (depth x columns); columns a multiple of WIDE. A function of its own,
+// because a compiler that has more to keep in registers than this keeps less of this there.
+template <bool ADD, bool TRANSPOSED = false>
+__attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t step_a,
+                                        const float* b, int64_t step_b, float* c, int64_t step_c) {
+  const int64_t row = TRANSPOSED ? 1 : step_a;
   for (int64_t n = 0; n < columns; n += WIDE) {
     int64_t m = 0;
     for (; m + HIGH <= rows; m += HIGH)
-      multiply_registers<HIGH, ADD>(depth, a + m * step_m, step_m, step_d, b + n, step_b, c + m * step_c + n, step_c);
+      multiply_registers<HIGH, ADD, TRANSPOSED>(depth, a + m * row, step_a, b + n, step_b, c + m * step_c + n, step_c);
     for (; m < rows; m++)
-      multiply_registers<1, ADD>(depth, a + m * step_m, step_m, step_d, b + n, step_b, c + m * step_c + n, step_c);
+      multiply_registers<1, ADD, TRANSPOSED>(depth, a + m * row, step_a, b + n, step_b, c + m * step_c + n, step_c);
   }
 }
 
@@ -135,7 +141,7 @@ class Floats {  // an array of floats on a cache line
 
 INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// D floats: K of the source times a factor, then zeros. Returns nothing past K of the source.
+// D floats: K of the source times a factor, then zeros. Nothing past K of the source is read.
 INLINE void copy_row(float* to, const float* from, int64_t K, int64_t D, float factor = 1) {
   for (int64_t d = 0; d < K; d++) to[d] = from[d] * factor;
   for (int64_t d = K; d < D; d++) to[d] = 0;
@@ -156,15 +162,29 @@ INLINE void transpose(float* to, const float* from, int64_t D) {
     for (int64_t j = 0; j < KEYS; j++) to[d * KEYS + j] = from[j * D + d];
 }
 
-// Runs task(0), ..., task(count - 1) on so many threads, each on the next one that is free. make() gives a thread its
-// task, and so its memory. All threads take part, idle or not: a smaller team would end the rest of torch's.
-template <typename Make>
-void in_parallel(int64_t threads, int64_t count, const Make& make) {
+// Runs task(0, memory), ..., task(count - 1, memory) on so many threads, each on the next one that is free; each thread
+// has so many floats of memory for itself. All threads take part, idle or not: a smaller team would end the rest of
+// torch's.
+template <typename Task>
+void in_parallel(int64_t threads, int64_t count, int64_t floats, const Task& task) {
+  const int64_t each = round_up(floats, 16) + APART;
+  Floats memory(threads * each);
 #pragma omp parallel num_threads(threads)
   {
-    auto task = make();
+    float* mine = memory + omp_get_thread_num() * each;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++) task(i);
+    for (int64_t i = 0; i < count; i++) task(i, mine);
+  }
+}
+
+// Nothing may be thrown into Python: 1 where there was no memory, else 0.
+template <typename Run>
+int without_throwing(const Run& run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
   }
 }
 
@@ -204,6 +224,13 @@ struct Shape {
       : D(round_up(c.K, WIDE)), blocks((c.T + ROWS - 1) / ROWS), keys(round_up(c.T, KEYS)) {}
 };
 
+// KEYS rows of K numbers from token j0 on, padded to D; zeros past the last token.
+INLINE void copy_tile(float* to, const View& from, int64_t b, int64_t h, int64_t j0, const Call& c, int64_t D) {
+  const int64_t real = std::min(KEYS, c.T - j0);
+  for (int64_t j = 0; j < real; j++) copy_row(to + j * D, from.row(b, h, j0 + j), c.K, D);
+  std::fill(to + real * D, to + KEYS * D, 0.0f);
+}
+
 // The bias of each head, reversed: that of query i and key j at T - 1 - i + j, in base 2; zeros for keys ahead.
 class Lines {
  public:
@@ -226,13 +253,12 @@ class Lines {
   Floats lines_;
 };
 
-// How far the queries of each block see. With s_ij the score before the bias f, and p, q the norms of what they are
-// made of,
+// How far the queries of each block see. The score of a key before the bias exceeds that of the query's own key by
 //
-//     s_ij - s_ii <= scale (|q_i| max_{j <= i} |k_j| - q_i . k_i) =: b_i
+//     s_ij - s_ii <= b_i = scale (|q_i| max_{j <= i} |k_j| - q_i . k_i)
 //
-// so that all keys from distance d on weigh at most 2^(b_i - f(0)) sum_{e >= d} 2^f(e) of the query's own key. It
-// holds whatever was trained, and looks at no later token.
+// at most, so that all keys from distance d on together weigh at most 2^(b_i - bias(0)) sum_{e >= d} 2^bias(e) of the
+// query's own one. This holds whatever was trained, and looks at no later token.
 void find_reaches(const Call& c, int64_t b, int64_t h, const float* tails, float* q_row, float* k_row, int64_t D) {
   const int64_t blocks = (c.T + ROWS - 1) / ROWS;
   int64_t* reach = c.reach + (b * c.H + h) * blocks;
@@ -333,129 +359,123 @@ INLINE int64_t first_key(const Call& c, int64_t reach, int64_t i0) {
   return std::max<int64_t>(0, i0 - std::min(reach, c.window) + 1) / KEYS * KEYS;
 }
 
-}  // namespace
-
-extern "C" void forward(const Call* call) {
-  const Call& c = *call;
+void attend(const Call& c) {
   const Shape s(c);
   Lines lines(c);
   Floats tails(c.bias ? c.H * c.T : 0), keys(c.B * c.H * s.keys * s.D), values(c.B * c.H * s.keys * s.D);
   if (c.bias)
-    in_parallel(c.threads, c.H, [&] { return [&](int64_t h) { sum_tails(c, h, tails + h * c.T); }; });
+    in_parallel(c.threads, c.H, 0, [&](int64_t h, float*) { sum_tails(c, h, tails + h * c.T); });
 
   // Keys as (tile, D, KEYS), values as (T, D), zeros past the last token.
-  in_parallel(c.threads, c.B * c.H, [&] {
-    return [&, rows = std::make_unique<Floats>((KEYS + 1) * s.D)](int64_t task) {
-      const int64_t b = task / c.H, h = task % c.H;
-      float* row = *rows;
-      find_reaches(c, b, h, tails + (c.bias ? h * c.T : 0), row, row + s.D, s.D);
-      for (int64_t j0 = 0; j0 < s.keys; j0 += KEYS) {
-        float *key = keys + (task * s.keys + j0) * s.D, *value = values + (task * s.keys + j0) * s.D;
-        for (int64_t j = 0; j < KEYS; j++) {
-          const bool real = j0 + j < c.T;
-          copy_row(row + j * s.D, real ? c.k.row(b, h, j0 + j) : nullptr, real ? c.K : 0, s.D);
-          copy_row(value + j * s.D, real ? c.v.row(b, h, j0 + j) : nullptr, real ? c.K : 0, s.D);
-        }
-        transpose(key, row, s.D);
-      }
-    };
+  in_parallel(c.threads, c.B * c.H, KEYS * s.D, [&](int64_t head, float* rows) {
+    const int64_t b = head / c.H, h = head % c.H;
+    find_reaches(c, b, h, tails + (c.bias ? h * c.T : 0), rows, rows + s.D, s.D);
+    for (int64_t j0 = 0; j0 < s.keys; j0 += KEYS) {
+      float *key = keys + (head * s.keys + j0) * s.D, *value = values + (head * s.keys + j0) * s.D;
+      copy_tile(rows, c.k, b, h, j0, c, s.D);
+      transpose(key, rows, s.D);
+      copy_tile(value, c.v, b, h, j0, c, s.D);
+    }
   });
 
-  in_parallel(c.threads, c.B * c.H * s.blocks, [&] {
-    return [&, memory = std::make_unique<Floats>(ROWS * (2 * s.D + KEYS + 2))](int64_t task) {
-      float *queries = *memory, *out = queries + ROWS * s.D, *scores = out + ROWS * s.D;
-      float *top = scores + ROWS * KEYS, *sums = top + ROWS;
-      // The last queries, which see most, come first.
-      const int64_t head = task / s.blocks, block = s.blocks - 1 - task % s.blocks, b = head / c.H, h = head % c.H;
-      const int64_t i0 = block * ROWS, rows = std::min<int64_t>(ROWS, c.T - i0);
-      for (int64_t r = 0; r < rows; r++) copy_row(queries + r * s.D, c.q.row(b, h, i0 + r), c.K, s.D, c.scale * LOG2E);
-      std::fill(out, out + rows * s.D, 0.0f);
-      std::fill(top, top + rows, -INFINITY);
-      std::fill(sums, sums + rows, 0.0f);
-      for (int64_t j0 = first_key(c, c.reach[head * s.blocks + block], i0); j0 < i0 + rows; j0 += KEYS) {
-        const Tile tile(c, block, j0);
-        const int64_t skip = tile.i0 - i0, packed = (head * s.keys + j0) * s.D;
-        float* sum_up = out + skip * s.D;
-        multiply<false>(tile.rows, tile.keys, c.K, queries + skip * s.D, s.D, 1, keys + packed, KEYS, scores, KEYS);
-        bias_and_hide(c, lines, h, tile, scores);
-        soften(tile.rows, tile.keys, scores, top + skip, sums + skip, sum_up, s.D);
-        multiply<true>(tile.rows, s.D, tile.keys, scores, KEYS, 1, values + packed, s.D, sum_up, s.D);
-      }
-      for (int64_t r = 0; r < rows; r++) {
-        copy_row(c.out.row(b, h, i0 + r), out + r * s.D, c.K, c.K, 1 / sums[r]);
-        c.log_sum[head * c.T + i0 + r] = top[r] + std::log2(sums[r]);
-      }
-    };
+  in_parallel(c.threads, c.B * c.H * s.blocks, ROWS * (2 * s.D + KEYS + 2), [&](int64_t task, float* queries) {
+    float *out = queries + ROWS * s.D, *scores = out + ROWS * s.D;
+    float *top = scores + ROWS * KEYS, *sums = top + ROWS;
+    // The last queries, which see most, come first.
+    const int64_t head = task / s.blocks, block = s.blocks - 1 - task % s.blocks, b = head / c.H, h = head % c.H;
+    const int64_t i0 = block * ROWS, rows = std::min<int64_t>(ROWS, c.T - i0);
+    for (int64_t r = 0; r < rows; r++) copy_row(queries + r * s.D, c.q.row(b, h, i0 + r), c.K, s.D, c.scale * LOG2E);
+    std::fill(out, out + rows * s.D, 0.0f);
+    std::fill(top, top + rows, -INFINITY);
+    std::fill(sums, sums + rows, 0.0f);
+    for (int64_t j0 = first_key(c, c.reach[head * s.blocks + block], i0); j0 < i0 + rows; j0 += KEYS) {
+      const Tile tile(c, block, j0);
+      const int64_t skip = tile.i0 - i0, packed = (head * s.keys + j0) * s.D;
+      float* sum_up = out + skip * s.D;
+      multiply<false>(tile.rows, tile.keys, c.K, queries + skip * s.D, s.D, keys + packed, KEYS, scores, KEYS);
+      bias_and_hide(c, lines, h, tile, scores);
+      soften(tile.rows, tile.keys, scores, top + skip, sums + skip, sum_up, s.D);
+      multiply<true>(tile.rows, s.D, tile.keys, scores, KEYS, values + packed, s.D, sum_up, s.D);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      copy_row(c.out.row(b, h, i0 + r), out + r * s.D, c.K, c.K, 1 / sums[r]);
+      c.log_sum[head * c.T + i0 + r] = top[r] + std::log2(sums[r]);
+    }
   });
 }
 
-extern "C" void backward(const Call* call) {
-  const Call& c = *call;
+void differentiate(const Call& c) {
   const Shape s(c);
   Lines lines(c);
-  in_parallel(c.threads, c.B * c.H, [&] {
-    return [&, whole = std::make_unique<Floats>(c.T * (3 * s.D + 1) + (c.grad_bias ? c.T + MARGIN : 0)),
-            small = std::make_unique<Floats>(KEYS * 6 * s.D + 2 * ROWS * KEYS)](int64_t head) {
-      const int64_t b = head / c.H, h = head % c.H;
-      float *queries = *whole, *grads = queries + c.T * s.D, *grad_q = grads + c.T * s.D, *inner = grad_q + c.T * s.D;
-      float* grad_line = inner + c.T;  // as in Lines
-      float *key = *small, *value = key + KEYS * s.D, *key_t = value + KEYS * s.D, *value_t = key_t + KEYS * s.D;
-      float *grad_k = value_t + KEYS * s.D, *grad_v = grad_k + KEYS * s.D;
-      float *weights = grad_v + KEYS * s.D, *grad_scores = weights + ROWS * KEYS;
+  const int64_t of_tile = 6 * KEYS * s.D + 2 * ROWS * KEYS;
+  const int64_t of_head = c.T * (3 * s.D + 1) + (c.grad_bias ? c.T + MARGIN : 0);
+  in_parallel(c.threads, c.B * c.H, of_tile + of_head, [&](int64_t head, float* key) {
+    const int64_t b = head / c.H, h = head % c.H;
+    float *value = key + KEYS * s.D, *key_t = value + KEYS * s.D, *value_t = key_t + KEYS * s.D;
+    float *grad_k = value_t + KEYS * s.D, *grad_v = grad_k + KEYS * s.D;
+    float *weights = grad_v + KEYS * s.D, *grad_scores = weights + ROWS * KEYS;
+    float *queries = key + of_tile, *grads = queries + c.T * s.D, *grad_q = grads + c.T * s.D, *inner = grad_q + c.T * s.D;
+    float* grad_line = inner + c.T;  // as in Lines
 
-      for (int64_t i = 0; i < c.T; i++) {
-        copy_row(queries + i * s.D, c.q.row(b, h, i), c.K, s.D, c.scale * LOG2E);
-        copy_row(grads + i * s.D, c.grad_out.row(b, h, i), c.K, s.D);
-        copy_row(key, c.out.row(b, h, i), c.K, s.D);
-        inner[i] = dot(grads + i * s.D, key, s.D);
-      }
-      std::fill(grad_q, grad_q + c.T * s.D, 0.0f);
-      if (c.grad_bias) std::fill(grad_line, grad_line + c.T + MARGIN, 0.0f);
+    for (int64_t i = 0; i < c.T; i++) {
+      copy_row(queries + i * s.D, c.q.row(b, h, i), c.K, s.D, c.scale * LOG2E);
+      copy_row(grads + i * s.D, c.grad_out.row(b, h, i), c.K, s.D);
+      copy_row(key, c.out.row(b, h, i), c.K, s.D);
+      inner[i] = dot(grads + i * s.D, key, s.D);
+    }
+    std::fill(grad_q, grad_q + c.T * s.D, 0.0f);
+    if (c.grad_bias) std::fill(grad_line, grad_line + c.T + MARGIN, 0.0f);
 
-      for (int64_t j0 = 0; j0 < c.T; j0 += KEYS) {
-        for (int64_t j = 0; j < KEYS; j++) {
-          const bool real = j0 + j < c.T;
-          copy_row(key + j * s.D, real ? c.k.row(b, h, j0 + j) : nullptr, real ? c.K : 0, s.D);
-          copy_row(value + j * s.D, real ? c.v.row(b, h, j0 + j) : nullptr, real ? c.K : 0, s.D);
-        }
-        transpose(key_t, key, s.D);
-        transpose(value_t, value, s.D);
-        std::fill(grad_k, grad_k + 2 * KEYS * s.D, 0.0f);  // and grad_v
-        for (int64_t block = j0 / ROWS; block < s.blocks; block++) {
-          if (j0 < first_key(c, c.reach[head * s.blocks + block], block * ROWS)) continue;
-          const Tile tile(c, block, j0);
-          const int64_t first = tile.i0 * s.D;
-          const float *query = queries + first, *grad = grads + first;
-          multiply<false>(tile.rows, tile.keys, c.K, query, s.D, 1, key_t, KEYS, weights, KEYS);
-          multiply<false>(tile.rows, tile.keys, c.K, grad, s.D, 1, value_t, KEYS, grad_scores, KEYS);
-          bias_and_hide(c, lines, h, tile, weights);
-          for (int64_t r = 0; r < tile.rows; r++) {
-            const int64_t i = tile.i0 + r;
-            const float log_sum = c.log_sum[head * c.T + i], mean = inner[i];
-            float *w = weights + r * KEYS, *g = grad_scores + r * KEYS;
-            for (int64_t j = 0; j < tile.keys; j += LANES) {
-              const Vec weight = power_of_two(load(w + j) - log_sum);
-              store(w + j, weight);
-              store(g + j, weight * (load(g + j) - mean));
-            }
-            if (c.grad_bias) {
-              float* line = grad_line + c.T - 1 - i + j0;
-              for (int64_t j = 0; j < tile.keys; j += LANES) store(line + j, load(line + j) + load(g + j));
-            }
+    for (int64_t j0 = 0; j0 < c.T; j0 += KEYS) {
+      copy_tile(key, c.k, b, h, j0, c, s.D);
+      copy_tile(value, c.v, b, h, j0, c, s.D);
+      transpose(key_t, key, s.D);
+      transpose(value_t, value, s.D);
+      std::fill(grad_k, grad_k + 2 * KEYS * s.D, 0.0f);  // and grad_v
+      for (int64_t block = j0 / ROWS; block < s.blocks; block++) {
+        if (j0 < first_key(c, c.reach[head * s.blocks + block], block * ROWS)) continue;
+        const Tile tile(c, block, j0);
+        const int64_t first = tile.i0 * s.D;
+        const float *query = queries + first, *grad = grads + first;
+        multiply<false>(tile.rows, tile.keys, c.K, query, s.D, key_t, KEYS, weights, KEYS);
+        multiply<false>(tile.rows, tile.keys, c.K, grad, s.D, value_t, KEYS, grad_scores, KEYS);
+        bias_and_hide(c, lines, h, tile, weights);
+        for (int64_t r = 0; r < tile.rows; r++) {
+          const int64_t i = tile.i0 + r;
+          const float log_sum = c.log_sum[head * c.T + i], mean = inner[i];
+          float *w = weights + r * KEYS, *g = grad_scores + r * KEYS;
+          for (int64_t j = 0; j < tile.keys; j += LANES) {
+            const Vec weight = power_of_two(load(w + j) - log_sum);
+            store(w + j, weight);
+            store(g + j, weight * (load(g + j) - mean));
           }
-          multiply<true>(tile.keys, s.D, tile.rows, weights, 1, KEYS, grad, s.D, grad_v, s.D);
-          multiply<true>(tile.keys, s.D, tile.rows, grad_scores, 1, KEYS, query, s.D, grad_k, s.D);
-          multiply<true>(tile.rows, s.D, tile.keys, grad_scores, KEYS, 1, key, s.D, grad_q + first, s.D);
+          if (c.grad_bias) {
+            float* line = grad_line + c.T - 1 - i + j0;
+            for (int64_t j = 0; j < tile.keys; j += LANES) store(line + j, load(line + j) + load(g + j));
+          }
         }
-        for (int64_t j = 0; j < std::min<int64_t>(KEYS, c.T - j0); j++) {
-          // The queries had scale log2 e in them.
-          copy_row(c.grad_k.row(b, h, j0 + j), grad_k + j * s.D, c.K, c.K, 1 / LOG2E);
-          copy_row(c.grad_v.row(b, h, j0 + j), grad_v + j * s.D, c.K, c.K);
-        }
+        multiply<true, true>(tile.keys, s.D, tile.rows, weights, KEYS, grad, s.D, grad_v, s.D);
+        multiply<true, true>(tile.keys, s.D, tile.rows, grad_scores, KEYS, query, s.D, grad_k, s.D);
+        multiply<true>(tile.rows, s.D, tile.keys, grad_scores, KEYS, key, s.D, grad_q + first, s.D);
       }
-      for (int64_t i = 0; i < c.T; i++) copy_row(c.grad_q.row(b, h, i), grad_q + i * s.D, c.K, c.K, c.scale);
-      if (c.grad_bias)
-        for (int64_t d = 0; d < c.T; d++) c.grad_bias[head * c.T + d] = grad_line[c.T - 1 - d];
-    };
+      for (int64_t j = 0; j < std::min<int64_t>(KEYS, c.T - j0); j++) {
+        // The queries had scale log2 e in them.
+        copy_row(c.grad_k.row(b, h, j0 + j), grad_k + j * s.D, c.K, c.K, 1 / LOG2E);
+        copy_row(c.grad_v.row(b, h, j0 + j), grad_v + j * s.D, c.K, c.K);
+      }
+    }
+    for (int64_t i = 0; i < c.T; i++) copy_row(c.grad_q.row(b, h, i), grad_q + i * s.D, c.K, c.K, c.scale);
+    if (c.grad_bias)
+      for (int64_t d = 0; d < c.T; d++) c.grad_bias[head * c.T + d] = grad_line[c.T - 1 - d];
   });
+}
+
+}  // namespace
+
+extern "C" int forward(const Call* call) {
+  return without_throwing([&] { attend(*call); });
+}
+
+extern "C" int backward(const Call* call) {
+  return without_throwing([&] { differentiate(*call); });
 }

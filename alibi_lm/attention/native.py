@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from alibi_lm.attention import native_library
 from alibi_lm.attention.base import AttentionBackend, consecutive, empty_by_tokens
@@ -43,6 +44,7 @@ class NativeAttention(AttentionBackend):
     """
 
     name = "native"
+    prepares_outside = True
 
     def __init__(self) -> None:
         reason = why_not()
@@ -53,8 +55,6 @@ class NativeAttention(AttentionBackend):
             )
         self.sdpa = SdpaAttention()
 
-    # A compiled model breaks off here, once per forward pass: reading positions is nothing a compiler can do.
-    @torch.compiler.disable
     def prepare(
         self, scheme: PositionScheme, q_pos: Tensor, k_pos: Tensor, window: int | None, dtype: torch.dtype
     ) -> Any:
@@ -95,7 +95,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) ->
     """
     # The kernel reads each vector as a run of numbers, whatever its stride.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _operator(q, k, v, bias, window)[0]
+    # The first call of an operator loads the whole of the compiler, which takes longer than all else at a start.
+    run = _operator if torch.compiler.is_compiling() else _Attention.apply
+    return run(q, k, v, bias, window)[0]
 
 
 @functools.cache
@@ -161,7 +163,8 @@ def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> Non
         if x is not None:
             is_view = isinstance(getattr(call, name), _View)
             setattr(call, name, _View(x.data_ptr(), *x.stride()[:3]) if is_view else x.data_ptr())
-    getattr(library, function)(ctypes.byref(call))
+    if getattr(library, function)(ctypes.byref(call)):
+        raise RuntimeError(f"attention = native: no memory for {batch} x {heads} heads of {tokens} tokens.")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,19 +225,29 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
     return empty_by_tokens(q), empty_by_tokens(k), empty_by_tokens(v), grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, bias, ctx.window = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(q, k, v, *([bias] if ctx.has_bias else []), *output)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, run: Callable[..., tuple[Tensor, ...]], grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, *rest = ctx.saved_tensors
     bias = rest.pop(0) if ctx.has_bias else None
     of_bias = ctx.needs_input_grad[3]
-    *grads, grad_bias = _operator_backward(grad, q, k, v, bias, ctx.window, *rest, of_bias)
+    *grads, grad_bias = run(grad, q, k, v, bias, ctx.window, *rest, of_bias)
     return *grads, grad_bias if of_bias else None, None
 
 
-_operator.register_autograd(_differentiate, setup_context=_setup_context)
+_operator.register_autograd(lambda ctx, grad, *_: _gradients(ctx, _operator_backward, grad), setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(forward)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, backward, grad)

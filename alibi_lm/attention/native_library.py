@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -53,17 +54,23 @@ def find() -> Found:
         return Found(ctypes.CDLL(str(_compiled(compiler))))
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
-        return Found(None, f"{compiler} failed: {lines[0] if lines else f'exit status {error.returncode}'}")
+        reason = lines[0] if lines else f"exit status {error.returncode}"
+        return Found(None, f"{shlex.join(compiler)} failed: {reason}")
     except (OSError, subprocess.SubprocessError) as error:
-        return Found(None, f"{compiler}: {error}")
+        return Found(None, f"{shlex.join(compiler)}: {error}")
 
 
-def _compiler() -> str | None:
-    chosen = os.environ.get("CXX")
-    return next((path for name in ([chosen] if chosen else COMPILERS) if (path := shutil.which(name))), None)
+def _compiler() -> list[str] | None:
+    """The compiler, and what CXX says it is called with."""
+    chosen = os.environ.get("CXX", "").strip()
+    for name in [chosen] if chosen else COMPILERS:
+        program, *arguments = shlex.split(name)
+        if path := shutil.which(program):
+            return [path, *arguments]
+    return None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """The library's file.
 
     Raises:
@@ -72,7 +79,7 @@ def _compiled(compiler: str) -> Path:
     """
     from filelock import FileLock
 
-    command = [compiler, *_flags()]
+    command = [*compiler, *_flags()]
     name = _name(command)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alibi_lm"
     if (cache / name).exists():
@@ -114,7 +121,9 @@ def _flags() -> list[str]:
 
 def _openmp_of_torch() -> list[str]:
     """The copy of GNU's OpenMP that torch has, if any: two of them would each keep threads waiting for work."""
-    return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))]
+    copies = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    # As needed: where torch's copy serves, the system's is not asked for.
+    return [*map(str, copies), "-Wl,--as-needed"] if copies else []
 
 
 def _name(command: list[str]) -> str:

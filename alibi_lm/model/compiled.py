@@ -26,6 +26,9 @@ class CompiledNats:
 
     def __init__(self, model: TransformerLM) -> None:
         self.model = model
+        if model.backend.prepares_outside:
+            # Here, because the decorator loads the whole of the compiler.
+            setattr(model.backend, "prepare", torch.compiler.disable(model.backend.prepare))  # noqa: B010
         self.layers = torch.compile(model, dynamic=False)
 
     def __call__(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:

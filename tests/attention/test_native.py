@@ -1,6 +1,8 @@
 """The package's own CPU kernel against the definition in float64: outputs, gradients, and what it leaves out."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from .test_sdpa import assert_within, run, scheme_of
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f"attention=native: {native.why_not()}")
 BUDGET = 3e-6
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def draw(batch: int, heads: int, length: int, dim: int, size: float = 1.0) -> list[torch.Tensor]:
@@ -294,3 +297,21 @@ def test_auto_is_native_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen_backend("auto") == "sdpa" == build_backend("auto").name
     assert [chosen_backend(name) for name in ("eager", "flex")] == ["eager", "flex"]
+
+
+def test_the_documented_share_of_the_scores():
+    """docs/speed.md says what eight heads compute where every score may exceed the query's own by 20."""
+    text = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    keys = int(re.search(r"KEYS = (\d+);", (ROOT / "alibi_lm" / "attention" / "native.cpp").read_text())[1])
+    shares = []
+    for length in (1024, 4096, 16384):
+        q, k, v = torch.zeros(3, 1, 8, length, 8)
+        q[..., 0] = k[..., 1] = (20 * 8**0.5) ** 0.5
+        reach = native.forward(q, k, v, alibi_bias(8, length), length)[2][0]
+        first_query = torch.arange(0, length, ROWS)
+        end = (first_query + ROWS).clamp_max(length)
+        first_key = (first_query - reach + 1).clamp_min(0) // keys * keys
+        rows = end - first_query
+        shares.append(float((rows * (end - first_key)).sum() / (8 * rows * end).sum()))
+    expected = "computes {:.2f} of the visible scores at 1,024 tokens, {:.2f} at 4,096, {:.2f} at 16,384"
+    assert expected.format(*shares) in text

@@ -1,6 +1,7 @@
 """Compiling the kernel: once a machine, from nothing else than a compiler, and a clear word where that fails."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -76,6 +77,13 @@ def test_without_a_place_to_keep_it_each_process_has_its_own(anew, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
+@needs_compiler
+def test_the_compiler_may_come_with_arguments(anew, monkeypatch):
+    monkeypatch.setenv("CXX", f"{shutil.which('c++') or shutil.which('g++')} -g0")
+    assert native_library._compiler()[1:] == ["-g0"]
+    assert build_backend("native").name == "native"
+
+
 def test_without_a_compiler(anew, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
@@ -122,7 +130,7 @@ def test_what_computes_something_else_is_refused(anew, tmp_path, monkeypatch):
 
 @needs_compiler
 def test_another_processor_compiler_or_source_has_a_library_of_its_own(tmp_path, monkeypatch):
-    command = [str(native_library._compiler()), *native_library._flags()]
+    command = [*(native_library._compiler() or []), *native_library._flags()]
     first = native_library._name(command)
     assert native_library._name(command) == first
     assert native_library._name([*command, "-O1"]) != first
