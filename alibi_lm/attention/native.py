@@ -92,12 +92,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) ->
 
     Returns:
         (B, H, T, K).
+
+    Raises:
+        ValueError: tensors of other shapes, dtypes or devices; the kernel would read past their ends.
     """
+    _check(q, k, v, bias)
     # The kernel reads each vector as a run of numbers, whatever its stride.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     # The first call of an operator loads the whole of the compiler, which takes longer than all else at a start.
     run = _operator if torch.compiler.is_compiling() else _Attention.apply
     return run(q, k, v, bias, window)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    for name, x, shape in (("q", q, q.shape), ("k", k, q.shape), ("v", v, q.shape), ("bias", bias, q.shape[1:3])):
+        if x is not None and not (x.is_cpu and x.dtype == torch.float32 and x.shape == shape):
+            raise ValueError(
+                f"attention = native got {name} of shape {tuple(x.shape)}, {x.dtype}, on {x.device.type}. "
+                f"It takes {tuple(shape)}, torch.float32, on the CPU"
+                + (": that is what a scheme's distance_bias gives." if name == "bias" else ".")
+            )
 
 
 @functools.cache

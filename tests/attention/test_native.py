@@ -231,6 +231,24 @@ def test_any_strides():
         assert torch.equal(x, y.expand_as(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", lambda x: x.double()),
+        ("k", lambda x: x[:, :, :-1]),
+        ("v", lambda x: x[..., :-1]),
+        ("bias", lambda x: x[:1]),
+        ("bias", lambda x: x[:, :-1]),
+        ("bias", lambda x: x.double()),
+    ],
+)
+def test_what_it_would_read_past_the_end_of_is_refused(name, change):
+    tensors = dict(zip("qkv", draw(1, 3, 40, 8), strict=False), bias=alibi_bias(3, 40))
+    tensors[name] = change(tensors[name])
+    with pytest.raises(ValueError, match=rf"attention = native got {name} of shape"):
+        native.attend(**tensors, window=40)
+
+
 def test_a_compiler_sees_the_operators_as_they_are():
     q, k, v, grad = draw(2, 4, 100, 8)
     for bias in (None, alibi_bias(4, 100), alibi_bias(4, 100).requires_grad_()):
