@@ -6,6 +6,8 @@ Shape letters: B batch, T queries, S keys, H heads, K head dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,3 +82,15 @@ def empty_by_tokens(x: Tensor) -> Tensor:
     """(B, H, T, K), empty, with tokens before heads in memory: heads then join to one vector without a copy."""
     batch, heads, tokens, dim = x.shape
     return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+@contextmanager
+def trial() -> Iterator[torch.Generator]:
+    """For trying a kernel: CPU, gradients, no autocast, whatever the caller has chosen; gives a generator."""
+    with (
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        yield torch.Generator("cpu").manual_seed(0)

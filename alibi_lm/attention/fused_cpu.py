@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from alibi_lm.attention.base import trial
+
 
 def kernel(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
@@ -49,13 +51,7 @@ def available() -> bool:
     The operator is not part of torch's public interface, so it is tried once: causal with a row of stride 0, and
     queries in blocks whose keys are overlapping views.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    with (
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
+    with trial() as generator:
         q, k, v = (torch.randn(1, 2, 6, 8, generator=generator, requires_grad=True) for _ in range(3))
         row = torch.randn(2, 6, generator=generator)[None, :, None].expand(1, -1, 6, -1)
         block = torch.randn(2, 4, generator=generator)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alibi_lm.attention import native_library
-from alibi_lm.attention.base import AttentionBackend, consecutive, empty_by_tokens
+from alibi_lm.attention.base import AttentionBackend, consecutive, empty_by_tokens, trial
 from alibi_lm.attention.sdpa import SdpaAttention
 from alibi_lm.positions.base import PositionScheme
 
@@ -123,15 +123,12 @@ def why_not() -> str:
     found = native_library.find()
     if found.library is None:
         return found.reason
-    generator = torch.Generator("cpu").manual_seed(0)
-    with (
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        q, k, v = (torch.randn(1, 2, 70, 10, generator=generator, requires_grad=True) for _ in range(3))
-        slopes = torch.tensor([[0.5], [0.01]], requires_grad=True)
+    with trial() as generator:
+        q, k, v = (
+            torch.randn(1, 2, 70, 10, generator=generator, dtype=torch.float32, requires_grad=True)
+            for _ in range(3)
+        )
+        slopes = torch.tensor([[0.5], [0.01]], dtype=torch.float32, requires_grad=True)
         bias = -slopes * torch.arange(70)
         distance = torch.arange(70)[:, None] - torch.arange(70)
         for given, window in ((None, 70), (bias, 70), (bias, 7)):

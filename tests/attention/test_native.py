@@ -309,6 +309,16 @@ def test_a_scheme_that_is_no_function_of_distance_goes_the_ways_of_sdpa():
     assert_within(actual, run("eager", scheme, 60, torch.float64)[1], BUDGET)
 
 
+def test_it_is_tried_in_float32_whatever_the_caller_has_chosen():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+            assert native.why_not.__wrapped__() == ""
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_auto_is_native_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen_backend("auto") == "native" == build_backend("auto").name
