@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from alibi_lm.checkpoint_format import Checkpoint, write_checkpoint
-from alibi_lm.run_folder import read_json_object, sync_folder, write_json_atomic
+from alibi_lm.files import read_json, sync_folder, write_json
 
 BEST_FILE = "best.json"
 
@@ -107,7 +107,7 @@ class CheckpointStore:
         if not self._path(step).is_dir():
             raise ValueError(f"there is no checkpoint of step {step} in {self.folder} to be the best one")
         try:
-            write_json_atomic(self.folder / BEST_FILE, {"step": step, **state})
+            write_json(self.folder / BEST_FILE, {"step": step, **state})
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder / BEST_FILE} could not be written ({error.strerror or error}). "
@@ -173,7 +173,7 @@ class CheckpointStore:
 
     def _best_step(self) -> int | None:
         try:
-            step = read_json_object(self.folder / BEST_FILE).get("step")
+            step = read_json(self.folder / BEST_FILE).get("step")
         except FileNotFoundError:
             return None
         except ValueError as error:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alibi_lm.run_folder import read_json_object, sync_folder, write_bytes_synced
+from alibi_lm.files import read_json, sync_folder, write_bytes_synced
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -204,7 +204,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     """`state.json`, checked: own hash, the fields and the two file names that it may name."""
     path = folder / STATE_FILE
     try:
-        record = read_json_object(path)
+        record = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the checkpoint was never finished") from None
     if record.get("format") != FORMAT:

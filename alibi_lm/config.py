@@ -20,7 +20,7 @@ from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runtime import DEVICES, PRECISIONS
-from alibi_lm.settings import require
+from alibi_lm.settings import require, setting
 from alibi_lm.tracking import TRACKING
 
 MODES = ("nonoverlapping", "sliding")
@@ -65,56 +65,56 @@ class EvaluationConfig:
 class TrainConfig:
     """One training run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    position: Any = None
-    attention: Any = None
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: Any = None
-    optimizer: Any = None
-    schedule: Any = None
-    tracking: Any = None
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    experiment: str = "quick"
+    model: ModelConfig = setting(default_factory=ModelConfig, counts="run")
+    position: Any = setting(None, counts="run")
+    attention: Any = setting(None, counts="rounding")
+    data: DataConfig = setting(default_factory=DataConfig, counts="run")
+    tokenizer: Any = setting(None, counts="run")
+    optimizer: Any = setting(None, counts="run")
+    schedule: Any = setting(None, counts="run")
+    tracking: Any = setting(None, counts="no")
+    evaluation: EvaluationConfig = setting(default_factory=EvaluationConfig, counts="no")
+    experiment: str = setting("quick", counts="label")
     """Name of the experiment; its runs lie in outputs/<experiment>/runs."""
-    study: list[str] = field(default_factory=list)
+    study: list[str] = setting(default_factory=list, counts="no")
     """The experiment's runs, as multirun overrides: each entry is one sweep of `make reproduce`."""
-    measurements: list[str] = field(default_factory=list)
+    measurements: list[str] = setting(default_factory=list, counts="no")
     """What `make study` measures of the runs beside the curve, in this order: scripts and their settings."""
-    train_length: int = 64
+    train_length: int = setting(64, counts="run")
     """Tokens of a training sequence (the paper's L)."""
-    seed: int = 1
+    seed: int = setting(1, counts="run")
     """Of initialisation, data order and dropout; >= 0."""
-    steps: int = 1000
+    steps: int = setting(1000, counts="run")
     """Optimizer steps."""
-    tokens_per_step: int = 4096
+    tokens_per_step: int = setting(4096, counts="run")
     """Targets of an optimizer step, rounded down to whole sequences."""
-    batch_multiple: int = 1
+    batch_multiple: int = setting(1, counts="run")
     """Sequences of a step are rounded down to a multiple of this (the paper: 8, one share per GPU)."""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int | None = setting(None, counts="rounding")
     """Tokens of one forward and backward pass on one process; null: the whole step."""
-    clip_norm: float = 1.0
+    clip_norm: float = setting(1.0, counts="run")
     """Global gradient norm is clipped to this; 0 never clips."""
-    log_every: int = 20
+    log_every: int = setting(20, counts="no")
     """Steps between rows of training metrics."""
-    validate_every: int = 500
+    validate_every: int = setting(500, counts="run")
     """Steps between validations; the last step always validates."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = setting(500, counts="no")
     """Steps between checkpoints; the last step always writes one."""
-    keep_last: int = 1
+    keep_last: int = setting(1, counts="no")
     """How many of the newest checkpoints are kept."""
-    keep_every: int = 0
+    keep_every: int = setting(0, counts="no")
     """Checkpoints at multiples of this many steps are kept for good; 0: none."""
-    device: str = "auto"
+    device: str = setting("auto", counts="no")
     """auto, cpu or cuda."""
-    precision: str = "auto"
+    precision: str = setting("auto", counts="run")
     """auto, float32 or bfloat16 (autocast)."""
-    compile: bool = False
+    compile: bool = setting(False, counts="rounding")
     """Compile the training step with torch.compile."""
-    threads: int | None = None
+    threads: int | None = setting(None, counts="no")
     """CPU threads; null: torch's choice."""
-    output_dir: str | None = None
+    output_dir: str | None = setting(None, counts="label")
     """The run folder; null: outputs/<experiment>/runs/<name>."""
-    overwrite: bool = False
+    overwrite: bool = setting(False, counts="no")
     """Delete what the run folder holds and start over."""
 
     def __post_init__(self) -> None:

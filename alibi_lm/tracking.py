@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
@@ -175,7 +175,7 @@ class _JsonlTracker(Tracker):
         kept = []
         if resume_step > 0 and self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-        write_text_atomic(self.path, "".join(_line(row) for row in kept))
+        write_text(self.path, "".join(_line(row) for row in kept))
         self._file = open(self.path, "ab")
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
@@ -290,7 +290,7 @@ def _wandb_id(run_folder: Path) -> str:
     """The run's id, made once for a run folder; it becomes part of file names, so it is checked."""
     path = run_folder / WANDB_ID_FILE
     if not path.exists():
-        write_text_atomic(path, secrets.token_hex(8) + "\n")
+        write_text(path, secrets.token_hex(8) + "\n")
     run_id = path.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
         raise ValueError(f"{path} holds {run_id[:80]!r}, which is not a run id. Delete that file")

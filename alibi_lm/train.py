@@ -13,24 +13,15 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from alibi_lm import parallel, runtime
+from alibi_lm import distributed, runtime
 from alibi_lm.attention import chosen_backend
 from alibi_lm.config import TrainConfig, load_config, to_dict
 from alibi_lm.data.corpus import Corpus, prepare
-from alibi_lm.evaluation.load import build_model, load_run
-from alibi_lm.evaluation.score import mean_nats, score_tokens
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.score import mean_nats, score_tokens
+from alibi_lm.files import read_json, write_json, write_text
 from alibi_lm.optim import build_optimizer
-from alibi_lm.parallel import World
-from alibi_lm.run_folder import (
-    RunLock,
-    clear_failed,
-    finished,
-    mark_failed,
-    mark_finished,
-    read_json_object,
-    write_json_atomic,
-    write_text_atomic,
-)
+from alibi_lm.runs import RunLock, build_model, clear_failed, finished, load_run, mark_failed, mark_finished
 from alibi_lm.settings import require
 from alibi_lm.tracking import open_tracker
 from alibi_lm.trainer import Interrupted, Trainer
@@ -57,11 +48,11 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         ValueError: bad settings, a folder that holds another run, unusable data, a loss that is no number.
         Interrupted: SIGTERM or SIGINT; the state is saved.
     """
-    world = parallel.start(config.device)
+    world = distributed.start(config.device)
     try:
         device = runtime.start(config.device, world.local_rank, config.threads)
         if not world.is_main:
-            done = parallel.gather_objects(None, world)[0]
+            done = distributed.gather_objects(None, world)[0]
             return _train_locked(config, folder, world, device) if done is None else done
         if config.overwrite:
             _delete_run(folder)
@@ -70,7 +61,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             if done is not None:
                 _require_same_run(config, folder)
                 print(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
-            parallel.gather_objects(done, world)  # the other processes do as this one does
+            distributed.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
                 return done
             if (folder / "config.yaml").exists():
@@ -84,7 +75,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 mark_failed(folder, f"{type(error).__name__}: {error}")
                 raise
     finally:
-        parallel.stop()
+        distributed.stop()
 
 
 def _train_locked(config: TrainConfig, folder: Path, world: World, device: torch.device) -> dict[str, Any]:
@@ -120,7 +111,7 @@ def _prepare(config: TrainConfig, world: World) -> Corpus:
     """Prepare the corpus once per machine group: the main process first, the others find it done."""
     if world.is_main:
         corpus = prepare(config.data, config.tokenizer)
-    parallel.barrier(world)
+    distributed.barrier(world)
     return corpus if world.is_main else prepare(config.data, config.tokenizer, progress=False)
 
 
@@ -135,12 +126,12 @@ def _check_length(config: TrainConfig, corpus: Corpus) -> None:
 def _write_records(config: TrainConfig, folder: Path, corpus: Corpus, device: torch.device) -> None:
     """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
     if not (folder / "config.yaml").exists():
-        write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    write_json_atomic(
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    write_json(
         folder / "environment.json",
         runtime.environment(device) | {"attention": chosen_backend(config.attention.name)},
     )
-    write_json_atomic(folder / "corpus.json", corpus.manifest)
+    write_json(folder / "corpus.json", corpus.manifest)
     corpus.tokenizer.save(folder / "tokenizer.json")
 
 
@@ -164,7 +155,7 @@ def _require_same_text(folder: Path, corpus: Corpus) -> None:
     record = folder / "corpus.json"
     if not record.is_file() or not any((folder / "checkpoints").glob("*")):
         return
-    old, new = read_json_object(record), corpus.manifest
+    old, new = read_json(record), corpus.manifest
     for what, path in (
         ("tokenizer", ("tokenizer",)),
         ("training text", ("splits", "train")),

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alibi_lm import parallel, runtime
+from alibi_lm import distributed, runtime
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig
-from alibi_lm.data.batches import TrainingBatches
 from alibi_lm.data.corpus import Corpus
-from alibi_lm.evaluation.score import mean_nats, score_tokens
+from alibi_lm.data.windows import TrainingBatches
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.score import mean_nats, score_tokens
 from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.parallel import World
 
 
 class Interrupted(Exception):
@@ -65,7 +65,7 @@ class Trainer:
         self.batches = TrainingBatches(
             corpus.split("train").tokens, corpus.start_id, config.train_length, rows, config.seed
         )
-        self.share = parallel.shard(rows, world)
+        self.share = distributed.shard(rows, world)
         self.micro_rows = max(1, (config.micro_batch_tokens or rows * config.train_length) // config.train_length)
         self.store = CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_every)
         self.best, self.best_step = math.inf, 0
@@ -177,8 +177,8 @@ class Trainer:
                 nats = self.nats(inputs, targets).sum()
             (nats / self.tokens_per_step).backward()
             total += nats.detach()
-        parallel.all_reduce_gradients(self.model, self.world)
-        parallel.all_reduce_sum(total, self.world)
+        distributed.all_reduce_gradients(self.model, self.world)
+        distributed.all_reduce_sum(total, self.world)
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.clip_norm if config.clip_norm > 0 else math.inf
         )
@@ -253,7 +253,7 @@ class Trainer:
             self.store.save(step, self.model, self.optimizer, state)
             if self.best_step == step:
                 self.store.mark_best(step, {"validation_loss": self.best})
-        parallel.barrier(self.world)
+        distributed.barrier(self.world)
 
 
 class _StopSignals:
@@ -267,7 +267,7 @@ class _StopSignals:
         """The signal to stop for, 0 for none; the same on every process at the same step."""
         if self.world.world_size == 1:
             return self.received
-        return max(parallel.gather_objects(self.received, self.world))
+        return max(distributed.gather_objects(self.received, self.world))
 
     def __enter__(self) -> _StopSignals:
         try:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from alibi_lm.cli import exit_status, report_errors
 from alibi_lm.config import to_config
-from alibi_lm.evaluation.analysis import AnalyseConfig
+from alibi_lm.evaluate.analysis import AnalyseConfig
 
 ConfigStore.instance().store(name="base_analyse", node=AnalyseConfig)
 
@@ -20,7 +20,7 @@ ConfigStore.instance().store(name="base_analyse", node=AnalyseConfig)
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Compute each view, write its data, then its figure."""
-    from alibi_lm.evaluation.analysis import analyse
+    from alibi_lm.evaluate.analysis import analyse
     from alibi_lm.study.analysis_figures import draw_analysis
 
     for path in analyse(to_config(cfg)):

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from alibi_lm.evaluation.results import read_rows
-from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.files import write_text
+from alibi_lm.results.rows import read_rows
 from alibi_lm.study.analysis_data import read_analysis
 from alibi_lm.study.claim_files import read_claims
 from alibi_lm.study.claims import Evidence, claims_markdown, judge_all, read_bench, read_summaries_if_any
@@ -40,7 +40,7 @@ def task(arguments: list[str]) -> None:
     for difference in unfair:
         if difference.matters:
             print(f"NOT A FAIR COMPARISON: {difference.sentence}")
-    write_text_atomic(folder / "claims.md", claims_markdown(files, judged, unfair))
+    write_text(folder / "claims.md", claims_markdown(files, judged, unfair))
     print(folder / "claims.md")
 
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from alibi_lm.evaluation.results import read_rows
-from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.files import write_text
+from alibi_lm.results.rows import read_rows
 from alibi_lm.study.command import FOLDER, main, parse, study_folder
 from alibi_lm.study.figures import draw
 from alibi_lm.study.paper import comparison_markdown
@@ -22,7 +22,7 @@ def task(arguments: list[str]) -> None:
     text = comparison_markdown(rows, find_records(rows, folder), settings["near"])
     if shape := shapes_markdown(shapes(rows)):
         text += f"\n{shape}"
-    write_text_atomic(folder / "paper.md", text)
+    write_text(folder / "paper.md", text)
     print(text)
     for path in draw(folder, with_paper=True) if settings["draw"] else []:
         print(path)

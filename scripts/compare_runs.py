@@ -2,11 +2,11 @@
 
 import sys
 
-from alibi_lm.evaluation.results import read_rows
+from alibi_lm.results.curves import View
+from alibi_lm.results.rows import read_rows
 from alibi_lm.study.claims import read_summaries_if_any
 from alibi_lm.study.command import FOLDER, Settings, main, parse, study_folder
 from alibi_lm.study.compare import common_lengths, compare_runs, select, title
-from alibi_lm.study.curves import View
 from alibi_lm.study.fairness import differences
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alibi_lm.evaluation.statistics import VarianceParts, critical_value, variance_parts
+from alibi_lm.results.statistics import VarianceParts, critical_value, variance_parts
 from alibi_lm.study.command import main, parse
 
 DOCUMENTS = 60

@@ -15,12 +15,12 @@ register(plain="tracking")
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Evaluate, write results.jsonl row by row, then draw figure and table."""
-    from alibi_lm import parallel
-    from alibi_lm.evaluation.sweep import describe, evaluate, log_curve, output_folder
+    from alibi_lm import distributed
+    from alibi_lm.evaluate.sweep import describe, evaluate, log_curve, output_folder
     from alibi_lm.study.figures import draw
 
     config = to_config(cfg)
-    world = parallel.start(config.device)
+    world = distributed.start(config.device)
     try:
         for row in evaluate(config, world):
             if world.is_main:
@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
             paths = draw(output_folder(config))
             print(next(p for p in paths if p.suffix == ".md").read_text(), *paths, sep="\n")
     finally:
-        parallel.stop()
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from alibi_lm.experiment import planned_runs
-from alibi_lm.run_folder import Status, failed, status
+from alibi_lm.runs import Status, failed, status
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 STATES: tuple[Status, ...] = ("finished", "running", "failed", "partial", "missing")

@@ -31,12 +31,12 @@ from alibi_lm import load_run
 from alibi_lm.config import EvaluateConfig, EvaluateData, from_dict, load_config
 from alibi_lm.data.corpus import open_prepared, prepare
 from alibi_lm.data.tokenizers import Tokenizer
-from alibi_lm.evaluation.results import read_rows
-from alibi_lm.evaluation.sweep import evaluate, plan
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.sweep import evaluate, plan
 from alibi_lm.experiment import compose, run_folder
 from alibi_lm.interop.fairseq import ImportConfig, import_fairseq
-from alibi_lm.parallel import World
-from alibi_lm.run_folder import RunLock
+from alibi_lm.results.rows import read_rows
+from alibi_lm.runs import RunLock
 from alibi_lm.tracking import JsonlConfig
 from alibi_lm.train import train
 
@@ -402,7 +402,7 @@ def test_bad_data_is_refused_by_training(place: Place, damage: Callable[[Place],
 def test_object_arrays_are_not_unpickled(place: Place) -> None:
     path = place.streams() / "train.documents.npy"
     np.save(path, np.array([_Trap()], dtype=object), allow_pickle=True)
-    from alibi_lm.data.storage import fingerprint
+    from alibi_lm.files import fingerprint
 
     place.edit_json(
         place.streams() / "manifest.json",

@@ -10,9 +10,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm.config import GROUPS, EvaluateConfig, EvaluationConfig, TrainConfig, from_dict, to_dict
-from alibi_lm.evaluation.load import build_model
 from alibi_lm.experiment import compose, planned_runs, run_folder
 from alibi_lm.model.transformer import ModelConfig
+from alibi_lm.runs import build_model
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if not p.stem.endswith("_base"))

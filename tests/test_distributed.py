@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from alibi_lm.config import EvaluateConfig
-from alibi_lm.evaluation.sweep import evaluate
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
-from alibi_lm.parallel import World
 from alibi_lm.positions import POSITIONS
 from alibi_lm.tracking import JsonlConfig
 from alibi_lm.train import train

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from alibi_lm.config import EvaluateConfig
-from alibi_lm.evaluation.sweep import evaluate
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
-from alibi_lm.parallel import World
 from alibi_lm.tracking import JsonlConfig
 from alibi_lm.train import train
 from alibi_lm.trainer import Trainer

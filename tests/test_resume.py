@@ -27,7 +27,7 @@ from alibi_lm.config import TrainConfig
 from alibi_lm.data.corpus import prepare
 from alibi_lm.experiment import compose
 from alibi_lm.positions import POSITIONS
-from alibi_lm.run_folder import finished, status
+from alibi_lm.runs import finished, status
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,7 +30,7 @@ def evaluation_configs(experiment):
     from hydra.core.config_store import ConfigStore
 
     from alibi_lm.config import register
-    from alibi_lm.evaluation.analysis import AnalyseConfig
+    from alibi_lm.evaluate.analysis import AnalyseConfig
 
     store = ConfigStore.instance()
     before = copy.deepcopy(store.repo)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from alibi_lm.run_folder import RunLock, mark_failed, mark_finished
+from alibi_lm.runs import RunLock, mark_failed, mark_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alibi_lm.parallel import World
+from alibi_lm.distributed import World
 from alibi_lm.tracking import (
     TRACKING,
     JsonlConfig,

@@ -31,9 +31,9 @@ def watch(place: str) -> None:
 
 
 def main() -> None:
-    from alibi_lm import parallel
+    from alibi_lm import distributed
     from alibi_lm.config import EvaluateConfig
-    from alibi_lm.evaluation.sweep import evaluate
+    from alibi_lm.evaluate.sweep import evaluate
     from alibi_lm.experiment import compose
     from alibi_lm.tracking import JsonlConfig
     from alibi_lm.train import train
@@ -46,10 +46,10 @@ def main() -> None:
         if "train" in job:
             train(compose(job["train"]), Path(job["folder"]))
         else:
-            world = parallel.start("cpu")
+            world = distributed.start("cpu")
             for _ in evaluate(EvaluateConfig(**job["evaluate"], tracking=JsonlConfig()), world):
                 pass
-            parallel.stop()
+            distributed.stop()
     if rank:
         changes = list(written)
         Path(work["place"], "written.json").write_text(json.dumps(changes))

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from alibi_lm.data.preparation import SourceFolder
 from alibi_lm.data.sources import DataConfig, open_source
-from alibi_lm.data.storage import sha256_of
 from alibi_lm.data.streams import Corpus, TokenStream, open_prepared, stale
 from alibi_lm.data.text import SPLITS
 from alibi_lm.data.tokenizers import Tokenizer, TokenizerConfig
+from alibi_lm.files import sha256_of
 
 __all__ = ["Corpus", "TokenStream", "open_prepared", "prepare", "report", "verify"]
 

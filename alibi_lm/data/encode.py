@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from alibi_lm.data.storage import fingerprint, sha256_of, whole_file
 from alibi_lm.data.text import Passage, Source
 from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.files import fingerprint, sha256_of, whole_file
 
 BATCH_CHARACTERS = 2_000_000
 """Text encoded at once: enough to keep all cores busy, little enough to stay below some 200 MB."""

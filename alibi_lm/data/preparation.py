@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from alibi_lm.data import encode, wikitext
-from alibi_lm.data.storage import sha256_of, write_json
 from alibi_lm.data.streams import FORMAT, Corpus, open_prepared, read_json, read_manifest, short, stale
 from alibi_lm.data.text import SPLITS, Source
 from alibi_lm.data.tokenizers import Tokenizer, TokenizerConfig
+from alibi_lm.files import sha256_of, write_json
 
 
 class SourceFolder:

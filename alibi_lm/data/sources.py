@@ -12,8 +12,9 @@ from typing import Any
 
 from alibi_lm.data import hub
 from alibi_lm.data.stdlib import StandardLibrarySource
-from alibi_lm.data.storage import file_record, file_unchanged
 from alibi_lm.data.text import Passage, Source, wikitext_passages
+from alibi_lm.files import file_record, file_unchanged
+from alibi_lm.settings import setting
 
 NAMES = ("python_stdlib", "wikitext2", "wikitext103")
 TOKENS_FILES = {
@@ -30,10 +31,10 @@ class DataConfig:
 
     name: str = "python_stdlib"
     """`python_stdlib`, `wikitext2` or `wikitext103`."""
-    path: str | None = None
+    path: str | None = setting(None, counts="no")
     """Folder with wiki.train.tokens, wiki.valid.tokens, wiki.test.tokens; null takes the text from the hub.
     Only the files of the splits that are used have to exist. Not for `python_stdlib`."""
-    cache_dir: str = "data"
+    cache_dir: str = setting("data", counts="no")
     """Folder of prepared streams; a relative one is relative to the current folder."""
 
     def __post_init__(self) -> None:

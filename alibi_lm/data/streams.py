@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alibi_lm.data.storage import fingerprint
 from alibi_lm.data.text import Source
 from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.files import fingerprint
 
 FORMAT = 1
 """Of the JSON files beside the streams; another number is refused."""

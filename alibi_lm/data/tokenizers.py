@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alibi_lm.data.storage import whole_file
+from alibi_lm.files import whole_file
 
 WORD_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 LINE_END_ID = 2

@@ -21,8 +21,8 @@ from alibi_lm.attention import ATTENTION
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig
 from alibi_lm.data.sources import DataConfig
-from alibi_lm.data.storage import sha256_of
 from alibi_lm.data.tokenizers import Tokenizer, WordConfig
+from alibi_lm.files import sha256_of, write_json, write_text
 from alibi_lm.interop.fairseq_checkpoint import (
     FairseqCheckpoint,
     read_checkpoint,
@@ -32,7 +32,7 @@ from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.optim import FairseqCosineConfig, NAGConfig
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
-from alibi_lm.run_folder import RunLock, finished, mark_finished, write_json_atomic, write_text_atomic
+from alibi_lm.runs import RunLock, finished, mark_finished
 from alibi_lm.tracking import TRACKING
 
 POSITIONS = ("alibi", "sinusoidal")
@@ -89,8 +89,8 @@ def import_fairseq(config: ImportConfig) -> Path:
     with RunLock(folder):
         _empty(folder)
         settings = OmegaConf.create(dataclasses.asdict(run))
-        write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(settings))
-        write_json_atomic(folder / "environment.json", runtime.environment(torch.device("cpu")))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+        write_json(folder / "environment.json", runtime.environment(torch.device("cpu")))
         tokenizer.save(folder / "tokenizer.json")
         store = CheckpointStore(folder / "checkpoints")
         store.save(run.steps, model, None, {"vocab_size": tokenizer.vocab_size})
@@ -102,7 +102,7 @@ def import_fairseq(config: ImportConfig) -> Path:
             "updates": checkpoint.num_updates,
             "settings": {k: v for k, v in sorted(checkpoint.settings.values.items()) if _is_plain(v)},
         }
-        write_json_atomic(folder / "import.json", record)
+        write_json(folder / "import.json", record)
         mark_finished(
             folder,
             {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from alibi_lm.attention import AttentionBackend, build_backend
 from alibi_lm.model.adaptive import AdaptiveVocabulary
 from alibi_lm.model.init import INITIALISATIONS, initialise
+from alibi_lm.model.interface import Scores
 from alibi_lm.model.vocabulary import Vocabulary
 from alibi_lm.positions import PositionConfig, PositionScheme, PositionShape
 from alibi_lm.settings import require
@@ -211,7 +212,10 @@ class TransformerLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.position = position
         self.vocab_size = vocab_size
+        self.train_length = train_length
+        self.label, self.identity = "model", ""
         backend = build_backend(attention)
         shape = PositionShape(
             model_dim=config.model_dim,
@@ -324,6 +328,51 @@ class TransformerLM(nn.Module):
         """
         hidden = self(input_ids, **options)
         return self.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a sequence; None where any length is defined."""
+        return self.max_position
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where inputs belong."""
+        return next(self.parameters()).device
+
+    def serve(self, length: int) -> None:
+        """Get ready for sequences of `length` tokens: schemes with automatic scaling depend on it."""
+        if length == self.schemes[0].shape.context_length:
+            return
+        state = self.positions.state_dict()
+        shape = replace(self.schemes[0].shape, context_length=length)
+        with torch.random.fork_rng(devices=[]):
+            schemes = nn.ModuleList(self.position.build(shape) for _ in self.positions)
+        schemes.load_state_dict(state)
+        self.positions = schemes.to(self.device).train(self.training)
+
+    def refuses(self, capability: str) -> str:
+        """Why `positions` or `window` of `score` cannot be had; empty, because both can."""
+        return ""
+
+    @torch.inference_mode()
+    def score(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        *,
+        score_from: int = 0,
+        positions: Tensor | None = None,
+        window: int | None = None,
+        hits: bool = False,
+    ) -> Scores:
+        """See `LanguageModel`."""
+        hidden = self(input_ids, positions=positions, window=window)[:, score_from:]
+        targets = target_ids[:, score_from:]
+        nats = self.vocabulary.nats(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+        if not hits:
+            return Scores(nats, None)
+        best = self.vocabulary.log_probs(hidden.flatten(0, 1)).argmax(-1).view_as(targets)
+        return Scores(nats, best == targets)
 
     def log_prob(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Natural-log probability of each target: (B, T) int64, (B, T) int64 -> (B, T)."""

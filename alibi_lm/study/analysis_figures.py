@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.files import write_text
 from alibi_lm.study.analysis_data import TITLES, Analysis, Series, read_analysis
 from alibi_lm.study.analysis_lines import LINES, Line
 from alibi_lm.study.analysis_panels import decomposition_key, decomposition_panel, documents_panel
@@ -40,7 +40,7 @@ def draw_analysis(path: str | Path) -> list[Path]:
     for target in written:
         save(figure, target)
     table = path.with_suffix(".md")
-    write_text_atomic(table, markdown(path))
+    write_text(table, markdown(path))
     return [*written, table]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alibi_lm.study.curves import Curve
+from alibi_lm.results.curves import Curve
 from alibi_lm.study.style import look
 
 if TYPE_CHECKING:

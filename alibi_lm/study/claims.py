@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.evaluation.results import ResultRow, RowKey
+from alibi_lm.results.curves import View, curves
+from alibi_lm.results.rows import ResultRow, RowKey
 from alibi_lm.study.analysis_data import Analysis
 from alibi_lm.study.claim_files import Claim, ClaimFile, Side, length_of
-from alibi_lm.study.curves import View, curves
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.records import RunRecord
 from alibi_lm.study.settle import Measured, Verdict, judge, measure, overall
@@ -135,7 +135,7 @@ def read_summaries_if_any(folder: Path) -> Mapping[RowKey, Any]:
     path = folder / "summary.npz"
     if not path.is_file():
         return {}
-    from alibi_lm.evaluation.summary import read_summaries
+    from alibi_lm.results.documents import read_summaries
 
     return read_summaries(path)
 

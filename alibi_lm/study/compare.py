@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from alibi_lm.evaluation.results import ResultRow, RowKey
-from alibi_lm.evaluation.statistics import Interval, as_perplexity, paired_difference, verdict
-from alibi_lm.study.curves import View, curves, views
+from alibi_lm.results.curves import View, curves, views
+from alibi_lm.results.rows import ResultRow, RowKey
+from alibi_lm.results.statistics import Interval, as_perplexity, paired_difference, verdict
 from alibi_lm.study.style import look
 
 ANSWERS = {"yes": "YES", "no": "NO", "not settled": "NOT SETTLED"}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alibi_lm.evaluation.results import ResultRow
+from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import RunRecord, find_records
 
 LABELLED = ("position", "train_length", "seed")

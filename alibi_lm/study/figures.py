@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alibi_lm.evaluation.results import ResultRow, read_rows
-from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.files import write_text
+from alibi_lm.results.curves import Curve, View, baselines, curves, views
+from alibi_lm.results.rows import ResultRow, read_rows
 from alibi_lm.study import axes as panels
-from alibi_lm.study.curves import Curve, View, baselines, curves, views
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper import paper_curves
 from alibi_lm.study.tables import markdown, provenance
@@ -84,7 +84,7 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
             save(figure, path)
             written.append(path)
     table = folder / "table.md"
-    write_text_atomic(table, markdown(rows, unfair))
+    write_text(table, markdown(rows, unfair))
     return [*written, table]
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alibi_lm.evaluation.results import ResultRow
-from alibi_lm.study.curves import Curve, View, curves, views
+from alibi_lm.results.curves import Curve, View, curves, views
+from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import RunRecord
 from alibi_lm.study.style import look
 from alibi_lm.study.tables import Table

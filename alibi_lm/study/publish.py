@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from alibi_lm.evaluation.results import read_rows
+from alibi_lm.results.rows import read_rows
 from alibi_lm.study.analysis_figures import draw_analysis
 from alibi_lm.study.figures import draw
 from alibi_lm.study.records import RUN_FILES, find_records

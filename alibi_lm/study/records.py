@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.evaluation.results import ResultRow
+from alibi_lm.results.rows import ResultRow
 
 RUN_FILES = ("config.yaml", "environment.json", "corpus.json", "finished.json")
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.evaluation.results import read_rows
-from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.files import write_text
+from alibi_lm.results.curves import View, views
+from alibi_lm.results.rows import read_rows
 from alibi_lm.study.claim_files import ClaimFile
 from alibi_lm.study.claims import Evidence, Judged, judge_all, read_bench, read_summaries_if_any
-from alibi_lm.study.curves import View, views
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.figures import draw
 from alibi_lm.study.inline_svg import inline_svg
@@ -83,7 +83,7 @@ def write_report(folder: Path, claim_files: Sequence[ClaimFile], bench: Path) ->
     ]
     page = _page(f"{name}: perplexity by inference length", "\n".join(body))
     path = folder / "report.html"
-    write_text_atomic(path, page)
+    write_text(path, page)
     return path
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alibi_lm.evaluation.results import ResultRow, RowKey
+from alibi_lm.results.rows import ResultRow, RowKey
 
 Verdict = Literal["HOLDS", "FAILS", "NOT SETTLED", "NOT RUN"]
 VERDICTS: tuple[Verdict, ...] = ("HOLDS", "FAILS", "NOT SETTLED", "NOT RUN")
@@ -122,7 +122,7 @@ def _over_documents(
         return None
     import numpy as np
 
-    from alibi_lm.evaluation.statistics import ONE_SEED, paired_difference
+    from alibi_lm.results.statistics import ONE_SEED, paired_difference
 
     parts = [[summaries[row.key] for row in side] for side in (left, right)]
     tokens = parts[0][0].document_tokens

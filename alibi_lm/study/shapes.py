@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from alibi_lm.evaluation.results import ResultRow
-from alibi_lm.study.curves import View, curves
+from alibi_lm.results.curves import View, curves
+from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.paper import find
 from alibi_lm.study.style import look
 from alibi_lm.study.tables import Table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from alibi_lm.evaluation.results import ResultRow
-from alibi_lm.study.curves import Curve, View, baselines, curves, views
+from alibi_lm.results.curves import Curve, View, baselines, curves, views
+from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.style import look
 

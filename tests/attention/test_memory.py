@@ -12,7 +12,7 @@ import resource, sys
 import numpy as np
 from alibi_lm import runtime
 runtime.start("cpu")
-from alibi_lm.evaluation.score import score_tokens
+from alibi_lm.evaluate.score import score_tokens
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 length = int(sys.argv[2])

@@ -11,7 +11,7 @@ import pytest
 
 from alibi_lm import load_run
 from alibi_lm.data.tokenizers import Tokenizer
-from alibi_lm.evaluation.score import score_tokens
+from alibi_lm.evaluate.score import score_tokens
 
 
 def rows() -> list[Any]:

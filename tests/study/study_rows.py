@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alibi_lm.evaluation.results import ResultRow, write_rows
+from alibi_lm.results.rows import ResultRow, write_rows
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 10_000

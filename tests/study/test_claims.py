@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from study_rows import TOKENS, curve, paper_rows, row, run_script, study, write_run
 
-from alibi_lm.evaluation.results import write_rows
+from alibi_lm.results.rows import write_rows
 from alibi_lm.study.analysis_data import Analysis, Series
 from alibi_lm.study.claim_files import Claim, Side, length_of, read_claims
 from alibi_lm.study.claims import Evidence, judge_claim

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from study_rows import TOKENS, row, run_script, write_run
 
-from alibi_lm.evaluation.results import write_rows
-from alibi_lm.evaluation.statistics import paired_difference
+from alibi_lm.results.curves import View
+from alibi_lm.results.rows import write_rows
+from alibi_lm.results.statistics import paired_difference
 from alibi_lm.study.compare import common_lengths, compare_runs, select, title
-from alibi_lm.study.curves import View
 
 PLAIN = View("validation", "nonoverlapping")
 DOCUMENTS = 40
@@ -95,7 +95,7 @@ def test_patterns_must_mean_seeds_of_one_kind():
 
 
 def test_the_script_reads_summaries_marks_unfairness_and_refuses_mistakes(tmp_path):
-    from alibi_lm.evaluation.summary import summarise, write_summaries
+    from alibi_lm.results.documents import summarise, write_summaries
 
     folder = tmp_path / "extrapolation"
     folder.mkdir()

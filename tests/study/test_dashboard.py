@@ -23,9 +23,9 @@ pytest.importorskip("wandb_workspaces", reason="needs pip install alibi_lm[dashb
 from study_rows import curve
 
 from alibi_lm.config import EvaluateConfig
-from alibi_lm.evaluation.results import write_rows
-from alibi_lm.evaluation.sweep import log_curve
+from alibi_lm.evaluate.sweep import log_curve
 from alibi_lm.experiment import compose
+from alibi_lm.results.rows import write_rows
 from alibi_lm.study.dashboard import GROUPING, build, specification
 from alibi_lm.tracking import WandbConfig, read_metrics
 from alibi_lm.train import train

@@ -6,9 +6,9 @@ import math
 import pytest
 from study_rows import curve, run_script, study, unigram, write_run
 
-from alibi_lm.evaluation.results import write_rows
+from alibi_lm.results.curves import Curve, View, curves
+from alibi_lm.results.rows import write_rows
 from alibi_lm.study.axes import length_ticks, spread
-from alibi_lm.study.curves import Curve, View, curves
 from alibi_lm.study.figures import build_figure, draw, needs_close_up, split_into_panels
 from alibi_lm.study.style import LOOKS, look
 from alibi_lm.study.tables import markdown, view_table

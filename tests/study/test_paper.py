@@ -5,8 +5,8 @@ import math
 import pytest
 from study_rows import curve, row, run_script, unigram, write_run
 
-from alibi_lm.evaluation.results import ResultRow, write_rows
-from alibi_lm.study.curves import View, curves
+from alibi_lm.results.curves import View, curves
+from alibi_lm.results.rows import ResultRow, write_rows
 from alibi_lm.study.paper import SETTINGS, caveats, compare, find, paper_curves, paper_values
 from alibi_lm.study.records import find_records
 

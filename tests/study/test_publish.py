@@ -5,7 +5,7 @@ import json
 import pytest
 from study_rows import run_script, study, write_run
 
-from alibi_lm.evaluation.results import read_rows
+from alibi_lm.results.rows import read_rows
 from alibi_lm.study.publish import LARGEST, publish
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from study_rows import curve, run_script, study, unigram, write_run
 
-from alibi_lm.evaluation.results import write_rows
+from alibi_lm.results.rows import write_rows
 from alibi_lm.study.inline_svg import inline_svg
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}

@@ -5,7 +5,7 @@ import math
 import pytest
 from study_rows import curve, row, unigram
 
-from alibi_lm.study.curves import View, baselines, curves, variant_of, views
+from alibi_lm.results.curves import View, baselines, curves, variant_of, views
 
 PLAIN = View("validation", "nonoverlapping")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from alibi_lm.evaluation.score import mean_nats, score_tokens
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.score import mean_nats, score_tokens
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
-from alibi_lm.parallel import World
 from alibi_lm.positions import POSITIONS
 
 
@@ -90,7 +90,7 @@ def test_processes_share_the_windows_and_score_each_target_once(tiny_model, toke
             seen.append(tensor.clone())
             return torch.ones_like(tensor) if tensor.dtype == torch.int32 else tensor
 
-        monkeypatch.setattr("alibi_lm.evaluation.score.all_reduce_sum", record)
+        monkeypatch.setattr("alibi_lm.evaluate.score.all_reduce_sum", record)
         score_tokens(model, tokens, 7, 16, 4, world=World(rank, 3, 0))
         parts.append(seen)
     np.testing.assert_allclose(sum(p[0] for p in parts).numpy(), whole, rtol=0, atol=1e-5)

@@ -29,9 +29,8 @@ from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.checkpoint_format import STATE_FILE, WEIGHTS_FILE
 from alibi_lm.config import TrainConfig
 from alibi_lm.data.corpus import Corpus
-from alibi_lm.data.storage import fingerprint, whole_file
-from alibi_lm.parallel import World, gather_objects
-from alibi_lm.run_folder import read_json_object
+from alibi_lm.distributed import World, gather_objects
+from alibi_lm.files import fingerprint, read_json, whole_file
 
 FORMAT = 1
 """Raised when the same inputs would give other numbers: the results of another format are not used."""
@@ -104,7 +103,7 @@ class TokenStore:
         """The stored result of a pass, or None where there is none, or it is damaged or of something else."""
         path = self.path(run, scoring)
         try:
-            record = read_json_object(path.with_suffix(".json"))
+            record = read_json(path.with_suffix(".json"))
             if record.get("identity") != _plain(identity, scoring):
                 return None
             if path.stat().st_size != 4 * record["targets"] or fingerprint(path) != record["fingerprint"]:
@@ -208,7 +207,7 @@ def identity(
     }
     stream = corpus.split(split)
     return {
-        "weights": read_json_object(found.path / STATE_FILE)["files"][WEIGHTS_FILE]["sha256"],
+        "weights": read_json(found.path / STATE_FILE)["files"][WEIGHTS_FILE]["sha256"],
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "position": overrides,
         "tokens": stream.sha256,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alibi_lm.evaluation.statistics import (
+from alibi_lm.results.statistics import (
     BOTH,
     ONE_SEED,
     Interval,

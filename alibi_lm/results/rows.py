@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.run_folder import write_text_atomic
+from alibi_lm.files import write_text
 
 MODES = ("nonoverlapping", "sliding")
 
@@ -218,7 +218,7 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[
     """Replace a `results.jsonl` atomically by these rows, in a fixed order; returns them in that order."""
     ordered = sorted(rows, key=_order)
     lines = [json.dumps(row.to_dict(), allow_nan=False, ensure_ascii=False) for row in ordered]
-    write_text_atomic(Path(path), "".join(line + "\n" for line in lines))
+    write_text(Path(path), "".join(line + "\n" for line in lines))
     return ordered
 
 
@@ -253,7 +253,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[ResultRow]) -> None:
     writer.writeheader()
     for row in sorted(rows, key=_order):
         writer.writerow({name: _cell(value) for name, value in row.to_dict().items()})
-    write_text_atomic(Path(path), out.getvalue())
+    write_text(Path(path), out.getvalue())
 
 
 def _check(name: str, value: Any, kinds: type | tuple[type, ...], words: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and cheap ways to notice that one has changed."""
+"""Files that are either whole or absent, JSON, and cheap ways to notice that a file has changed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,51 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    with whole_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a file by this text (UTF-8): readers see the old file or the new one, never a part.
+
+    Raises:
+        OSError: as from the system, a full disk included; the old file is untouched and nothing is left beside it.
+    """
+    with whole_file(Path(path)) as file:
+        file.write(text.encode())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """`write_text` of one JSON value, indented, keys in the given order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON file that must hold one object. Nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, not JSON, or not an object; the message names the file.
+    """
+    content = Path(path).read_bytes()
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold one JSON object, not a {type(value).__name__}")
+    return value
+
+
+def write_bytes_synced(path: Path, content: bytes) -> None:
+    """Writes a new file and waits until the disk has it. Not atomic by itself.
+
+    Raises:
+        OSError: as from the system, a full disk included.
+    """
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:
@@ -91,7 +129,7 @@ def file_unchanged(path: Path, record: dict[str, Any], full: bool = False) -> bo
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut, where the system lets folders be opened."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from alibi_lm.data.batches import scoring_windows
-from alibi_lm.data.storage import whole_file
-from alibi_lm.evaluation.results import ResultRow, RowKey
-from alibi_lm.evaluation.statistics import mean_nats_interval, per_document_sums
+from alibi_lm.data.windows import scoring_windows
+from alibi_lm.files import whole_file
+from alibi_lm.results.rows import ResultRow, RowKey
+from alibi_lm.results.statistics import mean_nats_interval, per_document_sums
 
 SINGLE_POSITIONS = 2048
 """Windows up to this length have a mean for each position, longer ones for each 64 positions beyond it."""

@@ -8,14 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-import alibi_lm.evaluation.passes as passes_module
+import alibi_lm.evaluate.passes as passes_module
 from alibi_lm.config import EvaluateConfig
-from alibi_lm.evaluation import sweep, views
-from alibi_lm.evaluation.analysis import SETTINGS, AnalyseConfig, analyse
-from alibi_lm.evaluation.passes import Passes
-from alibi_lm.evaluation.statistics import mean_nats_interval
-from alibi_lm.evaluation.summary import change_sums, interval_ends, position_curve, positions_in_window
-from alibi_lm.parallel import World
+from alibi_lm.distributed import World
+from alibi_lm.evaluate import sweep, views
+from alibi_lm.evaluate.analysis import SETTINGS, AnalyseConfig, analyse
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.results.documents import change_sums, interval_ends, position_curve, positions_in_window
+from alibi_lm.results.statistics import mean_nats_interval
 from alibi_lm.study.analysis_data import read_analysis
 from alibi_lm.study.analysis_figures import draw_analysis
 from alibi_lm.study.analysis_tables import markdown

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from alibi_lm.evaluation.results import ResultRow
+from alibi_lm.results.rows import ResultRow
 
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
 

@@ -7,19 +7,19 @@ import zipfile
 import numpy as np
 import pytest
 
-import alibi_lm.evaluation.sweep as sweep
+import alibi_lm.evaluate.sweep as sweep
 from alibi_lm.attention import chosen_backend
 from alibi_lm.config import EvaluateConfig, EvaluateData
-from alibi_lm.evaluation.results import read_rows
-from alibi_lm.evaluation.store import Scoring, Stored, TokenStore
-from alibi_lm.evaluation.summary import (
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.store import Scoring, Stored, TokenStore
+from alibi_lm.results.documents import (
     curve_edges,
     position_edges,
     positions_in_window,
     read_summaries,
     write_summaries,
 )
-from alibi_lm.parallel import World
+from alibi_lm.results.rows import read_rows
 
 WHOLE = Scoring("validation", "nonoverlapping", 16)
 NATS = np.array([0.5, 2.0, 1e-7, 11.25], dtype=np.float32)
@@ -97,7 +97,7 @@ def test_an_interrupted_write_leaves_the_old_result(store, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("alibi_lm.data.storage.os.fsync", fail)
+    monkeypatch.setattr("alibi_lm.files.os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         put(store, nats=NATS + 1)
     assert store.read("a", WHOLE, {"weights": "w"}).nats[0] == 0.5
@@ -127,7 +127,7 @@ def test_what_is_not_finite_is_not_kept(store):
 @pytest.mark.parametrize(("others", "computed"), [([True, True], 0), ([True, False], 1)])
 def test_processes_compute_unless_all_of_them_have_it(store, monkeypatch, others, computed):
     put(store)
-    monkeypatch.setattr("alibi_lm.evaluation.store.gather_objects", lambda value, world: others)
+    monkeypatch.setattr("alibi_lm.evaluate.store.gather_objects", lambda value, world: others)
     calls = []
     store.get("a", WHOLE, {"weights": "w"}, lambda: calls.append(1) or NATS, world=World(0, 2, 0))
     assert len(calls) == computed

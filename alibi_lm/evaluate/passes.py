@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from alibi_lm.data.batches import cut_windows
-from alibi_lm.evaluation.score import score_tokens
-from alibi_lm.evaluation.store import Scoring
-from alibi_lm.evaluation.summary import positions_in_window
+from alibi_lm.data.windows import cut_windows
+from alibi_lm.evaluate.score import score_tokens
+from alibi_lm.evaluate.store import Scoring
 from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.results.documents import positions_in_window
 
 Keep = Callable[[Scoring, Callable[[], np.ndarray]], np.ndarray]
 

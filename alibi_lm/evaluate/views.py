@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from alibi_lm.evaluation.decomposition import TERMS, document_sums, largest_early_difference, measure
-from alibi_lm.evaluation.passes import Passes
-from alibi_lm.evaluation.statistics import per_document_sums
-from alibi_lm.evaluation.summary import change_sums, interval_ends, position_curve, positions_in_window
+from alibi_lm.evaluate.decomposition import TERMS, document_sums, largest_early_difference, measure
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.results.documents import change_sums, interval_ends, position_curve, positions_in_window
+from alibi_lm.results.statistics import per_document_sums
 
 Point = dict[str, Any]
 
@@ -202,7 +202,7 @@ def documents(group: Group, lengths: Sequence[int]) -> list[Point]:
 
 
 def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Point]:
-    """The three parts of the change from the trained length, see alibi_lm/evaluation/decomposition.py.
+    """The three parts of the change from the trained length, see alibi_lm/evaluate/decomposition.py.
 
     `total` and each part are in nats per token with an interval.
     """

@@ -15,12 +15,12 @@ import torch
 from alibi_lm import runtime
 from alibi_lm.config import EvaluateConfig, EvaluateData
 from alibi_lm.data.corpus import Corpus
-from alibi_lm.evaluation import views
-from alibi_lm.evaluation.load import load_run
-from alibi_lm.evaluation.passes import Passes
-from alibi_lm.evaluation.store import Scoring, TokenStore, identity
-from alibi_lm.evaluation.sweep import Task, open_corpus, plan
-from alibi_lm.run_folder import short_hash, write_text_atomic
+from alibi_lm.evaluate import views
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.store import Scoring, TokenStore, identity
+from alibi_lm.evaluate.sweep import Task, open_corpus, plan
+from alibi_lm.files import write_text
+from alibi_lm.runs import load_run, short_hash
 from alibi_lm.settings import require
 
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -163,7 +163,7 @@ def _write(config: AnalyseConfig, view: str, task: Task, groups: list[tuple[view
     }
     config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / f"{view}.json"
-    write_text_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from alibi_lm import parallel
-from alibi_lm.parallel import World, all_reduce_sum, barrier, gather_objects, shard
+from alibi_lm import distributed
+from alibi_lm.distributed import World, all_reduce_sum, barrier, gather_objects, shard
 
 TWO_PROCESSES = """
 import sys
 import torch
 from torch import nn
-from alibi_lm import parallel
+from alibi_lm import distributed
 
 def model_and_data():
     torch.manual_seed(0)
@@ -33,28 +33,28 @@ def backward(model, rows, one_sided):
     loss.backward()
 
 for attempt in range(5):                                          # several runs in one process, as in a multirun
-    world = parallel.start("cpu")
+    world = distributed.start("cpu")
     assert world.world_size == 2 and world.is_main == (world.rank == 0)
 
     reference, data = model_and_data()
     backward(reference, data, True)
     for bucket_bytes in (1, 100, 2**25):
         model, _ = model_and_data()
-        share = parallel.shard(len(data), world)
+        share = distributed.shard(len(data), world)
         backward(model, data[share.start:share.stop], world.rank == 1)
-        parallel.all_reduce_gradients(model, world, bucket_bytes)
+        distributed.all_reduce_gradients(model, world, bucket_bytes)
         for (name, got), want in zip(model.named_parameters(), reference.parameters(), strict=True):
             assert (got.grad is None) == (want.grad is None), name
             if got.grad is not None:
                 torch.testing.assert_close(got.grad, want.grad, rtol=1e-12, atol=1e-14, msg=name)
 
-    assert parallel.gather_objects({"rank": world.rank}, world) == [{"rank": 0}, {"rank": 1}]
+    assert distributed.gather_objects({"rank": world.rank}, world) == [{"rank": 0}, {"rank": 1}]
     counts = torch.tensor([2**53 + world.rank, 7])                # exact: integers are not rounded
-    assert parallel.all_reduce_sum(counts, world) is counts
+    assert distributed.all_reduce_sum(counts, world) is counts
     assert counts.tolist() == [2**54 + 1, 14]
-    parallel.barrier(world)
-    parallel.stop()
-    parallel.stop()
+    distributed.barrier(world)
+    distributed.stop()
+    distributed.stop()
 sys.stdout.write(f"rank {world.rank} done\\n")
 """
 
@@ -74,19 +74,19 @@ def test_shares_cover_everything_once_and_evenly(n_items: int, world_size: int) 
 
 
 def test_one_process_needs_no_group(no_torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = parallel.start()
+    world = distributed.start()
     assert world == World(0, 1, 0) and world.is_main
     model = torch.nn.Linear(2, 1)
     model(torch.ones(2)).sum().backward()
-    parallel.all_reduce_gradients(model, world)
+    distributed.all_reduce_gradients(model, world)
     assert torch.equal(model.weight.grad, torch.ones(1, 2))  # type: ignore[arg-type]
     assert all_reduce_sum(torch.tensor(3.0), world) == 3
     assert gather_objects("x", world) == ["x"]
     barrier(world)
-    parallel.stop()
+    distributed.stop()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert parallel.start() == World(0, 1, 0)
+    assert distributed.start() == World(0, 1, 0)
     assert not torch.distributed.is_initialized()
 
 
@@ -105,7 +105,7 @@ def test_senseless_environments(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message) as caught:
-        parallel.start()
+        distributed.start()
     assert "torchrun" in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""The run folder: its name, its lock, its marks, and files that are whole or absent.
+"""The run folder: its name, its lock, its marks, and the model that was trained in it.
 
 A run folder is named by what was asked for, so that the same command given again finds it:
 `<position>_L<train_length>_s<seed>[_<hash of the other overrides>]`.
@@ -6,15 +6,27 @@ Its state is read from three things only: the operating system's lock on `.lock`
 process, however it ended), `finished.json` and `failed.json`.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from alibi_lm.checkpoint import CheckpointStore
+from alibi_lm.config import TrainConfig, load_config
+from alibi_lm.files import read_json, write_json
+from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.settings import require
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]
 
@@ -53,68 +65,6 @@ def run_name(position: str, train_length: int, seed: int, overrides_hash: str | 
     return name
 
 
-# --- files that are whole or absent --------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes creations and renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes_synced(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until the disk has it. Not atomic by itself.
-
-    Raises:
-        OSError: as from the system, a full disk included.
-    """
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replaces `path` by `text` (UTF-8): readers see the old file or the new one, never a part.
-
-    Raises:
-        OSError: as from the system; the old file is untouched and nothing is left beside it.
-    """
-    path = Path(path)
-    beside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        write_bytes_synced(beside, text.encode())
-        os.replace(beside, path)
-        sync_folder(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """`write_text_atomic` of one JSON value, indented, keys in the given order."""
-    write_text_atomic(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that must hold one object. Nothing in it is executed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8, not JSON, or not an object; the message names the file.
-    """
-    content = Path(path).read_bytes()
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold one JSON object, not a {type(value).__name__}")
-    return value
-
-
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
@@ -124,7 +74,7 @@ def _canonical(value: Any) -> str:
 
 def mark_finished(run_folder: Path, payload: Mapping[str, Any]) -> None:
     """Writes `finished.json` (the last act of a run) and removes the mark of an earlier failure."""
-    write_json_atomic(Path(run_folder) / FINISHED_FILE, dict(payload))
+    write_json(Path(run_folder) / FINISHED_FILE, dict(payload))
     clear_failed(run_folder)
 
 
@@ -135,7 +85,7 @@ def finished(run_folder: Path) -> dict[str, Any] | None:
 
 def mark_failed(run_folder: Path, message: str, **details: Any) -> None:
     """Writes `failed.json` with the error message. A run that is started again clears it."""
-    write_json_atomic(Path(run_folder) / FAILED_FILE, {"message": message, **details})
+    write_json(Path(run_folder) / FAILED_FILE, {"message": message, **details})
 
 
 def failed(run_folder: Path) -> dict[str, Any] | None:
@@ -150,7 +100,7 @@ def clear_failed(run_folder: Path) -> None:
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
     try:
-        return read_json_object(path)
+        return read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:
@@ -192,7 +142,7 @@ class RunLock:
         self.run_folder = Path(run_folder)
         self._lock: Any = None
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> RunLock:
         from filelock import FileLock, Timeout
 
         try:
@@ -236,3 +186,69 @@ def is_locked(run_folder: Path) -> bool:
         return False
     probe.release()
     return False
+
+
+# --- the model of a run ---------------------------------------------------------------------------
+
+
+def build_model(
+    config: TrainConfig, vocab_size: int, attention: str | None = None, context_length: int | None = None
+) -> TransformerLM:
+    """The model of a config, freshly initialised from torch's global generator.
+
+    Args:
+        config: of the run.
+        vocab_size: of its tokenizer.
+        attention: backend, where it is not the config's own.
+        context_length: longest sequence to be served; None: train_length.
+    """
+    return TransformerLM(
+        config.model,
+        config.position,
+        attention or config.attention.name,
+        vocab_size,
+        config.train_length,
+        context_length,
+    )
+
+
+def load_run(
+    folder: str | Path,
+    inference_length: int | None = None,
+    checkpoint: str = "best",
+    attention: str = "auto",
+    device: str | torch.device = "cpu",
+    position: dict[str, Any] | None = None,
+) -> TransformerLM:
+    """Load a trained model in evaluation mode.
+
+    Args:
+        folder: the run folder.
+        inference_length: longest sequence it will be given; schemes with automatic scaling depend on it.
+            None: the training length.
+        checkpoint: `best` (lowest validation loss) or `last`.
+        attention: backend; they differ by float32 rounding.
+        device: where to put the model.
+        position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.
+
+    Raises:
+        ValueError: not a run folder, no whole checkpoint, or weights that do not fit the config.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    if position:
+        try:
+            changed = OmegaConf.merge(OmegaConf.structured(config.position), position)
+            config = dataclasses.replace(config, position=OmegaConf.to_object(changed))
+        except OmegaConfBaseException as error:
+            raise ValueError(
+                f"position = {position} does not fit position={config.position.name}: {error}"
+            ) from error
+    store = CheckpointStore(folder / "checkpoints")
+    found = store.get(checkpoint)
+    require(found is not None, f"{folder} holds no whole {checkpoint} checkpoint. Train it first.")
+    assert found is not None
+    vocab_size = int(found.state["vocab_size"])
+    model = build_model(config, vocab_size, attention, inference_length)
+    found.load_into(model)
+    return model.to(device).eval()

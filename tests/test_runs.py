@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import alibi_lm.run_folder
-from alibi_lm.run_folder import (
+import alibi_lm.runs
+from alibi_lm.files import read_json, write_json, write_text
+from alibi_lm.runs import (
     RunLock,
     clear_failed,
     failed,
@@ -17,18 +18,15 @@ from alibi_lm.run_folder import (
     is_locked,
     mark_failed,
     mark_finished,
-    read_json_object,
     run_name,
     short_hash,
     status,
-    write_json_atomic,
-    write_text_atomic,
 )
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from alibi_lm.run_folder import RunLock
+from alibi_lm.runs import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -37,7 +35,7 @@ with RunLock(Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alibi_lm.run_folder, "_LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(alibi_lm.runs, "_LOCK_WAIT_SECONDS", 0.1)
 
 
 def test_names() -> None:
@@ -61,23 +59,23 @@ def test_hash_is_of_the_content() -> None:
 
 def test_atomic_write_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.txt"
-    write_text_atomic(path, "old \u00e9")
+    write_text(path, "old \u00e9")
     assert path.read_text(encoding="utf-8") == "old \u00e9"
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(OSError, match="No space left"):
-                write_text_atomic(path, "new")
+                write_text(path, "new")
         assert path.read_text(encoding="utf-8") == "old \u00e9"
         assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
-    write_text_atomic(path, "new")
+    write_text(path, "new")
     assert path.read_text() == "new"
 
 
 def test_json_objects(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    write_json_atomic(path, {"b": 1, "a": [None, 0.1]})
-    assert read_json_object(path) == {"b": 1, "a": [None, 0.1]}
+    write_json(path, {"b": 1, "a": [None, 0.1]})
+    assert read_json(path) == {"b": 1, "a": [None, 0.1]}
     assert path.read_text().endswith("\n")
     for content, message in (
         (b"[1]", "one JSON object, not a list"),
@@ -86,7 +84,7 @@ def test_json_objects(tmp_path: Path) -> None:
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as caught:
-            read_json_object(path)
+            read_json(path)
         assert str(path) in str(caught.value)
 
 
@@ -145,7 +143,7 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
 
 
 def test_lock_waits_out_a_status_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alibi_lm.run_folder, "_LOCK_WAIT_SECONDS", 20)
+    monkeypatch.setattr(alibi_lm.runs, "_LOCK_WAIT_SECONDS", 20)
     code = HOLDER.replace("time.sleep(60)", "time.sleep(0.3)")
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True

@@ -17,13 +17,13 @@ from alibi_lm import runtime
 from alibi_lm.config import EvaluateConfig, EvaluationConfig, TrainConfig, load_config
 from alibi_lm.data.corpus import Corpus, TokenStream, prepare
 from alibi_lm.data.tokenizers import Tokenizer
-from alibi_lm.evaluation.load import load_run
-from alibi_lm.evaluation.results import ResultRow, read_rows, upsert_rows, write_csv
-from alibi_lm.evaluation.score import score_tokens
-from alibi_lm.evaluation.store import Scoring, TokenStore, identity
-from alibi_lm.evaluation.summary import summarise, upsert_summaries
-from alibi_lm.parallel import World
-from alibi_lm.run_folder import finished, read_json_object
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.score import score_tokens
+from alibi_lm.evaluate.store import Scoring, TokenStore, identity
+from alibi_lm.files import read_json
+from alibi_lm.results.documents import summarise, upsert_summaries
+from alibi_lm.results.rows import ResultRow, read_rows, upsert_rows, write_csv
+from alibi_lm.runs import finished, load_run
 from alibi_lm.settings import require
 from alibi_lm.tracking import open_tracker
 
@@ -104,7 +104,7 @@ def open_corpus(config: EvaluateConfig, task: Task) -> Corpus:
     tokenizer = Tokenizer.load(path)
     record = task.folder / "corpus.json"
     if record.is_file():
-        trained_with = (read_json_object(record).get("tokenizer") or {}).get("sha256")
+        trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
         require(
             tokenizer.hash == trained_with,
             f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
@@ -261,7 +261,7 @@ def _origin(folder: Path, corpus: Corpus) -> dict[str, Any]:
     """What a figure should say of where a run's numbers come from."""
     trained = finished(folder) or {}
     own = folder / "corpus.json"
-    text = read_json_object(own)["description"] if own.is_file() else corpus.name
+    text = read_json(own)["description"] if own.is_file() else corpus.name
     return {"corpus_name": text, "tokens_seen": trained.get("tokens_seen"), "device": trained.get("device")}
 
 

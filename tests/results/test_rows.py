@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from alibi_lm.evaluation.results import FIELDS, ResultRow, read_rows, upsert_rows, write_csv
+from alibi_lm.results.rows import FIELDS, ResultRow, read_rows, upsert_rows, write_csv
 
 
 def make_row(run="alibi_L64_s1", length=64, value=20.0, **changes):
@@ -88,7 +88,7 @@ def test_processes_writing_at_once_lose_no_row(tmp_path):
     path = tmp_path / "results.jsonl"
     program = (
         "import json, sys\n"
-        "from alibi_lm.evaluation.results import ResultRow, upsert_rows\n"
+        "from alibi_lm.results.rows import ResultRow, upsert_rows\n"
         "upsert_rows(sys.argv[1], [ResultRow.from_dict(json.loads(sys.argv[2]))])\n"
     )
     rows = [make_row(run=f"alibi_L64_s{seed}", seed=seed) for seed in range(4)]

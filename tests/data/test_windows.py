@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alibi_lm.data.batches import TrainingBatches, scoring_batches, scoring_windows
+from alibi_lm.data.windows import TrainingBatches, scoring_batches, scoring_windows
 
 START = 99
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from alibi_lm.evaluation.decomposition import TERMS, document_sums, largest_early_difference, measure
-from alibi_lm.evaluation.passes import Passes, score_windows
-from alibi_lm.evaluation.score import score_tokens
-from alibi_lm.evaluation.summary import positions_in_window
-from alibi_lm.evaluation.views import Group, decomposition, fixed, offset
+from alibi_lm.evaluate.decomposition import TERMS, document_sums, largest_early_difference, measure
+from alibi_lm.evaluate.passes import Passes, score_windows
+from alibi_lm.evaluate.score import score_tokens
+from alibi_lm.evaluate.views import Group, decomposition, fixed, offset
 from alibi_lm.positions import POSITIONS
+from alibi_lm.results.documents import positions_in_window
 
 L = 16
 DOCUMENTS = np.array([0, 90, 200, 310])

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from alibi_lm.data.batches import scoring_batches, scoring_windows
+from alibi_lm.data.windows import scoring_batches, scoring_windows
+from alibi_lm.distributed import World, all_reduce_sum, shard
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.parallel import World, all_reduce_sum, shard
 
 
 @torch.inference_mode()
