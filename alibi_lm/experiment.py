@@ -19,18 +19,20 @@ import torch
 from alibi_lm.config import EvaluateConfig, TrainConfig, load_config, register, to_config
 from alibi_lm.evaluate.analysis import AnalyseConfig
 from alibi_lm.results.rows import read_rows
-from alibi_lm.runs import Status, failed, run_name, short_hash, status
+from alibi_lm.runs import (
+    Status,
+    differing_settings,
+    experiment_folder,
+    failed,
+    run_name,
+    short_hash,
+    status,
+)
 from alibi_lm.settings import describe_error, require
 from alibi_lm.tracking import METRICS_FILE, read_metrics
-from alibi_lm.train import differing_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STATES: tuple[Status, ...] = ("finished", "running", "failed", "partial", "missing")
-
-
-def experiment_folder(experiment: str) -> Path:
-    """Where all that belongs to an experiment lies."""
-    return Path("outputs") / experiment
 
 
 # --- settings of a run ---------------------------------------------------------------------------
