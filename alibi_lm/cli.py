@@ -75,7 +75,8 @@ def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], 
             if arguments is not None:
                 sys.argv[1:] = arguments
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which words them
-            sys.exit(_run(run(_report_errors(task))) or _tell_failures(sys.argv[1:]))
+            status = _run(run(_report_errors(task)))
+            sys.exit(_tell_failures(sys.argv[1:]) or status)
 
         return main
 
@@ -165,15 +166,19 @@ def _report_errors(task: Callable[[C], Any]) -> Callable[[DictConfig], Any]:
         from hydra.types import RunMode
 
         hydra = HydraConfig.get()
-        if hydra.mode == RunMode.RUN:
-            return task(to_config(cfg))
         try:
-            return task(to_config(cfg))
+            status = task(to_config(cfg))
+            message = "it ended with an error told above" if status else ""
         except Exception as error:
-            if getattr(error, "status", None) is not None:
-                raise
+            if hydra.mode == RunMode.RUN or hasattr(error, "status"):
+                sys.exit(_say(error))
+            status, message = 1, _message(error)
+        if status and hydra.mode == RunMode.RUN:
+            sys.exit(status)
+        if status:
             print(f"job {hydra.job.num} failed; the reason is told at the end", file=sys.stderr, flush=True)
-            return _remember(hydra.job.num, tuple(hydra.overrides.task), _message(error))
+            return _remember(hydra.job.num, tuple(hydra.overrides.task), message)
+        return None
 
     return job
 
