@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from alibi_lm.config import TrainConfig, register, to_config
-from alibi_lm.runs import run_name, short_hash
+from alibi_lm.runs import differing_settings, run_name, short_hash
 from alibi_lm.settings import require
-from alibi_lm.train import differing_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
