@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from alibi_lm.attention import ATTENTION, chosen_backend
-from alibi_lm.data.sources import DataConfig
+from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
