@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm.attention import ATTENTION, chosen_backend
-from alibi_lm.data.sources import DataConfig
+from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
