@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from alibi_lm.config import EvaluateConfig, TrainConfig, load_config, register, to_config
-from alibi_lm.evaluate.analysis import AnalyseConfig
+from alibi_lm.config import TrainConfig, load_config, register, to_config
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.results.rows import read_rows
 from alibi_lm.runs import (
     Status,
@@ -126,32 +126,45 @@ def prepare_corpus(config: TrainConfig) -> None:
 def evaluate_and_draw(config: EvaluateConfig) -> int:
     """Evaluate, write results.jsonl row by row, then draw figure and table; returns the exit status."""
     from alibi_lm import distributed
-    from alibi_lm.evaluate.sweep import describe, evaluate, log_curve, output_folder
+    from alibi_lm.evaluate.sweep import FailedRuns, describe, evaluate, log_curve
     from alibi_lm.study.figures import draw
 
-    world = distributed.start(config.device)
+    world, failed = distributed.start(config.device), None
     try:
-        for row in evaluate(config, world):
-            if world.is_main:
-                print(describe(row), flush=True)
+        try:
+            for row in evaluate(config, world):
+                if world.is_main:
+                    print(describe(row), flush=True)
+        except FailedRuns as error:  # the others were evaluated
+            failed = error
         if world.is_main and config.draw:
             log_curve(config)
-            paths = draw(output_folder(config))
+            paths = draw(config.output)
             print(next(p for p in paths if p.suffix == ".md").read_text(), *paths, sep="\n")
     finally:
         distributed.stop()
-    return 0
+    return _tell(failed)
 
 
-def analyse_and_draw(config: AnalyseConfig) -> int:
+def analyse_and_draw(config: EvaluateConfig) -> int:
     """Compute each view, write its data, then its figure; returns the exit status."""
-    from alibi_lm.evaluate.analysis import analyse
+    from alibi_lm.evaluate.sweep import FailedRuns, analyse
     from alibi_lm.study.analysis_figures import draw_analysis
 
-    for path in analyse(config):
-        drawn = draw_analysis(path)
-        print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)
+    try:
+        for path in analyse(config):
+            drawn = draw_analysis(path)
+            print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)
+    except FailedRuns as error:
+        return _tell(error)
     return 0
+
+
+def _tell(failed: Exception | None) -> int:
+    """Say at the end what went wrong; returns the exit status."""
+    if failed is not None:
+        print(f"error: {failed}", file=sys.stderr, flush=True)
+    return int(failed is not None)
 
 
 # --- all runs, and what follows ------------------------------------------------------------------
@@ -307,7 +320,7 @@ def _measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], 
     name, *arguments = shlex.split(line) or [""]
     allowed: dict[str, tuple[type, Callable[..., int]]] = {
         "evaluate": (EvaluateConfig, evaluate_and_draw),
-        "analyse": (AnalyseConfig, analyse_and_draw),
+        "analyse": (EvaluateConfig, analyse_and_draw),
     }
     if name == "bench":
         return partial(_child, name, [*arguments, *shared])

@@ -1,7 +1,7 @@
 """Evaluate runs at a list of inference lengths and draw the curve: python scripts/evaluate.py experiment=quick."""
 
 from alibi_lm.cli import hydra_command
-from alibi_lm.config import EvaluateConfig
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.experiment import evaluate_and_draw
 
 
