@@ -414,8 +414,8 @@ def describe(row: ResultRow) -> str:
     length = "" if row.inference_length is None else f" at {row.inference_length}"
     task = "" if row.task == "text" else f" {row.task}:"
     if row.value is None:
-        nats = "" if row.loss is None else f" ({row.loss:.4f} nats per token)"
-        return f"{name}{length}:{task} no {row.metric}{nats}, {row.reason}"
+        found = "not evaluated" if row.loss is None else f"{row.loss:.4f} nats per token, no {row.metric}"
+        return f"{name}{length}:{task} {found}, {row.reason}"
     speed = "" if row.tokens_per_second is None else f" ({row.tokens_per_second:,.0f} tokens/s)"
     return f"{name}{length}:{task} {row.metric} {row.value:.3f}{speed}"
 
