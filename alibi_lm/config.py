@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm.attention import ATTENTION
-from alibi_lm.data.sources import DataConfig
+from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
@@ -250,10 +250,12 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
     Raises:
         ValueError: unknown keys, wrong types or an unknown scheme, naming the key.
     """
+    unknown = sorted(map(str, set(settings) - {f.name for f in dataclasses.fields(TrainConfig)}))
+    require(not unknown, f"unknown settings {unknown}. Was it written by another version?")
     try:
         root = OmegaConf.structured(TrainConfig)
         for group in ("model", "data", "evaluation", *GROUPS):
-            chosen = settings.get(group)
+            chosen = settings.get(group, None if group in GROUPS else {})
             require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
             if registry := GROUPS.get(group):
                 name = str(chosen.get("name"))  # type: ignore[union-attr]
@@ -261,7 +263,7 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
                 root[group] = OmegaConf.structured(registry[name])
         config: TrainConfig = OmegaConf.to_object(OmegaConf.merge(root, settings))  # type: ignore[assignment]
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
-        raise ValueError(f"its settings do not fit: {error}. Was it written by another version?") from error
+        raise ValueError(f"its settings do not fit: {error}") from error
     check_values(config)
     return config
 

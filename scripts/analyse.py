@@ -9,8 +9,8 @@ from alibi_lm.experiment import analyse_and_draw
 
 
 @hydra_command(EvaluateConfig, "evaluation/analyse")
-def main(config: EvaluateConfig) -> int:
-    return analyse_and_draw(config)
+def main(config: EvaluateConfig) -> None:
+    analyse_and_draw(config)
 
 
 if __name__ == "__main__":

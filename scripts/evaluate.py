@@ -6,8 +6,8 @@ from alibi_lm.experiment import evaluate_and_draw
 
 
 @hydra_command(EvaluateConfig, "evaluation/evaluate")
-def main(config: EvaluateConfig) -> int:
-    return evaluate_and_draw(config)
+def main(config: EvaluateConfig) -> None:
+    evaluate_and_draw(config)
 
 
 if __name__ == "__main__":
