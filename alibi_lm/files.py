@@ -20,6 +20,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing under another name; it takes its own name only once all of it is on the disk.
 
     After an interruption the old file, or none, is there; what was written so far is removed where possible.
+
+    Raises:
+        OSError: as from the system, a full disk included; it names the file.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,8 +31,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:  # the system names no file where a write failed
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
 
@@ -38,7 +43,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace a file by this text (UTF-8): readers see the old file or the new one, never a part.
 
     Raises:
-        OSError: as from the system, a full disk included; the old file is untouched and nothing is left beside it.
+        OSError: as from the system; the old file is untouched and nothing is left beside it.
     """
     with whole_file(Path(path)) as file:
         file.write(text.encode())
@@ -64,18 +69,6 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold one JSON object, not a {type(value).__name__}")
     return value
-
-
-def write_bytes_synced(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until the disk has it. Not atomic by itself.
-
-    Raises:
-        OSError: as from the system, a full disk included.
-    """
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:

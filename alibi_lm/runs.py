@@ -3,9 +3,9 @@
     outputs/<experiment>/runs/<position>_L<train_length>_s<seed>[_<hash of the settings that differ>]/
 
 A folder is named by what was asked for, so that the same command given again finds it. Its state is read from
-three things only: the operating system's lock on `.lock` (gone with the process, however it ended), `finished.json`
-and `failed.json`. Checkpoints, `best.json` and `finished.json` carry the identity of their run, which is checked when
-they are read: a file that was copied from another run's folder is refused.
+three things only: the operating system's lock on `.lock` (gone with the process, however it ended),
+`finished.json` and `failed.json`. Checkpoints, `best.json` and `finished.json` carry the identity of their run,
+which is checked when they are read: a file that was copied from another run's folder is refused.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _names(settings: Any, prefix: str = "") -> set[str]:
     return {name for key, value in settings.items() for name in _names(value, f"{prefix}{key}.")}
 
 
-def require_own_files(folder: Path, checkpoint: Checkpoint) -> None:
+def require_own_files(folder: Path, checkpoint: Checkpoint | None) -> None:
     """Refuse a checkpoint, best.json, finished.json or corpus.json that came from another run's folder.
 
     Files written before they carried an identity are held against one another as far as their contents allow.
@@ -155,69 +155,50 @@ def require_own_files(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: naming the file and the run that it belongs to.
     """
-    own = folder_identity(folder)
-    best = _read_mark(folder / CHECKPOINTS / BEST_FILE) or {}
-    done = finished(folder) or {}
-    state = checkpoint.state
+    config, own = load_config(folder), folder_identity(folder)
     advice = "Put the run's own file back, or train it again with overwrite=true."
-    for path, content in (
-        (checkpoint.path, state),
-        (folder / CHECKPOINTS / BEST_FILE, best),
-        (folder / FINISHED_FILE, done),
-    ):
-        run = content.get("run")
-        if run is None:
-            continue
-        require(
-            (folder / CORPUS_FILE).is_file(),
-            f"{folder / CORPUS_FILE} is missing: it tells which text the run was trained on. {advice}",
-        )
+    best_path, done_path, corpus_path = (
+        folder / CHECKPOINTS / BEST_FILE, folder / FINISHED_FILE, folder / CORPUS_FILE,
+    )  # fmt: skip
+    best, done = _read_mark(best_path) or {}, _read_mark(done_path) or {}
+    state = {} if checkpoint is None else checkpoint.state
+    state_path = folder if checkpoint is None else checkpoint.path
+    for path, content in ((state_path, state), (best_path, best), (done_path, done)):
+        run = content.get("run", own)
+        missing = "" if corpus_path.is_file() else f" {corpus_path.name} is missing here."
         require(
             run == own,
-            f"{path} belongs to another run, {content.get('run_name')} ({run}), than the rest of {folder} "
-            f"({own} by its {CONFIG_FILE} and {CORPUS_FILE}). {advice}",
+            f"{path} belongs to another run, {content.get('run_name')} ({run}), than the rest of {folder}: "
+            f"{config.position.name}_L{config.train_length}_s{config.seed} ({own}).{missing} {advice}",
         )
-
-    config = load_config(folder)
-    facts: list[tuple[str, Any, str, Any]] = [
-        ("position", config.position.name, CONFIG_FILE, done.get("position")),
-        ("train_length", config.train_length, CONFIG_FILE, done.get("train_length")),
-        ("best validation loss", best.get("validation_loss"), BEST_FILE, done.get("best_validation_loss")),
+    facts = [
+        ("position", config.position.name, folder / CONFIG_FILE, done, "position"),
+        ("train_length", config.train_length, folder / CONFIG_FILE, done, "train_length"),
+        ("best validation loss", best.get("validation_loss"), best_path, done, "best_validation_loss"),
+        ("training text", _text_hash(corpus_path), corpus_path, done, "corpus"),
     ]
-    name = checkpoint.path.name
-    if done.get("steps") == checkpoint.step:
-        facts += [
-            (what, state.get(key), name, done.get(key))
-            for what, key in (
-                ("validation loss", "validation_loss"),
-                ("best validation loss", "best_validation_loss"),
-                ("tokens_seen", "tokens_seen"),
-            )
-        ]
-    if (folder / CORPUS_FILE).is_file():
-        facts.append(
-            ("training text", _text_hash(read_json(folder / CORPUS_FILE)), CORPUS_FILE, done.get("corpus"))
-        )
-    for what, here, where, there in facts:
+    if checkpoint is not None and done.get("steps") == checkpoint.step:
+        for key in ("validation_loss", "best_validation_loss", "tokens_seen"):
+            facts.append((key, state.get(key), state_path, done, key))
+    for what, here, where, there, key in facts:
         require(
-            here is None or there is None or here == there,
-            f"{folder / FINISHED_FILE} says {what} = {there}, {where} {here}: one of them came from another run. "
-            f"{advice}",
+            here is None or there.get(key) is None or here == there[key],
+            f"{done_path} says {what} = {there.get(key)}, {where} {here}: one of them is another run's. {advice}",
         )
-    if best.get("step") == checkpoint.step and state.get("best_step") == checkpoint.step:
+    if checkpoint is not None and best.get("step") == checkpoint.step == state.get("best_step"):
         noted, saved = best.get("validation_loss"), state.get("best_validation_loss")
         require(
             noted is None or saved is None or noted == saved,
-            f"{folder / CHECKPOINTS / BEST_FILE} says validation loss {noted}, {name} {saved}: one of them came "
-            f"from another run. {advice}",
+            f"{best_path} says validation loss {noted}, {state_path} {saved}: one of them is another run's. {advice}",
         )
 
 
-def _text_hash(manifest: Mapping[str, Any]) -> str | None:
+def _text_hash(path: Path) -> str | None:
     """What finished.json calls `corpus`: tokenizer and training text."""
     try:
+        manifest = read_json(path)
         parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
-    except (KeyError, TypeError):
+    except (FileNotFoundError, KeyError, TypeError):
         return None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
