@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alibi_lm.files import read_json, sha256_of, sync_folder, whole_file, write_json
+from alibi_lm.files import read_json, read_json_if_whole, sha256_of, sync_folder, whole_file, write_json
 from alibi_lm.settings import require
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -184,13 +184,7 @@ class CheckpointStore:
         return None
 
     def _best_step(self) -> int | None:
-        try:
-            step = read_json(self.folder / BEST_FILE).get("step")
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            log.warning("%s; taken as absent", error)
-            return None
+        step = (read_json_if_whole(self.folder / BEST_FILE) or {}).get("step")
         return step if type(step) is int else None
 
     def _remove_leftovers(self) -> None:

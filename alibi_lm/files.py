@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger("alibi_lm")
 
 SAMPLE_BYTES = 65_536
 SAMPLES = 256
@@ -69,6 +72,17 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold one JSON object, not a {type(value).__name__}")
     return value
+
+
+def read_json_if_whole(path: Path) -> dict[str, Any] | None:
+    """`read_json`, or None: where there is no file, and, after a warning, where it cannot be read."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, OSError) as error:
+        log.warning("%s; taken as absent", error)
+        return None
 
 
 def sha256_of(path: Path) -> str:

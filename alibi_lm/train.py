@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -18,49 +16,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from alibi_lm import distributed, runtime
-from alibi_lm.attention import chosen_backend
-from alibi_lm.checkpoint import Checkpoint, CheckpointStore
-from alibi_lm.config import TrainConfig, load_config, to_dict
+from alibi_lm.checkpoint import CheckpointStore
+from alibi_lm.config import TrainConfig, to_dict
 from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score_tokens
-from alibi_lm.files import read_json, write_json, write_text
+from alibi_lm.identity import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    folder_identity,
+    own_metrics,
+    require_own_files,
+    require_same_settings,
+    require_same_text,
+)
 from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.optim import build_optimizer
 from alibi_lm.runs import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    CORPUS_FILE,
-    LOCK_FILE,
     RunLock,
     build_model,
     clear_failed,
-    corpus_digests,
-    differing_settings,
+    delete_run,
     finished,
-    folder_identity,
     load_run,
     mark_failed,
     mark_finished,
-    require_own_files,
+    require_readable,
     run_name,
+    write_records,
 )
 from alibi_lm.runtime import say
 from alibi_lm.settings import require
-from alibi_lm.tracking import METRICS_FILE, Tracker, open_tracker, read_metrics
+from alibi_lm.tracking import Tracker, open_tracker
 
 SELF_CHECK_TOLERANCE = 1e-3
 """Nats by which the evaluator may differ from the trainer's validation loss (bfloat16 training: more)."""
 LARGEST_EXPONENT = 700.0
 """exp of more nats than this is no float: such a perplexity is null."""
-START_OVER = "Put it back as it was, or use overwrite=true to start over."
 
 
 class Interrupted(Exception):
@@ -140,16 +138,16 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     world = distributed.start(config.device)
     try:
         device = runtime.start(config.device, world.local_rank, config.threads)
-        _require_readable(config)
+        require_readable(config)
         if not world.is_main:
             done = distributed.gather_objects(None, world)[0]
             return _train(config, folder, world, device) if done is None else done
         if config.overwrite:
-            _delete_run(folder)
+            delete_run(folder)
         with RunLock(folder):
             done = finished(folder)
             if done is not None or (folder / CONFIG_FILE).exists():
-                _require_same_settings(config, folder)  # before any mark is touched: this may be another run
+                require_same_settings(config, folder)  # before any mark is touched: this may be another run
             if done is not None:
                 require_own_files(folder, None)
                 say(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
@@ -184,8 +182,8 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         f"train_length = {config.train_length} is longer than the training text: {train_split.num_tokens} tokens.",
     )
     if world.is_main:
-        _require_same_text(folder, corpus)
-        _write_records(config, folder, corpus, device)
+        require_same_text(folder, corpus)
+        write_records(config, folder, corpus, device)
 
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.vocab_size).to(device)
@@ -445,36 +443,11 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     names = {f.name for f in fields(Progress)}
     progress = Progress(**{k: v for k, v in latest.state.items() if k in names} | {"step": latest.step})
     if run.world.is_main:
-        progress.metrics_rows = _own_metrics(run.folder, latest)
+        progress.metrics_rows = own_metrics(run.folder, latest)
         if progress.best_step == latest.step:
             # The process may have died between writing this checkpoint and pointing at it.
             _mark_best(run, store, progress)
     return progress
-
-
-def _own_metrics(folder: Path, latest: Checkpoint) -> int:
-    """How many rows of metrics.jsonl were there when a checkpoint was written; the others come again.
-
-    Raises:
-        ValueError: some of them are missing, or they are another run's.
-    """
-    path = folder / METRICS_FILE
-    rows = [row for row in (read_metrics(path) if path.is_file() else []) if row["step"] <= latest.step]
-    # Runs that were begun by an earlier version do not say how many, but they logged as often as they were told.
-    expected = latest.state.get("metrics_rows", max(len(rows), latest.step // load_config(folder).log_every))
-    require(
-        len(rows) >= expected,
-        f"{path} holds {len(rows)} of the {expected} rows that were written up to step {latest.step}. "
-        f"{START_OVER}",
-    )
-    rows = rows[:expected]
-    measured = [row["validation/loss"] for row in rows if "validation/loss" in row][-1:]
-    loss = latest.state.get("validation_loss")
-    require(
-        loss is None or measured == [loss],
-        f"{path} says validation/loss = {measured}, {latest.path.name} {loss}: it is another run's. {START_OVER}",
-    )
-    return len(rows)
 
 
 def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float:
@@ -501,82 +474,3 @@ def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float
         "The saved run is not the trained model; do not use it.",
     )
     return difference
-
-
-# --- the run folder ------------------------------------------------------------------------------
-
-
-def _require_readable(config: TrainConfig) -> None:
-    """Refuse settings that could not be read back from config.yaml, before a run is trained with them."""
-    with tempfile.TemporaryDirectory() as place:
-        _write_config(config, Path(place))
-        try:
-            again = load_config(Path(place))
-        except ValueError as error:
-            reason = str(error).replace(f"{place}/", "")
-            raise ValueError(
-                f"These settings cannot be read back from a run's {CONFIG_FILE}: {reason} "
-                "Choose an entry of a group by its name alone (position=rotary, not position.name=rotary)."
-            ) from error
-    changed = [
-        f"{name} = {getattr(config, name)!r} becomes {getattr(again, name)!r}"
-        for name in (f.name for f in fields(config))
-        if getattr(config, name) != getattr(again, name)
-    ]
-    require(not changed, f"{CONFIG_FILE} would not hold these settings: {'; '.join(changed)}. Use plain values.")
-
-
-def _write_config(config: TrainConfig, folder: Path) -> None:
-    write_text(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-
-
-def _write_records(config: TrainConfig, folder: Path, corpus: Corpus, device: torch.device) -> None:
-    """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
-    if not (folder / CONFIG_FILE).exists():
-        _write_config(config, folder)
-    attention = {"attention": chosen_backend(config.attention.name)}
-    write_json(folder / "environment.json", runtime.environment(device) | attention)
-    write_json(folder / CORPUS_FILE, corpus.manifest)
-    corpus.tokenizer.save(folder / "tokenizer.json")
-
-
-def _require_same_settings(config: TrainConfig, folder: Path) -> None:
-    """Refuse to continue a run with other settings. Where its files and its text lie is no setting of it."""
-    there = load_config(folder)
-    now, before = differing_settings(config, there), differing_settings(there, config)
-    differences = "; ".join(f"{name}: {before[name]!r} there, {now[name]!r} now" for name in now)
-    require(
-        not differences,
-        f"output_dir = {folder} holds a run with other settings ({differences}). "
-        "Use overwrite=true to start over, or another output_dir.",
-    )
-
-
-def _require_same_text(folder: Path, corpus: Corpus) -> None:
-    """Refuse to continue a run on another text, or with another tokenizer."""
-    record = folder / CORPUS_FILE
-    if not record.is_file() or not any((folder / CHECKPOINTS).glob("*")):
-        return
-    there, here = corpus_digests(read_json(record)), corpus_digests(corpus.manifest)
-    for what in there:
-        require(
-            there[what] == here[what],
-            f"output_dir = {folder} holds a run with another {what} (sha256 {str(there[what])[:12]} there, "
-            f"{str(here[what])[:12]} now). Give it the text it was begun with, or use overwrite=true to start "
-            "over.",
-        )
-
-
-def _delete_run(folder: Path) -> None:
-    """Delete a run folder, but nothing that is not one."""
-    if not folder.exists():
-        return
-    require(
-        (folder / CONFIG_FILE).is_file() or not any(p for p in folder.iterdir() if p.name != LOCK_FILE),
-        f"overwrite = true, but {folder} is no run folder (it has no {CONFIG_FILE}). Nothing was deleted.",
-    )
-    with RunLock(folder):
-        for entry in folder.iterdir():
-            if entry.name == LOCK_FILE:
-                continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -16,7 +16,7 @@ LEVELS = [
     {"attention", "data", "results", "checkpoint", "tracking"},
     {"model", "tasks"},
     {"config"},
-    {"runs"},
+    {"identity", "runs"},
     {"evaluate", "interop", "study"},
     {"trainer", "train", "bench"},
     {"experiment"},
