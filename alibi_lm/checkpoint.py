@@ -97,8 +97,8 @@ class CheckpointStore:
             kept = f"The checkpoint of step {newest[0]} is kept" if newest else "There is no earlier checkpoint"
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self.folder} "
-                f"({error.strerror or error}). {kept}. "
-                "Make room or give an output_dir that can be written, then give the same command again."
+                f"({error.strerror or error}). {kept}. Make room or give an output_dir that can be written, "
+                "then give the same command again."
             ) from error
         self.prune(step)
         return target
@@ -233,9 +233,8 @@ class Checkpoint:
         """
         weights = _read_tensors(self.path / WEIGHTS_FILE)
         for alias, kept in self._record["tied"].items():
-            require(
-                kept in weights, f"{self.path / STATE_FILE} ties {alias} to {kept}, which {WEIGHTS_FILE} lacks"
-            )
+            where = self.path / STATE_FILE
+            require(kept in weights, f"{where} ties {alias} to {kept}, which {WEIGHTS_FILE} lacks")
             weights[alias] = weights[kept]
         return weights
 
@@ -248,10 +247,9 @@ class Checkpoint:
         weights = self.load_weights()
         for name, tensor in weights.items():
             require(
-                not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all()),
-                f"{self.path / WEIGHTS_FILE}: {name} holds NaN or infinite values, so no result of it "
-                "would mean anything. Use another checkpoint (checkpoint=best or checkpoint=last), "
-                "or train again with a lower learning rate.",
+                bool(torch.isfinite(tensor).all()),
+                f"{self.path / WEIGHTS_FILE}: {name} holds NaN or infinite values, so no result of it would mean "
+                "anything. Use checkpoint=best or checkpoint=last, or train again with a lower learning rate.",
             )
         _copy_weights(model, weights, self.path / WEIGHTS_FILE, same_dtype=False)
 
@@ -283,7 +281,6 @@ def _write(
     Raises:
         OSError: as from the system.
         TypeError: `state` holds something that JSON cannot.
-        ValueError: the optimizer holds a parameter that is not one of the model's.
     """
     from safetensors.torch import save
 
@@ -304,7 +301,7 @@ def _write(
             for name, content in files.items()
         },
     }
-    record = json.loads(json.dumps(record, default=_plain))
+    record = json.loads(json.dumps(record))
     record["sha256"] = record_hash(record)
     files[STATE_FILE] = (json.dumps(record, indent=1) + "\n").encode()
     for name, content in files.items():
@@ -316,14 +313,13 @@ def _collect_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     """Weights by name, one name for each tensor, and the other names of tied ones."""
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    names: dict[Any, str] = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if tensor.numel() and place in names:
-            tied[name] = names[place]
-        else:
-            names[place] = name
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first == name:
             kept[name] = _storable(tensor)
+        else:
+            tied[name] = first
     return kept, tied
 
 
@@ -348,13 +344,6 @@ def _storable(tensor: Tensor) -> Tensor:
     return tensor if whole else tensor.clone()
 
 
-def _plain(value: Any) -> Any:
-    """NumPy scalars and tensors of one element in the trainer's state, for JSON."""
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"a checkpoint's state holds plain values only, not a {type(value).__name__}")
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -370,27 +359,18 @@ def _read_record(folder: Path) -> dict[str, Any]:
     claimed = record.pop("sha256", None)
     require(claimed == record_hash(record), f"{path} was altered after it was written: its hash does not match")
     kinds = {"step": int, "state": dict, "tied": dict, "files": dict, "optimizer": dict | None}
-    for field, kind in kinds.items():
-        require(
-            field in record and isinstance(record[field], kind), f"{path}: {field} is missing or of the wrong type"
-        )
+    for name, of in kinds.items():
+        known = name in record and isinstance(record[name], of)
+        require(known, f"{path}: {name} is missing or of the wrong type")
     options = record["optimizer"]
-    require(options is None or _is_optimizer_record(options), f"{path}: optimizer is not what this version writes")
-    expected = {WEIGHTS_FILE} | ({OPTIMIZER_FILE} if options is not None else set())
-    require(
-        set(record["files"]) == expected,
-        f"{path}: files are {sorted(record['files'])}, should be {sorted(expected)}",
-    )
+    if options is not None:
+        groups, kind = options.get("groups"), options.get("class")
+        known = isinstance(kind, str) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups)
+        known = known and all(isinstance(group.get("params"), list) for group in groups)
+        require(known, f"{path}: optimizer is not what this version writes")
+    files, expected = sorted(record["files"]), [OPTIMIZER_FILE, WEIGHTS_FILE][options is None :]
+    require(files == expected, f"{path}: files are {files}, should be {expected}")
     return record
-
-
-def _is_optimizer_record(value: dict[str, Any]) -> bool:
-    groups = value.get("groups")
-    return (
-        isinstance(value.get("class"), str)
-        and isinstance(groups, list)
-        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
-    )
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
@@ -402,10 +382,8 @@ def _verify(path: Path, entry: Any) -> None:
     require(isinstance(entry, dict) and path.is_file(), f"{path} is missing")
     size, expected = path.stat().st_size, entry.get("bytes")
     require(size == expected, f"{path} has {size} bytes, should have {expected}")
-    require(
-        sha256_of(path) == entry.get("sha256"),
-        f"{path} was altered after it was written: its hash does not match",
-    )
+    whole = sha256_of(path) == entry.get("sha256")
+    require(whole, f"{path} was altered after it was written: its hash does not match")
     _open_tensors(path)
 
 
