@@ -25,8 +25,7 @@ from alibi_lm.data.corpus import Corpus
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.score import mean_nats, score_tokens
-from alibi_lm.model.compiled import CompiledNats
-from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.model.transformer import CompiledNats, TransformerLM
 
 
 class Interrupted(Exception):

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from alibi_lm import runtime
 from alibi_lm.bench.config import BenchConfig
 from alibi_lm.bench.timing import matmul_speeds, timed
-from alibi_lm.model.compiled import CompiledNats
-from alibi_lm.model.transformer import ModelConfig, TransformerLM
+from alibi_lm.model.transformer import CompiledNats, ModelConfig, TransformerLM
 from alibi_lm.optim import AdamWConfig, build_optimizer
 from alibi_lm.positions import POSITIONS
 

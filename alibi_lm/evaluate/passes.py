@@ -67,7 +67,7 @@ def score_windows(
         inputs, targets = (x.to(device) for x in cut_windows(tokens, start_id, first, width))
         targets = targets[:, score_from:]
         with nullcontext() if autocast is None else autocast:
-            hidden = model(inputs, positions=positions)[:, score_from:]
+            hidden = model.hidden(inputs, positions=positions)[:, score_from:]
             scored = model.vocabulary.nats(hidden.flatten(0, 1), targets.flatten())
         nats[i : i + rows] = scored.view_as(targets).float().cpu().numpy()
     return nats

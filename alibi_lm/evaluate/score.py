@@ -74,7 +74,7 @@ def score_tokens(
     ):
         input_ids, target_ids = batch.input_ids.to(device), batch.target_ids[:, batch.score_from :].to(device)
         with nullcontext() if autocast is None else autocast:
-            hidden = model(input_ids, window=window)[:, batch.score_from :]
+            hidden = model.hidden(input_ids, window=window)[:, batch.score_from :]
             scored = model.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten())
         where = batch.starts[:, None] + np.arange(batch.score_from, input_ids.shape[1])
         nats[where.ravel()] = scored.to("cpu", torch.float64).numpy()

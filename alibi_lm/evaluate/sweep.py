@@ -144,8 +144,8 @@ def evaluate_length(
         f"{task.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
         "Put the run's own tokenizer back.",
     )
-    if model.max_position is not None and length > model.max_position:
-        reason = f"position={task.config.position.name} has {model.max_position} positions"
+    if model.max_length is not None and length > model.max_length:
+        reason = f"position={task.config.position.name} has {model.max_length} positions"
         return ResultRow(**common, reason=reason)
     runtime.reset_peak_memory(device)
     scored = TokenStore(output_folder(config) / "tokens").get(

@@ -51,7 +51,7 @@ class Group:
     @property
     def max_position(self) -> int | None:
         """Number of positions that the scheme has; None where any is defined."""
-        return self.passes[0].model(self.train_length).max_position
+        return self.passes[0].model(self.train_length).max_length
 
     def reason(self, length: int) -> str | None:
         """Why windows of this length cannot be scored, or None."""
