@@ -35,8 +35,7 @@ from alibi_lm.identity import (
     require_same_settings,
     require_same_text,
 )
-from alibi_lm.model.compiled import CompiledNats
-from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
 from alibi_lm.runs import (
     RunLock,

@@ -132,4 +132,6 @@ def score_tokens(
     text = TextTask(tokens, start_id, stride)
     with nullcontext() if autocast is None else autocast:
         batches = text.batches(length, tokens_per_forward, world)
-        return score(model, batches, len(tokens), window=window, world=world, progress=progress, interrupt=interrupt).nats
+        return score(
+            model, batches, len(tokens), window=window, world=world, progress=progress, interrupt=interrupt
+        ).nats
