@@ -227,7 +227,7 @@ def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, 
     else:
         assert all(p["largest"] > 1e-3 for p in points[1:])
     beyond = offset(group([model], tokens, position), [57], width=8, every=2)[0]
-    if model.max_position is None:
+    if model.max_length is None:
         assert beyond["nats"] is not None
     else:
         assert beyond["nats"] is None and beyond["reason"] == "position=learned has 64 positions"
