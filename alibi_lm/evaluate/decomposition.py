@@ -26,8 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alibi_lm.evaluate.passes import Passes
-from alibi_lm.results.documents import positions_in_window
+from alibi_lm.evaluate.passes import Passes, positions_in_window
 
 TERMS = ("early_tokens", "positions_beyond", "keys_beyond")
 """The three parts, in the order in which they add up."""

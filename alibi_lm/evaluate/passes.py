@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from alibi_lm.data.windows import cut_windows
+from alibi_lm.data.windows import cut_windows, scoring_windows
 from alibi_lm.evaluate.score import score_tokens
 from alibi_lm.evaluate.store import Scoring
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.results.documents import positions_in_window
+from alibi_lm.results.statistics import mean_nats_interval
+
+BINS_PER_OCTAVE = 4
+"""Of the smoothed curve: each bin is 19% wide in position."""
 
 Keep = Callable[[Scoring, Callable[[], np.ndarray]], np.ndarray]
 
@@ -208,3 +211,115 @@ class Passes:
             self.tokens_per_forward,
             self.autocast(),
         )
+
+
+def positions_in_window(num_tokens: int, length: int, stride: int | None = None) -> np.ndarray:
+    """Position of every target in its window, counted from 1: the number of tokens that it is predicted from.
+
+    Args:
+        num_tokens: N.
+        length: tokens of a window.
+        stride: targets scored in a window; None for nonoverlapping.
+
+    Returns:
+        (N,) int64, from 1 to length.
+    """
+    starts, scored, ends = scoring_windows(num_tokens, length, stride)
+    return np.arange(num_tokens) - np.repeat(starts, ends - scored) + 1
+
+
+def curve_edges(length: int, train_length: int) -> np.ndarray:
+    """The same for the smoothed curve: bins grow with the position, and one ends exactly at the trained length.
+
+    What a scheme does past its trained length is then never mixed with what it does before.
+    """
+    octaves = int(np.ceil(np.log2(max(train_length, length / train_length, 2)))) + 1
+    steps = np.arange(-octaves * BINS_PER_OCTAVE, octaves * BINS_PER_OCTAVE + 1)
+    last = np.unique(np.round(train_length * 2.0 ** (steps / BINS_PER_OCTAVE)).astype(np.int64))
+    last = last[(last >= 1) & (last < length)]
+    return np.concatenate([[1], last + 1, [length + 1]])
+
+
+def position_curve(
+    nats: np.ndarray, documents: np.ndarray, positions: np.ndarray, length: int, train_length: int
+) -> dict[str, np.ndarray]:
+    """Mean nats against position in the window, smoothed, with a band.
+
+    The band is the 95% interval, over documents (and seeds), of the *difference* from the mean up to the trained
+    length (all positions of a shorter window), drawn around the curve. How hard the text is moves the whole curve
+    and is left out: it says how well the shape is known.
+
+    Args:
+        nats: (N,) floats, or (seeds, N) of several runs on the same text.
+        documents: (D,) integers, where documents start.
+        positions: (N,) int64, from 1 to length.
+        length: tokens of a window.
+        train_length: where a bin must end.
+
+    Returns:
+        curve_first, curve_last (int64), curve_nats, curve_low, curve_high (float64), each (points,); bins
+        without a target are left out.
+    """
+    seeds = np.atleast_2d(nats)
+    edges = curve_edges(length, train_length)
+    cells = (np.searchsorted(documents, np.arange(len(positions)), side="right") - 1) * (len(edges) - 1)
+    cells += np.searchsorted(edges, positions, side="right") - 1
+    shape = (len(documents), len(edges) - 1)
+    tokens = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+    sums = np.stack([np.bincount(cells, s, shape[0] * shape[1]).reshape(shape) for s in seeds])
+    points = np.flatnonzero(tokens.sum(axis=0))
+    means = (sums.sum(axis=1)[:, points] / tokens.sum(axis=0)[points]).mean(axis=0)
+    early = edges[:-1] <= train_length
+    base = sums[:, :, early].sum(axis=2), tokens[:, early].sum(axis=1)
+    ends = np.full((2, len(points)), np.nan)
+    for index, k in enumerate(points):
+        if np.count_nonzero(tokens[:, k]) < 2:
+            continue  # one document does not show how documents differ
+        changes = change_sums(sums[:, :, k], tokens[:, k], *base)
+        difference = changes.sum(axis=1).mean() / base[1].sum()
+        ends[:, index] = np.array(interval_ends(changes, base[1])) - difference
+    return {
+        "curve_first": edges[points],
+        "curve_last": edges[points + 1] - 1,
+        "curve_nats": means,
+        "curve_low": means + ends[0],
+        "curve_high": means + ends[1],
+    }
+
+
+def change_sums(
+    sums: np.ndarray, tokens: np.ndarray, base_sums: np.ndarray, base_tokens: np.ndarray
+) -> np.ndarray:
+    """Sums whose mean and interval are those of a difference between two means of the same documents.
+
+    The means may be over different targets, so that a document has other numbers of them; with the same targets
+    it is `sums - base_sums`. The difference of two ratios is linearised around both.
+
+    Args:
+        sums: (seeds, documents), nats.
+        tokens: (documents,), targets in them.
+        base_sums: (seeds, documents), of the mean that is subtracted.
+        base_tokens: (documents,).
+
+    Returns:
+        (seeds, documents) float64, to be taken with `base_tokens`. A document with no target in the base has
+        none here.
+    """
+    total, base_total = tokens.sum(), base_tokens.sum()
+    mean, base_mean = sums.sum(axis=1, keepdims=True) / total, base_sums.sum(axis=1, keepdims=True) / base_total
+    errors = (sums - mean * tokens) / total - (base_sums - base_mean * base_tokens) / base_total
+    return np.where(base_tokens > 0, base_total * errors + (mean - base_mean) * base_tokens, 0.0)
+
+
+def interval_ends(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean nats per token over documents (and seeds); NaN where one cannot be had.
+
+    Args:
+        sums: (seeds, documents) or (documents,), nats.
+        tokens: (documents,).
+    """
+    sums = np.unique(np.atleast_2d(sums), axis=0)  # seeds that agree exactly are one observation
+    if np.count_nonzero(tokens) < 2 or not np.isfinite(sums).all():
+        return float("nan"), float("nan")
+    interval = mean_nats_interval(sums, tokens)
+    return interval.low, interval.high

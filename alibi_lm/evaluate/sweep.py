@@ -21,8 +21,9 @@ from alibi_lm.distributed import World
 from alibi_lm.evaluate.score import score_tokens
 from alibi_lm.evaluate.store import Scoring, TokenStore, identity
 from alibi_lm.files import read_json
-from alibi_lm.results.documents import summarise, upsert_summaries
+from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.results.rows import ResultRow, read_rows, upsert_rows, write_csv
+from alibi_lm.results.statistics import per_document_sums
 from alibi_lm.runs import finished, load_run
 from alibi_lm.settings import require
 from alibi_lm.tracking import open_tracker
@@ -178,7 +179,8 @@ def evaluate_length(
         peak_memory_bytes=scored.peak_memory_bytes,
     )
     if world.is_main:
-        upsert_summaries(output_folder(config) / "summary.npz", [summarise(scored.nats, stream.documents, row)])
+        sums = DocumentSums(row.key, *per_document_sums(scored.nats, stream.documents))
+        upsert_documents(output_folder(config) / "documents.jsonl", [sums])
     return row
 
 

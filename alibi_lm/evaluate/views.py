@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from alibi_lm.evaluate.decomposition import TERMS, document_sums, largest_early_difference, measure
-from alibi_lm.evaluate.passes import Passes
-from alibi_lm.results.documents import change_sums, interval_ends, position_curve, positions_in_window
+from alibi_lm.evaluate.passes import Passes, change_sums, interval_ends, position_curve, positions_in_window
 from alibi_lm.results.statistics import per_document_sums
 
 Point = dict[str, Any]
