@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from alibi_lm.results.rows import ResultRow
 
+_HASH = re.compile(r"[0-9a-f]{6,}")
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
-_LARGEST = 700.0
-"""Nats per token up to which exp is a float; a mean beyond it is no perplexity."""
 
 
 @dataclass(frozen=True, order=True)
@@ -35,7 +34,8 @@ class View:
         task = "" if self.task == "text" else f"task {self.task}, "
         if self.mode == "sliding":
             return f"{task}{self.split}, sliding window with stride {self.stride}"
-        return f"{task}{self.split}, {self.mode} windows"
+        windows = "nonoverlapping windows" if self.mode == "nonoverlapping" else self.mode
+        return f"{task}{self.split}, {windows}"
 
     @property
     def slug(self) -> str:
@@ -50,21 +50,13 @@ class View:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a run was made by, as far as it tells its curve from others; see `alibi_lm.study.records.recipes`."""
-
-    label: str = ""
-    """In words, such as `learned_slopes` or `lr 0.002`; empty for the experiment's own settings."""
-
-
-@dataclass(frozen=True)
 class Curve:
     """One metric of one scheme, training length and recipe by inference length, for each of its runs."""
 
     position: str
     train_length: int
     variant: str
-    """What tells it from other curves of the scheme and length, in words; empty for the experiment's own settings."""
+    """What tells it from others of its scheme and length, in words; empty for the experiment's own settings."""
     losses: dict[int, dict[str, float]] = field(default_factory=dict)
     """inference_length -> run -> mean nats per token; of another metric than perplexity, its value."""
     refused: dict[int, str] = field(default_factory=dict)
@@ -130,15 +122,18 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
     Args:
         rows: of one experiment.
         view: which of them.
-        recipes: run -> the words that tell its settings from those of the experiment, see
-            `alibi_lm.study.records.recipes`; a run that is not in it goes by its name.
+        recipes: run -> the words that tell its settings from those of the experiment, as
+            `alibi_lm.study.records.recipes` makes them; a run that is not in it goes by its name.
     """
+    chosen = [row for row in rows if row.run is not None and view_of(row) == view]
+    texts = text_names(chosen)
+    recipes = _names_without_hashes(chosen) | dict(recipes or {})
     found: dict[tuple[str, int, str], Curve] = {}
-    for row in rows:
-        if row.run is None or view_of(row) != view:
-            continue
-        assert row.train_length is not None and row.inference_length is not None  # ResultRow checks it
-        key = (row.position, row.train_length, variant_of(row, recipes or {}))
+    for row in chosen:
+        assert row.run is not None and row.train_length is not None and row.inference_length is not None
+        text = texts[row.corpus] if len(texts) > 1 else ""
+        variant = "; ".join(part for part in (variant_of(row, recipes), text) if part)
+        key = (row.position, row.train_length, variant)
         curve = found.setdefault(key, Curve(*key, metric=view.metric))
         curve.seeds[row.run] = row.seed
         value = point_of(row)
@@ -153,32 +148,40 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
 def point_of(row: ResultRow) -> float | None:
     """What a row adds to a curve: mean nats for perplexity, else the value; None where it measured nothing.
 
-    A row with a reason is no measurement at its length, even where it has nats.
+    A row with a value and a reason is no measurement at its length (no window is full there, for example), unless
+    the reason is about its perplexity per word.
     """
-    if row.value is None or row.reason:
+    about_words = row.words is not None and row.word_perplexity is None and row.metric == "perplexity"
+    if row.value is None or (row.reason and not about_words):
         return None
     return row.loss if row.metric == "perplexity" else row.value
 
 
-def baselines(rows: Iterable[ResultRow], view: View) -> dict[str, float]:
+def baselines(rows: Sequence[ResultRow], view: View) -> dict[str, float]:
     """Perplexity of each baseline on the view's texts, for example {'unigram': 700.0}.
 
     A baseline uses no context, so its value holds for every length and mode. With several texts each has its own,
     named by its text.
     """
-    found: dict[tuple[str, str | None], tuple[str, float]] = {}
-    used = {row.corpus for row in rows if row.run is not None and view_of(row) == view}
+    texts = text_names(row for row in rows if row.run is not None and view_of(row) == view)
+    found = {}
     for row in rows:
         same = row.run is None and (row.split, row.task, row.metric) == (view.split, view.task, view.metric)
-        if same and row.loss is not None and row.loss <= _LARGEST and (row.corpus in used or not used):
-            text = str(row.extra.get("corpus_name") or row.corpus or "unknown text")
-            found[row.position, row.corpus] = (text, math.exp(row.loss))
-    several = len({corpus for _, corpus in found}) > 1
-    named = {}
-    for (position, corpus), (text, value) in found.items():
-        name = f"{position} ({text})" if several else position
-        named[f"{position} ({text}, {corpus})" if name in named else name] = value
-    return named
+        if same and row.value is not None and row.corpus in texts:
+            name = row.position if len(texts) < 2 else f"{row.position} ({texts[row.corpus]})"
+            found[name] = row.value
+    return found
+
+
+def text_names(rows: Iterable[ResultRow]) -> dict[str | None, str]:
+    """A name for each text that the rows were scored on, by its hash; equal names are told apart by a number."""
+    found: dict[str | None, str] = {}
+    for row in sorted(rows, key=lambda r: (str(r.extra.get("corpus_name") or ""), r.corpus or "")):
+        if row.corpus not in found:
+            name = str(row.extra.get("corpus_name") or "text")
+            same = sum(other.partition(" #")[0] == name for other in found.values())
+            found[row.corpus] = f"{name} #{same + 1}" if same else name
+    return found
 
 
 def variant_of(row: ResultRow, recipes: Mapping[str, str]) -> str:
@@ -189,11 +192,20 @@ def variant_of(row: ResultRow, recipes: Mapping[str, str]) -> str:
     """
     assert row.run is not None
     tested = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in sorted(row.changes.items()))
-    parts = [recipes[row.run] if row.run in recipes else _by_name(row), f"tested with {tested}" if tested else ""]
+    parts = [recipes[row.run] if row.run in recipes else by_name(row), f"tested with {tested}" if tested else ""]
     return "; ".join(part for part in parts if part)
 
 
-def _by_name(row: ResultRow) -> str:
+def _names_without_hashes(rows: Iterable[ResultRow]) -> dict[str, str]:
+    """Run -> `other settings` for runs whose name ends in a hash of settings, numbered where there are several."""
+    hashes = {row.run: name for row in rows if row.run and _HASH.fullmatch(name := by_name(row))}
+    known = sorted(set(hashes.values()))
+    numbers = {name: f" #{known.index(name) + 1}" if len(known) > 1 else "" for name in known}
+    return {run: f"other settings{numbers[name]}" for run, name in hashes.items()}
+
+
+def by_name(row: ResultRow) -> str:
+    """What a run's name says of its settings: nothing where it is the name that experiments give by default."""
     assert row.run is not None
     name = PurePath(row.run).name
     match = _RUN_NAME.fullmatch(name)
