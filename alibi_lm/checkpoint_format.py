@@ -47,6 +47,11 @@ class Checkpoint:
         for name, entry in self._record["files"].items():
             _verify(self.path / name, entry)
 
+    @property
+    def weights_sha256(self) -> str:
+        """Hex SHA-256 of the weights' file, as it was written and is now."""
+        return str(self._record["files"][WEIGHTS_FILE]["sha256"])
+
     def load_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU by state dict name; tied names share one tensor.
 

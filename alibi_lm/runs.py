@@ -1,17 +1,21 @@
-"""The run folder: its name, its lock, its marks, and the model that was trained in it.
+"""The run folder: its name, identity, lock and marks, and the model that was trained in it.
 
-A run folder is named by what was asked for, so that the same command given again finds it:
-`<position>_L<train_length>_s<seed>[_<hash of the other overrides>]`.
-Its state is read from three things only: the operating system's lock on `.lock` (gone with the
-process, however it ended), `finished.json` and `failed.json`.
+    outputs/<experiment>/runs/<position>_L<train_length>_s<seed>[_<hash of the settings that differ>]/
+
+A folder is named by what was asked for, so that the same command given again finds it. Its state is read from
+three things only: the operating system's lock on `.lock` (gone with the process, however it ended), `finished.json`
+and `failed.json`. Checkpoints, `best.json` and `finished.json` carry the identity of their run, which is checked when
+they are read: a file that was copied from another run's folder is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
+import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,26 +26,40 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alibi_lm.checkpoint import CheckpointStore
+from alibi_lm import runtime
+from alibi_lm.attention import ATTENTION
+from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
 from alibi_lm.config import TrainConfig, load_config
 from alibi_lm.files import read_json, write_json
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.settings import require
+from alibi_lm.settings import counting, require
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]
 
-LOCK_FILE = ".lock"
-FINISHED_FILE = "finished.json"
-FAILED_FILE = "failed.json"
-# A status query holds the lock for an instant; a run that starts in that instant waits it out.
-_LOCK_WAIT_SECONDS = 1.0
+CONFIG_FILE, CORPUS_FILE, CHECKPOINTS = "config.yaml", "corpus.json", "checkpoints"
+FINISHED_FILE, FAILED_FILE, LOCK_FILE = "finished.json", "failed.json", ".lock"
+LOCK_WAIT_SECONDS = 1.0
+"""A status query holds the lock for an instant; a run that starts in that instant waits it out."""
 
 log = logging.getLogger("alibi_lm")
 
 
-def short_hash(mapping: Mapping[str, Any]) -> str:
-    """Eight hex digits that stand for a mapping of plain values; the order of keys does not matter."""
-    return hashlib.sha256(_canonical(mapping).encode()).hexdigest()[:8]
+# --- names ---------------------------------------------------------------------------------------
+
+
+def experiment_folder(experiment: str) -> Path:
+    """Where all files of an experiment lie, relative to the current folder."""
+    return Path("outputs") / experiment
+
+
+def run_folders(runs: str | Path) -> list[Path]:
+    """The folders that `runs` names: one folder, or those that match a glob, in order of their names.
+
+    Args:
+        runs: a run folder or a glob, such as `outputs/quick/runs/*`.
+    """
+    pattern = glob.escape(str(runs)) if Path(runs).is_dir() else str(runs)
+    return [path for path in map(Path, sorted(glob.glob(pattern))) if path.is_dir()]
 
 
 def run_name(position: str, train_length: int, seed: int, overrides_hash: str | None = None) -> str:
@@ -49,7 +67,7 @@ def run_name(position: str, train_length: int, seed: int, overrides_hash: str | 
 
     Args:
         position: name of the position scheme.
-        train_length: tokens in a training sequence.
+        train_length: tokens of a training sequence.
         seed: seed of the run.
         overrides_hash: `short_hash` of the settings that differ from the experiment's own, or None.
 
@@ -57,23 +75,158 @@ def run_name(position: str, train_length: int, seed: int, overrides_hash: str | 
         ValueError: a part that would not be a plain file name.
     """
     name = f"{position}_L{train_length}_s{seed}" + (f"_{overrides_hash}" if overrides_hash else "")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(
-            f"run name = {name!r} is not a plain folder name. "
-            "Use letters, digits, '_', '.' and '-' in position and seed, or give output_dir."
-        )
+    require(
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is not None,
+        f"run name = {name!r} is not a plain folder name. "
+        "Use letters, digits, '_', '.' and '-' in position and seed, or give output_dir.",
+    )
     return name
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+def short_hash(mapping: Mapping[str, Any], digits: int = 8) -> str:
+    """Hex digits that stand for a mapping of plain values; the order of keys does not matter."""
+    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def differing_settings(config: TrainConfig, baseline: TrainConfig) -> dict[str, Any]:
+    """Settings that count and in which `config` differs from `baseline`, by dotted name.
+
+    Those in which a run differs from its experiment's own give its folder a suffix. A setting that only the
+    baseline has is None.
+    """
+    ours, theirs = (counting(c, "run", "rounding") for c in (config, baseline))
+    return {name: ours.get(name) for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)}
+
+
+# --- identity ------------------------------------------------------------------------------------
+
+
+def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any], names: set[str] | None = None) -> str:
+    """12 hex digits that stand for the settings and the text of a run, wherever both lie.
+
+    Args:
+        config: of the run.
+        corpus_manifest: of its corpus, as in corpus.json; empty where it is not known.
+        names: settings that count here, dotted; None: all. A run that was saved by an earlier version is known by
+            the settings that there were then.
+    """
+    settings = counting(config, "run", "rounding")
+    return short_hash(
+        {
+            "settings": {name: value for name, value in settings.items() if names is None or name in names},
+            **corpus_digests(corpus_manifest),
+        },
+        digits=12,
+    )
+
+
+def corpus_digests(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    """sha256 of what a run is trained on: tokenizer, training text and validation text (None: not known)."""
+    splits = manifest.get("splits") or {}
+    parts = {"tokenizer": manifest.get("tokenizer"), "training text": splits.get("train")}
+    parts["validation text"] = splits.get("validation")
+    return {what: (part or {}).get("sha256") for what, part in parts.items()}
+
+
+def folder_identity(folder: Path) -> str:
+    """`run_identity` of the run in a folder, by its config.yaml and corpus.json.
+
+    Raises:
+        ValueError: no run folder, or one of the files is damaged.
+    """
+    config = load_config(folder)
+    path = folder / CORPUS_FILE
+    manifest = read_json(path) if path.is_file() else {}
+    return run_identity(config, manifest, _names(OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))))
+
+
+def _names(settings: Any, prefix: str = "") -> set[str]:
+    if not isinstance(settings, dict):
+        return {prefix.rstrip(".")}
+    return {name for key, value in settings.items() for name in _names(value, f"{prefix}{key}.")}
+
+
+def require_own_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint, best.json, finished.json or corpus.json that came from another run's folder.
+
+    Files written before they carried an identity are held against one another as far as their contents allow.
+
+    Raises:
+        ValueError: naming the file and the run that it belongs to.
+    """
+    own = folder_identity(folder)
+    best = _read_mark(folder / CHECKPOINTS / BEST_FILE) or {}
+    done = finished(folder) or {}
+    state = checkpoint.state
+    advice = "Put the run's own file back, or train it again with overwrite=true."
+    for path, content in (
+        (checkpoint.path, state),
+        (folder / CHECKPOINTS / BEST_FILE, best),
+        (folder / FINISHED_FILE, done),
+    ):
+        run = content.get("run")
+        if run is None:
+            continue
+        require(
+            (folder / CORPUS_FILE).is_file(),
+            f"{folder / CORPUS_FILE} is missing: it tells which text the run was trained on. {advice}",
+        )
+        require(
+            run == own,
+            f"{path} belongs to another run, {content.get('run_name')} ({run}), than the rest of {folder} "
+            f"({own} by its {CONFIG_FILE} and {CORPUS_FILE}). {advice}",
+        )
+
+    config = load_config(folder)
+    facts: list[tuple[str, Any, str, Any]] = [
+        ("position", config.position.name, CONFIG_FILE, done.get("position")),
+        ("train_length", config.train_length, CONFIG_FILE, done.get("train_length")),
+        ("best validation loss", best.get("validation_loss"), BEST_FILE, done.get("best_validation_loss")),
+    ]
+    name = checkpoint.path.name
+    if done.get("steps") == checkpoint.step:
+        facts += [
+            (what, state.get(key), name, done.get(key))
+            for what, key in (
+                ("validation loss", "validation_loss"),
+                ("best validation loss", "best_validation_loss"),
+                ("tokens_seen", "tokens_seen"),
+            )
+        ]
+    if (folder / CORPUS_FILE).is_file():
+        facts.append(
+            ("training text", _text_hash(read_json(folder / CORPUS_FILE)), CORPUS_FILE, done.get("corpus"))
+        )
+    for what, here, where, there in facts:
+        require(
+            here is None or there is None or here == there,
+            f"{folder / FINISHED_FILE} says {what} = {there}, {where} {here}: one of them came from another run. "
+            f"{advice}",
+        )
+    if best.get("step") == checkpoint.step and state.get("best_step") == checkpoint.step:
+        noted, saved = best.get("validation_loss"), state.get("best_validation_loss")
+        require(
+            noted is None or saved is None or noted == saved,
+            f"{folder / CHECKPOINTS / BEST_FILE} says validation loss {noted}, {name} {saved}: one of them came "
+            f"from another run. {advice}",
+        )
+
+
+def _text_hash(manifest: Mapping[str, Any]) -> str | None:
+    """What finished.json calls `corpus`: tokenizer and training text."""
+    try:
+        parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
+    except (KeyError, TypeError):
+        return None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 # --- marks ---------------------------------------------------------------------------------------
 
 
 def mark_finished(run_folder: Path, payload: Mapping[str, Any]) -> None:
-    """Writes `finished.json` (the last act of a run) and removes the mark of an earlier failure."""
+    """Write `finished.json`, the last act of a run, and remove the mark of an earlier failure."""
     write_json(Path(run_folder) / FINISHED_FILE, dict(payload))
     clear_failed(run_folder)
 
@@ -84,7 +237,7 @@ def finished(run_folder: Path) -> dict[str, Any] | None:
 
 
 def mark_failed(run_folder: Path, message: str, **details: Any) -> None:
-    """Writes `failed.json` with the error message. A run that is started again clears it."""
+    """Write `failed.json` with the error message. A run that is started again clears it."""
     write_json(Path(run_folder) / FAILED_FILE, {"message": message, **details})
 
 
@@ -94,7 +247,7 @@ def failed(run_folder: Path) -> dict[str, Any] | None:
 
 
 def clear_failed(run_folder: Path) -> None:
-    """Removes the mark of a failure, if there is one."""
+    """Remove the mark of a failure, if there is one."""
     (Path(run_folder) / FAILED_FILE).unlink(missing_ok=True)
 
 
@@ -148,7 +301,7 @@ class RunLock:
         try:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.run_folder / LOCK_FILE)
-            self._lock.acquire(timeout=_LOCK_WAIT_SECONDS, poll_interval=0.05)
+            self._lock.acquire(timeout=LOCK_WAIT_SECONDS, poll_interval=0.05)
         except Timeout:
             raise ValueError(
                 f"output_dir = {self.run_folder} is in use by another process. "
@@ -188,7 +341,7 @@ def is_locked(run_folder: Path) -> bool:
     return False
 
 
-# --- the model of a run ---------------------------------------------------------------------------
+# --- the model of a run --------------------------------------------------------------------------
 
 
 def build_model(
@@ -219,22 +372,34 @@ def load_run(
     attention: str = "auto",
     device: str | torch.device = "cpu",
     position: dict[str, Any] | None = None,
+    precision: str = "float32",
 ) -> TransformerLM:
     """Load a trained model in evaluation mode.
 
+    The checkpoint is read and checked once; `model.serve(length)` prepares the model for further lengths.
+
     Args:
         folder: the run folder.
-        inference_length: longest sequence it will be given; schemes with automatic scaling depend on it.
+        inference_length: longest sequence it will be given, >= 1; schemes with automatic scaling depend on it.
             None: the training length.
         checkpoint: `best` (lowest validation loss) or `last`.
         attention: backend; they differ by float32 rounding.
-        device: where to put the model.
+        device: where to put the model: cpu, cuda or cuda:<index>.
         position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.
+        precision: of scoring: float32, bfloat16, or auto (bfloat16 on GPUs that have it).
+
+    Returns:
+        The model, with `label` (the folder's name), `identity` (what its scores depend on) and `precision`.
 
     Raises:
-        ValueError: not a run folder, no whole checkpoint, or weights that do not fit the config.
+        ValueError: an argument out of range, not a run folder, no whole checkpoint, files of another run, or
+            weights that do not fit the config.
     """
     folder = Path(folder)
+    length = _whole_number("inference_length", inference_length)
+    require(attention in ATTENTION, f"attention = {attention!r}. Allowed: {', '.join(ATTENTION)}.")
+    where = runtime.existing_device(device)
+    precision = runtime.resolve_precision(where, precision)
     config = load_config(folder)
     if position:
         try:
@@ -244,11 +409,30 @@ def load_run(
             raise ValueError(
                 f"position = {position} does not fit position={config.position.name}: {error}"
             ) from error
-    store = CheckpointStore(folder / "checkpoints")
-    found = store.get(checkpoint)
-    require(found is not None, f"{folder} holds no whole {checkpoint} checkpoint. Train it first.")
-    assert found is not None
-    vocab_size = int(found.state["vocab_size"])
-    model = build_model(config, vocab_size, attention, inference_length)
+    found = CheckpointStore(folder / CHECKPOINTS).get(checkpoint)
+    require_own_files(folder, found)
+    model = build_model(config, int(found.state["vocab_size"]), attention, length)
     found.load_into(model)
-    return model.to(device).eval()
+    settings = {
+        "weights": found.weights_sha256,
+        "model": dataclasses.asdict(config.model),
+        "position": dataclasses.asdict(config.position),
+        "train_length": config.train_length,
+        "backend": model.backend.name,
+        "precision": precision,
+    }
+    named = {"label": folder.resolve().name, "identity": short_hash(settings, digits=12), "precision": precision}
+    for name, value in named.items():
+        setattr(model, name, value)
+    return model.to(where).eval()
+
+
+def _whole_number(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    require(number >= 1 and not isinstance(value, bool), f"{name} = {value!r}. Use a whole number >= 1.")
+    return number

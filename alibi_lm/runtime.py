@@ -66,12 +66,25 @@ def _keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Context of the forward pass: bfloat16 autocast, or nothing.
+def existing_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
 
-    Args:
-        device: where the model is.
-        precision: `auto` is bfloat16 on CUDA devices that have it and float32 elsewhere.
+    Raises:
+        ValueError: no name of a device, or one that this machine does not have.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device = {device!r}. Use cpu, cuda or cuda:<index>.") from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ValueError(f"device = {device}, but torch finds {count} CUDA devices here. Use device=cpu.")
+    return found
+
+
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """`float32` or `bfloat16`; `auto` is bfloat16 on CUDA devices that have it and float32 elsewhere.
 
     Raises:
         ValueError: unknown precision.
@@ -79,8 +92,21 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     if precision not in PRECISIONS:
         raise ValueError(f"precision = {precision!r}. Allowed: {', '.join(PRECISIONS)}.")
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if precision == "float32":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return precision
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Context of the forward pass: bfloat16 autocast, or nothing.
+
+    Args:
+        device: where the model is.
+        precision: see `resolve_precision`.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    if resolve_precision(device, precision) == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 

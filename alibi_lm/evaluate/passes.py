@@ -1,116 +1,86 @@
-"""Forward passes that analyses are made of: standard, windowed, reset, fixed context, shifted positions.
+"""Forward passes that rows and views are made of: standard, windowed, reset, fixed context, shifted positions.
 
-Each gives the nats of single targets. Passes over a run are kept in the token store under what they are, so that
-no analysis computes again what an evaluation or another analysis has computed.
+Each gives the nats of single targets. Passes are kept in the token store under what they are, so that no analysis
+computes again what an evaluation or another analysis has computed, and the other way round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from alibi_lm.data.windows import cut_windows, scoring_windows
-from alibi_lm.evaluate.score import score_tokens
-from alibi_lm.evaluate.store import Scoring
-from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.results.statistics import mean_nats_interval
-
-BINS_PER_OCTAVE = 4
-"""Of the smoothed curve: each bin is 19% wide in position."""
-
-Keep = Callable[[Scoring, Callable[[], np.ndarray]], np.ndarray]
+from alibi_lm import runtime
+from alibi_lm.data.windows import scoring_windows
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.score import Scored, score
+from alibi_lm.evaluate.store import Scoring, Stored, TokenStore
+from alibi_lm.model.interface import LanguageModel
+from alibi_lm.tasks.base import Batch, Task
+from alibi_lm.tasks.text import TextTask
 
 
-@torch.inference_mode()
-def score_windows(
-    model: TransformerLM,
-    tokens: np.ndarray,
-    start_id: int,
-    starts: np.ndarray,
-    width: int,
-    score_from: int = 0,
-    offset: int = 0,
-    tokens_per_forward: int = 8192,
-    autocast: AbstractContextManager[Any] | None = None,
-) -> np.ndarray:
-    """Nats of the last targets of windows that may lie anywhere in the stream.
-
-    Args:
-        model: in evaluation mode.
-        tokens: (N,) integers.
-        start_id: input in front of the first target.
-        starts: (windows,) integers, first target of each window.
-        width: tokens of a window.
-        score_from: targets before this column are context only.
-        offset: position of a window's first token.
-        tokens_per_forward: tokens of a forward pass; one window at least.
-        autocast: context of the forward pass.
-
-    Returns:
-        (windows, width - score_from) float32, natural-log units.
-
-    Raises:
-        ValueError: a window that leaves the stream.
-    """
-    if len(starts) and (starts.min() < 0 or starts.max() + width > len(tokens)):
-        raise ValueError(
-            f"windows of {width} tokens reach from {starts.min()} to {starts.max() + width}, but the split has "
-            f"{len(tokens)} tokens. Use shorter windows."
-        )
-    device = next(model.parameters()).device
-    positions = torch.arange(offset, offset + width, device=device)
-    nats = np.zeros((len(starts), width - score_from), dtype=np.float32)
-    rows = max(1, tokens_per_forward // width)
-    for i in range(0, len(starts), rows):
-        first = starts[i : i + rows]
-        inputs, targets = (x.to(device) for x in cut_windows(tokens, start_id, first, width))
-        targets = targets[:, score_from:]
-        with nullcontext() if autocast is None else autocast:
-            hidden = model(inputs, positions=positions)[:, score_from:]
-            scored = model.vocabulary.nats(hidden.flatten(0, 1), targets.flatten())
-        nats[i : i + rows] = scored.view_as(targets).float().cpu().numpy()
-    return nats
-
-
+@dataclass
 class Passes:
-    """The passes of one model over one stream.
+    """The passes of one model over one task.
 
-    Args:
-        load: the model for a window length (schemes with automatic scaling depend on it), in evaluation mode.
-        tokens: (N,) integers; all are targets.
-        start_id: input in front of the first target.
-        split: name of the stream.
-        tokens_per_forward: tokens of a forward pass.
-        autocast: makes the context of a forward pass.
-        keep: (scoring, compute) -> nats; where results are kept and looked up. None: nowhere.
+    Attributes:
+        model: ready to score.
+        task: a text, for all passes but `result`.
+        store: where results are kept and looked up; None: nowhere.
+        tokens_per_forward: tokens of a forward pass; one sequence at least.
+        world: processes that share a pass.
+        scheme: name of the model's position scheme, for messages; empty: not known.
     """
 
-    def __init__(
-        self,
-        load: Callable[[int], TransformerLM],
-        tokens: np.ndarray,
-        start_id: int,
-        split: str = "validation",
-        tokens_per_forward: int = 8192,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        keep: Keep | None = None,
-    ) -> None:
-        self._load = load
-        self._loaded: tuple[int, TransformerLM] | None = None
-        self.tokens, self.start_id, self.split = tokens, start_id, split
-        self.tokens_per_forward, self.autocast = tokens_per_forward, autocast
-        self.keep: Keep = keep or (lambda scoring, compute: compute())
+    model: LanguageModel
+    task: Task
+    store: TokenStore | None = None
+    tokens_per_forward: int = 8192
+    world: World | None = None
+    scheme: str = ""
 
-    def model(self, length: int) -> TransformerLM:
-        """The model for windows of this length; the last one is kept."""
-        if self._loaded is None or self._loaded[0] != length:
-            self._loaded = None  # two models at a time would need the memory twice
-            self._loaded = (length, self._load(length))
-        return self._loaded[1]
+    @property
+    def text(self) -> TextTask:
+        """The task, where it is a text."""
+        assert isinstance(self.task, TextTask)
+        return self.task
+
+    def refuses(self, length: int, window: bool = False, positions: bool = False) -> str:
+        """Why sequences of this length cannot be scored in this way; empty where they can.
+
+        Args:
+            length: tokens of a sequence, or highest position + 1.
+            window: whether attention is limited.
+            positions: whether positions begin elsewhere than at 0.
+        """
+        limit = self.model.max_length
+        if limit is not None and length > limit:
+            name = f"position={self.scheme}" if self.scheme else self.model.label
+            return f"{name} has {limit} positions"
+        for capability, wanted in (("window", window), ("positions", positions)):
+            if wanted and (reason := self.model.refuses(capability)):
+                return reason
+        return ""
+
+    def result(self, length: int, window: int | None = None, task: Task | None = None) -> Stored:
+        """All targets of the task at a length.
+
+        Args:
+            length: tokens of a window.
+            window: each layer sees only keys at distances below it; None for no limit.
+            task: another way of cutting the same text; None: the task.
+        """
+        task = task or self.task
+        return self._kept(
+            Scoring(task.split, task.mode, length, task.stride, window, task=task.name),
+            lambda: task.batches(length, self.tokens_per_forward, self.world),
+            task.num_targets(length),
+            window=window,
+            hits="accuracy" in task.metrics,
+            world=self.world,
+        )
 
     def nats(self, length: int, stride: int | None = None, window: int | None = None) -> np.ndarray:
         """Nats of every target in a standard evaluation, or with each layer's attention limited.
@@ -123,22 +93,7 @@ class Passes:
         Returns:
             (N,) float32.
         """
-        stride = None if stride == length else stride
-        mode = "nonoverlapping" if stride is None else "sliding"
-        return self.keep(
-            Scoring(self.split, mode, length, stride, window),
-            lambda: score_tokens(
-                self.model(length),
-                self.tokens,
-                self.start_id,
-                length,
-                stride,
-                self.tokens_per_forward,
-                self.autocast(),
-                window,
-                progress=f"{mode} @ {length}",
-            ),
-        )
+        return self.result(length, window, replace(self.text, stride=None if stride == length else stride)).nats
 
     def reset(self, length: int, train_length: int, stride: int = 1) -> np.ndarray:
         """Nats of every target of nonoverlapping windows, with at most the last tokens as input.
@@ -156,7 +111,7 @@ class Passes:
         Returns:
             (N,) float32.
         """
-        positions = positions_in_window(len(self.tokens), length)
+        positions = positions_in_window(len(self.text.tokens), length)
         beyond = positions > train_length
         # A sliding window never reaches back past train_length tokens, so never past the longer window's start.
         nats = np.array(self.nats(train_length, stride)) if beyond.any() else np.zeros(len(beyond), np.float32)
@@ -168,16 +123,19 @@ class Passes:
         if length % train_length == 0 or length < train_length:
             # These windows begin where windows of the shorter length begin.
             return self.nats(min(length, train_length))[early]
-        starts = np.arange(0, len(self.tokens), length)
-        whole = starts[starts + train_length <= len(self.tokens)]
+        num_tokens = len(self.text.tokens)
+        starts = np.arange(0, num_tokens, length)
+        whole = starts[starts + train_length <= num_tokens]
+        scored = len(whole) * train_length
+        rest = num_tokens - int(starts[-1]) if len(whole) < len(starts) else 0
 
-        def compute() -> np.ndarray:
-            parts = [self._windows(whole, train_length).ravel()]
-            if len(whole) < len(starts):
-                parts.append(self._windows(starts[-1:], len(self.tokens) - int(starts[-1])).ravel())
-            return np.concatenate(parts)
+        def batches() -> Iterable[Batch]:
+            yield from self.text.windows(whole, train_length, tokens_per_forward=self.tokens_per_forward)
+            if rest:
+                for one in self.text.windows(starts[-1:], rest):
+                    yield replace(one, numbers=one.numbers + scored)
 
-        return self.keep(Scoring(self.split, "heads", train_length, length), compute)
+        return self._kept(Scoring(self.text.split, "heads", train_length, length), batches, scored + rest).nats
 
     def fixed(self, context: int, targets: np.ndarray, every: int) -> np.ndarray:
         """Nats of single targets, each with exactly `context` tokens of input.
@@ -190,26 +148,47 @@ class Passes:
         Returns:
             (M,) float32.
         """
-        return self.keep(
-            Scoring(self.split, "fixed", context, every, first=int(targets[0])),
-            lambda: self._windows(targets - context + 1, context, context - 1).ravel(),
-        )
+        return self._kept(
+            Scoring(self.text.split, "fixed", context, every, first=int(targets[0])),
+            lambda: self.text.windows(targets - context + 1, context, context - 1, self.tokens_per_forward),
+            len(targets),
+        ).nats
 
     def shifted(self, width: int, starts: np.ndarray, offset: int) -> np.ndarray:
         """Nats of all targets of some windows whose positions begin at `offset`: (windows, width) float32."""
-        return self._windows(starts, width, offset=offset)
+        self.model.serve(width)
+        batches = self.text.windows(starts, width, tokens_per_forward=self.tokens_per_forward)
+        return score(self.model, batches, width * len(starts), offset=offset).nats.reshape(-1, width)
 
-    def _windows(self, starts: np.ndarray, width: int, score_from: int = 0, offset: int = 0) -> np.ndarray:
-        return score_windows(
-            self.model(width),
-            self.tokens,
-            self.start_id,
-            starts,
-            width,
-            score_from,
-            offset,
-            self.tokens_per_forward,
-            self.autocast(),
+    def _kept(
+        self,
+        scoring: Scoring,
+        batches: Callable[[], Iterable[Batch]],
+        num_targets: int,
+        window: int | None = None,
+        hits: bool = False,
+        world: World | None = None,
+    ) -> Stored:
+        """The stored result, or a new one; `world` is given where the batches are this process's share."""
+        label = f"{self.model.label}: {scoring.mode} @ {scoring.length}"
+
+        def compute() -> Scored:
+            runtime.reset_peak_memory(self.model.device)
+            self.model.serve(scoring.length)
+            return score(self.model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
+
+        identity = {"model": self.model.identity, "targets": self.task.identity}
+        if self.store is None or not self.model.identity:
+            scored = compute()
+            return Stored(scored.nats, scored.hits, 0.0, None, None)
+        return self.store.get(
+            self.model.label,
+            scoring,
+            identity,
+            compute,
+            hits=hits,
+            memory=lambda: runtime.peak_memory_bytes(self.model.device),
+            world=self.world,
         )
 
 
@@ -226,100 +205,3 @@ def positions_in_window(num_tokens: int, length: int, stride: int | None = None)
     """
     starts, scored, ends = scoring_windows(num_tokens, length, stride)
     return np.arange(num_tokens) - np.repeat(starts, ends - scored) + 1
-
-
-def curve_edges(length: int, train_length: int) -> np.ndarray:
-    """The same for the smoothed curve: bins grow with the position, and one ends exactly at the trained length.
-
-    What a scheme does past its trained length is then never mixed with what it does before.
-    """
-    octaves = int(np.ceil(np.log2(max(train_length, length / train_length, 2)))) + 1
-    steps = np.arange(-octaves * BINS_PER_OCTAVE, octaves * BINS_PER_OCTAVE + 1)
-    last = np.unique(np.round(train_length * 2.0 ** (steps / BINS_PER_OCTAVE)).astype(np.int64))
-    last = last[(last >= 1) & (last < length)]
-    return np.concatenate([[1], last + 1, [length + 1]])
-
-
-def position_curve(
-    nats: np.ndarray, documents: np.ndarray, positions: np.ndarray, length: int, train_length: int
-) -> dict[str, np.ndarray]:
-    """Mean nats against position in the window, smoothed, with a band.
-
-    The band is the 95% interval, over documents (and seeds), of the *difference* from the mean up to the trained
-    length (all positions of a shorter window), drawn around the curve. How hard the text is moves the whole curve
-    and is left out: it says how well the shape is known.
-
-    Args:
-        nats: (N,) floats, or (seeds, N) of several runs on the same text.
-        documents: (D,) integers, where documents start.
-        positions: (N,) int64, from 1 to length.
-        length: tokens of a window.
-        train_length: where a bin must end.
-
-    Returns:
-        curve_first, curve_last (int64), curve_nats, curve_low, curve_high (float64), each (points,); bins
-        without a target are left out.
-    """
-    seeds = np.atleast_2d(nats)
-    edges = curve_edges(length, train_length)
-    cells = (np.searchsorted(documents, np.arange(len(positions)), side="right") - 1) * (len(edges) - 1)
-    cells += np.searchsorted(edges, positions, side="right") - 1
-    shape = (len(documents), len(edges) - 1)
-    tokens = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
-    sums = np.stack([np.bincount(cells, s, shape[0] * shape[1]).reshape(shape) for s in seeds])
-    points = np.flatnonzero(tokens.sum(axis=0))
-    means = (sums.sum(axis=1)[:, points] / tokens.sum(axis=0)[points]).mean(axis=0)
-    early = edges[:-1] <= train_length
-    base = sums[:, :, early].sum(axis=2), tokens[:, early].sum(axis=1)
-    ends = np.full((2, len(points)), np.nan)
-    for index, k in enumerate(points):
-        if np.count_nonzero(tokens[:, k]) < 2:
-            continue  # one document does not show how documents differ
-        changes = change_sums(sums[:, :, k], tokens[:, k], *base)
-        difference = changes.sum(axis=1).mean() / base[1].sum()
-        ends[:, index] = np.array(interval_ends(changes, base[1])) - difference
-    return {
-        "curve_first": edges[points],
-        "curve_last": edges[points + 1] - 1,
-        "curve_nats": means,
-        "curve_low": means + ends[0],
-        "curve_high": means + ends[1],
-    }
-
-
-def change_sums(
-    sums: np.ndarray, tokens: np.ndarray, base_sums: np.ndarray, base_tokens: np.ndarray
-) -> np.ndarray:
-    """Sums whose mean and interval are those of a difference between two means of the same documents.
-
-    The means may be over different targets, so that a document has other numbers of them; with the same targets
-    it is `sums - base_sums`. The difference of two ratios is linearised around both.
-
-    Args:
-        sums: (seeds, documents), nats.
-        tokens: (documents,), targets in them.
-        base_sums: (seeds, documents), of the mean that is subtracted.
-        base_tokens: (documents,).
-
-    Returns:
-        (seeds, documents) float64, to be taken with `base_tokens`. A document with no target in the base has
-        none here.
-    """
-    total, base_total = tokens.sum(), base_tokens.sum()
-    mean, base_mean = sums.sum(axis=1, keepdims=True) / total, base_sums.sum(axis=1, keepdims=True) / base_total
-    errors = (sums - mean * tokens) / total - (base_sums - base_mean * base_tokens) / base_total
-    return np.where(base_tokens > 0, base_total * errors + (mean - base_mean) * base_tokens, 0.0)
-
-
-def interval_ends(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean nats per token over documents (and seeds); NaN where one cannot be had.
-
-    Args:
-        sums: (seeds, documents) or (documents,), nats.
-        tokens: (documents,).
-    """
-    sums = np.unique(np.atleast_2d(sums), axis=0)  # seeds that agree exactly are one observation
-    if np.count_nonzero(tokens) < 2 or not np.isfinite(sums).all():
-        return float("nan"), float("nan")
-    interval = mean_nats_interval(sums, tokens)
-    return interval.low, interval.high
