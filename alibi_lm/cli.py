@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,7 +74,8 @@ def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], 
             if arguments is not None:
                 sys.argv[1:] = arguments
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which words them
-            sys.exit(_run(run(_report_errors(task))) or _tell_failures(sys.argv[1:]))
+            status = _run(run(_report_errors(task)))
+            sys.exit(_tell_failures(sys.argv[1:]) or status)
 
         return main
 
@@ -96,14 +96,8 @@ def _run(work: Callable[[], int | None]) -> int:
 
 def _say(error: Exception) -> int:
     status = getattr(error, "status", None)  # asked to stop: no error
-    print(error if status is not None else _message(error), file=sys.stderr, flush=True)
+    print(error if status is not None else describe_error(error), file=sys.stderr, flush=True)
     return 1 if status is None else status
-
-
-def _message(error: Exception) -> str:
-    """A short message for a mistake of the user, a traceback for a mistake of ours."""
-    described = describe_error(error)
-    return f"error: {described}" if described else "".join(traceback.format_exception(error))
 
 
 class _Patient:
@@ -165,15 +159,19 @@ def _report_errors(task: Callable[[C], Any]) -> Callable[[DictConfig], Any]:
         from hydra.types import RunMode
 
         hydra = HydraConfig.get()
-        if hydra.mode == RunMode.RUN:
-            return task(to_config(cfg))
         try:
-            return task(to_config(cfg))
+            status = task(to_config(cfg))
+            message = "it ended with an error told above" if status else ""
         except Exception as error:
-            if getattr(error, "status", None) is not None:
-                raise
+            if hydra.mode == RunMode.RUN or hasattr(error, "status"):
+                sys.exit(_say(error))
+            status, message = 1, describe_error(error)
+        if status and hydra.mode == RunMode.RUN:
+            sys.exit(status)
+        if status:
             print(f"job {hydra.job.num} failed; the reason is told at the end", file=sys.stderr, flush=True)
-            return _remember(hydra.job.num, tuple(hydra.overrides.task), _message(error))
+            return _remember(hydra.job.num, tuple(hydra.overrides.task), message)
+        return None
 
     return job
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from alibi_lm import load_run
 from alibi_lm.config import EvaluateConfig, EvaluateData, from_dict, load_config
-from alibi_lm.data.corpus import open_prepared, prepare
+from alibi_lm.data.corpus import open_corpus, prepare
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.sweep import evaluate, plan
@@ -723,7 +723,7 @@ def test_any_value_in_a_manifest_is_taken_or_refused(original: Place, tmp_path: 
     path = data.draw(st.sampled_from(_paths(content)))
     (folder / "manifest.json").write_text(json.dumps(_put(content, path, data.draw(VALUES))))
     try:
-        open_prepared(folder, ("train", "validation"))
+        open_corpus(folder, ("train", "validation"))
     except ValueError as error:
         assert str(folder) in str(error)
 
@@ -732,7 +732,7 @@ def test_any_value_in_a_manifest_is_taken_or_refused(original: Place, tmp_path: 
 @given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_as_manifest_or_tokenizer_are_refused(original: Place, tmp_path: Path, content: bytes) -> None:
     for name, reader in (
-        ("manifest.json", lambda p: open_prepared(p.parent, ("train",))),
+        ("manifest.json", lambda p: open_corpus(p.parent, ("train",))),
         ("t.json", Tokenizer.load),
     ):
         (tmp_path / name).write_bytes(content)
