@@ -46,9 +46,9 @@ from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import require
 
 __all__ = [
-    "RunLock", "build_model", "clear_failed", "differing_settings", "experiment_folder", "failed", "finished",
-    "folder_identity", "is_locked", "load_run", "mark_failed", "mark_finished", "run_folders", "run_identity",
-    "run_name", "short_hash", "status",
+    "CHECKPOINTS", "CONFIG_FILE", "RunLock", "build_model", "clear_failed", "differing_settings",
+    "experiment_folder", "failed", "finished", "folder_identity", "is_locked", "load_run", "mark_failed",
+    "mark_finished", "run_folders", "run_identity", "run_name", "short_hash", "status",
 ]  # fmt: skip
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]

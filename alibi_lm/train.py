@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,45 +20,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alibi_lm import distributed, runtime
+from alibi_lm import distributed, identity, runs, runtime
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig, to_dict
 from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score_tokens
-from alibi_lm.identity import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    folder_identity,
-    own_metrics,
-    require_own_files,
-    require_same_settings,
-    require_same_text,
-)
 from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
-from alibi_lm.runs import (
-    RunLock,
-    build_model,
-    clear_failed,
-    delete_run,
-    finished,
-    load_run,
-    mark_failed,
-    mark_finished,
-    require_readable,
-    run_name,
-    write_records,
-)
+from alibi_lm.runs import CHECKPOINTS, CONFIG_FILE, RunLock, build_model, finished, load_run
 from alibi_lm.runtime import say
 from alibi_lm.settings import require
 from alibi_lm.tracking import Tracker, open_tracker
 
 SELF_CHECK_TOLERANCE = 1e-3
 """Nats by which the evaluator may differ from the trainer's validation loss (bfloat16 training: more)."""
-LARGEST_EXPONENT = 700.0
-"""exp of more nats than this is no float: such a perplexity is null."""
 
 
 class Interrupted(Exception):
@@ -137,32 +115,31 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     world = distributed.start(config.device)
     try:
         device = runtime.start(config.device, world.local_rank, config.threads)
-        require_readable(config)
+        runs.require_readable(config)
         if not world.is_main:
             done = distributed.gather_objects(None, world)[0]
             return _train(config, folder, world, device) if done is None else done
         if config.overwrite:
-            delete_run(folder)
+            runs.delete_run(folder)
         with RunLock(folder):
             done = finished(folder)
+            # Before any mark is touched: this may be another run.
             if done is not None or (folder / CONFIG_FILE).exists():
-                require_same_settings(config, folder)  # before any mark is touched: this may be another run
+                identity.require_same_settings(config, folder)
             if done is not None:
-                require_own_files(folder, None)
+                identity.require_own_files(folder, None)
                 say(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
             distributed.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
                 return done
-            clear_failed(folder)
+            runs.clear_failed(folder)
             try:
                 return _train(config, folder, world, device)
             except Interrupted:
                 raise
             except Exception as error:
-                try:
-                    mark_failed(folder, f"{type(error).__name__}: {error}")
-                except OSError:  # the disk is full, for one; the error itself says what happened
-                    pass
+                with suppress(OSError):  # the disk may be full; the error itself says what happened
+                    runs.mark_failed(folder, f"{type(error).__name__}: {error}")
                 raise
     finally:
         distributed.stop()
@@ -181,8 +158,8 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         f"train_length = {config.train_length} is longer than the training text: {train_split.num_tokens} tokens.",
     )
     if world.is_main:
-        require_same_text(folder, corpus)
-        write_records(config, folder, corpus, device)
+        identity.require_same_text(folder, corpus)
+        runs.write_records(config, folder, corpus, device)
 
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.vocab_size).to(device)
@@ -219,12 +196,13 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         }
         if not world.is_main:
             return result
+        result |= _signature(run)
         store.prune(progress.step)  # the best checkpoint before the last one, or what a kill left
         try:
             result["self_check_difference"] = _self_check(run, result, signals)
         except Stopped:
             raise Interrupted(signals.received, progress.step) from None
-        mark_finished(folder, result | _signature(run))
+        runs.mark_finished(folder, result)
     assert progress.validation_loss is not None
     say(
         f"{folder.name}: finished {config.steps} steps in {time.perf_counter() - began:,.0f} s; validation "
@@ -370,7 +348,7 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
         Stopped: a process was asked to stop. The validation is still due.
     """
     loss = _validation_loss(run, run.model, signals, run.world)
-    perplexity = math.exp(loss) if loss < LARGEST_EXPONENT else None
+    perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else None
     tracker.log(progress.step, {"validation/loss": loss, "validation/perplexity": perplexity})
     progress.validation_due, progress.validation_loss = False, loss
     better = progress.best_validation_loss is None or loss < progress.best_validation_loss
@@ -417,8 +395,8 @@ def _mark_best(run: Run, store: CheckpointStore, progress: Progress) -> None:
 def _signature(run: Run) -> dict[str, str]:
     """What a file of this run is known by."""
     config = run.config
-    name = run_name(config.position.name, config.train_length, config.seed)
-    return {"run": folder_identity(run.folder), "run_name": name}
+    name = runs.run_name(config.position.name, config.train_length, config.seed)
+    return {"run": identity.folder_identity(run.folder), "run_name": name}
 
 
 def restore(run: Run, store: CheckpointStore) -> Progress:
@@ -430,7 +408,7 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     latest = store.latest()
     if latest is None:
         return Progress()
-    require_own_files(run.folder, latest)
+    identity.require_own_files(run.folder, latest)
     latest.restore(run.model, run.optimizer)
     bad = [n for n, weight in run.model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if bad:
@@ -442,7 +420,7 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     names = {f.name for f in fields(Progress)}
     progress = Progress(**{k: v for k, v in latest.state.items() if k in names} | {"step": latest.step})
     if run.world.is_main:
-        progress.metrics_rows = own_metrics(run.folder, latest)
+        progress.metrics_rows = identity.own_metrics(run.folder, latest)
         if progress.best_step == latest.step:
             # The process may have died between writing this checkpoint and pointing at it.
             _mark_best(run, store, progress)

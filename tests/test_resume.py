@@ -69,6 +69,7 @@ def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
     """
     import torch
 
+    import alibi_lm.runs
     import alibi_lm.train
 
     calls: list[str] = []
@@ -90,7 +91,7 @@ def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
     watch(torch.Tensor, "backward")
     watch(alibi_lm.train, "validate")
     watch(alibi_lm.train, "_self_check")
-    watch(alibi_lm.train, "mark_finished")
+    watch(alibi_lm.runs, "mark_finished")
     return calls
 
 
