@@ -233,7 +233,7 @@ def study(experiment: str, overrides: list[str]) -> int:
     steps: list[tuple[str, Callable[[], int | None]]] = []
     steps.append((shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)))
     for line in compose([f"experiment={experiment}", *chosen]).measurements:
-        steps.append((line, _measurement(experiment, line, shared)))
+        steps.append((line, measurement(experiment, line, shared)))
     benchmark = ["bench=outputs/bench/results.jsonl"] if any(n.startswith("bench") for n, _ in steps) else []
     for name, own in (("claims", []), ("compare_paper", []), ("report", []), ("publish", benchmark)):
         steps.append((name, partial(_child, name, [f"experiment={experiment}", *own])))
@@ -306,8 +306,17 @@ def _evaluated(experiment: str) -> set[tuple[str | None, int | None]]:
     return {(row.run, row.inference_length) for row in rows}
 
 
-def _measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
-    """One of an experiment's `measurements` as work to do; its settings are checked now."""
+def measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
+    """One of an experiment's `measurements` as work to do; its settings are checked at once.
+
+    Args:
+        experiment: its name.
+        line: evaluate, analyse or bench, and settings of that command.
+        shared: further settings.
+
+    Raises:
+        ValueError: another command, or settings that it does not know.
+    """
     name, *arguments = shlex.split(line) or [""]
     if name == "bench":
         return partial(_child, name, [*arguments, *shared])
