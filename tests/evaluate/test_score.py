@@ -26,7 +26,7 @@ def by_hand(model, tokens, length, stride) -> list[float]:
     for t in range(len(tokens)):
         first = max(0, t // stride * stride - (length - stride))
         context = torch.tensor([inputs[first : t + 1]])
-        log_probs = model.vocabulary.log_probs(model(context)[0, -1:])
+        log_probs = model.vocabulary.log_probs(model.hidden(context)[0, -1:])
         nats.append(-log_probs[0, int(tokens[t])].item())
     return nats
 
