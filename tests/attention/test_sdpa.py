@@ -1,8 +1,8 @@
 """The routes of sdpa against `eager` in float64: outputs and gradients, odd lengths and heads, three precisions.
 
 Error budget of a route in a lower precision, as a share of the largest entry of the float64 reference: float32
-3e-6 plus what rounding the bias costs (`length * 6e-8` in a score; columns round it once more), bfloat16 2e-2 (8 bits
-of q, k, v; the bias itself is float32).
+3e-6 plus what rounding the bias costs (`length * 6e-8` in a score; columns round it once more), bfloat16 2e-2 (8
+bits of q, k, v; the bias itself is float32).
 """
 
 import pytest

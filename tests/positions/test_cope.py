@@ -121,5 +121,5 @@ def test_decoding_token_by_token(tiny_model, backend):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="position.num_positions = 1"):
+    with pytest.raises(ValueError, match=r"position\.num_positions = 1"):
         CopeConfig(num_positions=1)
