@@ -27,6 +27,7 @@ from alibi_lm.runs import (
     short_hash,
     status,
 )
+from alibi_lm.runtime import allowed_cores
 from alibi_lm.settings import describe_error, require
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
@@ -284,7 +285,7 @@ def _at_once(config: TrainConfig, runs: int) -> int:
         return min(runs, config.runs_at_once)
     if config.threads is None or (config.device != "cpu" and torch.cuda.is_available()):
         return 1
-    return min(runs, max(1, len(os.sched_getaffinity(0)) // config.threads))
+    return min(runs, max(1, allowed_cores() // config.threads))
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:
