@@ -107,9 +107,9 @@ def require_readable(config: TrainConfig) -> None:
         try:
             again = load_config(Path(place))
         except ValueError as error:
-            reason = str(error).replace(f"{place}/", "")
+            reason = " ".join(str(error).replace(f"{Path(place) / CONFIG_FILE}: ", "").split())
             raise ValueError(
-                f"These settings cannot be read back from a run's {CONFIG_FILE}: {reason} "
+                f"These settings could not be read back from a run's {CONFIG_FILE}: {reason}. "
                 "Choose an entry of a group by its name alone (position=rotary, not position.name=rotary)."
             ) from error
     changed = [

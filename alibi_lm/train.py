@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ class Run:
     def tokens_per_step(self) -> int:
         """Targets of an optimizer step, over all processes."""
         return self.config.rows_per_step * self.config.train_length
+
+    @cached_property
+    def signature(self) -> dict[str, str]:
+        """What a file of this run is known by."""
+        config = self.config
+        name = runs.run_name(config.position.name, config.train_length, config.seed)
+        return {"run": identity.folder_identity(self.folder), "run_name": name}
 
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
@@ -196,7 +204,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         }
         if not world.is_main:
             return result
-        result |= _signature(run)
+        result |= run.signature
         store.prune(progress.step)  # the best checkpoint before the last one, or what a kill left
         try:
             result["self_check_difference"] = _self_check(run, result, signals)
@@ -350,8 +358,9 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     loss = _validation_loss(run, run.model, signals, run.world)
     perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else None
     tracker.log(progress.step, {"validation/loss": loss, "validation/perplexity": perplexity})
-    progress.validation_due, progress.validation_loss = False, loss
-    better = progress.best_validation_loss is None or loss < progress.best_validation_loss
+    progress.validation_due, progress.validation_loss = False, loss if math.isfinite(loss) else None
+    best = progress.best_validation_loss
+    better = loss < (math.inf if best is None else best)
     if better:
         progress.best_validation_loss, progress.best_step = loss, progress.step
     return better
@@ -376,7 +385,7 @@ def save(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker)
     """Save the state; called on every process, written by the main one."""
     if run.world.is_main:
         progress.metrics_rows = tracker.rows
-        state = asdict(progress) | _signature(run)
+        state = asdict(progress) | run.signature
         state |= {
             "vocab_size": run.corpus.vocab_size,
             "corpus": run.corpus.hash,
@@ -389,14 +398,7 @@ def save(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker)
 
 
 def _mark_best(run: Run, store: CheckpointStore, progress: Progress) -> None:
-    store.mark_best(progress.step, {"validation_loss": progress.best_validation_loss} | _signature(run))
-
-
-def _signature(run: Run) -> dict[str, str]:
-    """What a file of this run is known by."""
-    config = run.config
-    name = runs.run_name(config.position.name, config.train_length, config.seed)
-    return {"run": identity.folder_identity(run.folder), "run_name": name}
+    store.mark_best(progress.step, {"validation_loss": progress.best_validation_loss} | run.signature)
 
 
 def restore(run: Run, store: CheckpointStore) -> Progress:
@@ -442,12 +444,10 @@ def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float
         run.device,
         precision=config.precision,
     )
-    loss = _validation_loss(run, model, signals)
-    difference = abs(loss - result["validation_loss"])
+    loss, trained = _validation_loss(run, model, signals), result["validation_loss"]
     require(
-        difference <= SELF_CHECK_TOLERANCE,
-        f"self-check: the evaluator gives {loss:.6f} nats per token at train_length = {config.train_length}, "
-        f"the trainer's validation {result['validation_loss']:.6f}. "
-        "The saved run is not the trained model; do not use it.",
+        trained is not None and abs(loss - trained) <= SELF_CHECK_TOLERANCE,
+        f"self-check: the evaluator gives {loss} nats per token at train_length = {config.train_length}, the "
+        f"trainer's validation {trained}. The saved run is not the trained model, or it diverged; do not use it.",
     )
-    return difference
+    return abs(loss - trained)
