@@ -146,7 +146,7 @@ def evaluate_and_draw(config: EvaluateConfig) -> int:
 def analyse_and_draw(config: AnalyseConfig) -> int:
     """Compute each view, write its data, then its figure; returns the exit status."""
     from alibi_lm.evaluate.analysis import analyse
-    from alibi_lm.study.analysis_figures import draw_analysis
+    from alibi_lm.study.figures import draw_analysis
 
     for path in analyse(config):
         drawn = draw_analysis(path)

@@ -3,8 +3,9 @@
 Views: perplexity, position, last, documents, fixed, decomposition, offset, or all (see docs/evaluation.md).
 """
 
-from alibi_lm.cli import hydra_command
 from alibi_lm.evaluate.analysis import AnalyseConfig
+
+from alibi_lm.cli import hydra_command
 from alibi_lm.experiment import analyse_and_draw
 
 

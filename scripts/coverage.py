@@ -9,9 +9,9 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from alibi_lm.study.command import main, parse
 
 from alibi_lm.results.statistics import VarianceParts, critical_value, variance_parts
-from alibi_lm.study.command import main, parse
 
 DOCUMENTS = 60
 MEAN_LENGTH = 3600
