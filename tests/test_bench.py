@@ -15,8 +15,8 @@ from alibi_lm.bench.peer_process import PeerProcess
 from alibi_lm.bench.peers import peers
 from alibi_lm.bench.subjects import Task
 from alibi_lm.model.transformer import ModelConfig
-from alibi_lm.study.claim_files import Claim, Side
 from alibi_lm.study.claims import Evidence, judge_claim, read_bench
+from alibi_lm.study.paper_claims import Claim, Side
 
 FIELDS = (
     "device dtype implementation position backend compiled length batch train_tokens_per_second "

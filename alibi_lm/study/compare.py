@@ -79,23 +79,25 @@ def measure(
     common = [seed for seed in a if seed in b]
     level = 1 - (1 - LEVEL) / comparisons
     if len(common) >= 2:
-        pairs = np.array([[side[seed] for seed in common] for side in (a, b)])
-        center, test, count = float((pairs[0] - pairs[1]).mean()), stats.ttest_rel(pairs[0], pairs[1]), len(common)
-        variance, over = float(np.var(pairs[0] - pairs[1], ddof=1)), f"{count} seeds, paired"
+        pairs = np.array([a[seed] - b[seed] for seed in common])
+        center, variance, count = float(pairs.mean()), float(pairs.var(ddof=1)), len(common)
+        over = f"{count} seeds, paired"
     elif min(len(a), len(b)) >= 2:
-        sides = [list(side.values()) for side in (a, b)]
-        center, test = float(np.mean(sides[0]) - np.mean(sides[1])), stats.ttest_ind(*sides, equal_var=False)
+        sides = [np.array(list(side.values())) for side in (a, b)]
+        center, variance = float(sides[0].mean() - sides[1].mean()), float(sum(side.var(ddof=1) for side in sides))
         count, over = min(map(len, sides)), f"{len(a)} and {len(b)} seeds"
-        variance = sum(float(np.var(side, ddof=1)) for side in sides)
     else:
         one = {seed: a[seed] - b[seed] for seed in common} or {None: _mean(a.values()) - _mean(b.values())}
         seed, estimate = next(iter(one.items()))
         which = "one seed" if seed is None else f"seed {seed} alone"
         return Measured(estimate, None, None, 1, f"{which}; {found}", comparisons=comparisons)
-    # With no spread at all there is nothing to divide by, and the interval is a point.
-    low, high = test.confidence_interval(level) if variance > 1e-24 else (center, center)
-    over = f"{over}; {found}"
-    return Measured(center, float(low), float(high), count, over, variance, 0.0, comparisons)
+    if variance <= 1e-24:  # no spread at all: the interval is a point
+        low, high = center, center
+    elif len(common) >= 2:
+        low, high = stats.t.interval(level, count - 1, center, math.sqrt(variance / count))
+    else:
+        low, high = stats.ttest_ind(*sides, equal_var=False).confidence_interval(level)
+    return Measured(center, float(low), float(high), count, f"{over}; {found}", variance, 0.0, comparisons)
 
 
 def judge(measured: Measured, relation: str, factor: float, min_seeds: int) -> Verdict:

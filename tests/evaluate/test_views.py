@@ -16,9 +16,9 @@ from alibi_lm.evaluate.analysis import SETTINGS, AnalyseConfig, analyse
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.results.documents import change_sums, interval_ends, position_curve, positions_in_window
 from alibi_lm.results.statistics import mean_nats_interval
-from alibi_lm.study.analysis_data import read_analysis
-from alibi_lm.study.analysis_figures import draw_analysis
-from alibi_lm.study.analysis_tables import markdown
+from alibi_lm.study.analysis import read_analysis
+from alibi_lm.study.figures import draw_analysis
+from alibi_lm.study.tables import analysis_markdown
 
 N, L = 400, 16
 DOCUMENTS = np.array([0, 90, 200, 310])
@@ -212,7 +212,7 @@ def test_a_scheme_without_positions_says_why(analysed):
 def test_the_decomposition_table_has_nats_and_factors(analysed):
     (row,) = [
         line
-        for line in markdown(analysed / "decomposition.json").splitlines()
+        for line in analysis_markdown(read_analysis(analysed / "decomposition.json")).splitlines()
         if line.startswith("| ALiBi | 8 | 16")
     ]
     terms = [cell.split() for cell in row.strip("| ").split(" | ")[3:]]

@@ -1,9 +1,11 @@
 """Hand-made result rows for the tests of studies."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import math
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from alibi_lm.results.rows import ResultRow, write_rows
@@ -90,10 +92,40 @@ def write_run(folder, name, config="", finished=None, environment=None, corpus=N
             (place / file).write_text(json.dumps(value))
 
 
-def run_script(name, *arguments, cwd=None):
-    """Run a script of the repository as a user would."""
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+@dataclass
+class Done:
+    """How a script ended and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def write_config(folder, name, overrides=()):
+    """A run folder's config.yaml as training writes it; returns the config."""
+    import yaml
+
+    from alibi_lm.config import to_dict
+    from alibi_lm.experiment import compose
+
+    config = compose(["experiment=smoke", *overrides])
+    write_run(folder, name, yaml.safe_dump(to_dict(config)))
+    return config
+
+
+def run_script(name, *arguments, cwd="."):
+    """Run a script of the repository as a user would, in this process."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / "scripts" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
+        try:
+            module.main(list(arguments))
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def paper_rows():
