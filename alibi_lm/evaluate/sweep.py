@@ -216,9 +216,7 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
         ValueError: see `plan`.
         FailedRuns: at the end, where some of several runs could not be evaluated.
     """
-    require(
-        config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve."
-    )
+    require(config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve.")
     world = world or World()
     device = runtime.start(config.device, world.local_rank, config.threads)
     runs, failures = plan(config)
@@ -460,9 +458,7 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
         ValueError: no runs, missing text, or a setting out of range.
         FailedRuns: at the end, where some of several runs could not be analysed.
     """
-    require(
-        config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view."
-    )
+    require(config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view.")
     device = runtime.start(config.device, threads=config.threads)
     runs, failures = plan(config)
     total = len(runs) + len(failures)
