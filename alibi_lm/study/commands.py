@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import MISSING
+
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import View
 from alibi_lm.settings import require
@@ -112,9 +114,9 @@ def compare_paper(config: ComparePaperConfig) -> None:
 class CompareRunsConfig(StudyConfig):
     """Settings of `scripts/compare_runs.py`."""
 
-    a: str = ""
-    """A run's name, or a glob of its seeds."""
-    b: str = ""
+    a: str = MISSING
+    """A run's name, or a glob of its seeds, such as 'alibi_L64_s*'."""
+    b: str = MISSING
     """The same, of what it is compared with."""
     lengths: list[int] = field(default_factory=list)
     """Inference lengths; empty: all that both have."""
@@ -130,11 +132,6 @@ class CompareRunsConfig(StudyConfig):
 
 def compare_runs(config: CompareRunsConfig) -> None:
     """Print whether A is better than B, a line per inference length."""
-    for name in ("a", "b"):
-        require(
-            bool(getattr(config, name)),
-            f"{name} is missing. Give the run's name or a glob of its seeds: {name}='alibi_L64_s*'",
-        )
     require(
         all(n > 0 for n in config.lengths), f"lengths = {config.lengths}. Use whole numbers such as '[64,128]'."
     )

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alibi_lm.results.rows import ResultRow, write_rows
@@ -57,9 +57,16 @@ def curve(position, values, **changes):
     return [row(position, length, value, **changes) for length, value in values.items()]
 
 
-def unigram(perplexity=500.0):
+def accuracy(position, length, value, items=200, **changes):
+    """A row of a task whose metric is accuracy; value None makes it a refused one."""
+    task = dict(task="copy", metric="accuracy", mode="items", nats=None, perplexity=None, word_perplexity=None)
+    reason = None if value is not None else "positions end at 64"
+    return replace(row(position, length, **changes), **task, value=value, n=items, reason=reason)
+
+
+def unigram(perplexity=500.0, **changes):
     """The baseline's row."""
-    return row("unigram", None, perplexity, run=None, train_length=None, seed=None)
+    return row("unigram", None, perplexity, run=None, train_length=None, seed=None, **changes)
 
 
 SHAPES = {
@@ -101,16 +108,17 @@ class Done:
     stderr: str
 
 
-def write_config(folder, name, overrides=()):
-    """A run folder's config.yaml as training writes it; returns the config."""
+def real_config(position, **changes):
+    """The config.yaml of a run that training really wrote, with changes by dotted name (`__` for the dot)."""
     import yaml
 
-    from alibi_lm.config import to_dict
-    from alibi_lm.experiment import compose
-
-    config = compose(["experiment=smoke", *overrides])
-    write_run(folder, name, yaml.safe_dump(to_dict(config)))
-    return config
+    config = yaml.safe_load((ROOT / f"docs/results/quick/runs/{position}_L64_s1/config.yaml").read_text())
+    for name, value in changes.items():
+        place, *parts = config, *name.split("__")
+        for part in parts[:-1]:
+            place = place[part]
+        place[parts[-1]] = value
+    return yaml.safe_dump(config)
 
 
 def run_script(name, *arguments, cwd="."):
