@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -163,16 +164,16 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
             contests += [Contest(reference, one, task) for one in uncompiled or [reference]]
 
         path = Path(config.output_dir) / "results.jsonl"
-        written = 0.0
+        began = written = time.monotonic()
         with tqdm(total=round(config.seconds), unit="s", disable=None) as bar:
 
             def after(contest: Contest) -> None:
                 nonlocal written
+                now = time.monotonic()
                 bar.set_description(f"{contest.subject.label} at {contest.task.length}, pair {len(contest.pairs)}")
-                bar.update(max(0, round(bar.format_dict["elapsed"]) - bar.n))
-                # What is measured stays, whatever becomes of the rest.
-                if bar.format_dict["elapsed"] - written > 10:
-                    written = bar.format_dict["elapsed"]
+                bar.update(round(now - began) - bar.n)
+                if now > written + 10:  # what is measured stays, whatever becomes of the rest
+                    written = now
                     report.write(path, report.rows(contests, config.model, setup))
 
             try:
