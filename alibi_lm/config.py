@@ -178,6 +178,10 @@ GROUPS: dict[str, dict[str, type]] = {
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
 
+_registered: list[str] = []
+"""The root that Hydra's store is made for."""
+
+
 def register(root: str = "train", config: type = TrainConfig) -> None:
     """Store with Hydra what the YAML file of a command stands on; call before Hydra composes it.
 
@@ -187,6 +191,10 @@ def register(root: str = "train", config: type = TrainConfig) -> None:
             names; a file in configs/<group>/ is needed only for an entry with other values.
     """
     store = ConfigStore.instance()
+    known = store.repo.get(f"base_{root}.yaml")
+    if known is not None and OmegaConf.get_type(known.node) is config and _registered == [root]:
+        return
+    _registered[:] = [root]
     store.store(name=f"base_{root}", node=config)
     fields = {field.name: field.type for field in dataclasses.fields(config)}
     for group, registry in GROUPS.items():

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.checkpoint_format import Checkpoint
+from alibi_lm.checkpoint import Checkpoint, CheckpointStore
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,

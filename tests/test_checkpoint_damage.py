@@ -18,9 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import alibi_lm.checkpoint
-import alibi_lm.checkpoint_format
-from alibi_lm.checkpoint import CheckpointError, CheckpointStore
-from alibi_lm.checkpoint_format import Checkpoint, _record_hash
+from alibi_lm.checkpoint import Checkpoint, CheckpointError, CheckpointStore, record_hash
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def forge(path: Path, **changes: object) -> None:
         content = (path / name).read_bytes()
         record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     record.update(changes)
-    record["sha256"] = _record_hash(record)
+    record["sha256"] = record_hash(record)
     (path / "state.json").write_text(json.dumps(record))
 
 
