@@ -1,4 +1,4 @@
-"""Speed and memory per scheme, backend and length: python -m benchmarks lengths=[256,1024] peers=false."""
+"""The benchmark from its settings to the file of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
-from alibi_lm.cli import command
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runtime import DEVICES, PRECISIONS
@@ -193,9 +192,3 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
         print(report.table_1(measured))
     print(f"\n{path}")
     return measured
-
-
-@command(BenchConfig)
-def main(config: BenchConfig) -> None:
-    """Run the benchmark."""
-    bench(config)
