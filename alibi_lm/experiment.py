@@ -27,6 +27,7 @@ from alibi_lm.runs import (
     short_hash,
     status,
 )
+from alibi_lm.runtime import allowed_cores
 from alibi_lm.settings import describe_error, require
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
@@ -150,7 +151,7 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
 def analyse_and_draw(config: EvaluateConfig) -> None:
     """Compute each view, write its data, then its figure."""
     from alibi_lm.evaluate.sweep import analyse
-    from alibi_lm.study.analysis_figures import draw_analysis
+    from alibi_lm.study.figures import draw_analysis
 
     for path in analyse(config):
         drawn = draw_analysis(path)
@@ -232,7 +233,7 @@ def study(experiment: str, overrides: list[str]) -> int:
     steps: list[tuple[str, Callable[[], int | None]]] = []
     steps.append((shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)))
     for line in compose([f"experiment={experiment}", *chosen]).measurements:
-        steps.append((line, _measurement(experiment, line, shared)))
+        steps.append((line, measurement(experiment, line, shared)))
     benchmark = ["bench=outputs/bench/results.jsonl"] if any(n.startswith("bench") for n, _ in steps) else []
     for name, own in (("claims", []), ("compare_paper", []), ("report", []), ("publish", benchmark)):
         steps.append((name, partial(_child, name, [f"experiment={experiment}", *own])))
@@ -284,7 +285,7 @@ def _at_once(config: TrainConfig, runs: int) -> int:
         return min(runs, config.runs_at_once)
     if config.threads is None or (config.device != "cpu" and torch.cuda.is_available()):
         return 1
-    return min(runs, max(1, len(os.sched_getaffinity(0)) // config.threads))
+    return min(runs, max(1, allowed_cores() // config.threads))
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:
@@ -305,8 +306,17 @@ def _evaluated(experiment: str) -> set[tuple[str | None, int | None]]:
     return {(row.run, row.inference_length) for row in rows}
 
 
-def _measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
-    """One of an experiment's `measurements` as work to do; its settings are checked now."""
+def measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
+    """One of an experiment's `measurements` as work to do; its settings are checked at once.
+
+    Args:
+        experiment: its name.
+        line: evaluate, analyse or bench, and settings of that command.
+        shared: further settings.
+
+    Raises:
+        ValueError: another command, or settings that it does not know.
+    """
     name, *arguments = shlex.split(line) or [""]
     if name == "bench":
         return partial(_child, name, [*arguments, *shared])

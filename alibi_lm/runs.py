@@ -46,9 +46,9 @@ from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import require
 
 __all__ = [
-    "RunLock", "build_model", "clear_failed", "differing_settings", "experiment_folder", "failed", "finished",
-    "folder_identity", "is_locked", "load_run", "mark_failed", "mark_finished", "run_folders", "run_identity",
-    "run_name", "short_hash", "status",
+    "CHECKPOINTS", "CONFIG_FILE", "RunLock", "build_model", "clear_failed", "differing_settings",
+    "experiment_folder", "failed", "finished", "folder_identity", "is_locked", "load_run", "mark_failed",
+    "mark_finished", "run_folders", "run_identity", "run_name", "short_hash", "status",
 ]  # fmt: skip
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]
@@ -107,9 +107,9 @@ def require_readable(config: TrainConfig) -> None:
         try:
             again = load_config(Path(place))
         except ValueError as error:
-            reason = str(error).replace(f"{place}/", "")
+            reason = " ".join(str(error).replace(f"{Path(place) / CONFIG_FILE}: ", "").split())
             raise ValueError(
-                f"These settings cannot be read back from a run's {CONFIG_FILE}: {reason} "
+                f"These settings could not be read back from a run's {CONFIG_FILE}: {reason}. "
                 "Choose an entry of a group by its name alone (position=rotary, not position.name=rotary)."
             ) from error
     changed = [

@@ -11,7 +11,9 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +21,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alibi_lm import distributed, runtime
+from alibi_lm import distributed, identity, runs, runtime
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig, to_dict
 from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score_tokens
-from alibi_lm.identity import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    folder_identity,
-    own_metrics,
-    require_own_files,
-    require_same_settings,
-    require_same_text,
-)
 from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
-from alibi_lm.runs import (
-    RunLock,
-    build_model,
-    clear_failed,
-    delete_run,
-    finished,
-    load_run,
-    mark_failed,
-    mark_finished,
-    require_readable,
-    run_name,
-    write_records,
-)
+from alibi_lm.runs import CHECKPOINTS, CONFIG_FILE, RunLock, build_model, finished, load_run
 from alibi_lm.runtime import say
 from alibi_lm.settings import require
 from alibi_lm.tracking import Tracker, open_tracker
 
 SELF_CHECK_TOLERANCE = 1e-3
 """Nats by which the evaluator may differ from the trainer's validation loss (bfloat16 training: more)."""
-LARGEST_EXPONENT = 700.0
-"""exp of more nats than this is no float: such a perplexity is null."""
 
 
 class Interrupted(Exception):
@@ -114,6 +93,13 @@ class Run:
         """Targets of an optimizer step, over all processes."""
         return self.config.rows_per_step * self.config.train_length
 
+    @cached_property
+    def signature(self) -> dict[str, str]:
+        """What a file of this run is known by."""
+        config = self.config
+        name = runs.run_name(config.position.name, config.train_length, config.seed)
+        return {"run": identity.folder_identity(self.folder), "run_name": name}
+
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
         if self.world.is_main:
@@ -137,32 +123,31 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     world = distributed.start(config.device)
     try:
         device = runtime.start(config.device, world.local_rank, config.threads)
-        require_readable(config)
+        runs.require_readable(config)
         if not world.is_main:
             done = distributed.gather_objects(None, world)[0]
             return _train(config, folder, world, device) if done is None else done
         if config.overwrite:
-            delete_run(folder)
+            runs.delete_run(folder)
         with RunLock(folder):
             done = finished(folder)
+            # Before any mark is touched: this may be another run.
             if done is not None or (folder / CONFIG_FILE).exists():
-                require_same_settings(config, folder)  # before any mark is touched: this may be another run
+                identity.require_same_settings(config, folder)
             if done is not None:
-                require_own_files(folder, None)
+                identity.require_own_files(folder, None)
                 say(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
             distributed.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
                 return done
-            clear_failed(folder)
+            runs.clear_failed(folder)
             try:
                 return _train(config, folder, world, device)
             except Interrupted:
                 raise
             except Exception as error:
-                try:
-                    mark_failed(folder, f"{type(error).__name__}: {error}")
-                except OSError:  # the disk is full, for one; the error itself says what happened
-                    pass
+                with suppress(OSError):  # the disk may be full; the error itself says what happened
+                    runs.mark_failed(folder, f"{type(error).__name__}: {error}")
                 raise
     finally:
         distributed.stop()
@@ -181,8 +166,8 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         f"train_length = {config.train_length} is longer than the training text: {train_split.num_tokens} tokens.",
     )
     if world.is_main:
-        require_same_text(folder, corpus)
-        write_records(config, folder, corpus, device)
+        identity.require_same_text(folder, corpus)
+        runs.write_records(config, folder, corpus, device)
 
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.vocab_size).to(device)
@@ -219,12 +204,13 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         }
         if not world.is_main:
             return result
+        result |= run.signature
         store.prune(progress.step)  # the best checkpoint before the last one, or what a kill left
         try:
             result["self_check_difference"] = _self_check(run, result, signals)
         except Stopped:
             raise Interrupted(signals.received, progress.step) from None
-        mark_finished(folder, result | _signature(run))
+        runs.mark_finished(folder, result)
     assert progress.validation_loss is not None
     say(
         f"{folder.name}: finished {config.steps} steps in {time.perf_counter() - began:,.0f} s; validation "
@@ -370,10 +356,11 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
         Stopped: a process was asked to stop. The validation is still due.
     """
     loss = _validation_loss(run, run.model, signals, run.world)
-    perplexity = math.exp(loss) if loss < LARGEST_EXPONENT else None
+    perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else None
     tracker.log(progress.step, {"validation/loss": loss, "validation/perplexity": perplexity})
-    progress.validation_due, progress.validation_loss = False, loss
-    better = progress.best_validation_loss is None or loss < progress.best_validation_loss
+    progress.validation_due, progress.validation_loss = False, loss if math.isfinite(loss) else None
+    best = progress.best_validation_loss
+    better = loss < (math.inf if best is None else best)
     if better:
         progress.best_validation_loss, progress.best_step = loss, progress.step
     return better
@@ -398,7 +385,7 @@ def save(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker)
     """Save the state; called on every process, written by the main one."""
     if run.world.is_main:
         progress.metrics_rows = tracker.rows
-        state = asdict(progress) | _signature(run)
+        state = asdict(progress) | run.signature
         state |= {
             "vocab_size": run.corpus.vocab_size,
             "corpus": run.corpus.hash,
@@ -411,14 +398,7 @@ def save(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker)
 
 
 def _mark_best(run: Run, store: CheckpointStore, progress: Progress) -> None:
-    store.mark_best(progress.step, {"validation_loss": progress.best_validation_loss} | _signature(run))
-
-
-def _signature(run: Run) -> dict[str, str]:
-    """What a file of this run is known by."""
-    config = run.config
-    name = run_name(config.position.name, config.train_length, config.seed)
-    return {"run": folder_identity(run.folder), "run_name": name}
+    store.mark_best(progress.step, {"validation_loss": progress.best_validation_loss} | run.signature)
 
 
 def restore(run: Run, store: CheckpointStore) -> Progress:
@@ -430,7 +410,7 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     latest = store.latest()
     if latest is None:
         return Progress()
-    require_own_files(run.folder, latest)
+    identity.require_own_files(run.folder, latest)
     latest.restore(run.model, run.optimizer)
     bad = [n for n, weight in run.model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if bad:
@@ -442,7 +422,7 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     names = {f.name for f in fields(Progress)}
     progress = Progress(**{k: v for k, v in latest.state.items() if k in names} | {"step": latest.step})
     if run.world.is_main:
-        progress.metrics_rows = own_metrics(run.folder, latest)
+        progress.metrics_rows = identity.own_metrics(run.folder, latest)
         if progress.best_step == latest.step:
             # The process may have died between writing this checkpoint and pointing at it.
             _mark_best(run, store, progress)
@@ -464,12 +444,10 @@ def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float
         run.device,
         precision=config.precision,
     )
-    loss = _validation_loss(run, model, signals)
-    difference = abs(loss - result["validation_loss"])
+    loss, trained = _validation_loss(run, model, signals), result["validation_loss"]
     require(
-        difference <= SELF_CHECK_TOLERANCE,
-        f"self-check: the evaluator gives {loss:.6f} nats per token at train_length = {config.train_length}, "
-        f"the trainer's validation {result['validation_loss']:.6f}. "
-        "The saved run is not the trained model; do not use it.",
+        trained is not None and abs(loss - trained) <= SELF_CHECK_TOLERANCE,
+        f"self-check: the evaluator gives {loss} nats per token at train_length = {config.train_length}, the "
+        f"trainer's validation {trained}. The saved run is not the trained model, or it diverged; do not use it.",
     )
-    return difference
+    return abs(loss - trained)

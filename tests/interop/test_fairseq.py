@@ -60,7 +60,7 @@ def test_log_probs(
     for attention in ATTENTION:
         model = load_run(folder, len(IDS), attention=attention)
         assert not model.training
-        hidden = model(IDS[None])[0]
+        hidden = model.hidden(IDS[None])[0]
         log_probs = model.vocabulary.log_probs(hidden)
         torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=1e-5)
     exact = load_run(folder, len(IDS), attention="eager").double()
@@ -76,7 +76,7 @@ def test_half_precision_becomes_float32(
     path, tensors, values = make(dtype=dtype)
     model = load_run(run_import(path, make), attention="eager")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    log_probs = model.vocabulary.log_probs(model(IDS[None])[0])
+    log_probs = model.vocabulary.log_probs(model.hidden(IDS[None])[0])
     torch.testing.assert_close(log_probs.double(), reference(tensors, values, "alibi", IDS), rtol=0, atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_other_forms_of_the_same_checkpoint(make: Any, reference: Callable[..., 
         zip_format=form != "old torch",
     )
     model = load_run(run_import(path, make), attention="eager")
-    log_probs = model.vocabulary.log_probs(model(IDS[None])[0])
+    log_probs = model.vocabulary.log_probs(model.hidden(IDS[None])[0])
     torch.testing.assert_close(log_probs.double(), reference(tensors, values, "alibi", IDS), rtol=0, atol=1e-5)
 
 
