@@ -155,12 +155,16 @@ class _Array:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, by_columns, content = state
-        flat = np.frombuffer(content, dtype=kind.dtype)
-        self.values = flat.reshape(shape, order="F" if by_columns else "C").tolist()
+        self.values = np.ndarray(shape, kind.dtype, content, order="F" if by_columns else "C").tolist()
 
 
 def _scalar(kind: _Dtype, content: bytes) -> Any:
-    return np.frombuffer(content, dtype=kind.dtype)[0].item()
+    return np.ndarray((), kind.dtype, content).item()
+
+
+def _no_bytes() -> bytes:
+    """Stands for `bytes`, which the pickles of empty arrays call without arguments."""
+    return b""
 
 
 def _plain_values(value: Any) -> Any:
@@ -180,6 +184,7 @@ SAFE: list[Any] = [
     argparse.Namespace,
     (_Dtype, "numpy.dtype"),
     (_Array, "numpy.ndarray"),
+    (_no_bytes, "builtins.bytes"),
     *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
