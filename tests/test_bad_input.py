@@ -438,7 +438,7 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Plac
     def damage(place: Place) -> None:
         from safetensors.torch import load_file, save_file
 
-        from alibi_lm.checkpoint_format import _record_hash
+        from alibi_lm.checkpoint import record_hash
 
         for folder in (place / "run" / "checkpoints").glob("step-*"):
             path = folder / "weights.safetensors"
@@ -451,7 +451,7 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Plac
                 "bytes": path.stat().st_size,
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             }
-            (folder / "state.json").write_text(json.dumps(record | {"sha256": _record_hash(record)}))
+            (folder / "state.json").write_text(json.dumps(record | {"sha256": record_hash(record)}))
 
     return damage
 

@@ -13,10 +13,10 @@ LAZY = {"wandb", "datasets", "tokenizers", "safetensors", "scipy", "matplotlib",
 # The floors of the house: a room may import from its own floor and from lower ones.
 LEVELS = [
     {"settings", "files", "runtime", "distributed", "optim", "positions"},
-    {"attention", "data", "results", "checkpoint", "checkpoint_format", "tracking"},
+    {"attention", "data", "results", "checkpoint", "tracking"},
     {"model", "tasks"},
     {"config"},
-    {"runs"},
+    {"identity", "runs"},
     {"evaluate", "interop", "study"},
     {"trainer", "train", "bench"},
     {"experiment"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 from tqdm import tqdm
 
 from alibi_lm.data.windows import scoring_batches, scoring_windows
-from alibi_lm.distributed import World, all_reduce_sum, shard
+from alibi_lm.distributed import World, all_reduce_sum, gather_objects, shard
 from alibi_lm.model.transformer import TransformerLM
+
+
+class Stopped(Exception):
+    """Scoring was interrupted, as `interrupt` had asked for."""
 
 
 @torch.inference_mode()
@@ -27,6 +32,7 @@ def score_tokens(
     window: int | None = None,
     world: World | None = None,
     progress: str | None = None,
+    interrupt: Callable[[], bool] | None = None,
 ) -> np.ndarray:
     """Nats of every target of a stream, each scored exactly once.
 
@@ -43,12 +49,14 @@ def score_tokens(
         window: limit of the attention distance in every layer, None for no limit.
         world: processes that share the windows; all of them return the whole result.
         progress: label of a progress bar, shown only on a terminal.
+        interrupt: asked before each forward pass; true ends the scoring, on all processes.
 
     Returns:
         (N,) float32, natural-log units (float64 for a float64 model).
 
     Raises:
         ValueError: the scheme has no position `length - 1`, an empty stream, or a stride out of range.
+        Stopped: `interrupt` was true on one of the processes.
     """
     if len(tokens) == 0:
         raise ValueError("The evaluated split holds 0 tokens; nothing can be scored.")
@@ -69,9 +77,13 @@ def score_tokens(
         leave=False,
         disable=progress is None or not sys.stderr.isatty(),
     )
+    stopped = False
     for batch in scoring_batches(
         tokens, start_id, length, stride, tokens_per_forward, slice(share.start, share.stop)
     ):
+        if interrupt is not None and interrupt():
+            stopped = True
+            break
         input_ids, target_ids = batch.input_ids.to(device), batch.target_ids[:, batch.score_from :].to(device)
         with nullcontext() if autocast is None else autocast:
             hidden = model(input_ids, window=window)[:, batch.score_from :]
@@ -82,6 +94,8 @@ def score_tokens(
         bar.update(where.size)
     bar.close()
     model.train(was_training)
+    if any(gather_objects(stopped, world or World())):
+        raise Stopped
     if world is not None and world.world_size > 1:
         nats = all_reduce_sum(torch.from_numpy(nats), world).numpy()
         counts = all_reduce_sum(torch.from_numpy(counts), world).numpy()

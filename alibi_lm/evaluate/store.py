@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 
 from alibi_lm import runtime
-from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.checkpoint_format import STATE_FILE, WEIGHTS_FILE
+from alibi_lm.checkpoint import STATE_FILE, WEIGHTS_FILE, CheckpointStore
 from alibi_lm.config import TrainConfig
 from alibi_lm.data.corpus import Corpus
 from alibi_lm.distributed import World, gather_objects
