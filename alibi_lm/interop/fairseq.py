@@ -29,7 +29,7 @@ from alibi_lm.model.transformer import ACTIVATIONS, ModelConfig, TransformerLM
 from alibi_lm.optim import FairseqCosineConfig, NAGConfig
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
-from alibi_lm.runs import RunLock, finished, mark_finished
+from alibi_lm.runs import RunLock, finished, mark_finished, run_identity
 from alibi_lm.settings import require
 from alibi_lm.tracking import TRACKING
 
@@ -84,6 +84,7 @@ def import_fairseq(config: ImportConfig) -> Path:
     model = build(checkpoint, run, tokenizer.vocab_size)
 
     best = None if checkpoint.best_loss is None else checkpoint.best_loss * math.log(2)
+    own = {"run": run_identity(run, {}), "run_name": folder.name}
     with RunLock(folder):
         _empty(folder)
         settings = OmegaConf.create(dataclasses.asdict(run))
@@ -91,8 +92,8 @@ def import_fairseq(config: ImportConfig) -> Path:
         write_json(folder / "environment.json", runtime.environment(torch.device("cpu")))
         tokenizer.save(folder / "tokenizer.json")
         store = CheckpointStore(folder / "checkpoints")
-        store.save(run.steps, model, None, {"vocab_size": tokenizer.vocab_size})
-        store.mark_best(run.steps, {"validation_loss": best})
+        store.save(run.steps, model, None, {"vocab_size": tokenizer.vocab_size, **own})
+        store.mark_best(run.steps, {"validation_loss": best, **own})
         record = {
             "from": "fairseq",
             "checkpoint": str(path.resolve()),
@@ -112,6 +113,7 @@ def import_fairseq(config: ImportConfig) -> Path:
                 "validation_loss": None,
                 "best_validation_loss": best,
                 "corpus": None,
+                **own,
             },
         )
     return folder

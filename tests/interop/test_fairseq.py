@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,17 @@ def test_an_imported_run_is_replaced_only_when_asked(make: Any) -> None:
     path, _, _ = make(decoder_layers=1)
     assert run_import(path, make, overwrite=True) == folder
     assert load_config(folder).model.num_layers == 1
+
+
+def test_the_weights_of_another_import_are_refused(make: Any) -> None:
+    """They fit: a sinusoidal and an ALiBi model have the same tensors."""
+    path, _, _ = make()
+    sinusoidal = run_import(path, make, "sinusoidal").rename(make.folder / "sinusoidal")
+    alibi = run_import(path, make)
+    shutil.rmtree(alibi / "checkpoints")
+    shutil.copytree(sinusoidal / "checkpoints", alibi / "checkpoints")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        load_run(alibi)
 
 
 def test_other_folders_are_never_touched(make: Any) -> None:
