@@ -28,8 +28,7 @@ from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score_tokens
-from alibi_lm.model.compiled import CompiledNats
-from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
 from alibi_lm.runs import CHECKPOINTS, CONFIG_FILE, RunLock, build_model, finished, load_run
 from alibi_lm.runtime import say

@@ -1,4 +1,7 @@
-"""Make a run folder from a fairseq checkpoint of the ALiBi authors."""
+"""Make a run folder from a fairseq checkpoint of the ALiBi authors.
+
+python scripts/import_fairseq.py checkpoint=checkpoint_best.pt dictionary=dict.txt position=alibi output_dir=FOLDER
+"""
 
 from alibi_lm.cli import command
 from alibi_lm.interop.fairseq import ImportConfig, import_fairseq
@@ -6,9 +9,8 @@ from alibi_lm.interop.fairseq import ImportConfig, import_fairseq
 
 @command(ImportConfig)
 def main(config: ImportConfig) -> None:
-    """Import, and say how to go on."""
-    evaluate = f"python scripts/evaluate.py runs={import_fairseq(config)} 'lengths=[512,1024]'"
-    print(f"Imported. Evaluate it on a text of your own:\n  {evaluate} data.path=<folder of wiki.valid.tokens>")
+    print(f"{import_fairseq(config)}: imported. Evaluate it on a text of your own, a folder of wiki.valid.tokens:")
+    print(f"  python scripts/evaluate.py runs={config.output_dir} 'lengths=[512,1024]' data.path=<folder>")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alibi_lm.bench.command import parse
 from alibi_lm.experiment import compose
+from alibi_lm.settings import parse
+from benchmarks.run import BenchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -50,7 +51,7 @@ def test_every_measurement_is_a_command_that_its_script_accepts(experiment, eval
     for line in lines:
         name, *arguments = shlex.split(line)
         if name == "bench":
-            parse(arguments)
+            parse(BenchConfig, arguments)
         else:
             to_config(hydra_compose(name, [f"experiment={experiment_name}", *arguments]))
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from alibi_lm.evaluate.analysis import SETTINGS, AnalyseConfig, analyse
 
 import alibi_lm.evaluate.passes as passes_module
 from alibi_lm.config import EvaluateConfig
 from alibi_lm.distributed import World
 from alibi_lm.evaluate import sweep, views
-from alibi_lm.evaluate.analysis import SETTINGS, AnalyseConfig, analyse
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.results.documents import change_sums, interval_ends, position_curve, positions_in_window
 from alibi_lm.results.statistics import mean_nats_interval

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import sys, torch
 torch.manual_seed(0)
-from alibi_lm.model.compiled import CompiledNats
+from alibi_lm.model.transformer import CompiledNats
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 from alibi_lm.attention import sdpa

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from alibi_lm.bench.subjects import Subject, Task
+from benchmarks.subjects import Subject, Task, words
 
 PARTS: Mapping[str, str] = {
     "loss": r"LinearCrossEntropy|nll_loss|log_softmax|logsumexp",
@@ -30,14 +30,18 @@ def profile_step(subject: Subject, task: Task) -> dict[str, float]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
-    inputs, targets = task.tokens(subject.device)
+    ids = words(task.batch, task.length + 1, subject.setup.vocab_size).to(subject.setup.device)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    subject.module.to(subject.setup.device)
     subject.train_step(inputs, targets)  # allocates the optimizer's state
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    # Without acc_events some versions of torch warn, which a caller may have made an error.
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         subject.train_step(inputs, targets)
     microseconds: dict[str, float] = {}
     for event in found.events():
         part = _part(event)
         microseconds[part] = microseconds.get(part, 0.0) + event.self_cpu_time_total
+    subject.release()
     total = sum(microseconds.values())
     return dict(sorted(((part, us / total) for part, us in microseconds.items()), key=lambda item: -item[1]))
 
@@ -56,7 +60,7 @@ def _part(event: Any) -> str:
 
 
 def profile_table(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown, a column a subject."""
+    """Markdown, one column per subject."""
     parts = list(dict.fromkeys(part for share in shares.values() for part in share))
     lines = [f"| part of the step | {' | '.join(shares)} |", f"| --- |{' --: |' * len(shares)}"]
     for part in parts:
