@@ -38,7 +38,7 @@ for line in sys.stdin:
         os.seteuid(65534)
     started = time.perf_counter()
     try:
-        corpus = prepare(DataConfig(task["name"], cache_dir=task["cache"]), WordConfig())
+        corpus = prepare(DataConfig("wikitext103", cache_dir=task["cache"]), WordConfig())
         answer = {s: [v.words, v.bytes, v.text_sha256, len(v.documents)] for s, v in corpus.streams.items()}
     except ValueError as error:
         answer = str(error)
@@ -170,11 +170,9 @@ class Preparing:
             text=True,
         )
 
-    def __call__(
-        self, cache: Path, name: str = "wikitext103", offline: bool = False, as_nobody: bool = False
-    ) -> tuple[Any, float]:
+    def __call__(self, cache: Path, offline: bool = False, as_nobody: bool = False) -> tuple[Any, float]:
         """Counts of the splits, or the error's message; and the seconds that it took."""
-        task = {"cache": str(cache), "name": name, "offline": offline, "as_nobody": as_nobody}
+        task = {"cache": str(cache), "offline": offline, "as_nobody": as_nobody}
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -239,27 +237,19 @@ def test_a_hub_without_the_text_is_reported(port: int, preparing: Preparing, tmp
     assert_helpful(message, "could not be had from the hub")
 
 
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("wikitext103", "wikitext-103-v1"),
-        pytest.param("wikitext2", "wikitext-2-v1", marks=pytest.mark.slow),
-    ],
-)
-def test_text_comes_from_the_hub_then_from_its_cache(name: str, config: str, port: int, tmp_path: Path):
+def test_text_comes_from_the_hub_then_from_its_cache(port: int, tmp_path: Path):
     home = tmp_path / "home"
     preparing = Preparing(f"http://127.0.0.1:{port}", home)
     with preparing.process:
-        with serving(Hub(port, config, {**TEXTS, "train": "\ufeff" + TRAIN}, tmp_path)) as hub:
-            assert preparing(tmp_path / "streams", name)[0] == EXPECTED
+        with serving(Hub(port, "wikitext-103-v1", {**TEXTS, "train": "\ufeff" + TRAIN}, tmp_path)) as hub:
+            assert preparing(tmp_path / "streams")[0] == EXPECTED
             assert any(path.endswith(".parquet") for path in hub.requests)
             asked = len(hub.requests)
-            assert preparing(tmp_path / "streams", name)[0] == EXPECTED and len(hub.requests) == asked
+            assert preparing(tmp_path / "streams")[0] == EXPECTED and len(hub.requests) == asked
         # The hub is gone; other streams are prepared from the cache of `datasets`, at once.
-        found, seconds = preparing(tmp_path / "other", name)
+        found, seconds = preparing(tmp_path / "other")
         assert found == EXPECTED and seconds < 15
-        if name == "wikitext103":
-            a_cache_of_others(preparing, home, tmp_path)
+        a_cache_of_others(preparing, home, tmp_path)
         preparing.process.kill()
 
 

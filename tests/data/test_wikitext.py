@@ -166,59 +166,36 @@ def test_a_place_has_one_identity_however_it_is_spelled(
 TEXTS = {s: ORIGINALS["wikitext103"][s].sha256 or "" for s in ("validation", "test")}
 TRAINING = {"lines": 1_801_350, "words": 103_227_021, "text_sha256": "t"}
 VALIDATION = {"lines": 3760, "words": 217_646, "text_sha256": TEXTS["validation"]}
+TEST = {"lines": 1, "words": 245_569, "text_sha256": TEXTS["test"]}
+OTHER = {"lines": 2_224_399, "words": 103_255_692, "text_sha256": "o"}
+UNKNOWN = {**VALIDATION, "text_sha256": "w2"}
 
 
 @pytest.mark.parametrize(
     ("name", "split", "counts", "texts", "expected"),
     [
-        ("wikitext103", "validation", VALIDATION, {}, "the original WikiText-103 validation split"),
+        ("103", "validation", VALIDATION, {}, "the original {}103 validation split"),
+        ("103", "test", TEST, {}, "the original {}103 test split"),
+        ("103", "train", TRAINING, TEXTS, "the original {}103 training split (by its counts)"),
         (
-            "wikitext103",
-            "test",
-            {"lines": 1, "words": 245_569, "text_sha256": TEXTS["test"]},
-            {},
-            "the original WikiText-103 test split",
-        ),
-        ("wikitext103", "train", TRAINING, TEXTS, "the original WikiText-103 training split (by its counts)"),
-        (
-            "wikitext103",
+            "103",
             "train",
-            {**TRAINING, "lines": 2_224_399, "words": 103_255_692},
+            OTHER,
             TEXTS,
-            "not the original WikiText-103 training split (103,255,692 words, not 103,227,021)",
+            "not the original {}103 training split (103,255,692 words, not 103,227,021)",
         ),
-        (
-            "wikitext103",
-            "validation",
-            {**VALIDATION, "text_sha256": "other"},
-            {},
-            "not the original WikiText-103 validation split",
-        ),
+        ("103", "validation", UNKNOWN, {}, "not the original {}103 validation split"),
         # WikiText-2 has the same counts; only the digest tells the two apart.
-        (
-            "wikitext2",
-            "validation",
-            {**VALIDATION, "text_sha256": "w2"},
-            {"validation": "w2"},
-            "the original WikiText-2 validation split (by its counts)",
-        ),
-        (
-            "wikitext2",
-            "validation",
-            VALIDATION,
-            TEXTS,
-            "not the original WikiText-2 validation split",
-        ),
-        ("python_stdlib", "train", VALIDATION, {}, None),
+        ("2", "validation", UNKNOWN, {"validation": "w2"}, "the original {}2 validation split (by its counts)"),
+        ("2", "validation", VALIDATION, TEXTS, "not the original {}2 validation split"),
     ],
 )
-def test_originals_are_told_from_other_texts(
-    name: str, split: str, counts: dict, texts: dict, expected: str | None
-):
-    assert identify(name, split, counts, texts) == expected
+def test_originals_are_told_from_other_texts(name: str, split: str, counts: dict, texts: dict, expected: str):
+    assert identify(f"wikitext{name}", split, counts, texts) == expected.format("WikiText-")
 
 
 def test_known_counts_are_asserted():
+    assert identify("python_stdlib", "train", TRAINING, TEXTS) is None
     with pytest.raises(ValueError, match=r"has 103,227,021 words with line ends, but 103,227,020 were counted"):
         identify("wikitext103", "train", {**TRAINING, "words": 103_227_020}, TEXTS)
     with pytest.raises(ValueError, match="has 217,646 words"):
