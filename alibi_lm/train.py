@@ -436,14 +436,8 @@ def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float
         The difference in nats per token.
     """
     config = run.config
-    model = load_run(
-        run.folder,
-        config.train_length,
-        "last",
-        config.attention.name,
-        run.device,
-        precision=config.precision,
-    )
+    options = {"attention": config.attention.name, "device": run.device, "precision": config.precision}
+    model = load_run(run.folder, config.train_length, "last", **options)
     loss, trained = _validation_loss(run, model, signals), result["validation_loss"]
     require(
         trained is not None and abs(loss - trained) <= SELF_CHECK_TOLERANCE,
