@@ -338,9 +338,8 @@ def load_run(
         "backend": model.backend.name,
         "precision": precision,
     }
-    named = {"label": folder.resolve().name, "identity": short_hash(settings, digits=12), "precision": precision}
-    for name, value in named.items():
-        setattr(model, name, value)
+    model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)
+    model.precision = precision
     return model.to(where).eval()
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"attention", "data", "results", "checkpoint", "tracking"},
     {"model", "tasks"},
     {"config"},
+    {"identity"},
     {"runs"},
     {"evaluate", "interop", "study"},
     {"train", "benchmarks"},
@@ -43,14 +44,9 @@ LONG = {
 """Files of more than 450 lines, and the reason for it."""
 
 
-ONE_ROOM = {"identity": "runs"}
-"""Files that are one room together."""
-
-
 def room_of(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
-    name = parts[0] if parts[0] != "alibi_lm" else parts[1].removesuffix(".py")
-    return ONE_ROOM.get(name, name)
+    return parts[0] if parts[0] != "alibi_lm" else parts[1].removesuffix(".py")
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -67,7 +63,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 def rooms(names: list[str]) -> set[str]:
     """Rooms of the house among module names."""
     parts = [name.split(".") for name in names]
-    inside = {ONE_ROOM.get(p[1], p[1]) for p in parts if p[0] == "alibi_lm" and len(p) > 1}
+    inside = {p[1] for p in parts if p[0] == "alibi_lm" and len(p) > 1}
     return (inside | {p[0] for p in parts if p[0] == "benchmarks"}) & set(FLOOR)
 
 
