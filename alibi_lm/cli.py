@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,14 +96,8 @@ def _run(work: Callable[[], int | None]) -> int:
 
 def _say(error: Exception) -> int:
     status = getattr(error, "status", None)  # asked to stop: no error
-    print(error if status is not None else _message(error), file=sys.stderr, flush=True)
+    print(error if status is not None else describe_error(error), file=sys.stderr, flush=True)
     return 1 if status is None else status
-
-
-def _message(error: Exception) -> str:
-    """A short message for a mistake of the user, a traceback for a mistake of ours."""
-    described = describe_error(error)
-    return f"error: {described}" if described else "".join(traceback.format_exception(error))
 
 
 class _Patient:
@@ -172,7 +165,7 @@ def _report_errors(task: Callable[[C], Any]) -> Callable[[DictConfig], Any]:
         except Exception as error:
             if hydra.mode == RunMode.RUN or hasattr(error, "status"):
                 sys.exit(_say(error))
-            status, message = 1, _message(error)
+            status, message = 1, describe_error(error)
         if status and hydra.mode == RunMode.RUN:
             sys.exit(status)
         if status:

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alibi_lm.attention import ATTENTION, chosen_backend
+from alibi_lm.attention import ATTENTION
 from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
@@ -160,65 +160,6 @@ class TrainConfig:
         return rows - rows % self.batch_multiple
 
 
-@dataclass
-class EvaluateData:
-    """Which text to evaluate on, where it is not the run's own."""
-
-    path: str | None = None
-    """Folder of wiki.valid.tokens / wiki.test.tokens; null: the run's own corpus."""
-    cache_dir: str | None = None
-    """Where prepared streams go; null: as in the run's config."""
-
-
-@dataclass
-class EvaluateConfig:
-    """One evaluation of one or more run folders."""
-
-    experiment: str = "quick"
-    """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
-    runs: str | None = None
-    """A run folder or a glob of them."""
-    lengths: list[int] = field(default_factory=list)
-    """Inference lengths; empty: those in the config.yaml of each run, which are its experiment's at that time."""
-    mode: str | None = None
-    """nonoverlapping or sliding; null: the experiment's own."""
-    stride: int | None = None
-    """Targets scored per window in sliding mode."""
-    split: str | None = None
-    """validation or test; null: the experiment's own."""
-    tokens_per_forward: int | None = None
-    """Tokens of a forward pass; null: the experiment's own."""
-    checkpoint: str = "best"
-    """best (lowest validation loss) or last."""
-    attention: str = "auto"
-    """Attention backend; auto becomes the one it stands for here, which is what result rows record."""
-    position: dict[str, Any] = field(default_factory=dict)
-    """Test-time changes of the scheme's settings, such as +position.scaling=yarn."""
-    data: EvaluateData = field(default_factory=EvaluateData)
-    tracking: Any = None
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: str = "float32"
-    """float32 by default, also where training ran in bfloat16."""
-    threads: int | None = None
-    """CPU threads; null: torch's choice."""
-    draw: bool = True
-    """Draw figure and table afterwards, of all that results.jsonl holds."""
-    output_dir: str | None = None
-    """The folder of results.jsonl; null: outputs/<experiment>/extrapolation."""
-
-    def __post_init__(self) -> None:
-        require(self.checkpoint in ("best", "last"), f"checkpoint = {self.checkpoint!r}. Allowed: best, last.")
-        require(self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}.")
-        self.attention = chosen_backend(self.attention)
-        require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
-        require(
-            self.precision in PRECISIONS,
-            f"precision = {self.precision!r}. Allowed: {', '.join(PRECISIONS)}.",
-        )
-        _check_threads(self.threads)
-
-
 def _check_threads(threads: int | None) -> None:
     require(
         threads is None or threads >= 1,
@@ -237,6 +178,10 @@ GROUPS: dict[str, dict[str, type]] = {
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
 
+_registered: list[str] = []
+"""The root that Hydra's store is made for."""
+
+
 def register(root: str = "train", config: type = TrainConfig) -> None:
     """Store with Hydra what the YAML file of a command stands on; call before Hydra composes it.
 
@@ -246,6 +191,10 @@ def register(root: str = "train", config: type = TrainConfig) -> None:
             names; a file in configs/<group>/ is needed only for an entry with other values.
     """
     store = ConfigStore.instance()
+    known = store.repo.get(f"base_{root}.yaml")
+    if known is not None and OmegaConf.get_type(known.node) is config and _registered == [root]:
+        return
+    _registered[:] = [root]
     store.store(name=f"base_{root}", node=config)
     fields = {field.name: field.type for field in dataclasses.fields(config)}
     for group, registry in GROUPS.items():

@@ -7,7 +7,6 @@ import queue
 import shlex
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,8 +15,8 @@ from typing import Any
 
 import torch
 
-from alibi_lm.config import EvaluateConfig, TrainConfig, load_config, register, to_config
-from alibi_lm.evaluate.analysis import AnalyseConfig
+from alibi_lm.config import TrainConfig, load_config, register, to_config
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.results.rows import read_rows
 from alibi_lm.runs import (
     Status,
@@ -28,6 +27,7 @@ from alibi_lm.runs import (
     short_hash,
     status,
 )
+from alibi_lm.runtime import allowed_cores
 from alibi_lm.settings import describe_error, require
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
@@ -123,35 +123,39 @@ def prepare_corpus(config: TrainConfig) -> None:
     print(report(corpus), flush=True)
 
 
-def evaluate_and_draw(config: EvaluateConfig) -> int:
-    """Evaluate, write results.jsonl row by row, then draw figure and table; returns the exit status."""
+def evaluate_and_draw(config: EvaluateConfig) -> None:
+    """Evaluate, write results.jsonl row by row, then draw figure and table, also where some runs failed."""
     from alibi_lm import distributed
-    from alibi_lm.evaluate.sweep import describe, evaluate, log_curve, output_folder
+    from alibi_lm.evaluate.sweep import FailedRuns, describe, evaluate, log_curve
     from alibi_lm.study.figures import draw
 
     world = distributed.start(config.device)
+    failure = None
     try:
-        for row in evaluate(config, world):
-            if world.is_main:
-                print(describe(row), flush=True)
+        try:
+            for row in evaluate(config, world):
+                if world.is_main:
+                    print(describe(row), flush=True)
+        except FailedRuns as error:
+            failure = error
         if world.is_main and config.draw:
             log_curve(config)
-            paths = draw(output_folder(config))
-            print(next(p for p in paths if p.suffix == ".md").read_text(), *paths, sep="\n")
+            paths = draw(config.output)
+            print(next(p for p in paths if p.suffix == ".md").read_text(encoding="utf-8"), *paths, sep="\n")
     finally:
         distributed.stop()
-    return 0
+    if failure is not None:
+        raise failure
 
 
-def analyse_and_draw(config: AnalyseConfig) -> int:
-    """Compute each view, write its data, then its figure; returns the exit status."""
-    from alibi_lm.evaluate.analysis import analyse
+def analyse_and_draw(config: EvaluateConfig) -> None:
+    """Compute each view, write its data, then its figure."""
+    from alibi_lm.evaluate.sweep import analyse
     from alibi_lm.study.figures import draw_analysis
 
     for path in analyse(config):
         drawn = draw_analysis(path)
         print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)
-    return 0
 
 
 # --- all runs, and what follows ------------------------------------------------------------------
@@ -229,7 +233,7 @@ def study(experiment: str, overrides: list[str]) -> int:
     steps: list[tuple[str, Callable[[], int | None]]] = []
     steps.append((shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)))
     for line in compose([f"experiment={experiment}", *chosen]).measurements:
-        steps.append((line, _measurement(experiment, line, shared)))
+        steps.append((line, measurement(experiment, line, shared)))
     benchmark = ["bench=outputs/bench/results.jsonl"] if any(n.startswith("bench") for n, _ in steps) else []
     for name, own in (("claims", []), ("compare_paper", []), ("report", []), ("publish", benchmark)):
         steps.append((name, partial(_child, name, [f"experiment={experiment}", *own])))
@@ -281,7 +285,7 @@ def _at_once(config: TrainConfig, runs: int) -> int:
         return min(runs, config.runs_at_once)
     if config.threads is None or (config.device != "cpu" and torch.cuda.is_available()):
         return 1
-    return min(runs, max(1, len(os.sched_getaffinity(0)) // config.threads))
+    return min(runs, max(1, allowed_cores() // config.threads))
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:
@@ -302,22 +306,28 @@ def _evaluated(experiment: str) -> set[tuple[str | None, int | None]]:
     return {(row.run, row.inference_length) for row in rows}
 
 
-def _measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
-    """One of an experiment's `measurements` as work to do; its settings are checked now."""
+def measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
+    """One of an experiment's `measurements` as work to do; its settings are checked at once.
+
+    Args:
+        experiment: its name.
+        line: evaluate, analyse or bench, and settings of that command.
+        shared: further settings.
+
+    Raises:
+        ValueError: another command, or settings that it does not know.
+    """
     name, *arguments = shlex.split(line) or [""]
-    allowed: dict[str, tuple[type, Callable[..., int]]] = {
-        "evaluate": (EvaluateConfig, evaluate_and_draw),
-        "analyse": (AnalyseConfig, analyse_and_draw),
-    }
     if name == "bench":
         return partial(_child, name, [*arguments, *shared])
+    allowed: dict[str, Callable[[EvaluateConfig], None]]
+    allowed = {"evaluate": evaluate_and_draw, "analyse": analyse_and_draw}
     require(
         name in allowed,
         f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, and their settings.",
     )
-    kind, work = allowed[name]
-    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{name}", kind)
-    return partial(work, config)
+    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{name}", EvaluateConfig)
+    return partial(allowed[name], config)
 
 
 def _step(name: str, work: Callable[[], int | None]) -> int:
@@ -325,7 +335,7 @@ def _step(name: str, work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except Exception as error:
-        print(f"error: {describe_error(error) or traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(describe_error(error), file=sys.stderr, flush=True)
         return 1
 
 

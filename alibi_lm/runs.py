@@ -3,20 +3,19 @@
     outputs/<experiment>/runs/<position>_L<train_length>_s<seed>[_<hash of the settings that differ>]/
 
 A folder is named by what was asked for, so that the same command given again finds it. Its state is read from
-three things only: the operating system's lock on `.lock` (gone with the process, however it ended), `finished.json`
-and `failed.json`. Checkpoints, `best.json` and `finished.json` carry the identity of their run, which is checked when
-they are read: a file that was copied from another run's folder is refused.
+three things only: the operating system's lock on `.lock` (gone with the process, however it ended),
+`finished.json` and `failed.json`. Checkpoints, `best.json` and `finished.json` carry the identity of their run,
+which is checked when they are read: a file that was copied from another run's folder is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
-import json
-import logging
 import operator
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,21 +26,36 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm import runtime
-from alibi_lm.attention import ATTENTION
-from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
-from alibi_lm.config import TrainConfig, load_config
-from alibi_lm.files import read_json, write_json
+from alibi_lm.attention import ATTENTION, chosen_backend
+from alibi_lm.checkpoint import CheckpointStore
+from alibi_lm.config import TrainConfig, load_config, to_dict
+from alibi_lm.data.corpus import Corpus
+from alibi_lm.files import read_json_if_whole, write_json, write_text
+from alibi_lm.identity import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CORPUS_FILE,
+    FINISHED_FILE,
+    differing_settings,
+    folder_identity,
+    require_own_files,
+    run_identity,
+    short_hash,
+)
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.settings import counting, require
+from alibi_lm.settings import require
+
+__all__ = [
+    "CHECKPOINTS", "CONFIG_FILE", "RunLock", "build_model", "clear_failed", "differing_settings",
+    "experiment_folder", "failed", "finished", "folder_identity", "is_locked", "load_run", "mark_failed",
+    "mark_finished", "run_folders", "run_identity", "run_name", "short_hash", "status",
+]  # fmt: skip
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]
 
-CONFIG_FILE, CORPUS_FILE, CHECKPOINTS = "config.yaml", "corpus.json", "checkpoints"
-FINISHED_FILE, FAILED_FILE, LOCK_FILE = "finished.json", "failed.json", ".lock"
+FAILED_FILE, LOCK_FILE = "failed.json", ".lock"
 LOCK_WAIT_SECONDS = 1.0
 """A status query holds the lock for an instant; a run that starts in that instant waits it out."""
-
-log = logging.getLogger("alibi_lm")
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -83,143 +97,56 @@ def run_name(position: str, train_length: int, seed: int, overrides_hash: str | 
     return name
 
 
-def short_hash(mapping: Mapping[str, Any], digits: int = 8) -> str:
-    """Hex digits that stand for a mapping of plain values; the order of keys does not matter."""
-    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+# --- the records of a run -------------------------------------------------------------------------
 
 
-def differing_settings(config: TrainConfig, baseline: TrainConfig) -> dict[str, Any]:
-    """Settings that count and in which `config` differs from `baseline`, by dotted name.
-
-    Those in which a run differs from its experiment's own give its folder a suffix. A setting that only the
-    baseline has is None.
-    """
-    ours, theirs = (counting(c, "run", "rounding") for c in (config, baseline))
-    return {name: ours.get(name) for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)}
-
-
-# --- identity ------------------------------------------------------------------------------------
-
-
-def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any], names: set[str] | None = None) -> str:
-    """12 hex digits that stand for the settings and the text of a run, wherever both lie.
-
-    Args:
-        config: of the run.
-        corpus_manifest: of its corpus, as in corpus.json; empty where it is not known.
-        names: settings that count here, dotted; None: all. A run that was saved by an earlier version is known by
-            the settings that there were then.
-    """
-    settings = counting(config, "run", "rounding")
-    return short_hash(
-        {
-            "settings": {name: value for name, value in settings.items() if names is None or name in names},
-            **corpus_digests(corpus_manifest),
-        },
-        digits=12,
-    )
-
-
-def corpus_digests(manifest: Mapping[str, Any]) -> dict[str, str | None]:
-    """sha256 of what a run is trained on: tokenizer, training text and validation text (None: not known)."""
-    splits = manifest.get("splits") or {}
-    parts = {"tokenizer": manifest.get("tokenizer"), "training text": splits.get("train")}
-    parts["validation text"] = splits.get("validation")
-    return {what: (part or {}).get("sha256") for what, part in parts.items()}
-
-
-def folder_identity(folder: Path) -> str:
-    """`run_identity` of the run in a folder, by its config.yaml and corpus.json.
-
-    Raises:
-        ValueError: no run folder, or one of the files is damaged.
-    """
-    config = load_config(folder)
-    path = folder / CORPUS_FILE
-    manifest = read_json(path) if path.is_file() else {}
-    return run_identity(config, manifest, _names(OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))))
-
-
-def _names(settings: Any, prefix: str = "") -> set[str]:
-    if not isinstance(settings, dict):
-        return {prefix.rstrip(".")}
-    return {name for key, value in settings.items() for name in _names(value, f"{prefix}{key}.")}
-
-
-def require_own_files(folder: Path, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint, best.json, finished.json or corpus.json that came from another run's folder.
-
-    Files written before they carried an identity are held against one another as far as their contents allow.
-
-    Raises:
-        ValueError: naming the file and the run that it belongs to.
-    """
-    own = folder_identity(folder)
-    best = _read_mark(folder / CHECKPOINTS / BEST_FILE) or {}
-    done = finished(folder) or {}
-    state = checkpoint.state
-    advice = "Put the run's own file back, or train it again with overwrite=true."
-    for path, content in (
-        (checkpoint.path, state),
-        (folder / CHECKPOINTS / BEST_FILE, best),
-        (folder / FINISHED_FILE, done),
-    ):
-        run = content.get("run")
-        if run is None:
-            continue
-        require(
-            (folder / CORPUS_FILE).is_file(),
-            f"{folder / CORPUS_FILE} is missing: it tells which text the run was trained on. {advice}",
-        )
-        require(
-            run == own,
-            f"{path} belongs to another run, {content.get('run_name')} ({run}), than the rest of {folder} "
-            f"({own} by its {CONFIG_FILE} and {CORPUS_FILE}). {advice}",
-        )
-
-    config = load_config(folder)
-    facts: list[tuple[str, Any, str, Any]] = [
-        ("position", config.position.name, CONFIG_FILE, done.get("position")),
-        ("train_length", config.train_length, CONFIG_FILE, done.get("train_length")),
-        ("best validation loss", best.get("validation_loss"), BEST_FILE, done.get("best_validation_loss")),
+def require_readable(config: TrainConfig) -> None:
+    """Refuse settings that could not be read back from config.yaml, before a run is trained with them."""
+    with tempfile.TemporaryDirectory() as place:
+        _write_config(config, Path(place))
+        try:
+            again = load_config(Path(place))
+        except ValueError as error:
+            reason = " ".join(str(error).replace(f"{Path(place) / CONFIG_FILE}: ", "").split())
+            raise ValueError(
+                f"These settings could not be read back from a run's {CONFIG_FILE}: {reason}. "
+                "Choose an entry of a group by its name alone (position=rotary, not position.name=rotary)."
+            ) from error
+    changed = [
+        f"{name} = {getattr(config, name)!r} becomes {getattr(again, name)!r}"
+        for name in (f.name for f in dataclasses.fields(config))
+        if getattr(config, name) != getattr(again, name)
     ]
-    name = checkpoint.path.name
-    if done.get("steps") == checkpoint.step:
-        facts += [
-            (what, state.get(key), name, done.get(key))
-            for what, key in (
-                ("validation loss", "validation_loss"),
-                ("best validation loss", "best_validation_loss"),
-                ("tokens_seen", "tokens_seen"),
-            )
-        ]
-    if (folder / CORPUS_FILE).is_file():
-        facts.append(
-            ("training text", _text_hash(read_json(folder / CORPUS_FILE)), CORPUS_FILE, done.get("corpus"))
-        )
-    for what, here, where, there in facts:
-        require(
-            here is None or there is None or here == there,
-            f"{folder / FINISHED_FILE} says {what} = {there}, {where} {here}: one of them came from another run. "
-            f"{advice}",
-        )
-    if best.get("step") == checkpoint.step and state.get("best_step") == checkpoint.step:
-        noted, saved = best.get("validation_loss"), state.get("best_validation_loss")
-        require(
-            noted is None or saved is None or noted == saved,
-            f"{folder / CHECKPOINTS / BEST_FILE} says validation loss {noted}, {name} {saved}: one of them came "
-            f"from another run. {advice}",
-        )
+    require(not changed, f"{CONFIG_FILE} would not hold these settings: {'; '.join(changed)}. Use plain values.")
 
 
-def _text_hash(manifest: Mapping[str, Any]) -> str | None:
-    """What finished.json calls `corpus`: tokenizer and training text."""
-    try:
-        parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
-    except (KeyError, TypeError):
-        return None
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    write_text(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def write_records(config: TrainConfig, folder: Path, corpus: Corpus, device: torch.device) -> None:
+    """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
+    if not (folder / CONFIG_FILE).exists():
+        _write_config(config, folder)
+    attention = {"attention": chosen_backend(config.attention.name)}
+    write_json(folder / "environment.json", runtime.environment(device) | attention)
+    write_json(folder / CORPUS_FILE, corpus.manifest)
+    corpus.tokenizer.save(folder / "tokenizer.json")
+
+
+def delete_run(folder: Path) -> None:
+    """Delete a run folder, but nothing that is not one."""
+    if not folder.exists():
+        return
+    require(
+        (folder / CONFIG_FILE).is_file() or not any(p for p in folder.iterdir() if p.name != LOCK_FILE),
+        f"overwrite = true, but {folder} is no run folder (it has no {CONFIG_FILE}). Nothing was deleted.",
+    )
+    with RunLock(folder):
+        for entry in folder.iterdir():
+            if entry.name == LOCK_FILE:
+                continue
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 # --- marks ---------------------------------------------------------------------------------------
@@ -233,7 +160,7 @@ def mark_finished(run_folder: Path, payload: Mapping[str, Any]) -> None:
 
 def finished(run_folder: Path) -> dict[str, Any] | None:
     """What `mark_finished` was given, or None; an unreadable mark is reported and counts as none."""
-    return _read_mark(Path(run_folder) / FINISHED_FILE)
+    return read_json_if_whole(Path(run_folder) / FINISHED_FILE)
 
 
 def mark_failed(run_folder: Path, message: str, **details: Any) -> None:
@@ -243,22 +170,12 @@ def mark_failed(run_folder: Path, message: str, **details: Any) -> None:
 
 def failed(run_folder: Path) -> dict[str, Any] | None:
     """What `mark_failed` was given (`message` and details), or None."""
-    return _read_mark(Path(run_folder) / FAILED_FILE)
+    return read_json_if_whole(Path(run_folder) / FAILED_FILE)
 
 
 def clear_failed(run_folder: Path) -> None:
     """Remove the mark of a failure, if there is one."""
     (Path(run_folder) / FAILED_FILE).unlink(missing_ok=True)
-
-
-def _read_mark(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, OSError) as error:
-        log.warning("%s; taken as absent", error)
-        return None
 
 
 def status(run_folder: Path) -> Status:

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
+import traceback
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -197,26 +198,28 @@ def usage(config: type, description: str) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """The message of a user's mistake, with advice where a library's own words give none; empty: not a mistake.
+    """What a command says of an error: a short message for a mistake of the user, a traceback for one of ours.
 
     A ValueError, an error of the operating system, of Hydra, of YAML, or one that torch raises for what the
-    machine lacks is told to the user as it is; everything else is a defect of ours, which needs its traceback.
+    machine lacks is taken for the user's.
     """
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if isinstance(error, OverrideParseException):
-        return _quoting(str(error.override), error.message)
-    if isinstance(error, YAMLError):
-        return f"{' '.join(str(error).split())}. A YAML file indents by blanks, never by tabs."
-    if isinstance(error, MemoryError):
-        return "the memory of this machine does not suffice"
     mistakes = (ValueError, OSError, RuntimeError, NotImplementedError, HydraException, OmegaConfBaseException)
-    if not isinstance(error, mistakes):
-        return ""
-    cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-    return f"{error}{cause}" if str(error) else type(error).__name__
+    if isinstance(error, OverrideParseException):
+        message = _quoting(str(error.override), error.message)
+    elif isinstance(error, YAMLError):
+        message = f"{' '.join(str(error).split())}. Indent a YAML file by blanks, never by tabs."
+    elif isinstance(error, MemoryError):
+        message = "the memory of this machine does not suffice"
+    elif isinstance(error, mistakes):
+        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        message = f"{str(error).split('Config search path:')[0].strip()}{cause}" or type(error).__name__
+    else:
+        return "".join(traceback.format_exception(error))
+    return f"error: {message}"
 
 
 def _quoting(override: str, message: str) -> str:

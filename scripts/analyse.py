@@ -3,15 +3,14 @@
 Views: perplexity, position, last, documents, fixed, decomposition, offset, or all (see docs/evaluation.md).
 """
 
-from alibi_lm.evaluate.analysis import AnalyseConfig
-
 from alibi_lm.cli import hydra_command
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.experiment import analyse_and_draw
 
 
-@hydra_command(AnalyseConfig, "evaluation/analyse")
-def main(config: AnalyseConfig) -> int:
-    return analyse_and_draw(config)
+@hydra_command(EvaluateConfig, "evaluation/analyse")
+def main(config: EvaluateConfig) -> None:
+    analyse_and_draw(config)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ FLOORS = [
     {"attention", "data", "results", "checkpoint", "tracking"},
     {"model", "tasks"},
     {"config"},
-    {"runs"},
+    {"identity", "runs"},
     {"evaluate", "interop", "study"},
     {"train", "benchmarks"},
     {"experiment"},

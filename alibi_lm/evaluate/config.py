@@ -105,7 +105,7 @@ class EvaluateConfig:
             require(value is None or value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
         require(
             re.fullmatch(r"best|last|step:\d+", self.checkpoint) is not None,
-            f"checkpoint = {self.checkpoint!r}. Allowed: best, last, and step:<number> of a checkpoint that was kept.",
+            f"checkpoint = {self.checkpoint!r}. Allowed: best, last, step:<number> of one that was kept.",
         )
         for name in ("experiment", "runs", "tokens_dir", "output_dir"):
             value = getattr(self, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,10 +12,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from alibi_lm.distributed import World, all_reduce_sum
+from alibi_lm.distributed import World, all_reduce_sum, gather_objects
 from alibi_lm.model.interface import LanguageModel
 from alibi_lm.tasks.base import Batch
 from alibi_lm.tasks.text import TextTask
+
+
+class Stopped(Exception):
+    """Scoring was interrupted, as `interrupt` had asked for."""
 
 
 class Scored(NamedTuple):
@@ -38,6 +42,7 @@ def score(
     window: int | None = None,
     world: World | None = None,
     progress: str | None = None,
+    interrupt: Callable[[], bool] | None = None,
 ) -> Scored:
     """Score every target of some batches, each exactly once.
 
@@ -53,16 +58,18 @@ def score(
         window: limit of the attention distance in every layer, None for no limit.
         world: processes that share the batches; all of them return the whole result.
         progress: label of a progress bar, shown only on a terminal.
+        interrupt: asked before each forward pass; true ends the scoring, on all processes.
 
     Raises:
         ValueError: no targets, or the model has no such position or window.
+        Stopped: `interrupt` was true on one of the processes.
     """
     if num_targets == 0:
         raise ValueError("The evaluated split holds 0 tokens; nothing can be scored.")
     world = world or World()
     nats, counts = np.zeros(num_targets), np.zeros(num_targets, dtype=np.int32)
     right = np.zeros(num_targets, dtype=np.int32) if hits else None
-    exact = False
+    exact = stopped = False
     was_training = isinstance(model, nn.Module) and model.training
     quiet = progress is None or not sys.stderr.isatty()
     bar = tqdm(total=num_targets, unit="tok", unit_scale=True, desc=progress, leave=False, disable=quiet)
@@ -70,6 +77,8 @@ def score(
         if isinstance(model, nn.Module):
             model.eval()
         for batch in batches:
+            if stopped := interrupt is not None and interrupt():
+                break
             inputs, targets = batch.input_ids.to(model.device), batch.target_ids.to(model.device)
             positions = None
             if offset:
@@ -90,6 +99,8 @@ def score(
         bar.close()
         if isinstance(model, nn.Module):
             model.train(was_training)
+    if any(gather_objects(stopped, world) if interrupt is not None else []):
+        raise Stopped
     if world.world_size > 1:
         arrays = (array for array in (nats, counts, right) if array is not None)
         for array in arrays:
@@ -115,9 +126,12 @@ def score_tokens(
     window: int | None = None,
     world: World | None = None,
     progress: str | None = None,
+    interrupt: Callable[[], bool] | None = None,
 ) -> np.ndarray:
     """Nats of every target of a stream of tokens, (N,): `score` of a `TextTask`, see both for the arguments."""
     text = TextTask(tokens, start_id, stride)
     with nullcontext() if autocast is None else autocast:
         batches = text.batches(length, tokens_per_forward, world)
-        return score(model, batches, len(tokens), window=window, world=world, progress=progress).nats
+        return score(
+            model, batches, len(tokens), window=window, world=world, progress=progress, interrupt=interrupt
+        ).nats

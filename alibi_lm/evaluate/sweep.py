@@ -7,7 +7,6 @@ A run that fails stops no other: what went wrong is told at the end, by `FailedR
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -26,12 +25,21 @@ from alibi_lm.distributed import World
 from alibi_lm.evaluate import views
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.score import mean_nats
 from alibi_lm.evaluate.store import Stored, TokenStore
 from alibi_lm.files import read_json, write_text
 from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.results.rows import ResultRow, perplexity_of, read_rows, refuse_another_run, upsert_rows, write_csv
 from alibi_lm.results.statistics import per_document_sums
-from alibi_lm.runs import finished, load_run, run_identity, short_hash
+from alibi_lm.runs import (
+    CORPUS_FILE,
+    experiment_folder,
+    finished,
+    folder_identity,
+    load_run,
+    run_folders,
+    short_hash,
+)
 from alibi_lm.settings import counting, require
 from alibi_lm.tasks.text import TextTask
 from alibi_lm.tracking import open_tracker
@@ -81,6 +89,8 @@ class OpenRun:
     plan: PlannedRun
     corpus: Corpus
     passes: Passes
+    way: dict[str, str]
+    """How it is scored: checkpoint, attention, precision; each row names them."""
 
     @property
     def stream(self) -> TokenStream:
@@ -98,14 +108,13 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
         ValueError: no run, a run that is not finished, two runs of one name, or rows of another run of that name
             in the results.
     """
-    pattern = config.runs or f"outputs/{config.experiment}/runs/*"
-    alone = Path(pattern).is_dir()
-    folders = [Path(p) for p in sorted(glob.glob(glob.escape(pattern) if alone else pattern)) if Path(p).is_dir()]
+    pattern = config.runs or str(experiment_folder(config.experiment) / "runs" / "*")
+    folders = run_folders(pattern)
     require(
         bool(folders),
         f"runs = {pattern} matches no folder. Train first (make train), or give runs=<run folder or glob>.",
     )
-    if not alone:
+    if not Path(pattern).is_dir():
         # A sweep still under way has unfinished folders beside finished ones: those can be evaluated already.
         unfinished = [f.name for f in folders if finished(f) is None]
         folders = [f for f in folders if finished(f) is not None]
@@ -117,7 +126,7 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
     for folder in folders:
         try:
             settings = load_config(folder)
-            run = PlannedRun(folder, settings, config.settings(settings), _run_id(folder, settings))
+            run = PlannedRun(folder, settings, config.settings(settings), folder_identity(folder))
         except EXPECTED as error:
             failures[folder.name] = error
             continue
@@ -129,11 +138,6 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
         )
     _raise_if_alone(failures, len(folders))
     return list(runs.values()), failures
-
-
-def _run_id(folder: Path, config: TrainConfig) -> str:
-    path = folder / "corpus.json"
-    return run_identity(config, read_json(path) if path.is_file() else {})
 
 
 def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
@@ -149,7 +153,7 @@ def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
         data = dataclasses.replace(data, cache_dir=config.data.cache_dir)
     path = run.folder / "tokenizer.json"
     tokenizer = Tokenizer.load(path)
-    record = run.folder / "corpus.json"
+    record = run.folder / CORPUS_FILE
     if record.is_file():
         trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
         require(
@@ -200,7 +204,39 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: Any, world: World 
         world,
         run.config.position.name,
     )
-    return OpenRun(run, corpus, passes)
+    way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
+    opened = OpenRun(run, corpus, passes, way)
+    _check_validation(config, opened)
+    return opened
+
+
+def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:
+    """Refuse a run whose model does not have the validation loss that its training recorded.
+
+    It can be known where the training's own validation is repeated: same text, split, length and windows.
+    """
+    run, text, done = opened.plan, opened.passes.text, finished(opened.plan.folder) or {}
+    recorded = done.get({"best": "best_validation_loss", "last": "validation_loss"}.get(config.checkpoint, ""))
+    record, length = run.folder / CORPUS_FILE, run.config.train_length
+    splits = read_json(record).get("splits", {}) if record.is_file() else {}
+    repeated = (text.mode, text.split) == ("nonoverlapping", "validation") and length in run.settings.lengths
+    same_text = (splits.get("validation") or {}).get("sha256") == text.sha256
+    if recorded is None or not repeated or not same_text or config.position or text.refuses(length):
+        return
+    loss = mean_nats(opened.passes.nats(length))
+    on_gpu = "NVIDIA" in str(done.get("device"))
+    trained_in = (
+        "bfloat16"
+        if run.config.precision == "bfloat16" or (run.config.precision, on_gpu) == ("auto", True)
+        else "float32"
+    )
+    tolerance = max(VALIDATION_TOLERANCE[trained_in], VALIDATION_TOLERANCE[opened.way["precision"]])
+    require(
+        not math.isfinite(loss) or abs(loss - recorded) <= tolerance * max(1.0, recorded / 10),
+        f"{run.folder}: the {config.checkpoint} checkpoint has {loss:.6f} nats per token where its training "
+        f"recorded {recorded:.6f} on the same text, so these are not the weights of this run. Put its own "
+        "checkpoint back, or train it again with overwrite=true.",
+    )
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -239,15 +275,14 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                     yield row
             common = _common(config, opened)
             for length in run.settings.lengths:
-                for row in measure(opened.passes, length, config.output if world.is_main else None, **common):
-                    _check_validation(config, opened, row)
-                    yield row
+                yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
             _raise_if_alone({run.name: error}, total)
             failures[run.name] = error
     if world.is_main and results.exists():
         write_csv(config.output / "results.csv", upsert_rows(results, []))
     if failures:
+        _raise_if_alone(failures, total)
         raise FailedRuns(failures, total)
 
 
@@ -264,7 +299,7 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
         The rows. Where the model cannot run or the task has nothing to measure, they say why.
     """
     task, model = passes.task, passes.model
-    fields = {
+    fields: dict[str, Any] = {
         "run": model.label,
         "train_length": model.train_length,
         "commit": runtime.code_version()[0],
@@ -316,16 +351,13 @@ def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
 def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
     """Fields of all rows of a run."""
     run, documents = opened.plan, len(opened.stream.documents)
-    trained, own = finished(run.folder) or {}, run.folder / "corpus.json"
-    extra = {
+    trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
+    extra: dict[str, Any] = {
         "corpus_name": read_json(own)["description"] if own.is_file() else opened.corpus.name,
         "tokens_seen": trained.get("tokens_seen"),
         "device": trained.get("device"),
         "documents": documents,
-        "checkpoint": config.checkpoint,
-        "attention": opened.passes.model.backend.name,
-        "precision": opened.passes.model.precision,
-    }
+    } | opened.way
     if documents == 1:
         extra["note"] = views.ONE_DOCUMENT
     return {
@@ -333,41 +365,16 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
         "position": run.config.position.name,
         "train_length": run.config.train_length,
         "seed": run.config.seed,
-        "changes": {f"position.{name}": value for name, value in config.position.items()},
+        "changes": changes_of(config),
         "run_id": run.run_id,
         "folder": str(run.folder),
         "extra": extra,
     }
 
 
-def _check_validation(config: EvaluateConfig, opened: OpenRun, row: ResultRow) -> None:
-    """Refuse a run whose model does not have the validation loss that its training recorded.
-
-    It can be known where the training's own validation is repeated: same text, split, length and windows.
-    """
-    run, done = opened.plan, finished(opened.plan.folder) or {}
-    recorded = done.get({"best": "best_validation_loss", "last": "validation_loss"}.get(config.checkpoint, ""))
-    own = run.folder / "corpus.json"
-    splits = read_json(own).get("splits", {}) if own.is_file() else {}
-    same = (
-        row.mode == "nonoverlapping"
-        and row.split == "validation"
-        and row.inference_length == run.config.train_length
-        and not row.changes
-        and (splits.get("validation") or {}).get("sha256") == opened.stream.sha256
-    )
-    if not same or recorded is None or row.loss is None:
-        return
-    exact = run.config.precision == opened.passes.model.precision == "float32" or (
-        run.config.precision == "auto" and not str(done.get("device", "")).startswith("NVIDIA")
-    )
-    tolerance = VALIDATION_TOLERANCE["float32" if exact else "bfloat16"]
-    require(
-        abs(row.loss - recorded) <= tolerance * max(1.0, recorded),
-        f"{run.folder}: the {config.checkpoint} checkpoint has {row.loss:.6f} nats per token where the training "
-        f"recorded {recorded:.6f} on the same text. The weights are not those of this run. Put its own checkpoint "
-        "back, or train it again with overwrite=true.",
-    )
+def changes_of(config: EvaluateConfig) -> dict[str, Any]:
+    """Settings that are changed for the test, as rows name them."""
+    return {f"position.{name}": value for name, value in config.position.items()}
 
 
 def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
@@ -410,8 +417,8 @@ def describe(row: ResultRow) -> str:
     length = "" if row.inference_length is None else f" at {row.inference_length}"
     task = "" if row.task == "text" else f" {row.task}:"
     if row.value is None:
-        nats = "" if row.loss is None else f" ({row.loss:.4f} nats per token)"
-        return f"{name}{length}:{task} no {row.metric}{nats}, {row.reason}"
+        found = "not evaluated" if row.loss is None else f"{row.loss:.4f} nats per token, no {row.metric}"
+        return f"{name}{length}:{task} {found}, {row.reason}"
     speed = "" if row.tokens_per_second is None else f" ({row.tokens_per_second:,.0f} tokens/s)"
     return f"{name}{length}:{task} {row.metric} {row.value:.3f}{speed}"
 
@@ -499,6 +506,7 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
             yield path
     if failures:
+        _raise_if_alone(failures, total)
         raise FailedRuns(failures, total)
 
 
@@ -517,8 +525,8 @@ def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
 def _group(opened: list[OpenRun]) -> views.Group:
     require(
         len({run.stream.sha256 for run in opened}) == 1,
-        f"runs {', '.join(run.plan.name for run in opened)} differ in their seed only, but their texts are encoded "
-        "differently. Analyse them one at a time: runs=<run folder>.",
+        f"runs {', '.join(run.plan.name for run in opened)} differ in their seed only, but their texts are "
+        "encoded differently. Analyse them one at a time: runs=<run folder>.",
     )
     first = opened[0].plan.config
     return views.Group(first.position.name, first.train_length, [run.passes for run in opened])
@@ -526,19 +534,16 @@ def _group(opened: list[OpenRun]) -> views.Group:
 
 def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
     """One curve of a view."""
-    first, seeds = opened[0].plan, len(opened) > 1
-    labels = [run.plan.name + "".join(f"+{k}={v}" for k, v in sorted(config.position.items())) for run in opened]
-    plain = f"{group.position}_L{group.train_length}_s{first.config.seed}"
     found = {
         "position": group.position,
         "train_length": group.train_length,
-        "variant": labels[0].removeprefix(plain).lstrip("_"),
         "corpus": opened[0].stream.hash,
         "tokens": group.num_tokens,
         "documents": len(group.documents),
-        "runs": labels,
-        "interval": "seeds and documents" if seeds else "documents, given this seed",
-        "points": _points(config, view, first.settings.lengths, group),
+        "runs": group.labels,
+        "changes": changes_of(config),
+        "interval": "seeds and documents" if len(opened) > 1 else "documents, given this seed",
+        "points": _points(config, view, opened[0].plan.settings.lengths, group),
     }
     return found | ({"note": group.note} if group.note else {})
 

@@ -44,6 +44,8 @@ TERMS = ("early_tokens", "positions_beyond", "keys_beyond")
 """The three parts of the decomposition, in the order in which they add up."""
 BINS_PER_OCTAVE = 4
 """Of the smoothed curve: each bin is 19% wide in position."""
+ONE_DOCUMENT = "the text is one document, so nothing shows how documents differ: there are no intervals"
+"""Why points and rows of some texts have no intervals."""
 
 Point = dict[str, Any]
 
@@ -80,9 +82,7 @@ class Group:
     @property
     def note(self) -> str:
         """What a reader of the points must know; empty where there is nothing."""
-        if len(self.documents) > 1:
-            return ""
-        return "the text is one document, so that nothing shows how documents differ: there are no intervals"
+        return ONE_DOCUMENT if len(self.documents) == 1 else ""
 
     def reason(self, length: int, window: bool = False, stride: int | None = None) -> str:
         """Why windows of this length cannot be scored, or hold no text; empty where they can."""

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -313,6 +313,8 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[
 def upsert_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Add rows to a `results.jsonl`; a row of the same key is replaced. Safe between processes.
 
+    So are all rows of an earlier run in the same folder: what it was trained to is gone.
+
     Args:
         path: the file; it and its folder are made when missing.
         rows: new rows; where two have the same key, the last one counts.
@@ -325,9 +327,32 @@ def upsert_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list
     """
     file = Path(path)
     with locked(file):
-        merged = {row.key: row for row in (read_rows(file) if file.exists() else [])}
-        merged.update({row.key: row for row in rows})
-        return write_rows(file, merged.values())
+        old, new = read_rows(file) if file.exists() else [], list(rows)
+        ids = {str(row.run): (row.run_id, row.folder) for row in new if row.run_id is not None}
+        refuse_another_run(old, ids)
+        kept = [row for row in old if row.run_id is None or row.run_id == ids.get(str(row.run), (row.run_id,))[0]]
+        return write_rows(file, {row.key: row for row in (*kept, *new)}.values())
+
+
+def refuse_another_run(rows: Iterable[ResultRow], runs: Mapping[str, tuple[str | None, str | None]]) -> None:
+    """Refuse to add rows of a run to those of another run with the same name in another folder.
+
+    Args:
+        rows: those that are there.
+        runs: identity and folder of the runs to be added, by name.
+
+    Raises:
+        ValueError: naming both folders.
+    """
+    for row in rows:
+        run_id, folder = runs.get(str(row.run), (row.run_id, row.folder))
+        if row.run_id in (None, run_id) or row.folder is None or folder is None:
+            continue
+        if Path(row.folder).resolve() != Path(folder).resolve():
+            raise ValueError(
+                f"the results have rows of {row.folder} ({row.run_id}), and {folder} ({run_id}) is another run of "
+                f"the same name, {row.run}. Evaluate it with an output_dir of its own, or rename its folder."
+            )
 
 
 @contextmanager

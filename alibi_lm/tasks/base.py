@@ -1,8 +1,8 @@
 """What the evaluator asks of a task: sequences, which of their targets count, and what its result is called.
 
 A task numbers its targets 0, 1, ... and hands them out in batches, so that the scorer can check that each is
-scored exactly once, whatever the batches look like. Targets that are judged together (a document of a text, the answer
-of an item) have consecutive numbers.
+scored exactly once, whatever the batches look like. Targets that are judged together (a document of a text, the
+answer of an item) have consecutive numbers.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -100,5 +99,5 @@ class TextTask(Task):
         rows, scored = max(1, tokens_per_forward // width), width - score_from
         numbers = np.arange(len(starts) * scored).reshape(-1, scored)
         for i in range(0, len(starts), rows):
-            pair: Any = cut_windows(self.tokens, self.start_id, starts[i : i + rows], width)
-            yield Batch(*pair, numbers[i : i + rows])
+            inputs, targets = cut_windows(self.tokens, self.start_id, starts[i : i + rows], width)
+            yield Batch(inputs, targets, numbers[i : i + rows])
