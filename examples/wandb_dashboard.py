@@ -1,8 +1,8 @@
 """A dashboard of a Weights & Biases project: python examples/wandb_dashboard.py project=alibi_lm experiment=quick.
 
 A dashboard is a saved view of a project. It holds names only: of metrics that training logs, of the table that
-`scripts/evaluate.py` logs, and of the settings by which runs are grouped. With dry_run=true it is printed as JSON, with
-neither network nor account. Needs `pip install -e '.[dashboard]'`; see docs/dashboard.md.
+`scripts/evaluate.py` logs, and of the settings by which runs are grouped. With dry_run=true it is printed as JSON,
+with neither network nor account. Needs `pip install -e '.[dashboard]'`; see docs/dashboard.md.
 """
 
 import json
@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     import wandb_workspaces.workspaces as ws
 
 GROUPING = ("position.name", "train_length")
-"""Runs are grouped by these inside their experiment; what is left in a group are seeds, drawn as mean and range."""
+"""Runs are grouped by these inside their experiment; what is left in a group are seeds: a mean and its range."""
 ALL_LINES = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax", "max_runs_to_show": 100}
 
 
@@ -38,11 +38,13 @@ class DashboardConfig:
 
 
 def line(title: str, metric: str, unit: str, x: str = "Step", **settings: Any) -> Any:
+    """A line per group of runs, of one metric."""
     x_title = "tokens" if x == "tokens_seen" else "step"
     return wr.LinePlot(title=title, x=x, y=[metric], title_x=x_title, title_y=unit, **ALL_LINES, **settings)
 
 
 def bar(title: str, metric: str, unit: str) -> Any:
+    """A bar per group of runs: the last value of a metric."""
     return wr.BarPlot(title=title, metrics=[metric], title_x=unit, max_bars_to_show=100, **ALL_LINES)
 
 
@@ -57,6 +59,7 @@ def curve(title: str, column: str) -> Any:
 
 
 def section(name: str, *panels: Any) -> Any:
+    """Panels in two columns under one name."""
     layout = ws.SectionLayoutSettings(columns=2, rows=(len(panels) + 1) // 2)
     return ws.Section(name=name, panels=list(panels), is_open=True, layout_settings=layout)
 
@@ -107,6 +110,7 @@ def build(config: DashboardConfig) -> Any:
 
 @command(DashboardConfig)
 def main(config: DashboardConfig) -> None:
+    """Publish the dashboard and print its address, or print its specification."""
     dashboard = build(config)
     if config.dry_run:
         print(

@@ -46,7 +46,7 @@ def test_alibi_saves_no_parameters_over_sinusoidal_or_rotary():
 
 
 def test_attention_with_alibi_is_as_quadratic_as_without():
-    """Counted, not timed: doubling the length quadruples what attention computes, for ALiBi as for no positions."""
+    """Counted, not timed: twice the length quadruples what attention computes, with ALiBi as without positions."""
     sizes = ModelConfig(num_layers=1, model_dim=32, num_heads=2, ffn_dim=64)
     quadratic = {}
     for name in ("alibi", "none"):
