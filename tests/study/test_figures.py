@@ -158,9 +158,7 @@ def test_what_is_not_drawn_is_named_with_its_reason():
     assert all(line in " ".join(texts(figure)) for line in missing(found))
     table = view_table(rows, PLAIN).markdown()
     assert "| ALiBi | 64 | seed 1 | **20.00** | 19.00 (0.95) | - [1] |" in table
-    assert (
-        "| rotary | 64 | seeds 1, 2 | **20.00** [2] |" in table and "[3] exp(5306) is too large" in table
-    )
+    assert "| rotary | 64 | seeds 1, 2 | **20.00** [2] |" in table and "[3] exp(5306) is too large" in table
 
 
 def test_a_ring_has_a_key_and_two_points_have_their_numbers():
