@@ -29,7 +29,7 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
     version are published in the form of this one.
 
     Args:
-        folder: of an experiment's `results.jsonl`; analyses are looked for in `../analysis`.
+        folder: of an experiment's `results.jsonl`; analyses are looked for beside it and in it.
         target: replaced as a whole; files that no publication wrote, such as a README, stay.
         bench: result rows of a benchmark that belong to it, published as `bench.jsonl`.
 
@@ -45,7 +45,7 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
     if target.exists() and any(target.iterdir()) and not (target / "results.jsonl").is_file():
         raise ValueError(f"target = {target} holds something other than published results. Name another folder.")
     sources = {Path(name): folder / name for name in RESULT_FILES}
-    for path in sorted((folder.parent / "analysis").glob("*.json")):
+    for path in [p for place in (folder.parent, folder) for p in sorted((place / "analysis").glob("*.json"))]:
         sources[Path("analysis") / path.name] = path
     for record in records.values():
         if record.folder is None:
