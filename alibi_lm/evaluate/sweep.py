@@ -252,7 +252,9 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
         ValueError: see `plan`.
         FailedRuns: at the end, where some of several runs could not be evaluated.
     """
-    require(config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve.")
+    require(
+        config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve."
+    )
     world = world or World()
     device = runtime.start(config.device, world.local_rank, config.threads)
     runs, failures = plan(config)
@@ -365,11 +367,17 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
         "position": run.config.position.name,
         "train_length": run.config.train_length,
         "seed": run.config.seed,
-        "changes": {f"position.{name}": value for name, value in config.position.items()},
+        "changes": changes_of(config),
         "run_id": run.run_id,
         "folder": str(run.folder),
         "extra": extra,
     }
+
+
+def changes_of(config: EvaluateConfig) -> dict[str, Any]:
+    """What is changed for the test, as rows name it: settings of the scheme, and the step of a checkpoint."""
+    changes = {f"position.{name}": value for name, value in config.position.items()}
+    return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
 
 def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
@@ -460,7 +468,9 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
         ValueError: no runs, missing text, or a setting out of range.
         FailedRuns: at the end, where some of several runs could not be analysed.
     """
-    require(config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view.")
+    require(
+        config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view."
+    )
     device = runtime.start(config.device, threads=config.threads)
     runs, failures = plan(config)
     total = len(runs) + len(failures)
@@ -529,19 +539,16 @@ def _group(opened: list[OpenRun]) -> views.Group:
 
 def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
     """One curve of a view."""
-    first, seeds = opened[0].plan, len(opened) > 1
-    labels = [run.plan.name + "".join(f"+{k}={v}" for k, v in sorted(config.position.items())) for run in opened]
-    plain = f"{group.position}_L{group.train_length}_s{first.config.seed}"
     found = {
         "position": group.position,
         "train_length": group.train_length,
-        "variant": labels[0].removeprefix(plain).lstrip("_"),
         "corpus": opened[0].stream.hash,
         "tokens": group.num_tokens,
         "documents": len(group.documents),
-        "runs": labels,
-        "interval": "seeds and documents" if seeds else "documents, given this seed",
-        "points": _points(config, view, first.settings.lengths, group),
+        "runs": group.labels,
+        "changes": changes_of(config),
+        "interval": "seeds and documents" if len(opened) > 1 else "documents, given this seed",
+        "points": _points(config, view, opened[0].plan.settings.lengths, group),
     }
     return found | ({"note": group.note} if group.note else {})
 

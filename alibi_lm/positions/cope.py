@@ -8,8 +8,8 @@ authors' code is facebookresearch/RAM, projects/cope/src/cope/context_position.p
     scores[i, j] = (q_i . k_j + term[i, j]) / sqrt(head_dim)
     term[i, j] = q_i . table[p[i, j]], linear between the two whole positions around p[i, j]
 
-A query's own token is counted, so p[i, i] lies between 0 and 1. `table` is the paper's e. Each layer has one, which
-its heads share; it starts at 0. Absolute positions are used for the causal order alone.
+A query's own token is counted, so p[i, i] lies between 0 and 1. `table` is the paper's e. Each layer has one, for
+all its heads; it starts at 0. Absolute positions are used for the causal order alone.
 
 Past the trained length: defined everywhere; counts stop at num_positions - 1.
 Differs from the paper: nothing from the authors' code. Its listing adds the term after the division by

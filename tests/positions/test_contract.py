@@ -79,13 +79,14 @@ def ids(batch: int, length: int) -> torch.Tensor:
 def by_slices_and_columns(model) -> None:
     """Short sequences take the routes of long ones in sdpa."""
     model.backend.backends = [
-        SdpaAttention(mask_elements=700, short=0) if b.name == "sdpa" else b for b in model.backend.backends
+        SdpaAttention(mask_elements=3000, short=0) if b.name == "sdpa" else b for b in model.backend.backends
     ]
 
 
 def size_of_an_output(model, tokens: torch.Tensor) -> float:
     """What another order of the tokens changes: the measure for all that ought to change something or nothing."""
-    return float((model(tokens) - model(tokens.flip(1))).abs().max())
+    with torch.no_grad():
+        return float((model(tokens) - model(tokens.flip(1))).abs().max())
 
 
 @variants()
@@ -117,7 +118,8 @@ def test_later_tokens_change_no_more_than_rounding_in_a_long_sequence(trained, n
     tokens = ids(2, 700)
     changed = tokens.clone()
     changed[:, 600:] = (changed[:, 600:] + 1) % 50
-    before, after = model(tokens), model(changed)
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
     rounding = ROUNDING * size_of_an_output(model, tokens)
     torch.testing.assert_close(before[:, :600], after[:, :600], rtol=0, atol=rounding)
     assert not torch.allclose(before[:, 600:], after[:, 600:], rtol=0, atol=100 * rounding)
@@ -169,9 +171,15 @@ def test_cached_decoding_keeps_the_bias(tiny_model):
 
 @variants_and_backends()
 def test_shift_of_all_positions(trained, name, settings, attention):
-    """What an invariant scheme changes is rounding; what another one changes is ten times as much or more."""
+    """What an invariant scheme changes is rounding; what another one changes is ten times as much or more.
+
+    Some schemes depend on absolute positions from some position on, so one of the shifts is far.
+    """
     model, tokens, positions = trained(name, attention, settings), ids(1, 60), torch.arange(60)
-    difference = (model(tokens, positions=positions) - model(tokens, positions=positions + 37)).abs().max()
+    shifts = [37] if model.max_length else [37, 5000]
+    with torch.no_grad():
+        here = model(tokens, positions=positions)
+        difference = max((model(tokens, positions=positions + s) - here).abs().max() for s in shifts)
     rounding = ROUNDING * size_of_an_output(model, tokens)
     if model.schemes[0].translation_invariant:
         assert difference < rounding
@@ -186,7 +194,7 @@ def test_which_schemes_are_invariant():
 
 
 @variants()
-@pytest.mark.parametrize("length", [1, 2, 17, 101])
+@pytest.mark.parametrize("length", [1, 17, 101])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("step", [1, 10])
 def test_backends_agree_in_outputs_and_gradients(trained, name, settings, length, window, step):

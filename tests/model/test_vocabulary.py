@@ -1,4 +1,4 @@
-"""The adaptive vocabulary against a full softmax and an embedding table that are written out word by word."""
+"""Vocabularies: the adaptive one against a full softmax and an embedding table, both written out word by word."""
 
 import math
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from alibi_lm.model.adaptive import AdaptiveVocabulary
+from alibi_lm.model.vocabulary import AdaptiveVocabulary, Vocabulary
 
 VOCAB, DIM, CUTOFFS, FACTOR = 23, 12, [7, 15], 2.0
 
@@ -172,6 +172,18 @@ def test_half_precision_scores_are_summed_in_float32(autocast: bool) -> None:
     assert nats.dtype == log_probs.dtype == torch.float32
     assert (nats - exact).abs().max() < 0.05  # bfloat16 scores are off by up to 2^-8 of their size
     assert (log_probs.double().exp().sum(-1) - 1).abs().max() < 1e-5  # the sum over words is not
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_first_choices_are_the_most_probable_words(vocabulary: AdaptiveVocabulary, tied: bool) -> None:
+    plain = Vocabulary(VOCAB, DIM, tied).double()
+    plain.initialise()
+    for hidden in (torch.randn(1200, DIM, dtype=torch.float64), torch.randn(1, DIM, dtype=torch.float64)):
+        for each in (vocabulary, plain):
+            best = each.first_choices(hidden)
+            assert torch.equal(best, each.log_probs(hidden).argmax(-1)) and best.shape == (len(hidden),)
+    table = plain.embedding if tied else plain.output
+    assert torch.equal(plain.first_choices(hidden), (hidden @ table.T).argmax(-1))
 
 
 @pytest.mark.parametrize("cutoffs", [[], [0, 5], [5, 5], [8, 3], [23], [5, 30]])
