@@ -4,8 +4,8 @@
     work      there: a check, the benchmark, then the runs, some at a time, and an evaluator that follows them
     collect   there: results, records and logs in one archive, without weights
 
-`start.sh` in the folder does the last two. Nothing is installed into the machine's Python, which must have torch. A
-run that the end of the time interrupts saves where it is, and goes on when `start.sh` is given again.
+`start.sh` in the folder does the last two. Nothing is installed into the machine's Python, which must have torch.
+A run that the end of the time interrupts saves where it is, and goes on when `start.sh` is given again.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class OfflineConfig:
     """work: all that is begun has ended by then."""
     trainers: int = 2
     """work: runs that train side by side; small models leave a GPU idle now and then."""
-    bench: str = ""
-    """work: settings of the benchmark, such as 'lengths=[512] seconds=60'; empty: no benchmark."""
+    bench: str | None = None
+    """work: settings of the benchmark, such as 'lengths=[512] seconds=60'; null: no benchmark."""
 
     def __post_init__(self) -> None:
         require(self.do in ("pack", "work", "collect"), f"do = {self.do!r}. Allowed: pack, work, collect.")
