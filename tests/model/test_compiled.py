@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from alibi_lm.attention.native import why_not
 
@@ -49,6 +50,18 @@ def test_equal_to_eager(tmp_path, backend):
     done = run(backend, SCHEMES[backend], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [f"{name} equal" for name in SCHEMES[backend]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, at their import
+@pytest.mark.parametrize(("backend", "name"), [(b, name) for b in SCHEMES for name in SCHEMES[b]])
+def test_the_layers_are_one_graph(tiny_model, backend, name):
+    if backend == "native" and why_not():
+        pytest.skip(why_not())
+    torch.compiler.reset()
+    model, tokens = tiny_model(name, backend), torch.randint(0, 50, (2, 301))
+    hidden = torch.compile(model.hidden, backend="aot_eager", dynamic=False, fullgraph=True)
+    torch.testing.assert_close(hidden(tokens), model.hidden(tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

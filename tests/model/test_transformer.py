@@ -187,6 +187,7 @@ def test_positions_are_drawn_in_training_alone(tiny_config):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, at their import
 def test_a_compiled_step_draws_positions_too(tiny_config):
     model = TransformerLM(tiny_config, ToyConfig(Drawn), "eager", 50, 64).train()
     tokens, compiled, results = ids(1, 8), CompiledNats(model), []
