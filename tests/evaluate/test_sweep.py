@@ -128,7 +128,7 @@ def test_an_earlier_checkpoint_has_rows_of_its_own(place, trained_runs):
     (best,) = rows_of(runs=runs, lengths=[8])
     (same,) = rows_of(runs=runs, lengths=[8], checkpoint="step:4")
     assert same.changes == {"checkpoint": "step:4"} and same.key != best.key and same.nats == best.nats
-    with pytest.raises(ValueError, match=r"no whole checkpoint of step 3\. It has those of steps 4\."):
+    with pytest.raises(ValueError, match=r"no whole step:3 checkpoint\. Steps that lie here: 4\."):
         rows_of(runs=runs, checkpoint="step:3")
 
 
