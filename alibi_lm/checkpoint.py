@@ -146,8 +146,8 @@ class CheckpointStore:
         if checkpoint is None:
             other = " Use checkpoint=last." if which == "best" and self.steps() else ""
             raise ValueError(
-                f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} Steps that lie here: "
-                f"{', '.join(map(str, self.steps())) or 'none'}. Give the training command again to write one."
+                f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} Steps that lie "
+                f"here: {', '.join(map(str, self.steps())) or 'none'}. Give the training command again to write one."
             )
         return checkpoint
 
