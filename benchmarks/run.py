@@ -82,14 +82,12 @@ class BenchConfig:
             for name in chosen:
                 require(name in allowed, f"{setting} = {chosen}. Allowed: {', '.join(allowed)}.")
         require(self.lengths != [] or bool(self.eval_lengths), "lengths = []. Give one, like lengths=[256].")
-        for setting in ("lengths", "eval_lengths"):
-            for length in getattr(self, setting) or []:
-                require(2 <= length <= 1 << 20, f"{setting} hold {length}. Use whole numbers from 2 to 1048576.")
-        for setting, least, most in (("tokens", 2, 1 << 24), ("vocab_size", 8, 1 << 24), ("threads", 1, 1024)):
+        for length in [*(self.lengths or []), *(self.eval_lengths or [])]:
+            require(2 <= length <= 1 << 20, f"lengths hold {length}. Use whole numbers from 2 to 1048576.")
+        for setting, least in (("tokens", 2), ("vocab_size", 8), ("threads", 1)):
             value = getattr(self, setting)
             require(
-                value is None or least <= value <= most,
-                f"{setting} = {value}. Use a whole number from {least} to {most}, or null.",
+                value is None or value >= least, f"{setting} = {value}. Use a whole number >= {least}, or null."
             )
         require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
         require(self.precision in PRECISIONS, f"precision = {self.precision!r}. Allowed: {', '.join(PRECISIONS)}.")
