@@ -145,9 +145,10 @@ class CheckpointStore:
             checkpoint = self.best() if which == "best" else self.latest()
         if checkpoint is None:
             other = " Use checkpoint=last." if which == "best" and self.steps() else ""
+            steps = ", ".join(map(str, self.steps())) or "none"
             raise ValueError(
                 f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} Steps that lie "
-                f"here: {', '.join(map(str, self.steps())) or 'none'}. Give the training command again to write one."
+                f"here: {steps}. Give the training command again to write one."
             )
         return checkpoint
 
