@@ -134,24 +134,21 @@ class CheckpointStore:
         Raises:
             ValueError: another word, or there is no such checkpoint.
         """
-        step = re.fullmatch(r"step:(\d+)", which)
+        number = re.fullmatch(r"step:(\d+)", which)
         require(
-            which in ("best", "last") or step is not None,
+            which in ("best", "last") or number is not None,
             f"checkpoint = {which!r} is not known. Use best, last or step:<number>.",
         )
-        if step is not None:
-            checkpoint = self._first_whole([(n, path) for n, path in self._candidates() if n == int(step[1])])
+        if number is not None:
+            checkpoint = self._first_whole([one for one in self._candidates() if one[0] == int(number[1])])
         else:
             checkpoint = self.best() if which == "best" else self.latest()
         if checkpoint is None:
-            steps = ", ".join(map(str, self.steps()))
-            other = " Use checkpoint=last." if which == "best" and steps else ""
-            if step is not None:
-                other = f" It has those of steps {steps}." if steps else ""
-            what = f"{which} checkpoint" if step is None else f"checkpoint of step {step[1]}"
+            other = " Use checkpoint=last." if which == "best" and self.steps() else ""
+            steps = ", ".join(map(str, self.steps())) or "none"
             raise ValueError(
-                f"checkpoint = {which}: {self.folder} holds no whole {what}.{other} "
-                "Give the training command again to write one."
+                f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} Steps that lie "
+                f"here: {steps}. Give the training command again to write one."
             )
         return checkpoint
 
