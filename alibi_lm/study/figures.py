@@ -275,10 +275,10 @@ def analysis_figure(found: Analysis) -> Figure:
     remarks: list[str] = []
     size = (3.6, 3.1)
     if found.view in ("documents", "decomposition"):
-        # What has nothing to show comes last.
-        ordered = sorted(found.series, key=lambda s: not any("reason" not in p for p in s.points[-1:]))
+        # What has nothing to show is told in words.
+        shown = [s for s in found.series if any(not p.get("reason") for p in s.points[-1:])] or found.series
         panel = decomposition_panel if found.view == "decomposition" else documents_panel
-        cells: list[Any] = [functools.partial(panel, series=series) for series in ordered]
+        cells: list[Any] = [functools.partial(panel, series=series) for series in shown]
         size = (2.7, 2.3)
         if found.view == "decomposition":
             remarks.append(
@@ -294,6 +294,13 @@ def analysis_figure(found: Analysis) -> Figure:
         cells = list(view_panels(found))
         if found.view != "offset":
             remarks.append("An interval that leaves its panel is in the table.")
+    reasons: dict[str, list[str]] = {}
+    for series in found.series:
+        for reason in {str(p["reason"]) for p in series.points if p.get("reason")}:
+            reasons.setdefault(reason, []).append(series.name)
+    remarks += [
+        f"Without a value at some lengths: {', '.join(who)}: {why}." for why, who in sorted(reasons.items())
+    ]
     return build(
         TITLES[found.view], grid(cells, min(len(cells), _columns(cells))), found.provenance, remarks, marks, size
     )
