@@ -1,6 +1,6 @@
 """The chart engine: lines in panels, names at their ends, whiskers for intervals, one layout for all figures.
 
-`alibi_lm.study.figures` turns result rows and analyses into the panels that are drawn here.
+`figures.py` turns result rows into the panels that are drawn here, `view_figures.py` turns analyses into them.
 """
 
 from __future__ import annotations
