@@ -11,6 +11,7 @@ from typing import Any
 from alibi_lm.attention import ATTENTION
 from alibi_lm.config import SPLITS, EvaluationConfig, TrainConfig
 from alibi_lm.results.rows import MODES
+from alibi_lm.runs import experiment_folder
 from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import require
 
@@ -140,15 +141,15 @@ class EvaluateConfig:
     def output(self) -> Path:
         """Folder of the results."""
         kind = "extrapolation" if self.view == "curve" else "analysis"
-        return Path(self.output_dir or f"outputs/{self.experiment}/{kind}")
+        return Path(self.output_dir) if self.output_dir else experiment_folder(self.experiment) / kind
 
     @property
     def tokens(self) -> Path:
         """Folder of per-token results: evaluation and analysis have one and the same."""
         if self.tokens_dir:
             return Path(self.tokens_dir)
-        base = self.output if self.view == "curve" else Path(f"outputs/{self.experiment}/extrapolation")
-        return base / "tokens"
+        curves = self.output if self.view == "curve" else experiment_folder(self.experiment) / "extrapolation"
+        return curves / "tokens"
 
     def settings(self, run: TrainConfig) -> EvaluationConfig:
         """How to evaluate a run: what is not set here is as its experiment says.

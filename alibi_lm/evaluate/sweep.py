@@ -1,47 +1,34 @@
 """Runs times inference lengths: the rows of an extrapolation curve, and the views of an analysis.
 
-Both commands plan in the same way (`plan`), open a run once (`open_run`), and take passes from the same store.
-A run that fails stops no other: what went wrong is told at the end, by `FailedRuns`.
+Both commands find and open runs in the same way (`plan`, `open_run`) and take passes from the same store. A run
+that fails stops no other: what went wrong is told at the end, by `FailedRuns`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alibi_lm import runtime
-from alibi_lm.checkpoint import CheckpointError
-from alibi_lm.config import EvaluationConfig, TrainConfig, load_config
-from alibi_lm.data.corpus import Corpus, TokenStream, prepare
+from alibi_lm.data.corpus import TokenStream, prepare
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.distributed import World
 from alibi_lm.evaluate import views
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
-from alibi_lm.evaluate.score import mean_nats
-from alibi_lm.evaluate.store import Stored, TokenStore
+from alibi_lm.evaluate.plan import EXPECTED, FailedRuns, OpenRun, PlannedRun, open_run, plan, raise_if_alone
+from alibi_lm.evaluate.store import Stored
 from alibi_lm.files import read_json, write_text
 from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.results.rows import ResultRow, perplexity_of, read_rows, refuse_another_run, upsert_rows, write_csv
 from alibi_lm.results.statistics import per_document_sums
-from alibi_lm.runs import (
-    CORPUS_FILE,
-    experiment_folder,
-    finished,
-    folder_identity,
-    load_run,
-    run_folders,
-    short_hash,
-)
+from alibi_lm.runs import CORPUS_FILE, finished, short_hash
 from alibi_lm.settings import counting, require
-from alibi_lm.tasks.text import TextTask
 from alibi_lm.tracking import open_tracker
 
 CURVE_COLUMNS = (
@@ -49,195 +36,6 @@ CURVE_COLUMNS = (
     "perplexity", "tokens_per_second", "peak_memory_bytes",
 )  # fmt: skip
 """Columns of the table in Weights & Biases: the name of a row's curve, and fields of the row."""
-
-EXPECTED = (ValueError, OSError, CheckpointError)
-"""What can be wrong with a run; anything else is a mistake of ours and ends the command."""
-
-VALIDATION_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-"""Nats per token by which an evaluation may differ from the validation of the training, by its precision."""
-
-
-class FailedRuns(ValueError):
-    """Some runs could not be evaluated; the others were."""
-
-    def __init__(self, failures: Mapping[str, Exception], total: int) -> None:
-        lines = [f"{len(failures)} of {total} runs could not be evaluated; the others were."]
-        lines += [f"  {name}: {error}" for name, error in failures.items()]
-        super().__init__("\n".join(lines))
-        self.failures = dict(failures)
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run folder and how it is to be evaluated."""
-
-    folder: Path
-    config: TrainConfig
-    settings: EvaluationConfig
-    run_id: str
-
-    @property
-    def name(self) -> str:
-        """What rows and figures call it."""
-        return self.folder.resolve().name
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    """A run with its model and its text, ready to be scored."""
-
-    plan: PlannedRun
-    corpus: Corpus
-    passes: Passes
-    way: dict[str, str]
-    """How it is scored: checkpoint, attention, precision; each row names them."""
-
-    @property
-    def stream(self) -> TokenStream:
-        """The evaluated split."""
-        return self.corpus.split(self.plan.settings.split)
-
-
-def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]]:
-    """Find the runs and settle lengths, mode, stride and split; nothing is loaded yet.
-
-    Returns:
-        The runs, and what is wrong with those that cannot be planned, by name.
-
-    Raises:
-        ValueError: no run, a run that is not finished, two runs of one name, or rows of another run of that name
-            in the results.
-    """
-    pattern = config.runs or str(experiment_folder(config.experiment) / "runs" / "*")
-    folders = run_folders(pattern)
-    require(
-        bool(folders),
-        f"runs = {pattern} matches no folder. Train first (make train), or give runs=<run folder or glob>.",
-    )
-    if not Path(pattern).is_dir():
-        # A sweep still under way has unfinished folders beside finished ones: those can be evaluated already.
-        unfinished = [f.name for f in folders if finished(f) is None]
-        folders = [f for f in folders if finished(f) is not None]
-        require(bool(folders), f"runs = {pattern} holds no finished run yet ({', '.join(unfinished)}).")
-        if unfinished:
-            print(f"left out, not finished: {', '.join(unfinished)}", flush=True)
-    runs: dict[str, PlannedRun] = {}
-    failures: dict[str, Exception] = {}
-    for folder in folders:
-        try:
-            settings = load_config(folder)
-            run = PlannedRun(folder, settings, config.settings(settings), folder_identity(folder))
-        except EXPECTED as error:
-            failures[folder.name] = error
-            continue
-        other = runs.setdefault(run.name, run)
-        require(
-            other is run,
-            f"runs = {pattern}: {other.folder} and {folder} have one name, {run.name}, by which rows and curves "
-            "know a run. Evaluate them one after another, each with an output_dir of its own, or rename one.",
-        )
-    _raise_if_alone(failures, len(folders))
-    return list(runs.values()), failures
-
-
-def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
-    """The text to evaluate on, encoded with the run's own tokenizer.
-
-    Raises:
-        ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
-    """
-    data = run.config.data
-    if config.data.path is not None:
-        data = dataclasses.replace(data, path=config.data.path)
-    if config.data.cache_dir is not None:
-        data = dataclasses.replace(data, cache_dir=config.data.cache_dir)
-    path = run.folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(path)
-    record = run.folder / CORPUS_FILE
-    if record.is_file():
-        trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
-        require(
-            tokenizer.hash == trained_with,
-            f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
-            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run anew.",
-        )
-    return prepare(data, tokenizer, splits=(run.settings.split,))
-
-
-def open_run(config: EvaluateConfig, run: PlannedRun, device: Any, world: World | None = None) -> OpenRun:
-    """Load a run's model, once for all lengths, and open its text.
-
-    Raises:
-        ValueError: see `open_corpus` and `load_run`.
-    """
-    corpus = open_corpus(config, run)
-    model = load_run(
-        run.folder,
-        checkpoint=config.checkpoint,
-        attention=config.attention,
-        device=device,
-        position=config.position or None,
-        precision=config.precision,
-    )
-    require(
-        model.vocab_size == corpus.vocab_size,
-        f"{run.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
-        "Put the run's own tokenizer back.",
-    )
-    stream = corpus.split(run.settings.split)
-    text = TextTask(
-        stream.tokens,
-        corpus.start_id,
-        run.settings.stride,
-        np.asarray(stream.documents),
-        stream.split,
-        stream.hash,
-        stream.sha256,
-        stream.words,
-        stream.bytes,
-    )
-    passes = Passes(
-        model,
-        text,
-        TokenStore(config.tokens),
-        run.settings.tokens_per_forward,
-        world,
-        run.config.position.name,
-    )
-    way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
-    opened = OpenRun(run, corpus, passes, way)
-    _check_validation(config, opened)
-    return opened
-
-
-def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:
-    """Refuse a run whose model does not have the validation loss that its training recorded.
-
-    It can be known where the training's own validation is repeated: same text, split, length and windows.
-    """
-    run, text, done = opened.plan, opened.passes.text, finished(opened.plan.folder) or {}
-    recorded = done.get({"best": "best_validation_loss", "last": "validation_loss"}.get(config.checkpoint, ""))
-    record, length = run.folder / CORPUS_FILE, run.config.train_length
-    splits = read_json(record).get("splits", {}) if record.is_file() else {}
-    repeated = (text.mode, text.split) == ("nonoverlapping", "validation") and length in run.settings.lengths
-    same_text = (splits.get("validation") or {}).get("sha256") == text.sha256
-    if recorded is None or not repeated or not same_text or config.position or text.refuses(length):
-        return
-    loss = mean_nats(opened.passes.nats(length))
-    on_gpu = "NVIDIA" in str(done.get("device"))
-    trained_in = (
-        "bfloat16"
-        if run.config.precision == "bfloat16" or (run.config.precision, on_gpu) == ("auto", True)
-        else "float32"
-    )
-    tolerance = max(VALIDATION_TOLERANCE[trained_in], VALIDATION_TOLERANCE[opened.way["precision"]])
-    require(
-        not math.isfinite(loss) or abs(loss - recorded) <= tolerance * max(1.0, recorded / 10),
-        f"{run.folder}: the {config.checkpoint} checkpoint has {loss:.6f} nats per token where its training "
-        f"recorded {recorded:.6f} on the same text, so these are not the weights of this run. Put its own "
-        "checkpoint back, or train it again with overwrite=true.",
-    )
-
 
 # --- rows ----------------------------------------------------------------------------------------
 
@@ -252,7 +50,9 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
         ValueError: see `plan`.
         FailedRuns: at the end, where some of several runs could not be evaluated.
     """
-    require(config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve.")
+    require(
+        config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve."
+    )
     world = world or World()
     device = runtime.start(config.device, world.local_rank, config.threads)
     runs, failures = plan(config)
@@ -277,12 +77,12 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
             for length in run.settings.lengths:
                 yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
-            _raise_if_alone({run.name: error}, total)
+            raise_if_alone({run.name: error}, total)
             failures[run.name] = error
     if world.is_main and results.exists():
         write_csv(config.output / "results.csv", upsert_rows(results, []))
     if failures:
-        _raise_if_alone(failures, total)
+        raise_if_alone(failures, total)
         raise FailedRuns(failures, total)
 
 
@@ -373,8 +173,9 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
 
 
 def changes_of(config: EvaluateConfig) -> dict[str, Any]:
-    """Settings that are changed for the test, as rows name them."""
-    return {f"position.{name}": value for name, value in config.position.items()}
+    """What is changed for the test, as rows name it: settings of the scheme, and the step of a checkpoint."""
+    changes = {f"position.{name}": value for name, value in config.position.items()}
+    return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
 
 def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
@@ -465,7 +266,9 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
         ValueError: no runs, missing text, or a setting out of range.
         FailedRuns: at the end, where some of several runs could not be analysed.
     """
-    require(config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view.")
+    require(
+        config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view."
+    )
     device = runtime.start(config.device, threads=config.threads)
     runs, failures = plan(config)
     total = len(runs) + len(failures)
@@ -478,18 +281,18 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             try:
                 opened.append(open_run(config, run, device))
             except EXPECTED as error:
-                _raise_if_alone({run.name: error}, total)
+                raise_if_alone({run.name: error}, total)
                 failures[run.name] = error
         if not opened:
             continue
         try:
             group = _group(opened)
+            corpora[opened[0].stream.hash] = opened[0].corpus.name
             for name in names:
                 print(f"{name}: {', '.join(group.labels)}", flush=True)
                 series[name].append(_series(config, name, opened, group))
-            corpora[opened[0].stream.hash] = opened[0].corpus.name
         except EXPECTED as error:
-            _raise_if_alone({run.plan.name: error for run in opened}, len(runs))
+            raise_if_alone({run.plan.name: error for run in opened}, len(runs))
             failures |= {run.plan.name: error for run in opened}
     _make(config.output)
     for name in names:
@@ -506,7 +309,7 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
             yield path
     if failures:
-        _raise_if_alone(failures, total)
+        raise_if_alone(failures, total)
         raise FailedRuns(failures, total)
 
 
@@ -570,13 +373,6 @@ def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.
     powers = [0, *(trained * 2**k // 8 for k in range(3)), *(n for n in sorted(lengths) if n >= trained)]
     every = config.every or max(1, group.num_tokens // width // 256)
     return views.offset(group, sorted(set(config.offsets or powers)), width, every)
-
-
-def _raise_if_alone(failures: Mapping[str, Exception], total: int) -> None:
-    """One run was asked for, or all failed for one reason: the error says it all."""
-    messages = {str(error) for error in failures.values()}
-    if failures and len(failures) == total and len(messages) == 1:
-        raise next(iter(failures.values()))
 
 
 def _make(folder: Path) -> None:

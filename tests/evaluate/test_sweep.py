@@ -11,9 +11,10 @@ import pytest
 import alibi_lm.evaluate.passes as passes_module
 from alibi_lm import checkpoint
 from alibi_lm.attention import chosen_backend
-from alibi_lm.evaluate import sweep
+from alibi_lm.evaluate import plan
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
-from alibi_lm.evaluate.sweep import FailedRuns, analyse, describe, evaluate
+from alibi_lm.evaluate.plan import FailedRuns
+from alibi_lm.evaluate.sweep import analyse, describe, evaluate
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
 
@@ -120,6 +121,15 @@ def test_changes_for_the_test_are_a_field_of_the_row(place, scored):
     (file,) = analyse(settings(experiment="other", view="position", position=changes))
     (series,) = json.loads(file.read_text())["series"]
     assert series["changes"] == changed.changes and series["runs"] == ["rotary_L8_s1"]
+
+
+def test_an_earlier_checkpoint_has_rows_of_its_own(place, trained_runs):
+    runs = str(place / "runs" / "alibi_L8_s1")
+    (best,) = rows_of(runs=runs, lengths=[8])
+    (same,) = rows_of(runs=runs, lengths=[8], checkpoint="step:4")
+    assert same.changes == {"checkpoint": "step:4"} and same.key != best.key and same.nats == best.nats
+    with pytest.raises(ValueError, match=r"no whole checkpoint of step 3\. It has those of steps 4\."):
+        rows_of(runs=runs, checkpoint="step:3")
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -274,7 +284,7 @@ def test_a_diverged_run_keeps_its_nats_and_has_no_perplexity(place, monkeypatch)
         return found._replace(nats=found.nats * np.float32(1000))
 
     monkeypatch.setattr(passes_module, "score", scaled)
-    monkeypatch.setattr(sweep, "_check_validation", lambda *_: None)
+    monkeypatch.setattr(plan, "_check_validation", lambda *_: None)
     rows = rows_of(lengths=[8])
     assert len(rows) == 3
     for row in rows:
@@ -285,12 +295,12 @@ def test_a_diverged_run_keeps_its_nats_and_has_no_perplexity(place, monkeypatch)
 
 
 def test_lines_without_blanks_have_a_perplexity_and_no_word_perplexity(place, monkeypatch):
-    def few_words(*arguments, original=sweep.open_corpus):
+    def few_words(*arguments, original=plan.open_corpus):
         corpus = original(*arguments)
         corpus.split("validation").words = 1
         return corpus
 
-    monkeypatch.setattr(sweep, "open_corpus", few_words)
+    monkeypatch.setattr(plan, "open_corpus", few_words)
     rows = list(evaluate(settings(lengths=[8])))
     assert {row.position for row in rows} == {"unigram", "alibi", "learned"}
     for row in rows:
