@@ -73,8 +73,8 @@ class CheckpointStore:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written; nothing of this checkpoint stays
-                and the earlier ones are untouched.
+            CheckpointError: it cannot be written; nothing of it stays and the earlier ones are untouched.
+            TypeError: `state` holds something that JSON cannot.
         """
         target = self._path(step)
         partial = self.folder / f".tmp-{target.name}"
@@ -240,11 +240,7 @@ class Checkpoint:
         self.weights_sha256: str = self._record["files"][WEIGHTS_FILE]["sha256"]
 
     def load_weights(self) -> dict[str, Tensor]:
-        """All weights on the CPU by state dict name; tied names share one tensor.
-
-        Raises:
-            ValueError: the file is no safetensors file.
-        """
+        """All weights on the CPU by state dict name; tied names share one tensor."""
         weights = _read_tensors(self.path / WEIGHTS_FILE)
         for alias, kept in self._record["tied"].items():
             where = self.path / STATE_FILE
@@ -290,12 +286,7 @@ class Checkpoint:
 def _write(
     folder: Path, step: int, model: nn.Module, optimizer: Optimizer | None, state: Mapping[str, Any]
 ) -> None:
-    """Write the files of one checkpoint into an existing, empty folder and wait for the disk.
-
-    Raises:
-        OSError: as from the system.
-        TypeError: `state` holds something that JSON cannot.
-    """
+    """Write the files of one checkpoint into an existing, empty folder and wait for the disk."""
     from safetensors.torch import save
 
     weights, tied = _collect_weights(model)

@@ -284,10 +284,20 @@ def without_fields(path: Path) -> None:
     path.write_text('{"format": 1, "texts": {}, "tokenizers": {"word8": []}, "splits": {"train": []}}')
 
 
+def without_the_source(path: Path) -> None:
+    content = json.loads(path.read_text())
+    for entry in [*content.get("tokenizers", {}).values(), *content.get("splits", {}).values()]:
+        entry["train" if "train" in entry else "source"] = {}
+    path.write_text(json.dumps(content))
+
+
+DAMAGES = (cut, of_another_format, without_fields, without_the_source)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [(n, d) for n in ("train.bin", "train.documents.npy", "../word8.json") for d in (truncate, flip, Path.unlink)]
-    + [(n, d) for n in ("manifest.json", "../source.json") for d in (cut, of_another_format, without_fields)],
+    + [(n, d) for n in ("manifest.json", "../source.json") for d in DAMAGES],
 )
 def test_damage_is_an_error_that_says_what_to_delete(
     name: str, damage: Callable[[Path], None], config: DataConfig
