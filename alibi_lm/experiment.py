@@ -151,7 +151,7 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
 def analyse_and_draw(config: EvaluateConfig) -> None:
     """Compute each view, write its data, then its figure."""
     from alibi_lm.evaluate.sweep import analyse
-    from alibi_lm.study.figures import draw_analysis
+    from alibi_lm.study.view_figures import draw_analysis
 
     for path in analyse(config):
         drawn = draw_analysis(path)

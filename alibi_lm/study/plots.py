@@ -1,6 +1,6 @@
 """The chart engine: lines in panels, names at their ends, whiskers for intervals, one layout for all figures.
 
-`alibi_lm.study.figures` turns result rows and analyses into the panels that are drawn here.
+`figures.py` turns result rows into the panels that are drawn here, `view_figures.py` turns analyses into them.
 """
 
 from __future__ import annotations
@@ -110,8 +110,10 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
     spans = [line for line in ordered if line.low and not panel.band]
     for grey in panel.behind:
         axis.plot(grey.x, grey.y, color="#BBBBBB", linewidth=0.7, zorder=1)
-    for line, wider in zip(ordered, hidden_under(ordered, axis.get_ylim(), panel.log_y), strict=True):
-        shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.035 if line in spans else 0.0
+    under = hidden_under(ordered, axis.get_ylim(), panel.log_y)
+    step = min(1.0, 2 / max([*under, 1]))  # however many lie upon each other, the lowest is not too wide
+    for line, wider in zip(ordered, (count * step for count in under), strict=True):
+        shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.05 if line in spans else 0.0
         _draw(axis, panel, line, wider, 0.0 if panel.symlog else shift)
         if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
             labels.append(Label(line.x[-1], line.y[-1], line.name, line.look.color, line.note))
@@ -164,7 +166,7 @@ def hidden_under(lines: Sequence[Line], limits: tuple[float, float], log_y: bool
     return [sum(covers(upper, lower) for upper in lines[i + 1 :]) for i, lower in enumerate(lines)]
 
 
-def _draw(axis: Axes, panel: Panel, line: Line, wider: int, shift: float) -> None:
+def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> None:
     style = line.look
     x = [v * 2**shift for v in line.x]
     faint = line.stray
@@ -231,7 +233,9 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         ticks = places
     else:
         axis.set_xscale("log", base=2)
-        pad = 2 ** max(0.03 * math.log2(places[-1] / places[0]), 0.06)
+        # Lines with whiskers stand side by side.
+        beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
+        pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
         axis.set_xlim(places[0] / pad, places[-1] * pad)
         ticks = panel.ticks or length_ticks(places[0], places[-1], trained or places[0])
     axis.xaxis.set_major_locator(FixedLocator(ticks))

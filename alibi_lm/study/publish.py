@@ -13,8 +13,9 @@ import yaml
 
 from alibi_lm.results.documents import DOCUMENTS_FILE, SUMMARY_FILE, upsert_documents
 from alibi_lm.results.rows import read_rows, write_csv, write_rows
-from alibi_lm.study.figures import draw, draw_analysis
+from alibi_lm.study.figures import draw
 from alibi_lm.study.records import RUN_FILES, find_records
+from alibi_lm.study.view_figures import draw_analysis
 
 RESULT_FILES = (DOCUMENTS_FILE, SUMMARY_FILE, "claims.md", "paper.md")
 LARGEST = 16 * 2**20

@@ -105,7 +105,7 @@ def _cell(curve: Curve, length: int, reasons: list[str]) -> str:
     value = f"{curve.value(length):.{digits}f}"
     ratio = curve.ratio(length)
     if length == curve.train_length and curve.metric == "perplexity":
-        value = f"**{value}**"
+        value = value if why else f"**{value}**"
     elif ratio is not None:
         value = f"{value} ({ratio:.2f})"
     return f"{value} {why}".strip()  # with a reason: some of the runs have no value there
