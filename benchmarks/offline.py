@@ -119,13 +119,15 @@ def work(config: OfflineConfig) -> int:
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, str(folder / "code" / "scripts" / f"{name}.py"), *arguments]
 
-    crew.run("check", script("train", "experiment=smoke", "tracking=jsonl", "overwrite=true", *kit["shared"]))
+    cache = f"data.cache_dir={folder / 'data'}"
+    smoke = ["experiment=smoke", "tracking=jsonl", "overwrite=true", "output_dir=check", cache]
+    crew.run("check", script("train", *smoke, *kit["shared"]))
     if config.bench:
         crew.run("bench", script("bench", *config.bench.split()))
     runs = []
     for name, overrides in kit["runs"].items():
         path = f"outputs/{kit['experiment']}/runs/{name}"
-        train = script("train", *overrides, f"data.cache_dir={folder / 'data'}", f"output_dir={path}")
+        train = script("train", *overrides, cache, f"output_dir={path}")
         own = [f"experiment={kit['experiment']}", f"runs={path}", "draw=false", *kit["shared"]]
         runs.append((name, train, script("evaluate", *own)))
     crew.study(runs, config.trainers)
@@ -249,7 +251,7 @@ def collect(config: OfflineConfig) -> Path:
     path = place.parent / "collected.tgz"
     with tarfile.open(path, "w:gz") as archive:
         for file in sorted(p for p in place.rglob("*") if p.is_file()):
-            if "checkpoints" not in file.parts and file.suffix not in (".nats", ".hits", ".lock"):
+            if not {"checkpoints", "tokens"} & set(file.parts) and not file.name.endswith(".lock"):
                 archive.add(file, file.relative_to(place))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     return path
