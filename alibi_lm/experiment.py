@@ -228,15 +228,21 @@ def study(experiment: str, overrides: list[str]) -> int:
     Raises:
         ValueError: a measurement that is no script, or settings that it does not know.
     """
+    from alibi_lm.study import commands
+
     chosen = [o for o in overrides if o.startswith("measurements=")]
     shared = [o for o in overrides if o.startswith(("device=", "threads="))]
     steps: list[tuple[str, Callable[[], int | None]]] = []
     steps.append((shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)))
     for line in compose([f"experiment={experiment}", *chosen]).measurements:
         steps.append((line, measurement(experiment, line, shared)))
-    benchmark = ["bench=outputs/bench/results.jsonl"] if any(n.startswith("bench") for n, _ in steps) else []
-    for name, own in (("claims", []), ("compare_paper", []), ("report", []), ("publish", benchmark)):
-        steps.append((name, partial(_child, name, [f"experiment={experiment}", *own])))
+    bench = "outputs/bench/results.jsonl" if any(line.startswith("bench") for line, _ in steps) else None
+    steps += [
+        ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
+        ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
+        ("report", partial(commands.report, commands.ReportConfig(experiment))),
+        ("publish", partial(commands.publish_results, commands.PublishConfig(experiment, bench=bench))),
+    ]
     lost = []
     for name, work in steps:
         print(f"\n== {name}", flush=True)

@@ -110,7 +110,7 @@ def require_readable(config: TrainConfig) -> None:
             reason = " ".join(str(error).replace(f"{Path(place) / CONFIG_FILE}: ", "").split())
             raise ValueError(
                 f"These settings could not be read back from a run's {CONFIG_FILE}: {reason}. "
-                "Choose an entry of a group by its name alone (position=rotary, not position.name=rotary)."
+                "Choose an entry of a group by its name alone (position=<name>, not position.name=<name>)."
             ) from error
     changed = [
         f"{name} = {getattr(config, name)!r} becomes {getattr(again, name)!r}"
@@ -299,7 +299,7 @@ def load_run(
         folder: the run folder.
         inference_length: longest sequence it will be given, >= 1; schemes with automatic scaling depend on it.
             None: the training length.
-        checkpoint: `best` (lowest validation loss) or `last`.
+        checkpoint: `best` (lowest validation loss), `last` or `step:<number>`.
         attention: backend; they differ by float32 rounding.
         device: where to put the model: cpu, cuda or cuda:<index>.
         position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.
@@ -338,9 +338,8 @@ def load_run(
         "backend": model.backend.name,
         "precision": precision,
     }
-    named = {"label": folder.resolve().name, "identity": short_hash(settings, digits=12), "precision": precision}
-    for name, value in named.items():
-        setattr(model, name, value)
+    model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)
+    model.precision = precision
     return model.to(where).eval()
 
 

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import textwrap
 import traceback
 import types
@@ -185,13 +186,22 @@ def described(config: type) -> Iterator[tuple[str, Any, str]]:
 
 
 def usage(config: type, description: str) -> str:
-    """A help text: the description, then each setting with its default."""
-    lines = [description.strip(), "", "Settings, as name=value:"]
+    """A help text: the description, then each setting with its default and what it means."""
+    return "\n".join([description.strip(), "", "Settings, as name=value:", *_usage(config, "")])
+
+
+def _usage(config: type, prefix: str) -> Iterator[str]:
     for name, default, text in described(config):
-        shown = {dataclasses.MISSING: "", None: "null"}.get(default, default) if default.__hash__ else default
-        lines.append(f"  {name}={shown}")
-        lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+        if dataclasses.is_dataclass(default):
+            yield from _usage(type(default), f"{prefix}{name}.")
+            continue
+        shown = default
+        if default is dataclasses.MISSING or default == "???":  # the second is omegaconf.MISSING
+            shown = "..."
+        elif default is None or isinstance(default, bool):
+            shown = json.dumps(default)
+        yield f"  {prefix}{name}={shown}"
+        yield from textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
 
 
 # --- errors --------------------------------------------------------------------------------------

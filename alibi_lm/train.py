@@ -171,6 +171,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
 
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.vocab_size).to(device)
+    model.precision = config.precision  # of validation; a step has its own
     optimizer = build_optimizer(config.optimizer, model)
     batches = TrainingBatches(
         train_split.tokens, corpus.start_id, config.train_length, config.rows_per_step, config.seed
@@ -373,7 +374,6 @@ def _validation_loss(run: Run, model: TransformerLM, signals: StopSignals, world
         run.corpus.start_id,
         run.config.train_length,
         tokens_per_forward=run.config.evaluation.tokens_per_forward,
-        autocast=runtime.autocast(run.device, run.config.precision),
         world=world,
         progress="self-check" if world is None else "validation",
         interrupt=lambda: signals.received != 0,
@@ -436,14 +436,8 @@ def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float
         The difference in nats per token.
     """
     config = run.config
-    model = load_run(
-        run.folder,
-        config.train_length,
-        "last",
-        config.attention.name,
-        run.device,
-        precision=config.precision,
-    )
+    options = {"attention": config.attention.name, "device": run.device, "precision": config.precision}
+    model = load_run(run.folder, config.train_length, "last", **options)
     loss, trained = _validation_loss(run, model, signals), result["validation_loss"]
     require(
         trained is not None and abs(loss - trained) <= SELF_CHECK_TOLERANCE,

@@ -1,7 +1,4 @@
-"""Look inside an extrapolation curve: python scripts/analyse.py experiment=quick view=position.
-
-Views: perplexity, position, last, documents, fixed, decomposition, offset, or all (see docs/evaluation.md).
-"""
+"""Look inside an extrapolation curve: python scripts/analyse.py experiment=quick view=position (or last, all, ...)."""
 
 from alibi_lm.cli import hydra_command
 from alibi_lm.evaluate.config import EvaluateConfig

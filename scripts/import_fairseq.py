@@ -1,7 +1,4 @@
-"""Make a run folder from a fairseq checkpoint of the ALiBi authors.
-
-python scripts/import_fairseq.py checkpoint=checkpoint_best.pt dictionary=dict.txt position=alibi output_dir=FOLDER
-"""
+"""Make a run folder from a fairseq checkpoint: import_fairseq.py checkpoint= dictionary= position= output_dir=."""
 
 from alibi_lm.cli import command
 from alibi_lm.interop.fairseq import ImportConfig, import_fairseq

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -12,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from two_process_driver import train_until_stopped
 
-from alibi_lm.config import EvaluateConfig
 from alibi_lm.distributed import World
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.positions import POSITIONS
@@ -23,6 +23,7 @@ from alibi_lm.tracking import JsonlConfig
 from alibi_lm.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
+train_until_stopped = runpy.run_path(str(ROOT / "tests" / "two_process_driver.py"))["train_until_stopped"]
 STEPS = 50
 FEW = ("alibi", "t5")
 """Schemes of the quick tests: one without and one with trained parameters."""

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from alibi_lm.distributed import World
 from alibi_lm.tracking import (
-    TRACKING,
     JsonlConfig,
     Tracker,
     WandbConfig,
@@ -408,9 +407,3 @@ def test_damaged_run_id(tmp_path: Path) -> None:
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WandbConfig(**settings)
-
-
-def test_registry_is_what_configs_hold() -> None:
-    folder = Path(__file__).parents[1] / "configs" / "tracking"
-    assert sorted(path.stem for path in folder.glob("*.yaml")) == sorted(TRACKING)
-    assert all(config().name == name for name, config in TRACKING.items())

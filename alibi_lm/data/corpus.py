@@ -163,6 +163,8 @@ class _SourceFolder:
         if index is None:
             return {"format": FORMAT, "source": self.identity, "texts": {}, "tokenizers": {}}
         expect(self.path, self.folder, index, {"texts": dict, "tokenizers": dict})
+        for entry in index["tokenizers"].values():
+            expect(self.path, self.folder, entry, {"file": str, "sha256": str, "train": dict})
         return index
 
     def _find(self, wanted: TokenizerConfig | TextTokenizer, index: dict[str, Any]) -> TextTokenizer | None:
@@ -172,7 +174,6 @@ class _SourceFolder:
         entry = index["tokenizers"].get(wanted.label)
         if entry is None:
             return None
-        expect(self.path, self.folder, entry, {"file": str, "sha256": str, "train": dict})
         self._check("train", entry["train"])
         path = self.folder / entry["file"]
         if not path.is_file() or sha256_of(path) != entry["sha256"]:
@@ -181,7 +182,10 @@ class _SourceFolder:
 
     def _check(self, split: str, record: dict[str, Any]) -> None:
         """Raise if the split's source is no longer what was prepared."""
-        problem = self.source.check(split, record)
+        try:
+            problem = self.source.check(split, record)
+        except (KeyError, TypeError):
+            problem = f"what was noted of the {split} text in {self.folder} is damaged"
         if problem:
             raise stale(problem, self.folder)
 

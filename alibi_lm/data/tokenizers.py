@@ -165,9 +165,8 @@ class Tokenizer:
         self.hash = hashlib.sha256(content).hexdigest()
         try:
             model = json.loads(content)["model"]
-            if (
-                model["type"] == "BPE" and model["continuing_subword_prefix"]
-            ):  # the library would abort the process
+            # With a prefix, or without a word on it, the library may abort the process.
+            if model["type"] == "BPE" and model["continuing_subword_prefix"]:
                 raise ValueError("its continuing_subword_prefix is not null")
             self._backend = Backend.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception

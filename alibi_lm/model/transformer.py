@@ -323,9 +323,13 @@ class CompiledNats:
             if not any(m.startswith(("torch._inductor", "torch._dynamo")) for m in modules):
                 raise
             reason = (str(error).strip() or "no reason given").splitlines()[0]
+            advice = "It needs a C++ compiler (g++ or clang++, named by CXX if it is not g++). Install one"
+            if any(
+                said in str(error) for said in ("temporarily unavailable", "start new thread", "allocate memory")
+            ):
+                advice = "The system let it start no more processes or threads: raise that limit (ulimit -u)"
             raise ValueError(
-                f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n"
-                "It needs a C++ compiler (g++ or clang++, named by CXX if it is not g++). Install one, or use "
+                f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n{advice}, or use "
                 "compile=false."
             ) from error
         return model.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)

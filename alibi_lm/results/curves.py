@@ -167,7 +167,7 @@ def baselines(rows: Sequence[ResultRow], view: View) -> dict[str, float]:
     found = {}
     for row in rows:
         same = row.run is None and (row.split, row.task, row.metric) == (view.split, view.task, view.metric)
-        if same and row.value is not None and row.corpus in texts:
+        if same and row.value is not None and (row.corpus in texts or not texts):
             name = row.position if len(texts) < 2 else f"{row.position} ({texts[row.corpus]})"
             found[name] = row.value
     return found

@@ -84,7 +84,8 @@ def provenance(rows: Iterable[ResultRow], view: View) -> str:
     """One line: corpus, tokens, seeds, code. Where rows disagree, all their values are named."""
     own = [row for row in rows if row.run is not None and view_of(row) == view]
     seeds = {row.seed for row in own if row.seed is not None}
-    texts = [f"{name} ({_short(corpus)})" for corpus, name in text_names(own).items()]
+    names = text_names(own).items()
+    texts = [f"({_short(corpus)})" if name == "text" else f"{name} ({_short(corpus)})" for corpus, name in names]
     what = "tokens scored" if view.task == "text" else f"targets of task {view.task} scored"
     parts = [
         ("corpus " if len(texts) == 1 else f"{len(texts)} texts: ") + ", ".join(sorted(texts)),

@@ -61,9 +61,12 @@ def test_losses_and_gradients(name, cutoffs, precision):
     assert nats.dtype == torch.float32
     assert_close(nats.detach(), expected.detach(), BUDGET[precision])
     theirs = gradients(exact, expected)
-    for parameter, mine in gradients(model, nats).items():
-        if theirs[parameter].abs().max() > 1e-7:
-            assert_close(mine, theirs[parameter], 2 * BUDGET[precision], parameter)
+    mine = gradients(model, nats)
+    error = sum((mine[p] - theirs[p]).square().sum() for p in theirs).sqrt()
+    assert error < BUDGET[precision] * sum(g.square().sum() for g in theirs.values()).sqrt()
+    if precision == "float32":
+        for parameter, expected in theirs.items():
+            assert_close(mine[parameter], expected, 1e-2, parameter)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
