@@ -19,11 +19,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from alibi_lm.files import read_json, write_json, write_text
+from alibi_lm.runs import status
 from alibi_lm.settings import require
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,16 +72,18 @@ class OfflineConfig:
         require(self.trainers >= 1, f"trainers = {self.trainers}. Use a whole number >= 1.")
 
 
-def pack(config: OfflineConfig) -> None:
+def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus: Callable[..., None]) -> None:
     """Fill the folder.
+
+    Args:
+        config: what to pack.
+        planned_runs: (experiment, overrides) -> folder -> (overrides, config) of each run.
+        prepare_corpus: prepares the token streams of a run's config.
 
     Raises:
         ValueError: settings that do not fit together, or a folder that holds other things.
         subprocess.CalledProcessError: git or pip failed.
     """
-    from alibi_lm.experiment import planned_runs, prepare_corpus
-    from alibi_lm.runs import status
-
     folder = Path(config.folder).absolute()
     known = not folder.exists() or not any(folder.iterdir()) or (folder / "kit.json").is_file()
     require(known, f"folder = {folder} holds other things. Name another folder.")
@@ -119,13 +123,15 @@ def work(config: OfflineConfig) -> int:
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, str(folder / "code" / "scripts" / f"{name}.py"), *arguments]
 
-    crew.run("check", script("train", "experiment=smoke", "tracking=jsonl", "overwrite=true", *kit["shared"]))
+    cache = f"data.cache_dir={folder / 'data'}"
+    smoke = ["experiment=smoke", "tracking=jsonl", "overwrite=true", "output_dir=check", cache]
+    crew.run("check", script("train", *smoke, *kit["shared"]))
     if config.bench:
         crew.run("bench", script("bench", *config.bench.split()))
     runs = []
     for name, overrides in kit["runs"].items():
         path = f"outputs/{kit['experiment']}/runs/{name}"
-        train = script("train", *overrides, f"data.cache_dir={folder / 'data'}", f"output_dir={path}")
+        train = script("train", *overrides, cache, f"output_dir={path}")
         own = [f"experiment={kit['experiment']}", f"runs={path}", "draw=false", *kit["shared"]]
         runs.append((name, train, script("evaluate", *own)))
     crew.study(runs, config.trainers)
@@ -249,15 +255,7 @@ def collect(config: OfflineConfig) -> Path:
     path = place.parent / "collected.tgz"
     with tarfile.open(path, "w:gz") as archive:
         for file in sorted(p for p in place.rglob("*") if p.is_file()):
-            if "checkpoints" not in file.parts and file.suffix not in (".nats", ".hits", ".lock"):
+            if not {"checkpoints", "tokens"} & set(file.parts) and not file.name.endswith(".lock"):
                 archive.add(file, file.relative_to(place))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     return path
-
-
-def offline(config: OfflineConfig) -> int | None:
-    """Do what `do` says; returns the exit status."""
-    if config.do == "work":
-        return work(config)
-    pack(config) if config.do == "pack" else collect(config)
-    return None
