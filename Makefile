@@ -16,7 +16,7 @@ help:  ## list the targets
 		awk -F '\t' '{printf "  make %-20s %s\n", $$1, $$2}'
 	@echo
 	@echo '  EXPERIMENT=quick      a file of configs/experiment'
-	@echo '  ARGS="steps=100"      Hydra overrides, passed on'
+	@echo '  ARGS="steps=100"      Hydra overrides, passed to the command'
 	@echo '  PIP_ARGS=...          passed to pip install (see README: a smaller, CPU-only torch)'
 
 $(STAMP): pyproject.toml constraints.txt
@@ -26,55 +26,55 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-setup: $(STAMP)  ## .venv with the pinned versions; a moment when nothing changed
+setup: $(STAMP)  ## create .venv with the pinned versions; takes a second when nothing has changed
 
-check: $(STAMP)  ## formatter, linter and type checker
+check: $(STAMP)  ## run the formatter, the linter and the type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## let the formatter and the linter mend what they can
+format: $(STAMP)  ## fix what the formatter and the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(STAMP)  ## the CPU test suite, 5 minutes at most on 2 cores
+test: $(STAMP)  ## run the CPU test suite (5 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: $(STAMP)  ## the long tests, 25 minutes at most
+test-slow: $(STAMP)  ## run the long tests (25 minutes at most)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow $(ARGS)
 
 data: $(STAMP)  ## prepare the experiment's corpus and verify it
 	$(BIN)/python scripts/prepare_data.py experiment=$(EXPERIMENT) $(ARGS)
 
-train: $(STAMP)  ## one training run
+train: $(STAMP)  ## train one run
 	$(BIN)/python scripts/train.py experiment=$(EXPERIMENT) $(ARGS)
 
-eval-extrapolation: $(STAMP)  ## evaluate every finished run of the experiment, draw figure and table
+eval-extrapolation: $(STAMP)  ## evaluate every finished run of the experiment; draw the figure and the table
 	$(BIN)/python scripts/evaluate.py experiment=$(EXPERIMENT) $(ARGS)
 
-reproduce: $(STAMP)  ## train every run of the experiment (finished ones are skipped), then evaluate and draw
+reproduce: $(STAMP)  ## train every run of the experiment (skipping finished ones), then evaluate and draw
 	$(BIN)/python scripts/reproduce.py experiment=$(EXPERIMENT) $(ARGS)
 
-study: $(STAMP)  ## reproduce, then the experiment's further measurements, claims, report, and docs/results
+study: $(STAMP)  ## reproduce, then further measurements, claims, report, and the folder in docs/results
 	$(BIN)/python scripts/study.py experiment=$(EXPERIMENT) $(ARGS)
 
-analyse: $(STAMP)  ## where a curve comes from: loss by position, fixed targets, decomposition, ...
+analyse: $(STAMP)  ## look inside a curve: loss by position, fixed targets, decomposition, ...
 	$(BIN)/python scripts/analyse.py experiment=$(EXPERIMENT) $(ARGS)
 
-figures: $(STAMP)  ## redraw figures and tables from result files alone
+figures: $(STAMP)  ## redraw figures and tables from the result files alone
 	$(BIN)/python scripts/figures.py experiment=$(EXPERIMENT) $(ARGS)
 
-claims: $(STAMP)  ## the paper's claims against the experiment's results
+claims: $(STAMP)  ## check the paper's claims against the experiment's results
 	$(BIN)/python scripts/claims.py experiment=$(EXPERIMENT) $(ARGS)
 
-report: $(STAMP)  ## one HTML file of the experiment's results
+report: $(STAMP)  ## write one HTML file of the experiment's results
 	$(BIN)/python scripts/report.py experiment=$(EXPERIMENT) $(ARGS)
 
-publish: $(STAMP)  ## copy the experiment's results, small enough to commit, to docs/results
+publish: $(STAMP)  ## copy the experiment's results to docs/results, without weights
 	$(BIN)/python scripts/publish.py experiment=$(EXPERIMENT) $(ARGS)
 
-bench: $(STAMP)  ## speed and memory per scheme, backend and length
+bench: $(STAMP)  ## measure speed and memory per scheme, backend and length
 	$(BIN)/python scripts/bench.py $(ARGS)
 
-status: $(STAMP)  ## the experiment's runs: finished, running, failed, missing
+status: $(STAMP)  ## list the experiment's runs: finished, running, failed, missing
 	$(BIN)/python scripts/sweep_status.py experiment=$(EXPERIMENT) $(ARGS)

@@ -1,13 +1,20 @@
-"""The checkpoints of a run: which one is newest, which is best, which may go.
+"""The checkpoints of a run: tensors, a JSON record with their hashes, and nothing that can run code.
 
-    checkpoints/step-00000100/     one checkpoint, see checkpoint_format.py
-    checkpoints/best.json          which step has the best validation loss
+    checkpoints/step-00000100/          one checkpoint, after step 100
+        weights.safetensors             state dict, tied tensors once
+        optimizer.safetensors           `<parameter name>/<entry>`; absent without optimizer
+        state.json                      step, the trainer's state, optimizer options, sizes and hashes
+    checkpoints/best.json               which step has the best validation loss
 
-A checkpoint is written beside its place, forced to disk and renamed, so a process that dies at any
-moment leaves a whole checkpoint or a `.tmp-` folder that nobody reads. Reading checks the hash of
-every file; what does not match is reported and the next older one is taken.
+A checkpoint is written beside its place, forced to disk and renamed, so a process that dies at any moment leaves
+a whole checkpoint or a `.tmp-` folder that nobody reads. Reading checks the size and hash of every file; what does
+not match is reported and the next older one is taken.
 """
 
+from __future__ import annotations
+
+import hashlib
+import json
 import logging
 import os
 import re
@@ -16,13 +23,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alibi_lm.checkpoint_format import Checkpoint, write_checkpoint
-from alibi_lm.files import read_json, sync_folder, write_json
+from alibi_lm.files import read_json, read_json_if_whole, sha256_of, sync_folder, whole_file, write_json
+from alibi_lm.settings import require
 
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
 BEST_FILE = "best.json"
+FORMAT = 1
 
 _FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
 
@@ -36,30 +48,24 @@ class CheckpointError(RuntimeError):
 class CheckpointStore:
     """The checkpoints of one run.
 
+    The best one is always kept. One process writes; any number may read meanwhile.
+
     Args:
         folder: `<run folder>/checkpoints`; made by the first `save`.
         keep_last: how many of the newest checkpoints to keep, 1 or more.
         keep_every: checkpoints at multiples of this step are kept for good; 0 for none.
-
-    The best one is always kept. One process writes; any number may read meanwhile.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 1, keep_every: int = 0):
-        if keep_last < 1:
-            raise ValueError(f"keep_last = {keep_last}: at least 1 checkpoint must be kept to resume from.")
-        if keep_every < 0:
-            raise ValueError(f"keep_every = {keep_every}: give a number of steps, or 0 to keep none for good.")
-        self.folder = Path(folder)
-        self.keep_last = keep_last
-        self.keep_every = keep_every
+    def __init__(self, folder: Path, keep_last: int = 1, keep_every: int = 0) -> None:
+        assert keep_last >= 1 and keep_every >= 0
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer | None, state: Mapping[str, Any]) -> Path:
-        """Writes the checkpoint of `step` and removes those that the policy no longer keeps.
+        """Write the checkpoint of `step` and remove those that are not to be kept any more.
 
         Args:
             step: optimizer steps done, 0 or more.
-            model: parameters and persistent buffers of any dtype; prefixes that `torch.compile` and
-                data parallel wrappers add are left out.
+            model: parameters and persistent buffers of any dtype.
             optimizer: over parameters of `model`, or None.
             state: values that JSON can hold; given back as `Checkpoint.state`.
 
@@ -67,15 +73,15 @@ class CheckpointStore:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written; nothing of this checkpoint stays
-                and the earlier ones are untouched.
+            CheckpointError: it cannot be written; nothing of it stays and the earlier ones are untouched.
+            TypeError: `state` holds something that JSON cannot.
         """
         target = self._path(step)
         partial = self.folder / f".tmp-{target.name}"
         try:
             self._remove_leftovers()
             partial.mkdir(parents=True)
-            write_checkpoint(partial, step, model, optimizer, state)
+            _write(partial, step, model, optimizer, state)
             # A checkpoint of the same step steps aside until the new one is in place.
             if target.exists():
                 aside = target.with_name(target.name + ".old")
@@ -91,108 +97,68 @@ class CheckpointStore:
             kept = f"The checkpoint of step {newest[0]} is kept" if newest else "There is no earlier checkpoint"
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self.folder} "
-                f"({error.strerror or error}). {kept}. "
-                "Make room or give an output_dir that can be written, then give the same command again."
+                f"({error.strerror or error}). {kept}. Make room or give an output_dir that can be written, "
+                "then give the same command again."
             ) from error
-        self._prune(step)
+        self.prune(step)
         return target
 
     def mark_best(self, step: int, state: Mapping[str, Any]) -> None:
-        """Names the checkpoint of `step` the best one, with what the caller wants to note (its loss).
+        """Name the checkpoint of `step` the best one, with what the caller wants to note (its loss).
 
         Raises:
-            ValueError: there is no checkpoint of that step.
-            CheckpointError: the disk is full or cannot be written.
+            OSError: the disk is full or cannot be written.
         """
-        if not self._path(step).is_dir():
-            raise ValueError(f"there is no checkpoint of step {step} in {self.folder} to be the best one")
-        try:
-            write_json(self.folder / BEST_FILE, {"step": step, **state})
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder / BEST_FILE} could not be written ({error.strerror or error}). "
-                "Make room, then give the same command again."
-            ) from error
+        assert self._path(step).is_dir(), f"there is no checkpoint of step {step} in {self.folder}"
+        write_json(self.folder / BEST_FILE, {"step": step, **state})
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that lie here, whole or not, ascending."""
         return sorted({step for step, _ in self._candidates()})
 
-    def latest(self) -> "Checkpoint | None":
+    def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None; torn and altered ones are reported and skipped."""
-        for step, path in self._candidates():
-            checkpoint = self._open(step, path)
-            if checkpoint is not None:
-                return checkpoint
-        return None
+        return self._first_whole(self._candidates())
 
-    def best(self) -> "Checkpoint | None":
+    def best(self) -> Checkpoint | None:
         """The checkpoint marked best, or None when none was marked or it is not whole any more."""
-        best_step = self._best_step()
-        for step, path in self._candidates():
-            if step == best_step:
-                checkpoint = self._open(step, path)
-                if checkpoint is not None:
-                    return checkpoint
-        return None
+        best = self._best_step()
+        return self._first_whole([(step, path) for step, path in self._candidates() if step == best])
 
-    def get(self, which: str) -> "Checkpoint":
-        """The best or the last whole checkpoint.
+    def get(self, which: str) -> Checkpoint:
+        """The best or the last whole checkpoint, or that of a step.
+
+        Args:
+            which: `best`, `last` or `step:<number>`.
 
         Raises:
             ValueError: another word, or there is no such checkpoint.
         """
-        if which not in ("best", "last"):
-            raise ValueError(f"checkpoint = {which!r} is not known. Use best or last.")
-        checkpoint = self.best() if which == "best" else self.latest()
+        number = re.fullmatch(r"step:(\d+)", which)
+        require(
+            which in ("best", "last") or number is not None,
+            f"checkpoint = {which!r} is not known. Use best, last or step:<number>.",
+        )
+        if number is not None:
+            checkpoint = self._first_whole([one for one in self._candidates() if one[0] == int(number[1])])
+        else:
+            checkpoint = self.best() if which == "best" else self.latest()
         if checkpoint is None:
             other = " Use checkpoint=last." if which == "best" and self.steps() else ""
+            steps = ", ".join(map(str, self.steps())) or "none"
             raise ValueError(
-                f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} "
-                "Give the training command again to write one."
+                f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} Steps that lie "
+                f"here: {steps}. Give the training command again to write one."
             )
         return checkpoint
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+    def prune(self, newest: int) -> None:
+        """Remove what is not to be kept; `save` does so too, unless it was killed on the way.
 
-    def _candidates(self) -> list[tuple[int, Path]]:
-        """(step, folder) of what looks like a checkpoint, newest first, `.old` after its successor."""
-        if not self.folder.is_dir():
-            return []
-        matches = [(_FOLDER.fullmatch(path.name), path) for path in self.folder.iterdir()]
-        found = [(int(match[1]), match[2] is not None, path) for match, path in matches if match]
-        return [(step, path) for step, _, path in sorted(found, key=lambda item: (-item[0], item[1]))]
-
-    def _open(self, step: int, path: Path) -> "Checkpoint | None":
-        try:
-            return Checkpoint(path, step)
-        except (ValueError, OSError) as error:
-            log.warning("Skipping the checkpoint %s: %s", path, error)
-            return None
-
-    def _best_step(self) -> int | None:
-        try:
-            step = read_json(self.folder / BEST_FILE).get("step")
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            log.warning("%s; taken as absent", error)
-            return None
-        return step if type(step) is int else None
-
-    def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(".tmp-*"):
-            _remove(path)
-
-    def prune(self) -> None:
-        """Removes what the policy does not keep. `save` does that too, unless it was killed on the way."""
-        newest = self.latest()
-        if newest is not None:
-            self._prune(newest.step)
-
-    def _prune(self, newest: int) -> None:
-        """Counts from `newest`, which is known to be whole; later ones are torn, or training had gone on there."""
+        Args:
+            newest: step of a checkpoint that is known to be whole. Later ones are torn, or training had gone on
+                there.
+        """
         steps = [step for step in self.steps() if step <= newest]
         keep = {*steps[-self.keep_last :], self._best_step()}
         if self.keep_every:
@@ -209,6 +175,33 @@ class CheckpointStore:
         except OSError as error:
             log.warning("An old checkpoint in %s could not be removed: %s", self.folder, error)
 
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _candidates(self) -> list[tuple[int, Path]]:
+        """(step, folder) of what looks like a checkpoint, newest first, `.old` after its successor."""
+        if not self.folder.is_dir():
+            return []
+        matches = [(_FOLDER.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        found = [(int(match[1]), match[2] is not None, path) for match, path in matches if match]
+        return [(step, path) for step, _, path in sorted(found, key=lambda item: (-item[0], item[1]))]
+
+    def _first_whole(self, candidates: list[tuple[int, Path]]) -> Checkpoint | None:
+        for step, path in candidates:
+            try:
+                return Checkpoint(path, step)
+            except (ValueError, OSError) as error:
+                log.warning("Skipping the checkpoint %s: %s", path, error)
+        return None
+
+    def _best_step(self) -> int | None:
+        step = (read_json_if_whole(self.folder / BEST_FILE) or {}).get("step")
+        return step if type(step) is int else None
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(".tmp-*"):
+            _remove(path)
+
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
@@ -217,4 +210,251 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointStore"]
+class Checkpoint:
+    """One whole checkpoint: made only if every file has the size and hash that were written.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        state: what the trainer gave to `CheckpointStore.save`.
+        weights_sha256: hex SHA-256 of the weights' file.
+
+    Raises:
+        ValueError: a file is missing, cut short or altered; the message names it.
+    """
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        self.path = Path(path)
+        self._record = _read_record(self.path)
+        self.step: int = self._record["step"]
+        self.state: dict[str, Any] = self._record["state"]
+        require(
+            step in (None, self.step),
+            f"{self.path / STATE_FILE} says step {self.step}, its folder says step {step}",
+        )
+        for name, entry in self._record["files"].items():
+            _verify(self.path / name, entry)
+        self.weights_sha256: str = self._record["files"][WEIGHTS_FILE]["sha256"]
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU by state dict name; tied names share one tensor."""
+        weights = _read_tensors(self.path / WEIGHTS_FILE)
+        for alias, kept in self._record["tied"].items():
+            where = self.path / STATE_FILE
+            require(kept in weights, f"{where} ties {alias} to {kept}, which {WEIGHTS_FILE} lacks")
+            weights[alias] = weights[kept]
+        return weights
+
+    def load_into(self, model: nn.Module) -> None:
+        """Weights into `model` for evaluation, cast to the model's dtypes.
+
+        Raises:
+            ValueError: names or shapes differ from the model's, or a weight is NaN or infinite.
+        """
+        weights = self.load_weights()
+        for name, tensor in weights.items():
+            require(
+                bool(torch.isfinite(tensor).all()),
+                f"{self.path / WEIGHTS_FILE}: {name} holds NaN or infinite values, so no result of it would mean "
+                "anything. Use checkpoint=best or checkpoint=last, or train again with a lower learning rate.",
+            )
+        _copy_weights(model, weights, self.path / WEIGHTS_FILE, same_dtype=False)
+
+    def restore(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Weights and optimizer state, bit for bit, to train on.
+
+        Raises:
+            ValueError: names, shapes, dtypes or parameter groups differ; the message names the file.
+        """
+        require(
+            optimizer is None or self._record["optimizer"] is not None,
+            f"{self.path} holds no optimizer state. It can be evaluated, not trained on.",
+        )
+        weights = self.load_weights()
+        entries = _read_tensors(self.path / OPTIMIZER_FILE) if optimizer is not None else {}
+        _copy_weights(model, weights, self.path / WEIGHTS_FILE, same_dtype=True)
+        if optimizer is not None:
+            _restore_optimizer(model, optimizer, self._record["optimizer"], entries, self.path / OPTIMIZER_FILE)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _write(
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer | None, state: Mapping[str, Any]
+) -> None:
+    """Write the files of one checkpoint into an existing, empty folder and wait for the disk."""
+    from safetensors.torch import save
+
+    weights, tied = _collect_weights(model)
+    files = {WEIGHTS_FILE: save(weights)}
+    options = None
+    if optimizer is not None:
+        options, entries = _collect_optimizer(model, optimizer)
+        files[OPTIMIZER_FILE] = save(entries)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "state": dict(state),
+        "tied": tied,
+        "optimizer": options,
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
+    }
+    record = json.loads(json.dumps(record))
+    record["sha256"] = record_hash(record)
+    files[STATE_FILE] = (json.dumps(record, indent=1) + "\n").encode()
+    for name, content in files.items():
+        with whole_file(folder / name) as file:
+            file.write(content)
+
+
+def _collect_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights by name, one name for each tensor, and the other names of tied ones."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            kept[name] = _storable(tensor)
+        else:
+            tied[name] = first
+    return kept, tied
+
+
+def _collect_optimizer(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Each group's options for JSON, and the tensors of all parameters by `<parameter name>/<entry>`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = []
+    tensors: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        assert all(parameter in names for parameter in group["params"]), "the optimizer trains another model"
+        groups.append({**group, "params": [names[parameter] for parameter in group["params"]]})
+        for parameter in group["params"]:
+            for entry, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{names[parameter]}/{entry}"] = _storable(value)
+    return {"class": type(optimizer).__name__, "groups": groups}, tensors
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor with a storage of its own, as the file format wants it."""
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """`state.json`, checked: own hash, the fields and the two file names that it may name."""
+    path = folder / STATE_FILE
+    try:
+        record = read_json(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the checkpoint was never finished") from None
+    found = record.get("format")
+    require(found == FORMAT, f"{path} has format {found!r}; this version reads format {FORMAT}")
+    claimed = record.pop("sha256", None)
+    require(claimed == record_hash(record), f"{path} was altered after it was written: its hash does not match")
+    kinds = {"step": int, "state": dict, "tied": dict, "files": dict, "optimizer": dict | None}
+    for name, of in kinds.items():
+        known = name in record and isinstance(record[name], of)
+        require(known, f"{path}: {name} is missing or of the wrong type")
+    options = record["optimizer"]
+    if options is not None:
+        groups, kind = options.get("groups"), options.get("class")
+        known = isinstance(kind, str) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups)
+        known = known and all(isinstance(group.get("params"), list) for group in groups)
+        require(known, f"{path}: optimizer is not what this version writes")
+    files, expected = sorted(record["files"]), [OPTIMIZER_FILE, WEIGHTS_FILE][options is None :]
+    require(files == expected, f"{path}: files are {files}, should be {expected}")
+    return record
+
+
+def record_hash(record: Mapping[str, Any]) -> str:
+    """What `sha256` of state.json must be, for a record without that field."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _verify(path: Path, entry: Any) -> None:
+    require(isinstance(entry, dict) and path.is_file(), f"{path} is missing")
+    size, expected = path.stat().st_size, entry.get("bytes")
+    require(size == expected, f"{path} has {size} bytes, should have {expected}")
+    whole = sha256_of(path) == entry.get("sha256")
+    require(whole, f"{path} was altered after it was written: its hash does not match")
+    _open_tensors(path)
+
+
+def _open_tensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}). Nothing in it was executed.") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with _open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _copy_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, same_dtype: bool) -> None:
+    """Copy after everything was compared, so that a refused file leaves the model as it was."""
+    targets = model.state_dict()
+    advice = "Use the configuration that the checkpoint was trained with."
+    missing, unexpected = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
+    require(
+        not missing and not unexpected,
+        f"{path} does not fit the model: it lacks {_listing(missing)} and has {_listing(unexpected)} "
+        f"that the model has not. {advice}",
+    )
+    for name, target in targets.items():
+        found = weights[name]
+        require(
+            found.shape == target.shape and (found.dtype == target.dtype or not same_dtype),
+            f"{path} does not fit the model: {name} is {tuple(found.shape)} {found.dtype}, "
+            f"the model's is {tuple(target.shape)} {target.dtype}. {advice}",
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            assert not target.is_meta, "a model on the meta device has no storage to load into"
+            target.copy_(weights[name])
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: Optimizer, record: dict[str, Any], entries: dict[str, Tensor], path: Path
+) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    expected = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    require(
+        record["class"] == type(optimizer).__name__ and [g["params"] for g in record["groups"]] == expected,
+        f"{path} is the state of {record['class']} over other parameter groups than this run's "
+        f"{type(optimizer).__name__}. Use the optimizer settings that it was trained with.",
+    )
+    # All of it is placed before any is used.
+    places: dict[str, dict[str, Tensor]] = {name: {} for group in expected for name in group}
+    for key, value in entries.items():
+        name, _, entry = key.rpartition("/")
+        require(name in places, f"{path} has {key}, which belongs to nothing that this optimizer trains")
+        places[name][entry] = value
+    optimizer.state.clear()
+    for group, saved in zip(optimizer.param_groups, record["groups"], strict=True):
+        for option, value in saved.items():
+            if option != "params":
+                group[option] = tuple(value) if isinstance(group.get(option), tuple) else value
+        # Step counters stay on the CPU unless the optimizer's kernel reads them on the device.
+        on_device = bool(group.get("capturable") or group.get("fused"))
+        for parameter in group["params"]:
+            for entry, value in places[names[parameter]].items():
+                moves = entry != "step" or on_device
+                optimizer.state[parameter][entry] = value.to(parameter.device) if moves else value
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) or "nothing"
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

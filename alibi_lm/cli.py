@@ -1,98 +1,208 @@
-"""What all scripts share: errors as short messages, and multiruns in which one failure hides no other."""
+"""What all commands share: how settings are read, and how a command ends when something goes wrong."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import sys
-import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-_failures: list[str] = []
+from alibi_lm.config import register, to_config
+from alibi_lm.settings import describe_error, parse, usage
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+C = TypeVar("C")
+_failures: list[_Failure] = []
 
 
-def report_errors(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Decorate a Hydra task: a user's mistake ends in a message and exit status 1, without a traceback.
+def command(config: type[C]) -> Callable[[Callable[[C], int | None]], Callable[..., None]]:
+    """Decorate a script's main function: it takes `name=value` arguments as a `config`, checked and typed.
 
-    In a multirun the other jobs go on, and all failures are listed again at the end (see `exit_status`).
+    The decorated function ends the process (SystemExit). Its arguments are those of the command line unless a
+    sequence of strings is given. `-h` prints the script's docstring and all settings.
     """
 
+    def decorate(task: Callable[[C], int | None]) -> Callable[..., None]:
+        @functools.wraps(task)
+        def main(arguments: Sequence[str] | None = None) -> None:
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            if any(a in ("-h", "--help") for a in given):
+                description = sys.modules[task.__module__].__doc__ or task.__doc__ or ""
+                sys.exit(_run(lambda: print(usage(config, description))))
+            sys.exit(_run(lambda: task(parse(config, given))))
+
+        return main
+
+    return decorate
+
+
+def experiment_command(job: Callable[[str, list[str]], int | None]) -> Callable[..., None]:
+    """A command that takes an experiment and Hydra overrides of its runs: job(experiment, overrides)."""
+
+    def main(arguments: Sequence[str] | None = None) -> None:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if any(a in ("-h", "--help") for a in given):
+            sys.exit(
+                _run(lambda: print(f"{job.__doc__}\n\nexperiment=quick, and settings of training (train.py)."))
+            )
+        names = [a.removeprefix("experiment=") for a in given if a.startswith("experiment=")]
+        overrides = [a for a in given if not a.startswith("experiment=")]
+        sys.exit(_run(lambda: job(names[-1] if names else "quick", overrides)))
+
+    return main
+
+
+def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], Callable[..., None]]:
+    """Decorate a script's main function: Hydra composes a `config` from configs/`name`.yaml, also in multiruns.
+
+    In a multirun one failing job stops no other; those that failed are listed at the end, and the status is 1.
+    """
+    register(Path(name).name, config)
+
+    def decorate(task: Callable[[C], Any]) -> Callable[..., None]:
+        @functools.wraps(task)
+        def main(arguments: Sequence[str] | None = None) -> None:
+            import hydra
+
+            root = CONFIGS / Path(name).parent
+            run = hydra.main(version_base="1.3", config_path=str(root), config_name=Path(name).name)
+            if arguments is not None:
+                sys.argv[1:] = arguments
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which words them
+            status = _run(run(_report_errors(task)))
+            sys.exit(_tell_failures(sys.argv[1:]) or status)
+
+        return main
+
+    return decorate
+
+
+def _run(work: Callable[[], int | None]) -> int:
+    """Do the work of a command and return its exit status; every error ends here, in the same way."""
+    with _patient_output():
+        try:
+            return work() or 0
+        except KeyboardInterrupt:
+            print("interrupted; give the command again to go on", file=sys.stderr)
+            return 130
+        except Exception as error:
+            return _say(error)
+
+
+def _say(error: Exception) -> int:
+    status = getattr(error, "status", None)  # asked to stop: no error
+    print(error if status is not None else describe_error(error), file=sys.stderr, flush=True)
+    return 1 if status is None else status
+
+
+class _Patient:
+    """A stream whose reader may go away, or whose disk may be full: what cannot be written is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._patience():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._patience():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            number = self._stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+            if number == 1 and not isinstance(error, BrokenPipeError):
+                print(f"standard output cannot be written ({error.strerror}); going on without", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _patient_output() -> Iterator[None]:
+    """Within, printing fails neither for a character that the terminal lacks nor for a full disk."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+# --- multiruns -----------------------------------------------------------------------------------
+
+
+def _report_errors(task: Callable[[C], Any]) -> Callable[[DictConfig], Any]:
+    """The Hydra job of a task: in a multirun, an error becomes a result."""
+
     @functools.wraps(task)
-    def run(cfg: DictConfig) -> Any:
+    def job(cfg: DictConfig) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        hydra = HydraConfig.get()
         try:
-            return task(cfg)
-        except KeyboardInterrupt:
-            print("interrupted; give the command again to go on", file=sys.stderr)
-            sys.exit(130)
+            status = task(to_config(cfg))
+            message = "it ended with an error told above" if status else ""
         except Exception as error:
-            status = getattr(error, "status", None)
-            if status is not None:  # asked to stop: not an error
-                print(error, file=sys.stderr)
-                sys.exit(status)
-            message = _describe(error)
-            if HydraConfig.get().mode == RunMode.RUN:
-                print(message, file=sys.stderr)
-                sys.exit(1)
-            job = HydraConfig.get().job
-            failure = f"job {job.num} ({job.override_dirname}): {message}"
-            _remember(failure)
-            print(f"FAILED {failure}", file=sys.stderr, flush=True)
-            return _Failure(failure)
+            if hydra.mode == RunMode.RUN or hasattr(error, "status"):
+                sys.exit(_say(error))
+            status, message = 1, describe_error(error)
+        if status and hydra.mode == RunMode.RUN:
+            sys.exit(status)
+        if status:
+            print(f"job {hydra.job.num} failed; the reason is told at the end", file=sys.stderr, flush=True)
+            return _remember(hydra.job.num, tuple(hydra.overrides.task), message)
+        return None
 
-    return run
-
-
-def run_experiment(job: Callable[[str, list[str]], int]) -> int:
-    """Call job(experiment, overrides) as the command line says; returns the exit status.
-
-    Mistakes end in a short message and status 1.
-    """
-    names = [a.removeprefix("experiment=") for a in sys.argv[1:] if a.startswith("experiment=")]
-    overrides = [a for a in sys.argv[1:] if not a.startswith("experiment=")]
-    try:
-        return job(names[-1] if names else "quick", overrides)
-    except KeyboardInterrupt:
-        print("interrupted; give the command again to go on", file=sys.stderr)
-        return 130
-    except Exception as error:
-        print(_describe(error), file=sys.stderr)
-        return 1
+    return job
 
 
 class _Failure:
     """A failed job's result. A launcher that runs jobs elsewhere sends it back, and that is how it is noticed."""
 
-    def __init__(self, failure: str) -> None:
-        self.failure = failure
+    def __init__(self, number: int, overrides: tuple[str, ...], message: str) -> None:
+        self.number, self.overrides, self.message = number, overrides, message
 
-    def __reduce__(self) -> tuple[Callable[[str], _Failure], tuple[str]]:
-        return _remember, (self.failure,)
+    def __reduce__(self) -> tuple[Callable[..., _Failure], tuple[Any, ...]]:
+        return _remember, (self.number, self.overrides, self.message)
 
 
-def _remember(failure: str) -> _Failure:
-    if failure not in _failures:
+def _remember(number: int, overrides: tuple[str, ...], message: str) -> _Failure:
+    failure = _Failure(number, overrides, message)
+    if all(known.number != number for known in _failures):
         _failures.append(failure)
-    return _Failure(failure)
+    return failure
 
 
-def exit_status() -> int:
-    """0, or 1 after listing every failed job of a multirun."""
-    if _failures:
-        print(f"\n{len(_failures)} of the jobs failed:", *_failures, sep="\n  ", file=sys.stderr)
-    return 1 if _failures else 0
+def _tell_failures(arguments: Sequence[str]) -> int:
+    """0, or 1 after listing every failed job of a multirun, by what its jobs differ in."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-
-def _describe(error: Exception) -> str:
-    """A message for a mistake of the user, a traceback for a mistake of ours."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    mistakes = (ValueError, OSError, RuntimeError, NotImplementedError, HydraException, OmegaConfBaseException)
-    if isinstance(error, mistakes):
-        return f"error: {error}"
-    return "".join(traceback.format_exception(error))
+    if not _failures:
+        return 0
+    given = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+    swept = {override.key_or_group for override in given if override.is_sweep_override()}
+    print(f"\n{len(_failures)} of the jobs failed:", file=sys.stderr)
+    for failure in _failures:
+        name = ", ".join(o for o in failure.overrides if not swept or o.lstrip("+").split("=")[0] in swept)
+        print(f"  job {failure.number} ({name}): {failure.message}", file=sys.stderr)
+    return 1

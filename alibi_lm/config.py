@@ -5,22 +5,26 @@ A dataclass owns names, types, defaults and meaning; the YAML files under config
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from alibi_lm.attention import ATTENTION, chosen_backend
-from alibi_lm.data.sources import DataConfig
+from alibi_lm.attention import ATTENTION
+from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runtime import DEVICES, PRECISIONS
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import check_values, require, setting
 from alibi_lm.tracking import TRACKING
 
 MODES = ("nonoverlapping", "sliding")
@@ -112,6 +116,8 @@ class TrainConfig:
     """Compile the training step with torch.compile."""
     threads: int | None = setting(None, counts="no")
     """CPU threads; null: torch's choice."""
+    runs_at_once: int | None = setting(None, counts="no")
+    """How many runs `make reproduce` trains side by side; null: as many as the allowed cores hold."""
     output_dir: str | None = setting(None, counts="label")
     """The run folder; null: outputs/<experiment>/runs/<name>."""
     overwrite: bool = setting(False, counts="no")
@@ -142,6 +148,10 @@ class TrainConfig:
         )
         _check_threads(self.threads)
         require(
+            self.runs_at_once is None or self.runs_at_once >= 1,
+            f"runs_at_once = {self.runs_at_once}. Use a whole number >= 1, or null for what the cores allow.",
+        )
+        require(
             self.output_dir is None or bool(self.output_dir.strip()),
             "output_dir is empty. Name a run folder, or leave it out for outputs/<experiment>/runs/<name>.",
         )
@@ -151,65 +161,6 @@ class TrainConfig:
         """Sequences of an optimizer step, by the authors' floor rule."""
         rows = self.tokens_per_step // self.train_length
         return rows - rows % self.batch_multiple
-
-
-@dataclass
-class EvaluateData:
-    """Which text to evaluate on, where it is not the run's own."""
-
-    path: str | None = None
-    """Folder of wiki.valid.tokens / wiki.test.tokens; null: the run's own corpus."""
-    cache_dir: str | None = None
-    """Where prepared streams go; null: as in the run's config."""
-
-
-@dataclass
-class EvaluateConfig:
-    """One evaluation of one or more run folders."""
-
-    experiment: str = "quick"
-    """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
-    runs: str | None = None
-    """A run folder or a glob of them."""
-    lengths: list[int] = field(default_factory=list)
-    """Inference lengths; empty: those in the config.yaml of each run, which are its experiment's at that time."""
-    mode: str | None = None
-    """nonoverlapping or sliding; null: the experiment's own."""
-    stride: int | None = None
-    """Targets scored per window in sliding mode."""
-    split: str | None = None
-    """validation or test; null: the experiment's own."""
-    tokens_per_forward: int | None = None
-    """Tokens of a forward pass; null: the experiment's own."""
-    checkpoint: str = "best"
-    """best (lowest validation loss) or last."""
-    attention: str = "auto"
-    """Attention backend; auto becomes the one it stands for here, which is what result rows record."""
-    position: dict[str, Any] = field(default_factory=dict)
-    """Test-time changes of the scheme's settings, such as +position.scaling=yarn."""
-    data: EvaluateData = field(default_factory=EvaluateData)
-    tracking: Any = None
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: str = "float32"
-    """float32 by default, also where training ran in bfloat16."""
-    threads: int | None = None
-    """CPU threads; null: torch's choice."""
-    draw: bool = True
-    """Draw figure and table afterwards, of all that results.jsonl holds."""
-    output_dir: str | None = None
-    """The folder of results.jsonl; null: outputs/<experiment>/extrapolation."""
-
-    def __post_init__(self) -> None:
-        require(self.checkpoint in ("best", "last"), f"checkpoint = {self.checkpoint!r}. Allowed: best, last.")
-        require(self.attention in ATTENTION, f"attention = {self.attention!r}. Allowed: {', '.join(ATTENTION)}.")
-        self.attention = chosen_backend(self.attention)
-        require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
-        require(
-            self.precision in PRECISIONS,
-            f"precision = {self.precision!r}. Allowed: {', '.join(PRECISIONS)}.",
-        )
-        _check_threads(self.threads)
 
 
 def _check_threads(threads: int | None) -> None:
@@ -230,22 +181,30 @@ GROUPS: dict[str, dict[str, type]] = {
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
 
-def register(plain: str | None = None) -> None:
-    """Store every dataclass with Hydra as `<group>/base_<name>`; call before `hydra.main`.
+_registered: list[str] = []
+"""The root that Hydra's store is made for."""
+
+
+def register(root: str = "train", config: type = TrainConfig) -> None:
+    """Store with Hydra what the YAML file of a command stands on; call before Hydra composes it.
 
     Args:
-        plain: a group whose entries are stored under their own names as well, for a root that lies outside
-            configs/ and does not see the group's files.
+        root: the file's name; it begins with `defaults: [base_<root>]`.
+        config: its dataclass. Each of its fields that is a config group gets the group's entries, under their own
+            names; a file in configs/<group>/ is needed only for an entry with other values.
     """
     store = ConfigStore.instance()
-    store.store(name="base_train", node=TrainConfig)
-    store.store(name="base_evaluate", node=EvaluateConfig)
-    store.store(group="model", name="base_model", node=ModelConfig)
-    store.store(group="data", name="base_data", node=DataConfig)
+    known = store.repo.get(f"base_{root}.yaml")
+    if known is not None and OmegaConf.get_type(known.node) is config and _registered == [root]:
+        return
+    _registered[:] = [root]
+    store.store(name=f"base_{root}", node=config)
+    fields = {field.name: field.type for field in dataclasses.fields(config)}
     for group, registry in GROUPS.items():
-        for name, node in registry.items():
-            store.store(group=group, name=f"base_{name}", node=node)
-            if group == plain:
+        # Where a setting of this name is no group (evaluate.py: attention=eager), Hydra must not take it for one.
+        store.repo.pop(group, None)
+        if fields.get(group) in (Any, "Any"):
+            for name, node in registry.items():
                 store.store(group=group, name=name, node=node)
 
 
@@ -257,6 +216,8 @@ def to_config(cfg: DictConfig) -> Any:
     """
     config = OmegaConf.to_object(cfg)
     _refuse_additions(config, "")
+    _check_groups(config)
+    check_values(config)
     return config
 
 
@@ -272,32 +233,50 @@ def _refuse_additions(config: Any, path: str) -> None:
             _refuse_additions(value, f"{path}{name}.")
 
 
+def _check_groups(config: Any) -> None:
+    """The name of a group's entry says which class it is; another name would only be found out on reading it."""
+    for group, registry in GROUPS.items():
+        chosen = getattr(config, group, None)
+        if chosen is None or isinstance(chosen, str):
+            continue
+        name = chosen.get("name") if isinstance(chosen, dict) else chosen.name
+        if isinstance(chosen, dict):  # the evaluator's changes of a scheme, or a YAML file that stands on no entry
+            require(
+                name is None and not hasattr(config, "steps"),
+                f"{group}.name = {name}. A {group} is chosen by {group}=<name>, not by its settings; a file in "
+                f"configs/{group}/ begins with `defaults: [<name>, _self_]`. Names: {', '.join(registry)}.",
+            )
+            continue
+        own = next((known for known, kind in registry.items() if type(chosen) is kind), None)
+        require(
+            name == own,
+            f"{group}.name = {name}, in settings of {group}={own}. "
+            f"Use {group}={name if name in registry else '<name>'} instead. Allowed: {', '.join(registry)}.",
+        )
+
+
 def from_dict(settings: dict[str, Any]) -> TrainConfig:
     """The TrainConfig of a saved config.yaml.
 
     Raises:
         ValueError: unknown keys, wrong types or an unknown scheme, naming the key.
     """
-    from omegaconf.errors import OmegaConfBaseException
-
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    unknown = sorted(map(str, set(settings) - known))
-    require(not unknown, f"config.yaml has unknown settings {unknown}. Was it written by another version?")
-    for group in ("model", "data", "evaluation", *GROUPS):
-        chosen = settings.get(group)
-        require(
-            isinstance(chosen, dict) or (chosen is None and group not in GROUPS),
-            f"config.yaml: {group} = {chosen!r}. It must hold settings.",
-        )
+    unknown = sorted(map(str, set(settings) - {f.name for f in dataclasses.fields(TrainConfig)}))
+    require(not unknown, f"unknown settings {unknown}. Was it written by another version?")
     try:
         root = OmegaConf.structured(TrainConfig)
-        for group, registry in GROUPS.items():
-            name = str(settings[group].get("name"))
-            require(name in registry, f"config.yaml: {group}.name = {name!r}. Allowed: {', '.join(registry)}.")
-            root[group] = OmegaConf.structured(registry[name])
-        return OmegaConf.to_object(OmegaConf.merge(root, settings))  # type: ignore[return-value]
+        for group in ("model", "data", "evaluation", *GROUPS):
+            chosen = settings.get(group, None if group in GROUPS else {})
+            require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
+            if registry := GROUPS.get(group):
+                name = str(chosen.get("name"))  # type: ignore[union-attr]
+                require(name in registry, f"{group}.name = {name!r}. Allowed: {', '.join(registry)}.")
+                root[group] = OmegaConf.structured(registry[name])
+        config: TrainConfig = OmegaConf.to_object(OmegaConf.merge(root, settings))  # type: ignore[assignment]
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
-        raise ValueError(f"config.yaml cannot be read: {error}") from error
+        raise ValueError(f"its settings do not fit: {error}") from error
+    check_values(config)
+    return config
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -312,16 +291,28 @@ def load_config(run_folder: Path) -> TrainConfig:
         ValueError: missing or unreadable file.
     """
     path = run_folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run_folder} is no run folder: it has no config.yaml.")
+    require(path.is_file(), f"{run_folder} is no run folder: it has no config.yaml.")
     try:
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
-    require(isinstance(settings, dict), f"{path} holds no settings.")
+    try:
+        return copy.deepcopy(_parse(text))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(text: str) -> TrainConfig:
+    """The config in the text of a config.yaml; kept, because each look at a run folder reads it again."""
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except Exception as error:
+        raise ValueError(f"is not readable YAML: {error}") from error
+    require(isinstance(settings, dict), "holds no settings.")
     # A saved config is resolved; resolving it again would let a foreign file read the user's environment.
-    require("${" not in str(settings), f"{path} holds an interpolation, ${{...}}. Write the value itself there.")
+    require("${" not in str(settings), "holds an interpolation, ${...}. Write the value itself there.")
     try:
         return from_dict(settings)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"cannot be used: {error}") from error

@@ -6,9 +6,13 @@ division by the number of tokens gives the mean that one process would have had.
 All functions do nothing (and need no process group) when there is one process.
 """
 
+from __future__ import annotations
+
 import os
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -109,6 +113,35 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     values: list[Any] = [None] * world.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a request that is read between steps: `with StopSignals(world) as signals`.
+
+    Attributes:
+        received: number of the signal that this process has heard; 0 for none.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world, self.received = world, 0
+
+    def agreed(self) -> int:
+        """The signal to stop for, 0 for none; the same on every process that asks at the same step."""
+        return max(gather_objects(self.received, self.world))
+
+    def __enter__(self) -> StopSignals:
+        try:
+            self.before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: leave signals alone
+            self.before = {}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
 
 
 def all_reduce_gradients(model: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES) -> None:

@@ -1,4 +1,4 @@
-"""Experiments by name: where their runs lie, and how to run all of them."""
+"""An experiment by name: its runs, all of them side by side, their curves, and its further measurements."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ import queue
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from alibi_lm.config import TrainConfig, register, to_config
-from alibi_lm.runs import run_name, short_hash
-from alibi_lm.settings import require
-from alibi_lm.train import differing_settings
+from alibi_lm.config import TrainConfig, load_config, register, to_config
+from alibi_lm.evaluate.config import EvaluateConfig
+from alibi_lm.results.rows import read_rows
+from alibi_lm.runs import (
+    Status,
+    differing_settings,
+    experiment_folder,
+    failed,
+    run_name,
+    short_hash,
+    status,
+)
+from alibi_lm.runtime import allowed_cores
+from alibi_lm.settings import describe_error, require
+from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+STATES: tuple[Status, ...] = ("finished", "running", "failed", "partial", "missing")
 
 
-def compose(overrides: list[str]) -> TrainConfig:
-    """The training config that these Hydra overrides describe.
+# --- settings of a run ---------------------------------------------------------------------------
+
+
+def compose(overrides: list[str], name: str = "train", config: type = TrainConfig) -> Any:
+    """The config that these Hydra overrides describe: a TrainConfig, or what configs/<name>.yaml stands on.
 
     Works inside and outside a Hydra job, without touching Hydra's global state.
 
@@ -36,10 +54,10 @@ def compose(overrides: list[str]) -> TrainConfig:
     from omegaconf import OmegaConf, open_dict
 
     version.setbase("1.3")
-
-    register()
-    loader = ConfigLoaderImpl(create_config_search_path(str(ROOT / "configs")))
-    cfg = loader.load_configuration("train", overrides=overrides, run_mode=RunMode.RUN)
+    root = ROOT / "configs" / name
+    register(root.name, config)
+    loader = ConfigLoaderImpl(create_config_search_path(str(root.parent)))
+    cfg = loader.load_configuration(root.name, overrides=overrides, run_mode=RunMode.RUN)
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.resolve(cfg)
@@ -53,22 +71,13 @@ def run_folder(config: TrainConfig) -> Path:
     """
     if config.output_dir is not None:
         return Path(config.output_dir)
-    baseline = compose(
-        [
-            f"experiment={config.experiment}",
-            f"position={config.position.name}",
-            f"train_length={config.train_length}",
-            f"seed={config.seed}",
-        ]
-    )
-    differences = differing_settings(config, baseline)
+    own = {"experiment": config.experiment, "position": config.position.name}
+    own |= {"train_length": str(config.train_length), "seed": str(config.seed)}
+    differences = differing_settings(config, compose([f"{name}={value}" for name, value in own.items()]))
     name = run_name(
-        config.position.name,
-        config.train_length,
-        config.seed,
-        short_hash(differences) if differences else None,
+        config.position.name, config.train_length, config.seed, short_hash(differences) if differences else None
     )
-    return Path("outputs") / config.experiment / "runs" / name
+    return experiment_folder(config.experiment) / "runs" / name
 
 
 def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, tuple[list[str], TrainConfig]]:
@@ -84,23 +93,72 @@ def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, tuple[list
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     for override in overrides:
-        if override.startswith("output_dir="):
-            raise ValueError(
-                f"{override}: the runs of an experiment have a folder each, outputs/{experiment}/runs/<name>. "
-                "Leave it out here; make train takes it, for one run."
-            )
+        require(
+            not override.startswith("output_dir="),
+            f"{override}: the runs of an experiment have a folder each, outputs/{experiment}/runs/<name>. "
+            "Leave it out here; make train takes it, for one run.",
+        )
     chosen = [o for o in overrides if o.startswith("study=")]
-    study = compose([f"experiment={experiment}", *chosen]).study
-    if not study:
-        raise ValueError(f"experiment={experiment} has no `study`: it names no runs. Use make train instead.")
+    sweeps = compose([f"experiment={experiment}", *chosen]).study
+    require(bool(sweeps), f"experiment={experiment} has no `study`: it names no runs. Use make train instead.")
     parser = OverridesParser.create()
     runs = {}
-    for sweep in study:
+    for sweep in sweeps:
         (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides([*sweep.split(), *overrides]), None)
         for job in jobs:
             config = compose([f"experiment={experiment}", *job])
             runs[run_folder(config)] = ([f"experiment={experiment}", *job], config)
     return runs
+
+
+# --- single steps --------------------------------------------------------------------------------
+
+
+def prepare_corpus(config: TrainConfig) -> None:
+    """Prepare the corpus, verify every hash, and print what was found."""
+    from alibi_lm.data.corpus import prepare, report, verify
+
+    corpus = prepare(config.data, config.tokenizer)
+    verify(corpus)
+    print(report(corpus), flush=True)
+
+
+def evaluate_and_draw(config: EvaluateConfig) -> None:
+    """Evaluate, write results.jsonl row by row, then draw figure and table, also where some runs failed."""
+    from alibi_lm import distributed
+    from alibi_lm.evaluate.sweep import FailedRuns, describe, evaluate, log_curve
+    from alibi_lm.study.figures import draw
+
+    world = distributed.start(config.device)
+    failure = None
+    try:
+        try:
+            for row in evaluate(config, world):
+                if world.is_main:
+                    print(describe(row), flush=True)
+        except FailedRuns as error:
+            failure = error
+        if world.is_main and config.draw:
+            log_curve(config)
+            paths = draw(config.output)
+            print(next(p for p in paths if p.suffix == ".md").read_text(encoding="utf-8"), *paths, sep="\n")
+    finally:
+        distributed.stop()
+    if failure is not None:
+        raise failure
+
+
+def analyse_and_draw(config: EvaluateConfig) -> None:
+    """Compute each view, write its data, then its figure."""
+    from alibi_lm.evaluate.sweep import analyse
+    from alibi_lm.study.view_figures import draw_analysis
+
+    for path in analyse(config):
+        drawn = draw_analysis(path)
+        print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)
+
+
+# --- all runs, and what follows ------------------------------------------------------------------
 
 
 def reproduce(experiment: str, overrides: list[str]) -> int:
@@ -114,39 +172,44 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
     """
     runs = planned_runs(experiment, overrides)
     config = next(iter(runs.values()))[1]
-    at_once = 1
-    if config.threads is not None and (config.device == "cpu" or not torch.cuda.is_available()):
-        at_once = min(len(runs), max(1, (os.cpu_count() or 1) // config.threads))
+    at_once = _at_once(config, len(runs))
     print(f"experiment={experiment}: {len(runs)} runs, {at_once} at a time", flush=True)
     shared = [o for o in overrides if o.startswith(("device=", "threads="))]
-    side_by_side = [f"threads={config.threads}"] if at_once > 1 else []
+    if at_once > 1:
+        shared.append(f"threads={config.threads or 1}")
     # The corpus first and alone, with its bars: the runs would only wait for each other.
-    if status := _script("prepare_data.py", [f"experiment={experiment}", *overrides]):
-        return status
+    prepare_corpus(config)
+    done = _evaluated(experiment)
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(at_once):
         slots.put(slot)
 
     def run(folder: Path) -> int:
+        arguments, config = runs[folder]
+        if _is_finished(folder, config):
+            print(f"{folder.name}: already finished", flush=True)
+            if done >= {(folder.name, length) for length in config.evaluation.lengths}:
+                return 0
         slot = slots.get()
         try:
             # A line of the terminal for each bar.
             bar = {"TQDM_POSITION": str(slot)}
-            return _script("train.py", runs[folder][0], bar) or _script(
-                "evaluate.py",
-                [f"experiment={experiment}", f"runs={folder}", "draw=false", *side_by_side, *shared],
-                bar,
-            )
+            own = [f"experiment={experiment}", f"runs={folder}", "draw=false", *shared]
+            return _child("train", arguments, bar) or _child("evaluate", own, bar)
         finally:
             slots.put(slot)
 
     with ThreadPoolExecutor(at_once) as pool:
-        failed = [folder.name for folder, status in zip(runs, pool.map(run, runs), strict=True) if status]
-    if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        lost = [folder.name for folder, status in zip(runs, pool.map(run, runs), strict=True) if status]
     # Each target is scored by now, so this only gathers and draws; also where a run failed.
     tracking = [o for o in overrides if o.startswith("tracking")]
-    return _script("evaluate.py", [f"experiment={experiment}", *shared, *tracking]) or int(bool(failed))
+    gather = [f"experiment={experiment}", *shared, *tracking]
+    evaluation = compose(gather, "evaluation/evaluate", EvaluateConfig)
+    if _step("evaluate", partial(evaluate_and_draw, evaluation)):
+        lost.append("the curve of all runs")
+    if lost:
+        print(f"of {len(runs)} runs, these failed: {', '.join(lost)}", file=sys.stderr)
+    return int(bool(lost))
 
 
 def study(experiment: str, overrides: list[str]) -> int:
@@ -163,31 +226,126 @@ def study(experiment: str, overrides: list[str]) -> int:
         Exit status: 0 if every step went well.
 
     Raises:
-        ValueError: a measurement that is no script.
+        ValueError: a measurement that is no script, or settings that it does not know.
     """
+    from alibi_lm.study import commands
+
     chosen = [o for o in overrides if o.startswith("measurements=")]
     shared = [o for o in overrides if o.startswith(("device=", "threads="))]
-    steps = [["reproduce", *overrides]]
+    steps: list[tuple[str, Callable[[], int | None]]] = []
+    steps.append((shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)))
     for line in compose([f"experiment={experiment}", *chosen]).measurements:
-        name, *arguments = shlex.split(line) or [""]
-        require(
-            name in ("evaluate", "analyse", "bench"),
-            f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, and their settings.",
-        )
-        steps.append([name, *arguments, *shared])
-    benchmark = ["bench=outputs/bench/results.jsonl"] if any(name == "bench" for name, *_ in steps) else []
-    steps += [["claims"], ["compare_paper"], ["report"], ["publish", *benchmark]]
-    failed = []
-    for name, *arguments in steps:
-        own = [] if name == "bench" else [f"experiment={experiment}"]
-        print(f"\n== {name} {' '.join(arguments)}".rstrip(), flush=True)
-        if _script(f"{name}.py", [*own, *arguments]):
-            failed.append(shlex.join([name, *arguments]))
-    if failed:
-        print(f"{len(failed)} of {len(steps)} steps failed: {'; '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+        steps.append((line, measurement(experiment, line, shared)))
+    bench = "outputs/bench/results.jsonl" if any(line.startswith("bench") for line, _ in steps) else None
+    steps += [
+        ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
+        ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
+        ("report", partial(commands.report, commands.ReportConfig(experiment))),
+        ("publish", partial(commands.publish_results, commands.PublishConfig(experiment, bench=bench))),
+    ]
+    lost = []
+    for name, work in steps:
+        print(f"\n== {name}", flush=True)
+        if _step(name, work):
+            lost.append(name)
+    if lost:
+        print(f"{len(lost)} of {len(steps)} steps failed: {'; '.join(lost)}", file=sys.stderr)
+    return int(bool(lost))
 
 
-def _script(name: str, arguments: list[str], environment: dict[str, str] | None = None) -> int:
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+def print_status(experiment: str, overrides: list[str]) -> int:
+    """Print a line for each run of an experiment.
+
+    A run is finished, running (a living process holds its folder), failed (with its error), partial (stopped or
+    killed: the training command resumes it) or missing (planned, and never begun).
+    """
+    planned = {folder: config.steps for folder, (_, config) in planned_runs(experiment, overrides).items()}
+    found = {path.parent for path in (experiment_folder(experiment) / "runs").glob("*/config.yaml")}
+    states = {folder: status(folder) for folder in [*planned, *sorted(found - set(planned))]}
+    for folder in sorted(states, key=lambda f: (STATES.index(states[f]), f)):
+        failure = failed(folder) if states[folder] == "failed" else None
+        message = " ".join(str((failure or {}).get("message", "")).split())
+        progress = _progress(folder, planned.get(folder))
+        print(f"{states[folder]:8}  {folder!s:50}  {progress:>12}  {message}".rstrip())
+    counts = {state: list(states.values()).count(state) for state in STATES}
+    print(", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "finished"))
+    return 0
+
+
+def _progress(folder: Path, planned: int | None) -> str:
+    """`<last step with metrics>/<steps>`; empty before the first row."""
+    try:
+        rows = read_metrics(folder / METRICS_FILE)
+    except (OSError, ValueError):
+        return ""
+    try:
+        steps: int | None = load_config(folder).steps
+    except ValueError:
+        steps = planned
+    return f"{rows[-1]['step']}/{steps or '?'}" if rows else ""
+
+
+def _at_once(config: TrainConfig, runs: int) -> int:
+    """How many runs go side by side."""
+    if config.runs_at_once is not None:
+        return min(runs, config.runs_at_once)
+    if config.threads is None or (config.device != "cpu" and torch.cuda.is_available()):
+        return 1
+    return min(runs, max(1, allowed_cores() // config.threads))
+
+
+def _is_finished(folder: Path, config: TrainConfig) -> bool:
+    """Whether training this run again would say that it is finished; in doubt it is asked."""
+    if config.overwrite or status(folder) != "finished":
+        return False
+    try:
+        return not differing_settings(load_config(folder), config)
+    except ValueError:
+        return False
+
+
+def _evaluated(experiment: str) -> set[tuple[str | None, int | None]]:
+    try:
+        rows = read_rows(experiment_folder(experiment) / "extrapolation" / "results.jsonl")
+    except (OSError, ValueError):
+        return set()
+    return {(row.run, row.inference_length) for row in rows}
+
+
+def measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
+    """One of an experiment's `measurements` as work to do; its settings are checked at once.
+
+    Args:
+        experiment: its name.
+        line: evaluate, analyse or bench, and settings of that command.
+        shared: further settings.
+
+    Raises:
+        ValueError: another command, or settings that it does not know.
+    """
+    name, *arguments = shlex.split(line) or [""]
+    if name == "bench":
+        return partial(_child, name, [*arguments, *shared])
+    allowed: dict[str, Callable[[EvaluateConfig], None]]
+    allowed = {"evaluate": evaluate_and_draw, "analyse": analyse_and_draw}
+    require(
+        name in allowed,
+        f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, and their settings.",
+    )
+    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{name}", EvaluateConfig)
+    return partial(allowed[name], config)
+
+
+def _step(name: str, work: Callable[[], int | None]) -> int:
+    """Do one of several things; an error ends only this one."""
+    try:
+        return work() or 0
+    except Exception as error:
+        print(describe_error(error), file=sys.stderr, flush=True)
+        return 1
+
+
+def _child(name: str, arguments: list[str], environment: dict[str, str] | None = None) -> int:
+    """Run a script in a process of its own; returns its exit status."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
     return subprocess.run(command, check=False, env={**os.environ, **(environment or {})}).returncode

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger("alibi_lm")
 
 SAMPLE_BYTES = 65_536
 SAMPLES = 256
@@ -20,6 +23,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing under another name; it takes its own name only once all of it is on the disk.
 
     After an interruption the old file, or none, is there; what was written so far is removed where possible.
+
+    Raises:
+        OSError: as from the system, a full disk included; it names the file.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,8 +34,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:  # the system names no file where a write failed
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
 
@@ -38,7 +46,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace a file by this text (UTF-8): readers see the old file or the new one, never a part.
 
     Raises:
-        OSError: as from the system, a full disk included; the old file is untouched and nothing is left beside it.
+        OSError: as from the system; the old file is untouched and nothing is left beside it.
     """
     with whole_file(Path(path)) as file:
         file.write(text.encode())
@@ -66,16 +74,15 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def write_bytes_synced(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until the disk has it. Not atomic by itself.
-
-    Raises:
-        OSError: as from the system, a full disk included.
-    """
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def read_json_if_whole(path: Path) -> dict[str, Any] | None:
+    """`read_json`, or None: where there is no file, and, after a warning, where it cannot be read."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, OSError) as error:
+        log.warning("%s; taken as absent", error)
+        return None
 
 
 def sha256_of(path: Path) -> str:

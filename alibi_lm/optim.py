@@ -7,9 +7,8 @@ from 0: the first update uses lr(0).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,26 +84,10 @@ class FairseqNAG(torch.optim.Optimizer):
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "previous_lr": None}
         )
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: evaluates the loss anew, as in every torch optimizer.
-
-        Returns:
-            The closure's loss, if there is one.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. `closure` is not supported."""
+        assert closure is None
         for group in self.param_groups:
             lr, momentum = float(group["lr"]), group["momentum"]
             previous = lr if group["previous_lr"] is None else group["previous_lr"]
@@ -121,7 +104,6 @@ class FairseqNAG(torch.optim.Optimizer):
                 torch._foreach_mul_(velocities, momentum * correction)
                 torch._foreach_add_(velocities, grads, alpha=-lr)
             group["previous_lr"] = lr
-        return loss
 
     def _velocity(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

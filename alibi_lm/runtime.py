@@ -1,21 +1,28 @@
-"""What a run stands on: device, precision, seeds, and a record of the machine and the code."""
+"""What a run stands on: device, precision, seeds, cores, output, and a record of the machine and the code."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import io
+import math
 import os
 import platform
 import re
 import subprocess
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alibi_lm.settings import require
+
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
+MAX_THREADS = 1024
+"""More than any machine has cores; torch crashes when it is asked for very many."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt (malloc.h)."""
 
@@ -30,26 +37,69 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     Memory that is freed stays with the process where that is glibc's to decide. A training step frees all it
     has made, and would otherwise have the system make the same pages anew in the next step.
 
+    cuDNN's attention is not used: torch 2.11 prefers it on recent GPUs, where it rounds dropout rates to
+    sixteenths and its backward pass gives NaN for some masked rows (pytorch issue 196678).
+
     Args:
         device: `auto` (CUDA if there is one), `cpu` or `cuda`.
         local_rank: index of the CUDA device on this machine.
         threads: intra-operation threads on the CPU; None leaves torch's choice.
 
     Raises:
-        ValueError: unknown device, or `cuda` where there is none.
+        ValueError: unknown device, `cuda` where there is none, or a number of threads out of range.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     torch.set_flush_denormal(True)
     _keep_freed_memory()
     if threads is not None:
+        require(1 <= threads <= MAX_THREADS, f"threads = {threads}. Use 1 to {MAX_THREADS}, or null.")
         torch.set_num_threads(threads)
-    if device not in DEVICES:
-        raise ValueError(f"device = {device!r}. Allowed: {', '.join(DEVICES)}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = cuda, but torch finds no CUDA device here. Use device=cpu or device=auto.")
+    require(device in DEVICES, f"device = {device!r}. Allowed: {', '.join(DEVICES)}.")
+    require(
+        device != "cuda" or torch.cuda.is_available(),
+        "device = cuda, but torch finds no CUDA device here. Use device=cpu or device=auto.",
+    )
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def say(line: str) -> None:
+    """Print a line at once. Output that cannot be written, as on a full disk, ends no run."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError):  # a closed or full output
+        with suppress(OSError, ValueError):  # what is left in the buffer would fail again when the process ends
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+
+
+def allowed_cores() -> int:
+    """CPU cores that this process may use: its affinity, SLURM's share and the container's limit decide."""
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if slurm.isdecimal():
+        limits.append(int(slurm))
+    limits += [math.floor(share) for share in _container_cores()]
+    return max(1, min(limits))
+
+
+def _container_cores(root: Path = Path("/sys/fs/cgroup")) -> list[float]:
+    """Cores' worth of time that control groups allow: version 2's `cpu.max`, version 1's quota and period."""
+    found = []
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((root / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                found.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):  # no such file, or no limit ("max")
+            continue
+    return found
 
 
 def _keep_freed_memory() -> None:
@@ -66,21 +116,46 @@ def _keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def existing_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: no name of a device, or one that this machine does not have.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device = {device!r}. Use cpu, cuda or cuda:<index>.") from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = found.index or 0
+        require(index < count, f"device = {device}, but torch finds {count} CUDA devices here. Use device=cpu.")
+    return found
+
+
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """`float32` or `bfloat16`; `auto` is bfloat16 on CUDA devices that have it and float32 elsewhere.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    require(precision in PRECISIONS, f"precision = {precision!r}. Allowed: {', '.join(PRECISIONS)}.")
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return precision
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Context of the forward pass: bfloat16 autocast, or nothing.
 
     Args:
         device: where the model is.
-        precision: `auto` is bfloat16 on CUDA devices that have it and float32 elsewhere.
+        precision: see `resolve_precision`.
 
     Raises:
         ValueError: unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision = {precision!r}. Allowed: {', '.join(PRECISIONS)}.")
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if precision == "float32":
+    if resolve_precision(device, precision) == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
@@ -128,7 +203,10 @@ def _process_status(name: str) -> int | None:
 
 @functools.cache
 def code_version() -> tuple[str | None, bool | None]:
-    """Commit of the source tree and whether tracked files differ from it; (None, None) outside a checkout."""
+    """Commit of the source tree and whether tracked files differ from it.
+
+    Outside a checkout `ALIBI_LM_COMMIT` of the environment says which commit it is; else it is (None, None).
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -137,11 +215,11 @@ def code_version() -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        if Path(git("rev-parse", "--show-toplevel")) == root:
+            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
-        return None, None
+        pass
+    return os.environ.get("ALIBI_LM_COMMIT") or None, None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -159,6 +237,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "device_type": device.type,
         "cpu_count": os.cpu_count(),
+        "allowed_cores": allowed_cores(),
         "threads": torch.get_num_threads(),
     }
 

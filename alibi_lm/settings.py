@@ -1,13 +1,26 @@
-"""What a setting is: a field that says what depends on it, and a check that speaks before any work starts."""
+"""What a setting is: a field that says what depends on it, how it is read from text, and what is refused."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-from typing import Any, Literal, get_args
+import inspect
+import itertools
+import json
+import textwrap
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Counts = Literal["run", "rounding", "label", "no"]
 """What a setting changes: the trained model or its result (`run`), the last bits of it (`rounding`), only how the
 run is called (`label`), or nothing (`no`)."""
+
+LARGEST = {"seed": 2**63 - 1, "threads": 1024, "vocab_size": 2**24, "num_layers": 10_000}
+"""The largest values of whole numbers, by the last part of the setting's name; all others end at 2^31 - 1."""
+
+C = TypeVar("C")
 
 
 def setting(
@@ -51,3 +64,185 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise ValueError(message)
+
+
+def check_values(config: Any, prefix: str = "") -> None:
+    """Refuse what no setting may be: an empty text, and a whole number that overflows or fills the memory.
+
+    Raises:
+        ValueError: naming the setting by its dotted name.
+    """
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{name}.")
+            continue
+        require(
+            not (isinstance(value, str) and not value.strip()),
+            f"{name} is empty. Give a value, or leave it out.",
+        )
+        largest = LARGEST.get(field.name, 2**31 - 1)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            require(
+                not isinstance(number, int) or number <= largest,
+                f"{name} = {value}. Use whole numbers up to {largest}.",
+            )
+
+
+# --- settings as text ----------------------------------------------------------------------------
+
+
+def parse(config: type[C], arguments: Sequence[str]) -> C:
+    """A config dataclass from `name=value` arguments.
+
+    A setting that is a text takes its value as it stands, whatever characters it holds; others are read as YAML.
+    A field without a default must be given.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type or out of range, or a setting that is missing.
+    """
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.structured(config)
+    allowed = ", ".join(f"{field.name}=" for field in dataclasses.fields(config))  # type: ignore[arg-type]
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        kind = _type_of(config, name)
+        if not equals or kind is None:
+            raise ValueError(f"{argument!r} is no setting here. Allowed: {allowed}")
+        require(bool(text.strip()), f"{name} is empty. Give a value, or leave {name}= out.")
+        _set(cfg, name, text, kind)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    require(not missing, f"missing: {', '.join(f'{name}=...' for name in missing)}")
+    result = OmegaConf.to_object(cfg)
+    check_values(result)
+    return result  # type: ignore[return-value]
+
+
+def _set(cfg: Any, name: str, text: str, kind: Any) -> None:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    plain, optional = _plain(kind)
+    value: Any = text.replace("${", "\\${")  # no interpolation
+    try:
+        if optional and text == "null":
+            value = None
+        elif plain is not str:
+            value = yaml.safe_load(text)
+        empty = value == [] == OmegaConf.select(cfg, name)
+        OmegaConf.update(cfg, name, value)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{name} = {text}. Use {_WORDS.get(get_origin(plain) or plain, 'another value')}."
+        ) from error
+    require(not empty, f"{name} = []. Name at least one, or leave {name}= out for the default.")
+
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list such as '[64,128]', in quotes",
+    dict: "settings such as name.key=value",
+}
+
+
+def _plain(kind: Any) -> tuple[Any, bool]:
+    """The type without `| None`, and whether that stood there."""
+    if get_origin(kind) in (Union, types.UnionType):
+        (inner, *_) = [a for a in get_args(kind) if a is not type(None)]
+        return inner, True
+    return kind, False
+
+
+def _type_of(config: Any, name: str) -> Any:
+    """Type of the setting with this dotted name; None: there is none."""
+    head, _, rest = name.partition(".")
+    kind = get_type_hints(config).get(head)
+    inner, _ = _plain(kind)
+    if kind is None or not rest:
+        return kind
+    if dataclasses.is_dataclass(inner):
+        return _type_of(inner, rest)
+    return Any if get_origin(inner) is dict else None
+
+
+def described(config: type) -> Iterator[tuple[str, Any, str]]:
+    """Name, default and description of each setting; the description is the string below the field."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
+    texts: dict[str, str] = {}
+    for node, after in itertools.pairwise(body):
+        value = after.value if isinstance(after, ast.Expr) else None
+        if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Constant):
+            texts[node.target.id] = " ".join(str(value.value).split())  # type: ignore[union-attr]
+    for base in reversed(config.__mro__[1:-1]):
+        for name, _, text in described(base) if dataclasses.is_dataclass(base) else ():
+            texts.setdefault(name, text)
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        yield field.name, default, texts.get(field.name, "")
+
+
+def usage(config: type, description: str) -> str:
+    """A help text: the description, then each setting with its default and what it means."""
+    return "\n".join([description.strip(), "", "Settings, as name=value:", *_usage(config, "")])
+
+
+def _usage(config: type, prefix: str) -> Iterator[str]:
+    for name, default, text in described(config):
+        if dataclasses.is_dataclass(default):
+            yield from _usage(type(default), f"{prefix}{name}.")
+            continue
+        shown = default
+        if default is dataclasses.MISSING or default == "???":  # the second is omegaconf.MISSING
+            shown = "..."
+        elif default is None or isinstance(default, bool):
+            shown = json.dumps(default)
+        yield f"  {prefix}{name}={shown}"
+        yield from textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def describe_error(error: Exception) -> str:
+    """What a command says of an error: a short message for a mistake of the user, a traceback for one of ours.
+
+    A ValueError, an error of the operating system, of Hydra, of YAML, or one that torch raises for what the
+    machine lacks is taken for the user's.
+    """
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    mistakes = (ValueError, OSError, RuntimeError, NotImplementedError, HydraException, OmegaConfBaseException)
+    if isinstance(error, OverrideParseException):
+        message = _quoting(str(error.override), error.message)
+    elif isinstance(error, YAMLError):
+        message = f"{' '.join(str(error).split())}. Indent a YAML file by blanks, never by tabs."
+    elif isinstance(error, MemoryError):
+        message = "the memory of this machine does not suffice"
+    elif isinstance(error, mistakes):
+        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        message = f"{str(error).split('Config search path:')[0].strip()}{cause}" or type(error).__name__
+    else:
+        return "".join(traceback.format_exception(error))
+    return f"error: {message}"
+
+
+def _quoting(override: str, message: str) -> str:
+    """What Hydra could not parse, and how it is written so that it can."""
+    name, equals, value = override.partition("=")
+    if not equals or not name.isascii():
+        return f"{override!r} is not understood. Give settings as name=value, with a plain = between them."
+    if message.startswith("Error parsing override"):  # it was parsed, and does not make sense: told well already
+        return message.split("\nSee https")[0]
+    quoted = value.replace('"', '\\"')
+    what = message.splitlines()[0].split(":")[0]
+    return (
+        f"{override!r} is not understood ({what}). In a value, Hydra takes ~ = , : [ ] {{ }} ( ) and letters "
+        "beyond ASCII for signs of its own. Put the value in quotes for Hydra, and all of it for the shell:\n"
+        f"  '{name}=\"{quoted}\"'"
+    )

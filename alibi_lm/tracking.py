@@ -4,6 +4,8 @@ The file is the truth and wandb a view of it. A row is on disk before `log` retu
 when a later checkpoint is; on resume the rows after the checkpoint are dropped and written again.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging
@@ -15,9 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+from alibi_lm.distributed import World
 from alibi_lm.files import write_text
+from alibi_lm.settings import require
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
@@ -52,27 +56,33 @@ class WandbConfig:
     """Tags of the run, each 1 to 64 characters."""
 
     def __post_init__(self) -> None:
-        if self.mode not in WANDB_MODES:
-            raise ValueError(f"tracking.mode = {self.mode!r}. Allowed: {', '.join(WANDB_MODES)}.")
-        if not self.project or re.search(r"[/\\#?%:]", self.project):
-            raise ValueError(f"tracking.project = {self.project!r}. Use a name without any of / \\ # ? % :")
+        require(self.mode in WANDB_MODES, f"tracking.mode = {self.mode!r}. Allowed: {', '.join(WANDB_MODES)}.")
+        require(
+            1 <= len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project),
+            f"tracking.project = {self.project!r}. Use 1 to 128 characters, none of them / \\ # ? % or :",
+        )
         for tag in self.tags:
-            if not 1 <= len(tag) <= 64:
-                raise ValueError(f"tracking.tags has {tag!r}. A tag has 1 to 64 characters.")
+            require(1 <= len(tag) <= 64, f"tracking.tags has {tag!r}. A tag has 1 to 64 characters.")
 
 
 TRACKING: dict[str, type] = {"jsonl": JsonlConfig, "wandb": WandbConfig}
 
 
 class Tracker:
-    """Takes metrics and forgets them: for processes other than the main one, and the interface of all."""
+    """Takes metrics and forgets them: for processes other than the main one, and the interface of all.
 
-    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Records metrics of a step.
+    Attributes:
+        rows: how many rows metrics.jsonl holds.
+    """
+
+    rows = 0
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record metrics of a step.
 
         Args:
             step: optimizer steps done; never less than in an earlier call.
-            metrics: values by name, such as `train/loss`.
+            metrics: values by name, such as `train/loss`; None, NaN and infinity stand for no value.
         """
 
     def table(
@@ -82,7 +92,7 @@ class Tracker:
         rows: Sequence[Sequence[Any]],
         line_plot: tuple[str, str, str] | None = None,
     ) -> None:
-        """Shows a table, and a plot of it, where the tracker can; files of results are not its business.
+        """Show a table, and a plot of it, where the tracker can; files of results are not its business.
 
         Args:
             name: of the table; the plot is called `<name>_plot`.
@@ -92,9 +102,9 @@ class Tracker:
         """
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Records final values of the run."""
+        """Record final values of the run."""
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> Tracker:
         return self
 
     def __exit__(
@@ -106,12 +116,7 @@ class Tracker:
         self.close(failed=exc_type is not None)
 
     def close(self, failed: bool) -> None:
-        """Ends the tracking of the run; `failed` tells that an exception is why."""
-
-
-class _Process(Protocol):
-    @property
-    def is_main(self) -> bool: ...
+        """End the tracking of the run; `failed` tells that an exception is why."""
 
 
 def open_tracker(
@@ -121,7 +126,8 @@ def open_tracker(
     group: str,
     resolved_config: Mapping[str, Any],
     resume_step: int,
-    world: _Process | None = None,
+    world: World | None = None,
+    kept_rows: int | None = None,
 ) -> Tracker:
     """The tracker of a run, to be used with `with`.
 
@@ -134,6 +140,7 @@ def open_tracker(
         resume_step: step of the checkpoint that training goes on from; rows after it are dropped. 0
             for a new run: all rows are dropped.
         world: this process's place; all but the main one get a tracker that does nothing.
+        kept_rows: how many rows are kept, where not all up to `resume_step` are.
 
     Raises:
         ValueError: metrics.jsonl is damaged before its last line, or wandb is not installed or cannot start.
@@ -141,8 +148,8 @@ def open_tracker(
     if world is not None and not world.is_main:
         return Tracker()
     if isinstance(config, JsonlConfig) or config.mode == "disabled":
-        return _JsonlTracker(run_folder, resume_step)
-    return _WandbTracker(config, run_folder, run_name, group, resolved_config, resume_step)
+        return _JsonlTracker(run_folder, resume_step, kept_rows)
+    return _WandbTracker(config, run_folder, run_name, group, resolved_config, resume_step, kept_rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -163,28 +170,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):  # what follows the last line end: nothing, or a torn row
                 break
             raise ValueError(
-                f"{path}, line {number} is not a row of metrics ({error}). Delete that line to go on."
+                f"{path}, line {number} is not a row of metrics ({error}). Put the file back as it was, or use "
+                "overwrite=true to train again."
             ) from error
         rows.append(row)
     return rows
 
 
 class _JsonlTracker(Tracker):
-    def __init__(self, run_folder: Path, resume_step: int):
+    def __init__(self, run_folder: Path, resume_step: int, kept_rows: int | None):
         self.path = Path(run_folder) / METRICS_FILE
         kept = []
         if resume_step > 0 and self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step][:kept_rows]
         write_text(self.path, "".join(_line(row) for row in kept))
+        self.rows = len(kept)
         self._file = open(self.path, "ab")
 
-    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        self._file.write(_line({"step": step, **metrics}).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(_line({"step": step, **metrics}).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # the system names no file where a write failed
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.rows += 1
 
     def close(self, failed: bool) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # rows that could be written are on the disk already
+            self._file.close()
 
 
 class _WandbTracker(_JsonlTracker):
@@ -203,6 +217,7 @@ class _WandbTracker(_JsonlTracker):
         group: str,
         resolved_config: Mapping[str, Any],
         resume_step: int,
+        kept_rows: int | None,
     ):
         try:
             import wandb
@@ -210,7 +225,7 @@ class _WandbTracker(_JsonlTracker):
             raise ValueError(
                 f"tracking = wandb needs the package wandb ({error}). Install it, or use tracking=jsonl."
             ) from error
-        super().__init__(run_folder, resume_step)
+        super().__init__(run_folder, resume_step, kept_rows)
         self._wandb = wandb
         self._step = resume_step
         folder = Path(run_folder).resolve()
@@ -238,15 +253,15 @@ class _WandbTracker(_JsonlTracker):
         except Exception as error:
             super().close(failed=True)
             self._environment.__exit__(None, None, None)
+            other = "tracking.mode=offline, or " if config.mode == "online" else ""
             raise ValueError(
-                f"tracking = wandb with mode = {config.mode} could not start: {error}. "
-                "Use tracking.mode=offline, or tracking=jsonl."
+                f"tracking = wandb with mode = {config.mode} could not start: {error}. Use {other}tracking=jsonl."
             ) from error
 
-    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         super().log(step, metrics)
         self._step = step
-        self._run.log(dict(metrics), step=step)
+        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
     def table(
         self,

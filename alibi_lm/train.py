@@ -6,32 +6,104 @@ so a run that is killed and started again does exactly what it would have done.
 
 from __future__ import annotations
 
-import shutil
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
 
-from alibi_lm import distributed, runtime
-from alibi_lm.attention import chosen_backend
-from alibi_lm.config import TrainConfig, load_config, to_dict
+from alibi_lm import distributed, identity, runs, runtime
+from alibi_lm.checkpoint import CheckpointStore
+from alibi_lm.config import TrainConfig, to_dict
 from alibi_lm.data.corpus import Corpus, prepare
-from alibi_lm.distributed import World
-from alibi_lm.evaluate.score import mean_nats, score_tokens
-from alibi_lm.files import read_json, write_json, write_text
+from alibi_lm.data.windows import TrainingBatches
+from alibi_lm.distributed import StopSignals, World
+from alibi_lm.evaluate.score import Stopped, mean_nats, score_tokens
+from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
-from alibi_lm.runs import RunLock, build_model, clear_failed, finished, load_run, mark_failed, mark_finished
+from alibi_lm.runs import CHECKPOINTS, CONFIG_FILE, RunLock, build_model, finished, load_run
+from alibi_lm.runtime import say
 from alibi_lm.settings import require
-from alibi_lm.tracking import open_tracker
-from alibi_lm.trainer import Interrupted, Trainer
+from alibi_lm.tracking import Tracker, open_tracker
 
-NOT_THE_RUN = (
-    "device", "tracking", "threads", "output_dir", "overwrite", "keep_last", "keep_every", "study", "measurements",
-)  # fmt: skip
-"""Settings that may change between the parts of a run, because no result depends on them."""
 SELF_CHECK_TOLERANCE = 1e-3
 """Nats by which the evaluator may differ from the trainer's validation loss (bfloat16 training: more)."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state.
+
+    Attributes:
+        status: exit status by convention, 128 + the signal's number.
+    """
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal_number} after step {step}; give the command again to resume")
+        self.status = 128 + signal_number
+
+
+class NonFiniteLoss(ValueError):
+    """Training produced a loss or gradient that is no number."""
+
+
+@dataclass
+class Progress:
+    """What changes in a run beside weights and optimizer state. Saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    validation_due: bool = False
+    """Whether the model of this step has yet to be validated: the run was stopped before or while it was."""
+    validation_loss: float | None = None
+    """When it was last measured, mean nats per token."""
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    losses_since_log: list[float] = field(default_factory=list)
+    """Loss of each step since the last row of metrics."""
+    metrics_rows: int = 0
+    """Rows of metrics.jsonl by now."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same in a run."""
+
+    config: TrainConfig
+    folder: Path
+    world: World
+    device: torch.device
+    corpus: Corpus
+    model: TransformerLM
+    optimizer: torch.optim.Optimizer
+    batches: TrainingBatches
+    nats: Callable[[Tensor, Tensor], Tensor]
+    """The model's, or its compiled form."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of an optimizer step, over all processes."""
+        return self.config.rows_per_step * self.config.train_length
+
+    @cached_property
+    def signature(self) -> dict[str, str]:
+        """What a file of this run is known by."""
+        config = self.config
+        name = runs.run_name(config.position.name, config.train_length, config.seed)
+        return {"run": identity.folder_identity(self.folder), "run_name": name}
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all processes."""
+        if self.world.is_main:
+            say(line)
 
 
 def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -51,185 +123,325 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     world = distributed.start(config.device)
     try:
         device = runtime.start(config.device, world.local_rank, config.threads)
+        runs.require_readable(config)
         if not world.is_main:
             done = distributed.gather_objects(None, world)[0]
-            return _train_locked(config, folder, world, device) if done is None else done
+            return _train(config, folder, world, device) if done is None else done
         if config.overwrite:
-            _delete_run(folder)
+            runs.delete_run(folder)
         with RunLock(folder):
             done = finished(folder)
+            # Before any mark is touched: this may be another run.
+            if done is not None or (folder / CONFIG_FILE).exists():
+                identity.require_same_settings(config, folder)
             if done is not None:
-                _require_same_run(config, folder)
-                print(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
+                identity.require_own_files(folder, None)
+                say(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
             distributed.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
                 return done
-            if (folder / "config.yaml").exists():
-                _require_same_run(config, folder)  # before any mark is touched: this may be someone else's run
-            clear_failed(folder)
+            runs.clear_failed(folder)
             try:
-                return _train_locked(config, folder, world, device)
+                return _train(config, folder, world, device)
             except Interrupted:
                 raise
             except Exception as error:
-                mark_failed(folder, f"{type(error).__name__}: {error}")
+                with suppress(OSError):  # the disk may be full; the error itself says what happened
+                    runs.mark_failed(folder, f"{type(error).__name__}: {error}")
                 raise
     finally:
         distributed.stop()
 
 
-def _train_locked(config: TrainConfig, folder: Path, world: World, device: torch.device) -> dict[str, Any]:
-    corpus = _prepare(config, world)
-    _check_length(config, corpus)
+def _train(config: TrainConfig, folder: Path, world: World, device: torch.device) -> dict[str, Any]:
+    """The run itself, with its folder locked by the main process."""
+    began = time.perf_counter()
+    # The main process prepares the corpus, the others find it done.
+    corpus = prepare(config.data, config.tokenizer) if world.is_main else None
+    distributed.barrier(world)
+    corpus = corpus or prepare(config.data, config.tokenizer, progress=False)
+    train_split = corpus.split("train")
+    require(
+        config.train_length <= train_split.num_tokens,
+        f"train_length = {config.train_length} is longer than the training text: {train_split.num_tokens} tokens.",
+    )
     if world.is_main:
-        _require_same_text(folder, corpus)
-        _write_records(config, folder, corpus, device)
+        identity.require_same_text(folder, corpus)
+        runs.write_records(config, folder, corpus, device)
 
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.vocab_size).to(device)
+    model.precision = config.precision  # of validation; a step has its own
     optimizer = build_optimizer(config.optimizer, model)
-    trainer = Trainer(config, folder, world, device, corpus, model, optimizer)
-    step = trainer.restore()
-    if world.is_main:
-        verb = f"resumes at step {step}" if step else "starts"
-        print(
-            f"{folder.name}: {verb} of {config.steps}; {model.num_parameters():,} parameters, "
-            f"{config.rows_per_step * config.train_length:,} tokens a step, {corpus.name}, "
-            f"attention={model.backend.name}",
-            flush=True,
-        )
+    batches = TrainingBatches(
+        train_split.tokens, corpus.start_id, config.train_length, config.rows_per_step, config.seed
+    )
+    nats = CompiledNats(model) if config.compile else model.nats
+    run = Run(config, folder, world, device, corpus, model, optimizer, batches, nats)
+    store = CheckpointStore(folder / CHECKPOINTS, config.keep_last, config.keep_every)
+    progress = restore(run, store)
+    verb = f"resumes at step {progress.step}" if progress.step else "starts"
+    run.say(
+        f"{folder.name}: {verb} of {config.steps}; {model.num_parameters():,} parameters, "
+        f"{run.tokens_per_step:,} tokens a step, {corpus.name}, attention={model.backend.name}"
+    )
     tracked = dict(to_dict(config), num_parameters=model.num_parameters(), corpus=corpus.hash)
-    with open_tracker(config.tracking, folder, folder.name, config.experiment, tracked, step, world) as tracker:
-        result = trainer.run(step, tracker)
-    if world.is_main:
-        _self_check(config, folder, corpus, device, result)
-        mark_finished(folder, result)
+    with StopSignals(world) as signals:
+        with open_tracker(
+            config.tracking, folder, folder.name, config.experiment, tracked, progress.step, world,
+            progress.metrics_rows,
+        ) as tracker:  # fmt: skip
+            _loop(run, store, progress, tracker, signals)
+        result = {
+            "steps": progress.step,
+            "tokens_seen": progress.step * run.tokens_per_step,
+            "train_length": config.train_length,
+            "position": config.position.name,
+            "num_parameters": model.num_parameters(),
+            "validation_loss": progress.validation_loss,
+            "best_validation_loss": progress.best_validation_loss,
+            "corpus": train_split.hash,
+            "device": runtime.environment(device)["device"],
+        }
+        if not world.is_main:
+            return result
+        result |= run.signature
+        store.prune(progress.step)  # the best checkpoint before the last one, or what a kill left
+        try:
+            result["self_check_difference"] = _self_check(run, result, signals)
+        except Stopped:
+            raise Interrupted(signals.received, progress.step) from None
+        runs.mark_finished(folder, result)
+    assert progress.validation_loss is not None
+    say(
+        f"{folder.name}: finished {config.steps} steps in {time.perf_counter() - began:,.0f} s; validation "
+        f"loss {progress.validation_loss:.4f} nats per token. Run folder: {folder}\n"
+        f"Next: python scripts/evaluate.py experiment={config.experiment} {shlex.quote(f'runs={folder}')}"
+    )
     return result
 
 
-def _prepare(config: TrainConfig, world: World) -> Corpus:
-    """Prepare the corpus once per machine group: the main process first, the others find it done."""
-    if world.is_main:
-        corpus = prepare(config.data, config.tokenizer)
-    distributed.barrier(world)
-    return corpus if world.is_main else prepare(config.data, config.tokenizer, progress=False)
+def _loop(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker, signals: StopSignals) -> None:
+    """Steps, rows of metrics, validations and checkpoints, from where `progress` is to the end of the run."""
+    config, steps = run.config, run.config.steps
+    pending: list[tuple[int, Tensor, Tensor]] = []
+    bar = tqdm(
+        total=steps,
+        initial=progress.step,
+        desc=run.folder.name,
+        unit="step",
+        disable=not (run.world.is_main and sys.stderr.isatty()),
+    )
+    clock, timed = time.perf_counter(), progress.step
+    while progress.step < steps or progress.validation_due:
+        if not progress.validation_due:  # it is where the run was stopped before a validation
+            pending.append((progress.step + 1, *step(run, progress.step)))
+            progress.step += 1
+            bar.update()
+            logs = progress.step % config.log_every == 0 or progress.step == steps
+            # Where nobody watches a bar, a line for each tenth of the run.
+            tells = bar.disable and progress.step * 10 // steps > (progress.step - 1) * 10 // steps
+            if logs or tells:
+                norm = collect(store, progress, pending)
+                loss = sum(progress.losses_since_log) / len(progress.losses_since_log)
+                speed = run.tokens_per_step * (progress.step - timed) / (time.perf_counter() - clock)
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
+            if tells:
+                at = f"step {progress.step} of {steps}"
+                run.say(f"{run.folder.name}: {at}, training loss {loss:.4f}, {speed:,.0f} tokens/s")
+            if logs:
+                log_step(run, tracker, progress, loss, norm, speed)
+                clock, timed = time.perf_counter(), progress.step
+            progress.validation_due = progress.step % config.validate_every == 0 or progress.step == steps
+        stop, better = signals.agreed(), False
+        if progress.validation_due and not stop:
+            try:
+                better = validate(run, tracker, progress, signals)
+            except Stopped:
+                stop = signals.agreed()
+        last = progress.step == steps
+        if progress.step % config.checkpoint_every == 0 or last or stop or better:
+            collect(store, progress, pending)
+            save(run, store, progress, tracker)
+            clock, timed = time.perf_counter(), progress.step
+        if stop and (progress.validation_due or not last):
+            bar.close()
+            raise Interrupted(stop, progress.step)
+    bar.close()
 
 
-def _check_length(config: TrainConfig, corpus: Corpus) -> None:
-    available = corpus.split("train").num_tokens
-    require(
-        config.train_length <= available,
-        f"train_length = {config.train_length} is longer than the training text: {available} tokens.",
+def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
+    """One optimizer step (counted from 0).
+
+    The gradient is that of the sum of nats over all processes and micro-batches, divided by the number of targets.
+
+    Returns:
+        Mean nats per token before the update, and the gradient norm before clipping; on the device.
+    """
+    config, model, optimizer = run.config, run.model, run.optimizer
+    model.train()
+    runtime.seed_step(config.seed, number, run.world.rank)
+    share = distributed.shard(config.rows_per_step, run.world)
+    micro_rows = max(1, (config.micro_batch_tokens or run.tokens_per_step) // config.train_length)
+    total = torch.zeros((), device=run.device)
+    for first in range(share.start, share.stop, micro_rows):
+        inputs, targets = run.batches.batch(number, slice(first, min(first + micro_rows, share.stop)))
+        if run.device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        inputs = inputs.to(run.device, non_blocking=True)
+        targets = targets.to(run.device, non_blocking=True)
+        with runtime.autocast(run.device, config.precision):
+            nats = run.nats(inputs, targets).sum()
+        (nats / run.tokens_per_step).backward()
+        total += nats.detach()
+    distributed.all_reduce_gradients(model, run.world)
+    distributed.all_reduce_sum(total, run.world)
+    norm = torch.nn.utils.clip_grad_norm_(
+        model.parameters(), config.clip_norm if config.clip_norm > 0 else math.inf
+    )
+    rate = config.schedule.lr(number, config.steps, config.optimizer.lr)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total / run.tokens_per_step, norm
+
+
+def collect(store: CheckpointStore, progress: Progress, pending: list[tuple[int, Tensor, Tensor]]) -> float:
+    """Read (step, loss, gradient norm) of the latest steps from the device, which each reading stalls.
+
+    Returns:
+        The last gradient norm.
+
+    Raises:
+        NonFiniteLoss: one of them is no number.
+    """
+    if not pending:
+        return math.nan
+    values = torch.stack([torch.stack([loss.float(), norm.float()]) for _, loss, norm in pending]).tolist()
+    for (number, _, _), (loss, norm) in zip(pending, values, strict=True):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = store.latest()
+            raise NonFiniteLoss(
+                f"step {number}: loss = {loss}, gradient norm = {norm}. Training has diverged; the last good "
+                f"checkpoint is {'none' if kept is None else f'step {kept.step}'}. Lower optimizer.lr or "
+                "clip_norm, or lengthen the warm-up."
+            )
+        progress.losses_since_log.append(loss)
+    pending.clear()
+    return float(values[-1][1])
+
+
+def log_step(run: Run, tracker: Tracker, progress: Progress, loss: float, norm: float, speed: float) -> None:
+    """Write a row of training metrics."""
+    progress.losses_since_log.clear()
+    tracker.log(
+        progress.step,
+        {
+            "tokens_seen": progress.step * run.tokens_per_step,
+            "train/loss": loss,
+            "train/lr": run.config.schedule.lr(progress.step - 1, run.config.steps, run.config.optimizer.lr),
+            "train/grad_norm": norm,
+            "train/tokens_per_second": speed,
+        },
     )
 
 
-def _write_records(config: TrainConfig, folder: Path, corpus: Corpus, device: torch.device) -> None:
-    """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
-    if not (folder / "config.yaml").exists():
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    write_json(
-        folder / "environment.json",
-        runtime.environment(device) | {"attention": chosen_backend(config.attention.name)},
-    )
-    write_json(folder / "corpus.json", corpus.manifest)
-    corpus.tokenizer.save(folder / "tokenizer.json")
+def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignals) -> bool:
+    """Measure the validation split at the training length, by the evaluator's scorer.
+
+    Returns:
+        Whether the model is better than it was at any validation before.
+
+    Raises:
+        Stopped: a process was asked to stop. The validation is still due.
+    """
+    loss = _validation_loss(run, run.model, signals, run.world)
+    perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else None
+    tracker.log(progress.step, {"validation/loss": loss, "validation/perplexity": perplexity})
+    progress.validation_due, progress.validation_loss = False, loss if math.isfinite(loss) else None
+    best = progress.best_validation_loss
+    better = loss < (math.inf if best is None else best)
+    if better:
+        progress.best_validation_loss, progress.best_step = loss, progress.step
+    return better
 
 
-def _require_same_run(config: TrainConfig, folder: Path) -> None:
-    """Refuse to continue a run with other settings."""
-    old, new = to_dict(load_config(folder)), to_dict(config)
-    differences = [
-        f"{key}: {old_value!r} there, {new_value!r} now"
-        for key, old_value, new_value in _flat_differences(old, new)
-        if key.split(".")[0] not in NOT_THE_RUN and key != "data.cache_dir" and not key.startswith("evaluation.")
-    ]
-    require(
-        not differences,
-        f"output_dir = {folder} holds a run with other settings ({'; '.join(differences)}). "
-        "Use overwrite=true to start over, or another output_dir.",
-    )
-
-
-def _require_same_text(folder: Path, corpus: Corpus) -> None:
-    """Refuse to continue a run on another text, or with another tokenizer."""
-    record = folder / "corpus.json"
-    if not record.is_file() or not any((folder / "checkpoints").glob("*")):
-        return
-    old, new = read_json(record), corpus.manifest
-    for what, path in (
-        ("tokenizer", ("tokenizer",)),
-        ("training text", ("splits", "train")),
-        ("validation text", ("splits", "validation")),
-    ):
-        there, here = (_digest(manifest, path) for manifest in (old, new))
-        require(
-            there == here,
-            f"output_dir = {folder} holds a run with another {what} (sha256 {there[:12]} there, {here[:12]} now). "
-            "Give it the text it was begun with, or use overwrite=true to start over.",
-        )
-
-
-def _digest(manifest: dict[str, Any], path: tuple[str, ...]) -> str:
-    """The sha256 of a part of a corpus's manifest."""
-    part: Any = manifest
-    for key in path:
-        part = part.get(key) or {}
-    return str(part.get("sha256"))
-
-
-def _flat_differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for key in sorted(old.keys() | new.keys())
-            for difference in _flat_differences(old.get(key), new.get(key), f"{prefix}{key}.")
-        ]
-    return [] if old == new else [(prefix.rstrip("."), old, new)]
-
-
-def _delete_run(folder: Path) -> None:
-    """Delete a run folder, but nothing that is not one."""
-    if not folder.exists():
-        return
-    require(
-        (folder / "config.yaml").is_file() or not any(p for p in folder.iterdir() if p.name != ".lock"),
-        f"overwrite = true, but {folder} is no run folder (it has no config.yaml). Nothing was deleted.",
-    )
-    with RunLock(folder):
-        for entry in folder.iterdir():
-            if entry.name == ".lock":
-                continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _self_check(
-    config: TrainConfig, folder: Path, corpus: Corpus, device: torch.device, result: dict[str, Any]
-) -> None:
-    """The saved run, loaded as a user would load it, gives the trainer's validation loss."""
-    model = load_run(folder, config.train_length, "last", config.attention.name, device)
+def _validation_loss(run: Run, model: TransformerLM, signals: StopSignals, world: World | None = None) -> float:
     nats = score_tokens(
         model,
-        corpus.split("validation").tokens,
-        corpus.start_id,
-        config.train_length,
-        tokens_per_forward=config.evaluation.tokens_per_forward,
-        autocast=runtime.autocast(device, config.precision),
-        progress="self-check",
+        run.corpus.split("validation").tokens,
+        run.corpus.start_id,
+        run.config.train_length,
+        tokens_per_forward=run.config.evaluation.tokens_per_forward,
+        world=world,
+        progress="self-check" if world is None else "validation",
+        interrupt=lambda: signals.received != 0,
     )
-    difference = abs(mean_nats(nats) - result["validation_loss"])
+    return mean_nats(nats)
+
+
+def save(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker) -> None:
+    """Save the state; called on every process, written by the main one."""
+    if run.world.is_main:
+        progress.metrics_rows = tracker.rows
+        state = asdict(progress) | run.signature
+        state |= {
+            "vocab_size": run.corpus.vocab_size,
+            "corpus": run.corpus.hash,
+            "tokens_seen": progress.step * run.tokens_per_step,
+        }
+        store.save(progress.step, run.model, run.optimizer, state)
+        if progress.best_step == progress.step:
+            _mark_best(run, store, progress)
+    distributed.barrier(run.world)
+
+
+def _mark_best(run: Run, store: CheckpointStore, progress: Progress) -> None:
+    store.mark_best(progress.step, {"validation_loss": progress.best_validation_loss} | run.signature)
+
+
+def restore(run: Run, store: CheckpointStore) -> Progress:
+    """Load the newest whole checkpoint, if there is one; returns what was done by then.
+
+    Raises:
+        ValueError: it belongs to another run, metrics.jsonl does not fit it, or a weight is no number.
+    """
+    latest = store.latest()
+    if latest is None:
+        return Progress()
+    identity.require_own_files(run.folder, latest)
+    latest.restore(run.model, run.optimizer)
+    bad = [n for n, weight in run.model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if bad:
+        raise NonFiniteLoss(
+            f"{latest.path} holds NaN or infinite values ({', '.join(bad[:3])}): the training had diverged. "
+            "Delete that folder to resume from an earlier checkpoint, or start over with overwrite=true and a "
+            "lower optimizer.lr."
+        )
+    names = {f.name for f in fields(Progress)}
+    progress = Progress(**{k: v for k, v in latest.state.items() if k in names} | {"step": latest.step})
+    if run.world.is_main:
+        progress.metrics_rows = identity.own_metrics(run.folder, latest)
+        if progress.best_step == latest.step:
+            # The process may have died between writing this checkpoint and pointing at it.
+            _mark_best(run, store, progress)
+    return progress
+
+
+def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float:
+    """The saved run, loaded as a user would load it, gives the trainer's validation loss.
+
+    Returns:
+        The difference in nats per token.
+    """
+    config = run.config
+    options = {"attention": config.attention.name, "device": run.device, "precision": config.precision}
+    model = load_run(run.folder, config.train_length, "last", **options)
+    loss, trained = _validation_loss(run, model, signals), result["validation_loss"]
     require(
-        difference <= SELF_CHECK_TOLERANCE,
-        f"self-check: the evaluator gives {mean_nats(nats):.6f} nats per token at train_length = "
-        f"{config.train_length}, the trainer's validation {result['validation_loss']:.6f}. "
-        "The saved run is not the trained model; do not use it.",
+        trained is not None and abs(loss - trained) <= SELF_CHECK_TOLERANCE,
+        f"self-check: the evaluator gives {loss} nats per token at train_length = {config.train_length}, the "
+        f"trainer's validation {trained}. The saved run is not the trained model, or it diverged; do not use it.",
     )
-    result["self_check_difference"] = difference
-
-
-def differing_settings(config: TrainConfig, baseline: TrainConfig) -> dict[str, Any]:
-    """Settings in which a run differs from its experiment's own; they give its folder a suffix."""
-    return {
-        key: new
-        for key, _, new in _flat_differences(to_dict(baseline), to_dict(config))
-        if key.split(".")[0] not in NOT_THE_RUN and key not in ("data.cache_dir", "data.path")
-    }
+    return abs(loss - trained)

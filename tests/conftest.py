@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # No test may reach the network, whatever the user's environment says.
@@ -21,6 +24,8 @@ from alibi_lm.positions import POSITIONS
 
 torch.set_flush_denormal(True)
 
+ROOT = Path(__file__).resolve().parent.parent
+Command = Callable[..., subprocess.CompletedProcess[str]]
 WORDS = "the cat sat on a mat while dogs ran past old trees in deep green woods near home today".split()
 
 
@@ -72,3 +77,28 @@ def _write_text(folder: Path) -> Path:
 def write_text() -> Callable[[Path], Path]:
     """Write a small WikiText-like corpus into a folder: write_text(folder) -> folder."""
     return _write_text
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """Run a script as a user does: command(folder, "train.py", *arguments, **environment) -> CompletedProcess.
+
+    The process is a fork of one that has all modules loaded (command_server.py); nothing else differs.
+    """
+    output = tmp_path_factory.mktemp("commands") / "printed"
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "command_server.py")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdin is not None and server.stdout is not None
+
+    def run(folder: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        request = {"script": str(ROOT / "scripts" / script), "arguments": arguments, "folder": str(folder)}
+        request |= {"environment": environment, "output": str(output)}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        printed = (Path(f"{output}.{name}").read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess([script, *arguments], status, *printed)
+
+    yield run
+    server.communicate(timeout=60)

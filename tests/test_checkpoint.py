@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.checkpoint_format import Checkpoint
+from alibi_lm.checkpoint import Checkpoint, CheckpointStore
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -111,14 +110,12 @@ def test_every_bit_of_every_dtype_survives(store: CheckpointStore, dtype: torch.
 
 def test_state_comes_back_as_it_was(store: CheckpointStore) -> None:
     state = {"loss": 0.1 + 0.2, "tiny": 5e-324, "none": None, "list": [1, 2.5], "nested": {"word": "\u00e9"}}
-    store.save(1, nn.Linear(1, 1), None, state | {"numpy": np.float64(1 / 3), "tensor": torch.tensor(7)})
-    checkpoint = store.latest()
-    assert checkpoint is not None
-    assert checkpoint.state == state | {"numpy": 1 / 3, "tensor": 7}
+    store.save(1, nn.Linear(1, 1), None, state)
+    assert store.get("last").state == state
 
 
 def test_state_that_json_cannot_hold_is_refused_and_leaves_nothing(store: CheckpointStore) -> None:
-    with pytest.raises(TypeError, match="plain values only, not a PosixPath"):
+    with pytest.raises(TypeError, match="PosixPath is not JSON"):
         store.save(1, nn.Linear(1, 1), None, {"path": Path(".")})
     assert list(store.folder.iterdir()) == []
 
@@ -135,58 +132,6 @@ def test_tied_weights_are_stored_once(store: CheckpointStore) -> None:
     Checkpoint(path).load_into(fresh)
     assert fresh.output.weight is fresh.embed.weight
     assert same_bits(fresh.output.weight, model.output.weight)
-
-
-def test_wrapper_prefixes_are_left_out_and_accepted(store: CheckpointStore) -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    class Compiled(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self._orig_mod = module
-
-    model, _ = trained()
-    wrapped = Wrapper(Compiled(model))
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
-    model(torch.arange(3)).sum().backward()
-    optimizer.step()
-    path = store.save(1, wrapped, optimizer, {})
-    assert set(Checkpoint(path).load_weights()) == set(model.state_dict())
-
-    plain = TiedModel()
-    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    Checkpoint(path).restore(plain, plain_optimizer)
-    assert same_bits(plain.embed.weight, model.embed.weight)
-    momentum = plain_optimizer.state[plain.hidden.weight]["momentum_buffer"]
-    assert same_bits(momentum, optimizer.state[model.hidden.weight]["momentum_buffer"])
-    Checkpoint(path).restore(wrapped, optimizer)
-
-    # One submodule that happens to be called `module` is not a wrapper.
-    part = nn.ModuleDict({"module": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
-    assert set(Checkpoint(store.save(2, part, None, {})).load_weights()) == set(part.state_dict())
-
-
-def test_optimizer_values_that_are_not_tensors(store: CheckpointStore) -> None:
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # no momentum: the entry is None
-    model(torch.ones(2)).backward()
-    optimizer.step()
-    optimizer.state[model.weight]["count"] = 5
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
-    path = store.save(1, model, optimizer, {})
-    again = torch.optim.SGD(model.parameters(), lr=0.1)
-    Checkpoint(path).restore(model, again)
-    assert again.state[model.weight] == optimizer.state[model.weight]
-    assert again.param_groups[0]["lr"] == torch.tensor(0.25)
-
-
-def test_foreign_parameters_in_the_optimizer_are_refused(store: CheckpointStore) -> None:
-    optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="not one of the model's"):
-        store.save(1, nn.Linear(2, 1), optimizer, {})
 
 
 @pytest.mark.gpu
@@ -284,12 +229,6 @@ def test_policy_keeps_the_newest_every_so_many_and_the_best(tmp_path: Path) -> N
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 50, "validation_loss": 1.5}
 
 
-@pytest.mark.parametrize(("keep_last", "keep_every"), [(0, 0), (-1, 0), (1, -5)])
-def test_policies_that_make_no_sense(tmp_path: Path, keep_last: int, keep_every: int) -> None:
-    with pytest.raises(ValueError, match=r"keep_(last|every) = (0|-1|-5)"):
-        CheckpointStore(tmp_path, keep_last, keep_every)
-
-
 def test_nothing_there(store: CheckpointStore) -> None:
     assert store.latest() is None and store.best() is None and store.steps() == []
     for which in ("best", "last"):
@@ -297,8 +236,6 @@ def test_nothing_there(store: CheckpointStore) -> None:
             store.get(which)
     with pytest.raises(ValueError, match=r"checkpoint = 'first' is not known\. Use best or last"):
         store.get("first")
-    with pytest.raises(ValueError, match="no checkpoint of step 5"):
-        store.mark_best(5, {})
     store.save(1, nn.Linear(1, 1), None, {})
     with pytest.raises(ValueError, match="Use checkpoint=last"):
         store.get("best")

@@ -12,13 +12,13 @@ import psutil
 import pytest
 import torch
 
-from alibi_lm.config import EvaluateConfig
+import alibi_lm.train
 from alibi_lm.distributed import World
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.tracking import JsonlConfig
-from alibi_lm.train import train
-from alibi_lm.trainer import Trainer
+from alibi_lm.train import Run, train
 
 pytestmark = pytest.mark.slow
 
@@ -73,15 +73,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, write_text: Callable[[Path],
 def usage(place: Path) -> Usage:
     """Of a training run in `run`."""
     usage = Usage()
-    step = Trainer.step
+    step = alibi_lm.train.step
 
-    def noted(self: Trainer, number: int) -> Any:
+    def noted(run: Run, number: int) -> Any:
         if number % 50 == 25:
             usage.note()
-        return step(self, number)
+        return step(run, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", noted)
+        patch.setattr(alibi_lm.train, "step", noted)
         where = [f"data.path={place / 'text'}", f"data.cache_dir={place / 'cache'}"]
         train(compose([*TINY, *where]), place / "run")
     return usage

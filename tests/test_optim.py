@@ -95,20 +95,6 @@ def test_nag_leaves_parameters_without_gradient_alone() -> None:
     assert used[0].item() == pytest.approx(0.95 - 1.9 * 0.5)
 
 
-def test_nag_evaluates_a_closure_with_gradients() -> None:
-    parameter = nn.Parameter(torch.ones(1))
-    optimizer = FairseqNAG([parameter], lr=0.1, momentum=0.0)
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = (parameter * 3).sum()
-        loss.backward()
-        return loss.item()
-
-    assert optimizer.step(closure) == 3.0
-    assert parameter.item() == pytest.approx(0.7)
-
-
 # -- build_optimizer -----------------------------------------------------------------------------------------
 
 

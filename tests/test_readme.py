@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alibi_lm.bench.report import ratios_markdown, speedups_markdown
-from alibi_lm.bench.report import read as report_rows
 from alibi_lm.model.transformer import KeyValueCache, TransformerLM
+from benchmarks.report import ratios_markdown, speedups_markdown
+from benchmarks.report import read as report_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -5,6 +5,7 @@ sync, rename and removal of a file) and sends itself SIGKILL before the n-th of 
 and the moment does not depend on the speed of the machine. Other tests kill by the clock or ask to stop.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alibi_lm.checkpoint import CheckpointStore
@@ -69,8 +71,8 @@ def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
     """
     import torch
 
+    import alibi_lm.runs
     import alibi_lm.train
-    import alibi_lm.trainer
 
     calls: list[str] = []
 
@@ -89,9 +91,9 @@ def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
         watch(os, name)
     watch(torch.optim.AdamW, "step")
     watch(torch.Tensor, "backward")
-    watch(alibi_lm.trainer.Trainer, "validate")
+    watch(alibi_lm.train, "validate")
     watch(alibi_lm.train, "_self_check")
-    watch(alibi_lm.train, "mark_finished")
+    watch(alibi_lm.runs, "mark_finished")
     return calls
 
 
@@ -308,6 +310,128 @@ def test_asked_to_stop(tmp_path: Path, corpus: list[str], stop: signal.Signals) 
     assert run(overrides, folder) == 0
     assert run(overrides, tmp_path / "uninterrupted") == 0
     assert_same_run(folder, tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("number", [1, 3, 4], ids=["a validation", "the last validation", "the self-check"])
+def test_asked_to_stop_while_scoring(
+    tmp_path: Path,
+    corpus: list[str],
+    reference: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """The state is saved at once, and what was being scored is scored after the resume."""
+    import alibi_lm.train
+
+    scorings = 0
+    score = alibi_lm.train.score_tokens
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal scorings
+        scorings += 1
+        if scorings == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(alibi_lm.train, "score_tokens", interrupted)
+    config, folder = composed(*SETTINGS, *corpus, "position=alibi"), tmp_path / "run"
+    step = {1: 4, 3: 11, 4: 11}[number]
+    with pytest.raises(alibi_lm.train.Interrupted, match=f"stopped by signal 15 after step {step}") as caught:
+        alibi_lm.train.train(config, folder)
+    assert caught.value.status == 143 and status(folder) == "partial"
+    assert CheckpointStore(folder / "checkpoints").get("last").step == step
+    validated = [row["step"] for row in rows(folder) if "validation/loss" in row]
+    assert validated == {1: [], 3: [4, 8], 4: [4, 8, 11]}[number]
+    alibi_lm.train.train(config, folder)
+    assert_same_run(folder, reference("alibi"))
+
+
+def test_a_signal_between_steps_does_not_wait_for_a_validation(
+    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import alibi_lm.train
+
+    step = alibi_lm.train.step
+
+    def interrupted(run: Any, number: int) -> Any:
+        if number == 7:  # the eighth, after which a validation is due
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, number)
+
+    config, folder = composed(*SETTINGS, *corpus, "position=alibi"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(alibi_lm.train, "step", interrupted)
+        with pytest.raises(alibi_lm.train.Interrupted, match="after step 8"):
+            alibi_lm.train.train(config, folder)
+    assert [row["step"] for row in rows(folder) if "validation/loss" in row] == [4]
+    alibi_lm.train.train(config, folder)
+    assert_same_run(folder, reference("alibi"))
+
+
+# --- what a run says -----------------------------------------------------------------------------
+
+
+def test_a_run_without_a_terminal_tells_how_it_goes(
+    tmp_path: Path, corpus: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from alibi_lm.train import train
+
+    folder = tmp_path / "run"
+    train(composed(*SETTINGS, *corpus, "position=alibi", "steps=40", "log_every=100"), folder)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[1:11]] == [f"run: step {4 * k} of 40" for k in range(1, 11)]
+    last = finished(folder)
+    assert last is not None
+    assert lines[11].startswith("run: finished 40 steps in ")
+    assert f"validation loss {last['validation_loss']:.4f}" in lines[11] and lines[11].endswith(str(folder))
+    assert lines[12] == f"Next: python scripts/evaluate.py experiment=smoke runs={folder}"
+
+
+def test_a_perplexity_that_is_no_number_is_null(
+    tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A diverged run of 5,306 nats a token ends; what was not measured is not logged as if it were."""
+    import alibi_lm.train
+
+    monkeypatch.setattr(alibi_lm.train, "score_tokens", lambda *args, **kwargs: np.full(5, 5306.0))
+    folder = tmp_path / "run"
+    assert alibi_lm.train.train(composed(*SETTINGS, *corpus, "steps=2"), folder)["validation_loss"] == 5306
+    assert rows(folder)[-1] == {"step": 2, "validation/loss": 5306.0, "validation/perplexity": None}
+
+
+def test_settings_that_could_not_be_read_back_are_refused_before_the_first_step(
+    tmp_path: Path, corpus: list[str]
+) -> None:
+    from alibi_lm.train import train
+
+    folder = tmp_path / "run"
+    for group, name, message in (
+        ("position", "rotary", r"config\.yaml.*learned_slopes.*Choose an entry of a group by its name alone"),
+        ("optimizer", "nag", r"could not be read back .*Choose an entry"),
+        ("tracking", "${oc.env:HOME}", "holds an interpolation"),
+    ):
+        config = copy.deepcopy(composed(*SETTINGS, *corpus, "position=alibi"))
+        getattr(config, group).name = name
+        with pytest.raises(ValueError, match=message):
+            train(config, folder)
+        assert not folder.exists()
+
+
+def test_a_full_disk_at_the_start_names_the_folder(
+    tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alibi_lm.train import train
+
+    folder = tmp_path / "run"
+
+    def full(descriptor: int) -> None:
+        if "/run/" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        train(composed(*SETTINGS, *corpus, "position=alibi"), folder)
+    assert str(folder / "config.yaml") in str(caught.value)
 
 
 @pytest.mark.parametrize(

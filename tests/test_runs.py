@@ -35,7 +35,7 @@ with RunLock(Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alibi_lm.runs, "_LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(alibi_lm.runs, "LOCK_WAIT_SECONDS", 0.1)
 
 
 def test_names() -> None:
@@ -143,7 +143,7 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
 
 
 def test_lock_waits_out_a_status_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alibi_lm.runs, "_LOCK_WAIT_SECONDS", 20)
+    monkeypatch.setattr(alibi_lm.runs, "LOCK_WAIT_SECONDS", 20)
     code = HOLDER.replace("time.sleep(60)", "time.sleep(0.3)")
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True

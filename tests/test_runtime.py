@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +52,97 @@ def test_a_step_uses_the_memory_of_the_step_before_unless_the_environment_says_o
     assert kept < 50
     # 160 MiB anew: 40,960 pages, or 80 huge ones.
     assert page_faults(MALLOC_TRIM_THRESHOLD_="131072") > kept + 60
+
+
+# --- cores, threads, output, commit --------------------------------------------------------------
+
+
+def test_allowed_cores_are_the_fewest_that_anyone_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(runtime, "_container_cores", lambda: [])
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert runtime.allowed_cores() == 6
+    for slurm, cores in (("4", 4), ("0", 1), ("many", 6), ("12", 6)):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+        assert runtime.allowed_cores() == cores, slurm
+    monkeypatch.setattr(runtime, "_container_cores", lambda: [2.5])
+    assert runtime.allowed_cores() == 2
+    monkeypatch.setattr(runtime, "_container_cores", lambda: [0.5])
+    assert runtime.allowed_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, []),
+        ({"cpu.max": "max 100000\n"}, []),
+        ({"cpu.max": "150000 100000\n"}, [1.5]),
+        ({"cpu.max": "rubbish"}, []),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, []),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, [3.0]),
+    ],
+    ids=str,
+)
+def test_limits_of_control_groups(tmp_path: Path, files: dict[str, str], cores: list[float]) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert runtime._container_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 100_000, 2**70])
+def test_numbers_of_threads_out_of_range(threads: int) -> None:
+    with pytest.raises(ValueError, match=f"threads = {threads}. Use 1 to 1024"):
+        runtime.start("cpu", threads=threads)
+
+
+SPEAKS = """
+import sys
+from alibi_lm import runtime
+runtime.start("cpu")
+runtime.say("L\u00e4ufe")
+runtime.say("and on")
+print("not by say")
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("output", ["full", "closed", "ascii"])
+def test_output_that_cannot_be_written_ends_no_run(tmp_path: Path, output: str) -> None:
+    path = Path("/dev/full") if output == "full" else tmp_path / "output"
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is always full")
+    with path.open("w") as file:
+        ran = subprocess.run(
+            [sys.executable, "-c", SPEAKS],
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=(lambda: os.close(1)) if output == "closed" else None,
+        )
+    assert ran.returncode == 3, ran.stderr
+    if output == "ascii":
+        assert path.read_text() == "L\\xe4ufe\nand on\nnot by say\n"
+
+
+def test_the_commit_where_there_is_no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no git")))
+    for value, commit in (("abc123", "abc123"), ("", None)):
+        runtime.code_version.cache_clear()
+        monkeypatch.setenv("ALIBI_LM_COMMIT", value)
+        assert runtime.code_version() == (commit, None)
+    runtime.code_version.cache_clear()
+
+
+def test_gpus_do_without_the_attention_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert runtime.start("cuda", 1) == torch.device("cuda", 1)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from alibi_lm.distributed import World
 from alibi_lm.tracking import (
-    TRACKING,
     JsonlConfig,
     Tracker,
     WandbConfig,
@@ -96,7 +95,28 @@ def test_a_new_run_starts_empty(tmp_path: Path) -> None:
 def test_resume_without_rows(tmp_path: Path) -> None:
     with open_jsonl(tmp_path, resume_step=5) as tracker:
         tracker.log(6, {"a": 1})
+        assert tracker.rows == 1
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6, "a": 1}]
+
+
+def test_resume_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """The checkpoint was written between two rows of its step."""
+    with open_jsonl(tmp_path) as tracker:
+        tracker.log(5, {"train/loss": 1.0})
+        tracker.log(5, {"validation/loss": 2.0})
+    with open_tracker(JsonlConfig(), tmp_path, "run", "experiment", {}, 5, kept_rows=1) as tracker:
+        tracker.log(5, {"validation/loss": 2.0})
+        assert tracker.rows == 2
+    assert [list(row) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
+        ["step", "train/loss"], ["step", "validation/loss"]
+    ]  # fmt: skip
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_jsonl(tmp_path) as tracker:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match=r"No space left: .*metrics\.jsonl"):
+            tracker.log(1, {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +126,7 @@ def test_damage_in_the_middle_is_an_error_and_changes_nothing(tmp_path: Path, li
     path = tmp_path / "metrics.jsonl"
     content = '{"step": 1}\n' + line + '\n{"step": 3}\n'
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a row .*Delete that line"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a row .*overwrite=true"):
         open_jsonl(tmp_path, resume_step=3)
     assert path.read_text() == content
 
@@ -379,6 +399,7 @@ def test_damaged_run_id(tmp_path: Path) -> None:
         ({"mode": "on"}, r"tracking.mode = 'on'. Allowed: offline, online, disabled"),
         ({"project": ""}, "tracking.project = ''"),
         ({"project": "a/b"}, "tracking.project = 'a/b'"),
+        ({"project": "x" * 129}, "1 to 128 characters"),
         ({"tags": [""]}, "tracking.tags has ''"),
         ({"tags": ["x" * 65]}, "1 to 64 characters"),
     ],
@@ -386,9 +407,3 @@ def test_damaged_run_id(tmp_path: Path) -> None:
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WandbConfig(**settings)
-
-
-def test_registry_is_what_configs_hold() -> None:
-    folder = Path(__file__).parents[1] / "configs" / "tracking"
-    assert sorted(path.stem for path in folder.glob("*.yaml")) == sorted(TRACKING)
-    assert all(config().name == name for name, config in TRACKING.items())

@@ -3,11 +3,13 @@
     torchrun --standalone --nproc-per-node 2 tests/two_process_driver.py JOBS.json
 
 JOBS.json: {"place": folder, "jobs": [{"train": [overrides], "folder": run folder} or {"evaluate": settings}]}.
+With "stopped": true the last process, and only that, is asked to stop in the first validation.
 Process 1 leaves `written.json`: the files below `place` that it opened for writing, made, renamed or removed.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,9 +32,30 @@ def watch(place: str) -> None:
     sys.addaudithook(hook)
 
 
+def train_until_stopped(config, folder: Path, asked: bool) -> None:
+    """Train until the first validation, in which this process is asked to stop, or another one is."""
+    import alibi_lm.train
+
+    score = alibi_lm.train.score_tokens
+
+    def interrupted(*args, **kwargs):
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args, **kwargs)
+
+    alibi_lm.train.score_tokens = interrupted
+    try:
+        alibi_lm.train.train(config, folder)
+    except alibi_lm.train.Interrupted:
+        return
+    finally:
+        alibi_lm.train.score_tokens = score
+    raise AssertionError("the run went on")
+
+
 def main() -> None:
     from alibi_lm import distributed
-    from alibi_lm.config import EvaluateConfig
+    from alibi_lm.evaluate.config import EvaluateConfig
     from alibi_lm.evaluate.sweep import evaluate
     from alibi_lm.experiment import compose
     from alibi_lm.tracking import JsonlConfig
@@ -43,7 +66,9 @@ def main() -> None:
     if rank:
         watch(work["place"])
     for job in work["jobs"]:
-        if "train" in job:
+        if job.get("stopped"):
+            train_until_stopped(compose(job["train"]), Path(job["folder"]), asked=rank > 0)
+        elif "train" in job:
             train(compose(job["train"]), Path(job["folder"]))
         else:
             world = distributed.start("cpu")

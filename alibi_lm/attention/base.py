@@ -1,6 +1,6 @@
-"""The attention-backend protocol: prepare once per forward pass, then call in each layer.
+"""The attention-backend protocol: say what you serve, prepare once per forward pass, then attend in each layer.
 
-Shape letters: B batch, T queries, S keys, H heads, K head dim.
+Shape letters: B batch, T queries, S keys, H heads, D model dim, K head dim.
 """
 
 from __future__ import annotations
@@ -8,40 +8,72 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme
 
+P = TypeVar("P")
 
-class AttentionBackend(ABC):
-    """One way to compute softmax(q k^T / sqrt(K) + bias, causal) v for any position scheme.
 
-    All backends compute the same function; `eager` is its definition.
+class AttentionBackend(ABC, Generic[P]):
+    """One way to compute softmax(q k^T / sqrt(K) + bias, causal) v for position schemes.
+
+    All backends compute the same function; `eager` is its definition. `P` is what the layers share in a pass.
     """
 
     name: str
-    prepares_outside: bool = False
-    """Whether `prepare` reads positions, so that a compiled model must break off for it, once per forward pass."""
+
+    def supports(
+        self,
+        scheme: PositionScheme,
+        device: torch.device,
+        dtype: torch.dtype,
+        window: int | None = None,
+        dropout: float = 0.0,
+        grad: bool = False,
+        whole: bool = True,
+        gaps: bool = False,
+    ) -> str:
+        """Why the backend cannot serve passes of this kind; empty where it can.
+
+        Args:
+            scheme: gives the bias.
+            device: of queries and keys.
+            dtype: of queries and keys.
+            window: see `prepare`.
+            dropout: probability of dropping an attention weight.
+            grad: whether gradients will be asked for.
+            whole: whether the queries are all of the keys; not so in cached decoding.
+            gaps: whether some position does not follow the one before it.
+        """
+        return ""
 
     @abstractmethod
     def prepare(
-        self, scheme: PositionScheme, q_pos: Tensor, k_pos: Tensor, window: int | None, dtype: torch.dtype
-    ) -> Any:
+        self,
+        scheme: PositionScheme,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        span: int,
+        window: int | None,
+        dtype: torch.dtype,
+    ) -> P:
         """Build what all layers share in this forward pass.
 
         Args:
             scheme: gives the bias.
-            q_pos: (T,) int64, ascending: the last T entries of k_pos.
-            k_pos: (S,) int64, ascending.
+            q_pos: (T,) int64, strictly ascending: the last T entries of k_pos.
+            k_pos: (S,) int64, strictly ascending.
+            span: k_pos[-1] - k_pos[0]; S - 1 where positions have no gaps.
             window: a query sees only the keys at distances below it; None: all keys at or before it.
             dtype: of queries and keys.
         """
 
     @abstractmethod
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any, dropout: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: P, x: Tensor | None, dropout: float) -> Tensor:
         """Attend.
 
         Args:
@@ -49,6 +81,7 @@ class AttentionBackend(ABC):
             k: (B, H, S, K).
             v: (B, H, S, K).
             prepared: the value of `prepare`.
+            x: (B, S, D), the layer's input at the keys; None unless the scheme has `cache_inputs`.
             dropout: probability of dropping an attention weight.
 
         Returns:
@@ -71,11 +104,6 @@ def hidden_keys(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     if window is None:
         return ahead
     return ahead | (q_pos[:, None] - k_pos[None, :] >= window)
-
-
-def consecutive(positions: Tensor) -> bool:
-    """Whether each position follows the one before. Positions on the CPU only: it reads them."""
-    return bool((positions.diff() == 1).all())
 
 
 def empty_by_tokens(x: Tensor) -> Tensor:

@@ -13,29 +13,40 @@ from alibi_lm.positions.base import PositionScheme
 
 
 class EagerPrepared(NamedTuple):
-    """Score bias (H, T, S) float32 or None, and hidden keys (T, S) bool."""
+    """What the layers share: scheme, positions, score bias (H, T, S) or None, hidden keys (T, S) bool."""
 
+    scheme: PositionScheme
+    q_pos: Tensor
+    k_pos: Tensor
     bias: Tensor | None
     hidden: Tensor
 
 
-class EagerAttention(AttentionBackend):
+class EagerAttention(AttentionBackend[EagerPrepared]):
     """Scores, bias, mask, softmax, weighted sum: scores and softmax in float32 or better."""
 
     name = "eager"
 
     def prepare(
-        self, scheme: PositionScheme, q_pos: Tensor, k_pos: Tensor, window: int | None, dtype: torch.dtype
+        self,
+        scheme: PositionScheme,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        span: int,
+        window: int | None,
+        dtype: torch.dtype,
     ) -> EagerPrepared:
-        """See the base class."""
-        return EagerPrepared(scheme.bias(q_pos, k_pos), hidden_keys(q_pos, k_pos, window))
+        return EagerPrepared(scheme, q_pos, k_pos, scheme.bias(q_pos, k_pos), hidden_keys(q_pos, k_pos, window))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: EagerPrepared, dropout: float) -> Tensor:
-        """See the base class."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, prepared: EagerPrepared, x: Tensor | None, dropout: float
+    ) -> Tensor:
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if scores.dtype in (torch.bfloat16, torch.float16):
             scores = scores.float()
-        if prepared.bias is not None:
-            scores = scores + prepared.bias
+        content = prepared.scheme.content_bias(q, k, x, prepared.q_pos, prepared.k_pos)
+        for bias in (prepared.bias, content):
+            if bias is not None:
+                scores = scores + bias
         weights = scores.masked_fill(prepared.hidden, float("-inf")).softmax(dim=-1)
         return F.dropout(weights, dropout).to(v.dtype) @ v

@@ -1,8 +1,8 @@
 """Attention through torch's FlexAttention: the scheme's score function runs inside a generated kernel.
 
-Meant for a GPU: no (T, S) tensor for schemes that write their own `score_mod`, hidden blocks are skipped, and the
-distances are float32 whatever the dtype of queries and keys. On a CPU it computes the forward pass, slowly.
-Gradients of a trained bias are summed with atomics there: not the same to the last bit from run to run.
+Meant for a GPU: no (T, S) tensor for a bias that depends on distance, hidden blocks are skipped, and the distances
+are float32 whatever the dtype of queries and keys. On a CPU it computes the forward pass, slowly. Gradients of a
+trained bias are summed with atomics there: not the same to the last bit from run to run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from torch import Tensor
 from alibi_lm.attention.base import AttentionBackend
 from alibi_lm.positions.base import PositionScheme
 
+RECOMPILATIONS = 64
+"""Kernels that one process may generate: one for each scheme, and for each of the first lengths. Past torch's own
+limit of 8 FlexAttention silently builds (B, H, T, S) scores."""
+
 
 @dataclass
 class FlexPrepared:
@@ -27,7 +31,7 @@ class FlexPrepared:
     block_mask: Any
 
 
-class FlexAttention(AttentionBackend):
+class FlexAttention(AttentionBackend[FlexPrepared]):
     """torch.nn.attention.flex_attention, compiled on a GPU."""
 
     name = "flex"
@@ -36,33 +40,49 @@ class FlexAttention(AttentionBackend):
         self._compiled: Callable[..., Tensor] | None = None
         self._causal: tuple[tuple[Any, ...], Any] = ((), None)
 
+    def supports(
+        self,
+        scheme: PositionScheme,
+        device: torch.device,
+        dtype: torch.dtype,
+        window: int | None = None,
+        dropout: float = 0.0,
+        grad: bool = False,
+        whole: bool = True,
+        gaps: bool = False,
+    ) -> str:
+        if scheme.defines("content_bias"):
+            return "it needs the full score matrix"
+        if dropout:
+            return f"model.attention_dropout = {dropout}, and FlexAttention drops no attention weights"
+        if grad and device.type == "cpu":
+            return "on a CPU FlexAttention has no backward pass, so nothing can be trained"
+        return ""
+
     def prepare(
-        self, scheme: PositionScheme, q_pos: Tensor, k_pos: Tensor, window: int | None, dtype: torch.dtype
+        self,
+        scheme: PositionScheme,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        span: int,
+        window: int | None,
+        dtype: torch.dtype,
     ) -> FlexPrepared:
-        """See the base class."""
-        return FlexPrepared(scheme.score_mod(q_pos, k_pos), self._block_mask(q_pos, k_pos, window))
+        return FlexPrepared(scheme.score_mod(q_pos, k_pos, span), self._block_mask(q_pos, k_pos, window))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: FlexPrepared, dropout: float) -> Tensor:
-        """See the base class.
-
-        Raises:
-            ValueError: dropout of attention weights, or a backward pass on the CPU.
-        """
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, prepared: FlexPrepared, x: Tensor | None, dropout: float
+    ) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        if dropout:
-            raise ValueError(
-                f"attention = flex with model.attention_dropout = {dropout}. FlexAttention has no dropout of "
-                "attention weights: set model.attention_dropout=0, or use attention=sdpa."
-            )
-        if q.is_cuda and not torch.compiler.is_compiling():
-            self._compiled = self._compiled or torch.compile(flex_attention)
+        if torch.compiler.is_compiling():
+            # Part of the model's own graph. A filter of warnings would break that graph in every layer.
+            return flex_attention(q, k, v, prepared.score_mod, prepared.block_mask)
+        if q.is_cuda:
+            if self._compiled is None:
+                allow_recompilations()
+                self._compiled = torch.compile(flex_attention)
             return self._compiled(q, k, v, prepared.score_mod, prepared.block_mask)
-        if q.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError(
-                "attention = flex on the CPU: it has no backward pass there, so nothing can be trained. "
-                "Use attention=sdpa, or a GPU."
-            )
         with warnings.catch_warnings():
             # Uncompiled it is slow, and says so at each call; on a CPU that is what was asked for.
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
@@ -89,3 +109,10 @@ class FlexAttention(AttentionBackend):
         if self._causal[0] != key:
             self._causal = key, create_block_mask(causal, None, None, num_queries, num_keys, device)
         return self._causal[1]
+
+
+def allow_recompilations() -> None:
+    """Raise torch's limit of recompilations to what schemes and lengths of one process need."""
+    import torch._dynamo.config as config
+
+    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)

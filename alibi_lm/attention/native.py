@@ -1,8 +1,8 @@
 """Attention on the CPU by a kernel of this package, compiled for the machine's processor (`native.cpp`).
 
 It serves every full pass in float32 whose bias, if any, depends on head and distance: no bias, ALiBi, T5, and
-any scheme that defines `PositionScheme.distance_bias`, trained or not; with or without a window. All else goes the
-ways of `sdpa.py`: other devices and dtypes, cached decoding, dropout of attention weights, other biases.
+any scheme that defines `PositionScheme.distance_bias`, trained or not; with or without a window. What it does not
+serve goes to `sdpa`: other devices and dtypes, cached decoding, dropout of attention weights, positions with gaps.
 
 Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, N blocks of queries.
 """
@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alibi_lm.attention import native_library
-from alibi_lm.attention.base import AttentionBackend, consecutive, empty_by_tokens, trial
-from alibi_lm.attention.sdpa import SdpaAttention
+from alibi_lm.attention.base import AttentionBackend, empty_by_tokens, trial
 from alibi_lm.positions.base import PositionScheme
 
 
@@ -32,51 +31,59 @@ class NativePrepared(NamedTuple):
     """(H, T) float32: of each distance; may need a gradient."""
     window: int
     """A query sees the keys at distances below it."""
-    otherwise: Callable[[], Any]
-    """Gives what `SdpaAttention` prepares, for calls that the kernel does not serve."""
 
 
-class NativeAttention(AttentionBackend):
-    """The kernel where it serves, else `SdpaAttention`.
-
-    Raises:
-        ValueError: the kernel cannot be compiled here.
-    """
+class NativeAttention(AttentionBackend[NativePrepared]):
+    """The compiled kernel; `why_not` says whether there is one."""
 
     name = "native"
-    prepares_outside = True
 
     def __init__(self) -> None:
-        reason = why_not()
-        if reason:
-            raise ValueError(
-                f"attention = native, but its kernel cannot be compiled here: {reason}. It needs a C++ "
-                "compiler with OpenMP (g++, or the one that CXX names). Install one, or use attention=sdpa."
-            )
-        self.sdpa = SdpaAttention()
+        self.missing = why_not()
+
+    def supports(
+        self,
+        scheme: PositionScheme,
+        device: torch.device,
+        dtype: torch.dtype,
+        window: int | None = None,
+        dropout: float = 0.0,
+        grad: bool = False,
+        whole: bool = True,
+        gaps: bool = False,
+    ) -> str:
+        biased = scheme.defines("bias", "distance_bias")
+        if scheme.defines("content_bias"):
+            return "it needs the full score matrix"
+        if scheme.defines("bias"):
+            return "its bias is more than a function of distance"
+        if device.type != "cpu":
+            return "the kernel runs on a CPU"
+        if dtype != torch.float32:
+            return f"the kernel computes in float32, not in {str(dtype).removeprefix('torch.')}"
+        if dropout:
+            return f"model.attention_dropout = {dropout}, and the kernel drops no attention weights"
+        if not whole:
+            return "cached decoding has fewer queries than keys"
+        if gaps and (biased or window is not None):
+            return "the positions have gaps"
+        return self.missing
 
     def prepare(
-        self, scheme: PositionScheme, q_pos: Tensor, k_pos: Tensor, window: int | None, dtype: torch.dtype
-    ) -> Any:
-        """See the base class."""
-        otherwise = functools.cache(lambda: self.sdpa.prepare(scheme, q_pos, k_pos, window, dtype))
-        if not (k_pos.is_cpu and dtype == torch.float32 and len(q_pos) == len(k_pos)):
-            return otherwise()
-        bias = None
-        if scheme.bias(q_pos[:1], k_pos[:1]) is not None:
-            bias = scheme.distance_bias(torch.arange(len(k_pos))) if consecutive(k_pos) else None
-            if bias is None:
-                return otherwise()
-        elif window is not None and not consecutive(k_pos):
-            return otherwise()
-        return NativePrepared(bias, len(k_pos) if window is None else window, otherwise)
+        self,
+        scheme: PositionScheme,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        span: int,
+        window: int | None,
+        dtype: torch.dtype,
+    ) -> NativePrepared:
+        bias = scheme.distance_bias(torch.arange(len(k_pos)))
+        return NativePrepared(bias, len(k_pos) if window is None else window)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any, dropout: float) -> Tensor:
-        """See the base class."""
-        if not isinstance(prepared, NativePrepared):
-            return self.sdpa(q, k, v, prepared, dropout)
-        if dropout:
-            return self.sdpa(q, k, v, prepared.otherwise(), dropout)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, prepared: NativePrepared, x: Tensor | None, dropout: float
+    ) -> Tensor:
         return attend(q, k, v, prepared.bias, prepared.window)
 
 
@@ -134,7 +141,10 @@ def why_not() -> str:
         for given, window in ((None, 70), (bias, 70), (bias, 7)):
             scores = q @ k.mT * 10**-0.5 + (0 if given is None else given[:, distance.clamp_min(0)])
             expected = scores.masked_fill((distance < 0) | (distance >= window), -math.inf).softmax(-1) @ v
-            got = attend(q, k, v, given, window)
+            try:
+                got = attend(q, k, v, given, window)
+            except (AttributeError, RuntimeError) as error:
+                return f"what was compiled cannot be called ({error})"
             leaves = [q, k, v] if given is None else [q, k, v, slopes]
             mine, theirs = (
                 torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for out in (got, expected)

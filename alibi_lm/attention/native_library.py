@@ -2,7 +2,8 @@
 
 The library lies in the user's cache folder ($XDG_CACHE_HOME/alibi_lm, or ~/.cache/alibi_lm) under a name made of
 all that it depends on: source, command, compiler and processor. Machines that share a home folder share no library
-that one of them could not run.
+that one of them could not run. The sha256 of its content lies beside it and is compared before it is loaded,
+because loading half a library ends the process. Where nothing can be kept, each process compiles one for itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ ROWS = 48
 COMPILERS = ("g++", "c++", "clang++")
 """Looked for in this order, unless CXX names one."""
 SECONDS = 300
-"""After this time a compiler is given up."""
+"""After this time a compiler is given up, and what it left behind is swept away by the next one."""
 
 log = logging.getLogger("alibi_lm")
 
@@ -43,34 +45,40 @@ class Found(NamedTuple):
 
 @functools.cache
 def find() -> Found:
-    """Load the library; compile it first where that has not been done."""
-    compiler = _compiler()
-    if compiler is None:
-        chosen = os.environ.get("CXX")
-        return Found(
-            None, f"CXX = {chosen} is not there" if chosen else f"none of {', '.join(COMPILERS)} is there"
-        )
+    """Load the library; compile it first where that has not been done. Never raises."""
     try:
-        return Found(ctypes.CDLL(str(_compiled(compiler))))
+        command = [*_compiler(), *_flags()]
+        return Found(ctypes.CDLL(str(_compiled(command))))
+    except subprocess.TimeoutExpired:
+        return Found(None, f"compiling it took more than {SECONDS} seconds")
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
         reason = lines[0] if lines else f"exit status {error.returncode}"
-        return Found(None, f"{shlex.join(compiler)} failed: {reason}")
-    except (OSError, subprocess.SubprocessError) as error:
-        return Found(None, f"{shlex.join(compiler)}: {error}")
+        return Found(None, f"compilation failed: {shlex.join(error.cmd[:1])}: {reason}")
+    except Exception as error:
+        # A kernel that nobody needs may stop no one, whatever is unusual about this machine.
+        return Found(None, str(error) or type(error).__name__)
 
 
-def _compiler() -> list[str] | None:
-    """The compiler, and what CXX says it is called with."""
+def _compiler() -> list[str]:
+    """The compiler, and what CXX says it is called with.
+
+    Raises:
+        ValueError: CXX cannot be read as a command.
+        OSError: there is no compiler.
+    """
     chosen = os.environ.get("CXX", "").strip()
     for name in [chosen] if chosen else COMPILERS:
-        program, *arguments = shlex.split(name)
+        try:
+            program, *arguments = shlex.split(name)
+        except ValueError as error:
+            raise ValueError(f"CXX = {chosen} cannot be read as a command ({error})") from error
         if path := shutil.which(program):
             return [path, *arguments]
-    return None
+    raise OSError(f"CXX = {chosen} is not there" if chosen else f"none of {', '.join(COMPILERS)} is there")
 
 
-def _compiled(compiler: list[str]) -> Path:
+def _compiled(command: list[str]) -> Path:
     """The library's file.
 
     Raises:
@@ -79,19 +87,45 @@ def _compiled(compiler: list[str]) -> Path:
     """
     from filelock import FileLock
 
-    command = [*compiler, *_flags()]
     name = _name(command)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alibi_lm"
-    if (cache / name).exists():
-        return cache / name
     try:
+        cache = _cache()
+        if _whole(cache / name):
+            return cache / name
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f"{name}.lock")
         lock.acquire()
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError, RuntimeError) as error:
+        log.info("the compiled attention kernel cannot be kept: %s", error)
         return _compile(command, Path(_own_folder().name) / name)
     with lock:
-        return cache / name if (cache / name).exists() else _compile(command, cache / name)
+        return cache / name if _whole(cache / name) else _compile(command, cache / name)
+
+
+def _cache() -> Path:
+    """The folder of compiled libraries.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    return (Path(chosen) if chosen else Path.home() / ".cache") / "alibi_lm"
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library is there, with the content that was compiled."""
+    try:
+        return _digest_file(library).read_text(encoding="ascii") == _sha256(library.read_bytes())
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @functools.cache
@@ -102,14 +136,35 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _compile(command: list[str], target: Path) -> Path:
     log.info("compiling the attention kernel for this processor, once; it takes some seconds")
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    _sweep(target)
+    with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(
             [*command, "-o", str(made), str(SOURCE), *_openmp_of_torch()],
             check=True, capture_output=True, text=True, timeout=SECONDS,
         )  # fmt: skip
-        made.replace(target)  # at once, so that another process never loads half of it
+        digest = Path(folder) / "digest"
+        digest.write_text(_sha256(made.read_bytes()), encoding="ascii")
+        # On the disk first, then at once, so that nobody ever sees half of it; the digest makes it count.
+        for file, place in ((made, target), (digest, _digest_file(target))):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+            file.replace(place)
     return target
+
+
+def _sweep(target: Path) -> None:
+    """Remove what compilers left behind that were killed.
+
+    Nobody else compiles this library now, because the caller holds its lock; another one for SECONDS at most.
+    """
+    for folder in target.parent.iterdir():
+        try:
+            ours, age = folder.name.startswith(f"{target.stem}-"), time.time() - folder.stat().st_mtime
+            if folder.is_dir() and (ours or age > 2 * SECONDS):
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue
 
 
 def _flags() -> list[str]:
@@ -141,4 +196,4 @@ def _name(command: list[str]) -> str:
         processor,
         *_openmp_of_torch(),
     ]
-    return f"attention-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    return f"attention-{_sha256(chr(0).join(parts).encode())[:16]}.so"

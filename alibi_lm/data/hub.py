@@ -7,6 +7,7 @@ before the download is handed to the retries.
 
 from __future__ import annotations
 
+import errno
 import sys
 import threading
 import urllib.error
@@ -14,10 +15,70 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
+from alibi_lm.data.text import BYTE_ORDER_MARK, Passage, Source
+from alibi_lm.data.wikitext import WIKITEXT_BORDERS, heading_style, wikitext_passages
+
 REPOSITORY = "Salesforce/wikitext"
+HUB_CONFIGS = {"wikitext2": "wikitext-2-v1", "wikitext103": "wikitext-103-v1"}
 PROBE_SECONDS = 5.0
+
+
+class HubSource(Source):
+    """WikiText from the Hugging Face hub, through `datasets` and its cache."""
+
+    borders = WIKITEXT_BORDERS
+
+    def __init__(self, name: str) -> None:
+        self.name, self.config = name, HUB_CONFIGS[name]
+        self._splits: dict[str, Any] = {}
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "hub", "name": self.name, "repository": REPOSITORY, "config": self.config}
+
+    def require(self, split: str, reason: str = "") -> None:
+        if split not in self._splits:
+            self._splits[split] = load_split(self.config, split)
+        if len(self._splits[split]) == 0:
+            raise ValueError(f"data={self.name}: the hub's {split} split of {REPOSITORY} is empty.")
+
+    def passages(self, split: str) -> Iterator[Passage]:
+        self.require(split)
+        return wikitext_passages(self._lines(split), heading_style(self._lines(split)))
+
+    def _lines(self, split: str) -> Iterator[str]:
+        """Text lines without line ends, as in the original `.tokens` files.
+
+        The hub stores a blank line as an empty row where the files have a line of one space; the space is put
+        back, so that both give the same bytes and the same hash.
+        """
+        mark = BYTE_ORDER_MARK
+        for batch in self._splits[split].iter(batch_size=1000):
+            for row in batch["text"]:
+                yield row.removeprefix(mark).removesuffix("\n") or " "
+                mark = ""
+
+    def record(self, split: str) -> dict[str, Any]:
+        from huggingface_hub import constants
+
+        self.require(split)
+        info = self._splits[split].info
+        checksums = info.download_checksums or {}
+        return {
+            "endpoint": constants.ENDPOINT,
+            "repository": REPOSITORY,
+            "config": info.config_name,
+            "rows": len(self._splits[split]),
+            "downloaded": {url: (value or {}).get("num_bytes") for url, value in checksums.items()},
+        }
+
+    def check(self, split: str, record: dict[str, Any], full: bool = False) -> str | None:
+        return None  # a prepared stream is used without the hub, so that it also serves offline
+
+    def size(self, split: str) -> int | None:
+        return None
 
 
 def load_split(config: str, split: str) -> Any:
@@ -31,54 +92,70 @@ def load_split(config: str, split: str) -> Any:
         ValueError: the text is neither cached nor to be had, with what to do instead.
     """
     import datasets
-    from huggingface_hub import constants
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    offline = bool(constants.HF_HUB_OFFLINE) or bool(datasets.config.HF_HUB_OFFLINE)
-    try:
-        with _network_off():
-            dataset = datasets.load_dataset(REPOSITORY, config, split=split)
-    except Exception as not_cached:  # whatever it is, it means "not in the cache": the kinds differ by version
-        if offline:
-            raise _unavailable(config, "HF_HUB_OFFLINE is set and the text is not in the cache") from not_cached
-        obstacle = _obstacle(constants.ENDPOINT)
-        if obstacle:
-            raise _unavailable(config, obstacle) from not_cached
-        try:
-            dataset = datasets.load_dataset(REPOSITORY, config, split=split)
-        except Exception as error:  # download, format and disk errors of four libraries
-            raise _unavailable(config, f"{type(error).__name__}: {_first_line(error)}") from error
+    dataset = _load(config, split)
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise _unavailable(config, f"its rows have no `text` column, only {columns}")
     return dataset
 
 
-def lines(dataset: Any) -> Iterator[str]:
-    """Text lines of a split without line ends, as in the original `.tokens` files.
-
-    The hub stores a blank line as an empty row where the files have a line of one space; the space is put
-    back, so that both give the same bytes and the same hash.
-    """
-    for batch in dataset.iter(batch_size=1000):
-        for row in batch["text"]:
-            yield row.removesuffix("\n") or " "
-
-
-def record(dataset: Any) -> dict[str, Any]:
-    """What the manifest keeps of where a split came from."""
+def _load(config: str, split: str) -> Any:
+    import datasets
     from huggingface_hub import constants
 
-    info = dataset.info
-    checksums = info.download_checksums or {}
-    return {
-        "endpoint": constants.ENDPOINT,
-        "repository": REPOSITORY,
-        "config": info.config_name,
-        "rows": len(dataset),
-        "downloaded": {url: (value or {}).get("num_bytes") for url, value in checksums.items()},
-    }
+    offline = bool(constants.HF_HUB_OFFLINE) or bool(datasets.config.HF_HUB_OFFLINE)
+    try:
+        with _network_off():
+            return datasets.load_dataset(REPOSITORY, config, split=split)
+    except Exception as error:  # their kinds differ by version; all but those of the disk mean "not in the cache"
+        not_cached = error
+    blocked = _disk_error(not_cached)
+    if blocked is not None:
+        folder = datasets.config.HF_DATASETS_CACHE
+        try:
+            return _read_without_lock(Path(folder), config, split)
+        except Exception:
+            reason = f"its cache {folder} cannot be used ({blocked}); make it writable or set HF_DATASETS_CACHE"
+            raise _unavailable(config, reason) from not_cached
+    if offline:
+        raise _unavailable(config, "HF_HUB_OFFLINE is set and the text is not in the cache") from not_cached
+    obstacle = _obstacle(constants.ENDPOINT)
+    if obstacle:
+        raise _unavailable(config, obstacle) from not_cached
+    try:
+        return datasets.load_dataset(REPOSITORY, config, split=split)
+    except Exception as error:  # download, format and disk errors of four libraries
+        raise _unavailable(config, f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the file system behind an error of `datasets`, such as a cache that cannot be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (
+            errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOLCK,
+        ):  # fmt: skip
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _read_without_lock(cache: Path, config: str, split: str) -> Any:
+    """A finished split from the cache of `datasets`, which takes a lock there even to read.
+
+    Raises:
+        Exception: there is none, or it is damaged.
+    """
+    import datasets
+    from datasets.arrow_reader import ArrowReader
+
+    finished = cache.glob(f"{REPOSITORY.replace('/', '___')}/{config}/*/*/dataset_info.json")
+    folder = max(finished, key=lambda path: path.stat().st_mtime).parent
+    info = datasets.DatasetInfo.from_directory(str(folder))
+    reader = ArrowReader(str(folder), info)
+    return datasets.Dataset(**reader.read(info.dataset_name, split, info.splits.values()))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,15 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alibi_lm.data.text import Source
-from alibi_lm.data.tokenizers import Tokenizer
-from alibi_lm.files import fingerprint
+from alibi_lm import files
+from alibi_lm.data.text import SPLITS, Source
+from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer
+from alibi_lm.files import fingerprint, sha256_of
+from alibi_lm.settings import require
 
 FORMAT = 1
 """Of the JSON files beside the streams; another number is refused."""
 ENTRY_FIELDS: dict[str, type] = dict.fromkeys(
     ("file", "documents_file", "dtype", "sha256", "text_sha256", "fingerprint", "documents_fingerprint"), str
-) | {"tokens": int, "words": int, "bytes": int, "source": dict}
+) | {"tokens": int, "words": int, "bytes": int, "lines": int, "source": dict}
 """Of a split in a manifest: what opening it relies on."""
 
 
@@ -59,9 +60,10 @@ class Corpus:
     """Holds the token files."""
     manifest: dict[str, Any]
     """What is known of source, tokenizer and streams; plain JSON."""
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     streams: dict[str, TokenStream] = field(repr=False)
     source: Source | None = field(default=None, repr=False)
+    """Where the text came from, if it was at hand."""
 
     @property
     def vocab_size(self) -> int:
@@ -87,24 +89,23 @@ class Corpus:
         """The text in a few words, for titles; says so where it is not the original one."""
         return str(self.manifest["description"])
 
-    @property
-    def description(self) -> str:
-        """Same as `name`."""
-        return self.name
-
     def split(self, name: str) -> TokenStream:
         """The stream of one split.
 
         Raises:
             ValueError: unknown, or not among the splits that were opened.
         """
-        if name not in self.streams:
-            raise ValueError(f"split = {name!r} is not open here. Allowed: {', '.join(self.streams)}.")
+        require(name in self.streams, f"split = {name!r} is not open here. Allowed: {', '.join(self.streams)}.")
         return self.streams[name]
 
 
-def open_prepared(folder: Path, splits: Sequence[str], tokenizer: Tokenizer | None = None) -> Corpus:
-    """Open the streams in a `tokens-...` folder as they are, without their source.
+def open_corpus(folder: Path, splits: Sequence[str] = SPLITS, tokenizer: TextTokenizer | None = None) -> Corpus:
+    """Open the streams in a `tokens-...` folder as they are, without their text.
+
+    Args:
+        folder: as `Corpus.folder` of a prepared corpus.
+        splits: those wanted.
+        tokenizer: that in use; None for the one kept beside the streams.
 
     Raises:
         ValueError: a split is not there, files are truncated or changed, or `tokenizer` is not the one that
@@ -113,25 +114,25 @@ def open_prepared(folder: Path, splits: Sequence[str], tokenizer: Tokenizer | No
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder} holds no finished streams (no manifest.json). Prepare them by `make data`.")
-    if tokenizer is not None and manifest["tokenizer"]["sha256"] != tokenizer.hash:
-        raise ValueError(
-            f"{folder} was encoded with another tokenizer ({manifest['tokenizer']['sha256'][:12]}) than the one "
-            f"in use ({tokenizer.hash[:12]}). Use the streams of this tokenizer, or delete {folder}."
-        )
+    known = manifest["tokenizer"]["sha256"]
     if tokenizer is None:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        if tokenizer.hash != manifest["tokenizer"]["sha256"]:
+        if tokenizer.hash != known:
             raise stale(f"{folder / 'tokenizer.json'} has changed since it was written", folder)
+    require(
+        tokenizer.hash == known,
+        f"{folder} was encoded with another tokenizer ({known[:12]}) than the one in use "
+        f"({tokenizer.hash[:12]}). Use the streams of this tokenizer, or delete {folder}.",
+    )
     missing = [split for split in splits if split not in manifest["splits"]]
-    if missing:
-        raise ValueError(
-            f"{folder} has no stream of {', '.join(missing)}; it has {', '.join(manifest['splits'])}."
-        )
+    require(
+        not missing, f"{folder} has no stream of {', '.join(missing)}; it has {', '.join(manifest['splits'])}."
+    )
     streams = {split: _open_stream(folder, split, manifest["splits"][split], tokenizer) for split in splits}
     return Corpus(folder, manifest, tokenizer, streams)
 
 
-def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: Tokenizer) -> TokenStream:
+def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: TextTokenizer) -> TokenStream:
     path, documents_path = folder / entry["file"], folder / entry["documents_file"]
     for file, size, digest in (
         (path, entry["tokens"] * np.dtype(entry["dtype"]).itemsize, entry["fingerprint"]),
@@ -143,10 +144,17 @@ def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: Tok
             raise stale(f"{file} has {file.stat().st_size:,} bytes instead of {size:,}", folder)
         if fingerprint(file) != digest:
             raise stale(f"{file} has changed since it was written", folder)
+    try:
+        documents = np.load(documents_path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise stale(f"{documents_path} is not an array of numbers ({error})", folder) from None
+    if documents.ndim != 1 or documents.dtype != np.int64:
+        shape = f"{documents.dtype} of shape {documents.shape}"
+        raise stale(f"{documents_path} holds {shape}, not a list of int64", folder)
     return TokenStream(
         split=split,
         tokens=np.memmap(path, dtype=entry["dtype"], mode="r"),
-        documents=_documents(documents_path, folder),
+        documents=documents,
         words=entry["words"],
         bytes=entry["bytes"],
         sha256=entry["sha256"],
@@ -155,14 +163,48 @@ def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: Tok
     )
 
 
-def _documents(path: Path, folder: Path) -> NDArray[np.int64]:
-    try:
-        documents = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise stale(f"{path} is not an array of numbers ({error})", folder) from None
-    if documents.ndim != 1 or documents.dtype != np.int64:
-        raise stale(f"{path} holds {documents.dtype} of shape {documents.shape}, not a list of int64", folder)
-    return documents
+def verify(corpus: Corpus) -> None:
+    """Read every byte of the streams, and of the source's files where they are at hand, and compare digests.
+
+    Raises:
+        ValueError: something differs; the message says what to delete.
+    """
+    for split, stream in corpus.streams.items():
+        entry = corpus.manifest["splits"][split]
+        for name, digest in ((entry["file"], "sha256"), (entry["documents_file"], "documents_sha256")):
+            if sha256_of(corpus.folder / name) != entry[digest]:
+                raise stale(f"{corpus.folder / name} has changed since it was written", corpus.folder)
+        largest = max(int(stream.tokens[k : k + (1 << 24)].max()) for k in range(0, stream.num_tokens, 1 << 24))
+        if largest >= corpus.vocab_size:
+            raise stale(f"{corpus.folder / entry['file']} holds id {largest}, out of range", corpus.folder)
+        problem = corpus.source and corpus.source.check(split, entry["source"], full=True)
+        if problem:
+            raise stale(problem, corpus.folder.parent)
+
+
+def report(corpus: Corpus) -> str:
+    """What a corpus consists of, for people: source, digests, tokenizer, and the counts of each split."""
+    manifest, tokenizer = corpus.manifest, corpus.manifest["tokenizer"]
+    source = ", ".join(f"{key} {value}" for key, value in manifest["source"].items() if key != "name")
+    lines = [
+        f"corpus      {corpus.name} ({corpus.hash})",
+        f"source      {source}",
+        f"folder      {corpus.folder}",
+        f"tokenizer   {tokenizer.get('label') or corpus.tokenizer.kind}, vocabulary {corpus.vocab_size:,}, "
+        f"sha256 {tokenizer['sha256']}",
+    ]
+    for split, stream in corpus.streams.items():
+        entry = manifest["splits"][split]
+        unknown = "" if entry.get("unknown") is None else f", {entry['unknown']:,} of them <unk>"
+        count = f"{len(stream.documents):,} document{'s' if len(stream.documents) > 1 else ''}"
+        lines += [
+            f"{split:<11} {stream.num_tokens:,} tokens{unknown}; {stream.words:,} words, {stream.bytes:,} bytes, "
+            f"{entry['lines']:,} lines, {count}",
+            f"            text sha256 {stream.text_sha256}",
+            f"            tokens sha256 {stream.sha256}",
+            *(f"            {entry[key]}" for key in ("identity", "remark") if entry.get(key)),
+        ]
+    return "\n".join(lines)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -175,11 +217,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(path, folder)
     if manifest is None:
         return None
-    _expect(path, folder, manifest, {"tokenizer": dict, "splits": dict, "source": dict, "description": str})
-    _expect(path, folder, manifest["tokenizer"], {"sha256": str})
+    expect(
+        path,
+        folder,
+        manifest,
+        {"tokenizer": dict, "splits": dict, "source": dict, "texts": dict, "description": str},
+    )
+    expect(path, folder, manifest["tokenizer"], {"sha256": str})
     for split, entry in manifest["splits"].items():
-        _expect(path, folder, {split: entry}, {split: dict})
-        _expect(path, folder, entry, ENTRY_FIELDS)
+        expect(path, folder, {split: entry}, {split: dict})
+        expect(path, folder, entry, ENTRY_FIELDS)
         if entry["dtype"] not in ("<u2", "<i4"):
             raise stale(f"{path} says dtype {entry['dtype']!r} of {split}; <u2 and <i4 are known", folder)
         for name in (entry["file"], entry["documents_file"]):
@@ -188,21 +235,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _expect(path: Path, folder: Path, content: dict[str, Any], kinds: dict[str, type]) -> None:
+def expect(path: Path, folder: Path, content: dict[str, Any], kinds: dict[str, type]) -> None:
+    """Raise, saying to delete `folder`, unless a part of the JSON file at `path` has these fields."""
     for name, kind in kinds.items():
-        if type(content.get(name)) is not kind:
+        if type(content.get(name) if isinstance(content, dict) else None) is not kind:
             raise stale(f"{path} has no {name}, or not one of type {kind.__name__}", folder)
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
     """A JSON file of ours, None if there is none; `folder` is what to delete if it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise stale(f"{path} cannot be read ({error})", folder) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise stale(f"{path} is not of format {FORMAT}", folder)
     return content
 

@@ -1,18 +1,58 @@
-"""What a text source is: three splits, each a long text in passages of consecutive lines.
+"""What a text source is, and the one that is on every machine: Python's standard library.
 
-Lines are separated by newline characters alone, and a last line without one counts as a line. Grouping them in
-passages keeps memory bounded whatever the size of the text, and marks where a document starts.
+A source has three splits, each a long text in passages of consecutive lines. Lines are separated by newline
+characters alone, and a last line without one counts as a line. A byte order mark at the start of a file is not
+part of its text. WikiText is in wikitext.py.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
+import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from alibi_lm.settings import require, setting
+
 SPLITS = ("train", "validation", "test")
+NAMES = ("python_stdlib", "wikitext2", "wikitext103")
 PASSAGE_LINES = 1024
 """Most lines in a passage: bounds memory where a text has no headings."""
+BYTE_ORDER_MARK = "\ufeff"
+
+
+@dataclass
+class DataConfig:
+    """Which text, and where its prepared token streams are kept."""
+
+    name: str = "python_stdlib"
+    """`python_stdlib`, `wikitext2` or `wikitext103`."""
+    path: str | None = setting(None, counts="no")
+    """Folder with wiki.train.tokens, wiki.valid.tokens, wiki.test.tokens; null takes the text from the hub.
+    Only the files of the splits that are used have to exist. Not for `python_stdlib`."""
+    cache_dir: str = setting("data", counts="no")
+    """Folder of prepared streams; a relative one is relative to the current folder."""
+
+    def __post_init__(self) -> None:
+        require(self.name in NAMES, f"data.name = {self.name!r}. Allowed: {', '.join(NAMES)}.")
+        require(
+            self.path is None or self.name != "python_stdlib",
+            f"data.path = {self.path} has no effect with data=python_stdlib, which reads the running "
+            "Python's own library. Leave data.path out, or use data=wikitext103 or data=wikitext2 with it.",
+        )
+        require(
+            self.path is None or bool(self.path.strip()),
+            "data.path is empty. Give a folder of .tokens files, or leave it out for the hub's text.",
+        )
+        require(
+            bool(self.cache_dir.strip()),
+            "data.cache_dir is empty. Give a folder for the prepared streams, such as `data`.",
+        )
 
 
 class Passage(NamedTuple):
@@ -28,6 +68,8 @@ class Source(ABC):
     """A text in three splits."""
 
     name: str
+    borders: str
+    """What begins a document, as a sentence for people."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -55,46 +97,116 @@ class Source(ABC):
             full: read everything instead of sizes, times and samples.
         """
 
+    @abstractmethod
     def size(self, split: str) -> int | None:
-        """Bytes of the split's text for a progress bar, if that is known beforehand."""
-        return None
+        """Bytes of the split's text for a progress bar, None if that is not known beforehand."""
 
 
-def wikitext_passages(lines: Iterable[str]) -> Iterator[Passage]:
-    """Group WikiText lines in passages; documents begin at ` = Title = ` lines.
+LEFT_OUT = frozenset(
+    """site-packages dist-packages __pycache__ test tests idle_test
+    lib2to3 idlelib turtledemo ensurepip encodings""".split()
+)
+"""Folders of the standard library that are not its own working code, nearly copies of each other (the tables of
+`encodings`), or not on every machine."""
+LEAST_CHARACTERS = 4_000_000
+"""A whole standard library has about 11 million characters of source; far less means that it was stripped."""
 
-    A line is such a heading if it has one "=" at each end and stands between blank lines (or at the border of
-    the text), which tells it from formulas such as ` = 1 henry = `. Blank lines before the first heading
-    belong to the first document.
+
+class StandardLibrarySource(Source):
+    """The running interpreter's own library sources: text that is on every machine with Python.
+
+    Files are dealt to the splits by a hash of their path inside the library, 96 to 2 to 2 in a hundred, so
+    a file has the same split on every machine. A document is a file; files come in the order of their paths.
+    Files that are not UTF-8 are left out. The identity holds the Python version and a hash of all the text.
     """
-    block: list[str] = []
-    starts, has_words, blank_before = True, False, True
-    for line, following in _with_next(lines):
-        if blank_before and has_words and _is_title(line) and (following is None or not following.strip()):
-            if block:
-                yield Passage(block, starts)
-            block, starts, has_words = [], True, False
-        elif len(block) >= PASSAGE_LINES:
-            yield Passage(block, starts)
-            block, starts = [], False
-        block.append(line)
-        blank_before = not line.strip()
-        has_words = has_words or not blank_before
-    if block:
-        yield Passage(block, starts)
+
+    name = "python_stdlib"
+    borders = "A document is a file."
+
+    def __init__(self) -> None:
+        remedy = (
+            "Use a Python installed with its sources, or data=wikitext103 data.path=<folder of .tokens files>."
+        )
+        self.folder = Path(sysconfig.get_paths()["stdlib"])
+        require(
+            (self.folder / "os.py").is_file(),
+            f"data=python_stdlib: {self.folder} has no os.py, so this interpreter's standard library is zipped "
+            f"or stripped. {remedy}",
+        )
+        self.files: dict[str, list[str]] = {split: [] for split in SPLITS}
+        """Paths of each split's files inside the library, in the order of the text."""
+        total = 0
+        digests = {split: hashlib.sha256() for split in SPLITS}
+        for relative in _library_files(self.folder):
+            text = _read_text(self.folder / relative)
+            if text is None or not text.strip():
+                continue
+            split = split_of_file(relative)
+            self.files[split].append(relative)
+            digests[split].update(f"{relative}\n{len(text)}\n{text}".encode())
+            total += len(text)
+        require(
+            total >= LEAST_CHARACTERS,
+            f"data=python_stdlib: {self.folder} holds only {total:,} characters of Python source, so "
+            f"this interpreter's standard library is stripped, zipped or compiled away. {remedy}",
+        )
+        self._hashes = {split: digest.hexdigest() for split, digest in digests.items()}
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": "python_stdlib",
+            "name": self.name,
+            "python": platform.python_version(),
+            "sha256": hashlib.sha256("".join(self._hashes.values()).encode()).hexdigest(),
+        }
+
+    def require(self, split: str, reason: str = "") -> None:
+        require(bool(self.files[split]), f"data=python_stdlib: no file of {self.folder} is in the {split} split.")
+
+    def passages(self, split: str) -> Iterator[Passage]:
+        for relative in self.files[split]:
+            text = _read_text(self.folder / relative)
+            if text is None:
+                raise ValueError(f"data=python_stdlib: {self.folder / relative} vanished while it was read.")
+            lines = text.removesuffix("\n").split("\n")
+            for start in range(0, len(lines), PASSAGE_LINES):
+                yield Passage(lines[start : start + PASSAGE_LINES], start == 0)
+
+    def record(self, split: str) -> dict[str, Any]:
+        return {"folder": str(self.folder), "files": len(self.files[split]), "sha256": self._hashes[split]}
+
+    def check(self, split: str, record: dict[str, Any], full: bool = False) -> str | None:
+        same = record.get("sha256") == self._hashes[split]
+        return None if same else f"the standard library in {self.folder} has changed since it was prepared"
+
+    def size(self, split: str) -> int | None:
+        return sum((self.folder / relative).stat().st_size for relative in self.files[split])
 
 
-def _is_title(line: str) -> bool:
-    if "=" not in line[:3]:
-        return False
-    words = line.split()
-    return len(words) >= 3 and words[0] == words[-1] == "=" and words[1] != "=" and words[-2] != "="
+def split_of_file(relative: str) -> str:
+    """Split of a library file, 96 : 2 : 2 by a hash of its path inside the library ("json/decoder.py")."""
+    part = int.from_bytes(hashlib.sha256(relative.encode()).digest()[:8], "big") % 100
+    return "train" if part < 96 else "validation" if part < 98 else "test"
 
 
-def _with_next(lines: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    iterator = iter(lines)
-    for current in iterator:
-        for following in iterator:
-            yield current, following
-            current = following
-        yield current, None
+def _library_files(folder: Path) -> list[str]:
+    """Paths of the library's sources relative to it, with "/" on every system, sorted."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        found += [Path(root, name).relative_to(folder).as_posix() for name in files if _is_source(name)]
+    return sorted(found)
+
+
+def _is_source(name: str) -> bool:
+    """Whether a person wrote it: `_sysconfigdata...` is generated when Python is built."""
+    return name.endswith(".py") and not name.startswith("_sysconfigdata")
+
+
+def _read_text(path: Path) -> str | None:
+    """Text of a source file, line ends as newlines; None if it cannot be read as UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    return text.removeprefix(BYTE_ORDER_MARK)

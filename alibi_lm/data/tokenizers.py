@@ -21,18 +21,47 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alibi_lm.files import whole_file
+from alibi_lm.settings import require
 
 WORD_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 LINE_END_ID = 2
 UNKNOWN_ID = 3
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
+LARGEST = 1_000_000
+"""Largest vocabulary that is built here, and largest padding: some four times the largest that models have."""
+
+
+class TextTokenizer(Protocol):
+    """What preparing and opening a text ask of a tokenizer, ours (`Tokenizer`) or another's."""
+
+    kind: str
+    """A word for manifests and reports."""
+    hash: str
+    """Hex digest: equal for tokenizers that give equal ids."""
+    vocab_size: int
+    """Number of ids."""
+    start_id: int
+    """The input before a stream's first token."""
+    document_end_id: int | None
+    """Id that ends each document in a stream, or None where lines have their own end."""
+    unknown_id: int | None
+    """Id of what is outside the vocabulary, or None where nothing is."""
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids of a text as it stands: nothing is added at its ends."""
+
+    def encode_blocks(self, blocks: Sequence[Sequence[str]]) -> list[NDArray[np.int32]]:
+        """Ids of several blocks of lines, each line with its line end."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it as one file, whole or not at all."""
 
 
 @dataclass
@@ -43,7 +72,7 @@ class TokenizerConfig:
 
     @property
     def label(self) -> str:
-        """Names the tokenizer's file: kind and settings."""
+        """Names the tokenizer's file, kind and settings, such as `word8` or `bpe4096`."""
         raise NotImplementedError
 
     def train(self, lines: Iterable[list[str]]) -> Tokenizer:
@@ -57,29 +86,26 @@ class WordConfig(TokenizerConfig):
 
     name: str = "word"
     pad_to_multiple: int = 8
-    """Made-up words are added until the vocabulary is a multiple of this; >= 1."""
+    """Made-up words are added until the vocabulary is a multiple of this."""
 
     def __post_init__(self) -> None:
-        if self.pad_to_multiple < 1:
-            raise ValueError(
-                f"tokenizer.pad_to_multiple = {self.pad_to_multiple}. It must be 1 (no padding) or more; "
-                "the paper's is 8."
-            )
+        require(
+            1 <= self.pad_to_multiple <= LARGEST,
+            f"tokenizer.pad_to_multiple = {self.pad_to_multiple}. Allowed: 1 (no padding) to {LARGEST:,}; "
+            "the paper's is 8.",
+        )
 
     @property
     def label(self) -> str:
-        """`word8` for a vocabulary padded to a multiple of 8."""
         return f"word{self.pad_to_multiple}"
 
     def train(self, lines: Iterable[list[str]]) -> Tokenizer:
-        """Count the words of the training text."""
         counts: Counter[str] = Counter()
         for block in lines:
             counts.update("\n".join(block).split())
         for special in WORD_SPECIALS:
             del counts[special]
-        if not counts:
-            raise ValueError("tokenizer=word: the training text has no words. Give a text with words in it.")
+        require(bool(counts), "tokenizer=word: the training text has no words. Give a text with words in it.")
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return word_tokenizer(pad_vocabulary(ranked, self.pad_to_multiple))
 
@@ -90,21 +116,20 @@ class BPEConfig(TokenizerConfig):
 
     name: str = "bpe"
     vocab_size: int = 4096
-    """Tokens at most, with the 256 bytes and `<|endoftext|>`; a small text may give fewer; >= 257."""
+    """Tokens at most, with the 256 bytes and `<|endoftext|>`; a small text may give fewer."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 257:
-            raise ValueError(
-                f"tokenizer.vocab_size = {self.vocab_size}. It must be 257 or more: 256 bytes and {END_OF_TEXT}."
-            )
+        require(
+            257 <= self.vocab_size <= LARGEST,
+            f"tokenizer.vocab_size = {self.vocab_size}. Allowed: 257 (256 bytes and {END_OF_TEXT}) to "
+            f"{LARGEST:,}.",
+        )
 
     @property
     def label(self) -> str:
-        """`bpe4096` for at most 4,096 tokens."""
         return f"bpe{self.vocab_size}"
 
     def train(self, lines: Iterable[list[str]]) -> Tokenizer:
-        """Merge the most frequent pairs of the training text."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -131,16 +156,7 @@ TOKENIZERS: dict[str, type[TokenizerConfig]] = {"word": WordConfig, "bpe": BPECo
 
 
 class Tokenizer:
-    """A fixed vocabulary; made by a config's `train`, `load` or `from_fairseq_dictionary`.
-
-    Attributes:
-        kind: `word` or `bpe`.
-        hash: hex SHA-256 of the saved file.
-        vocab_size: number of ids, made-up words included.
-        start_id: the input before a stream's first token.
-        document_end_id: id that ends each document in a stream, or None where lines have their own end.
-        unknown_id: id of words outside the vocabulary, or None where there are none.
-    """
+    """A fixed vocabulary; made by a config's `train`, `load` or `from_fairseq_dictionary`."""
 
     def __init__(self, content: bytes) -> None:
         from tokenizers import Tokenizer as Backend
@@ -149,6 +165,9 @@ class Tokenizer:
         self.hash = hashlib.sha256(content).hexdigest()
         try:
             model = json.loads(content)["model"]
+            # With a prefix, or without a word on it, the library may abort the process.
+            if model["type"] == "BPE" and model["continuing_subword_prefix"]:
+                raise ValueError("its continuing_subword_prefix is not null")
             self._backend = Backend.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not a file of the tokenizers library ({error})") from None
@@ -161,24 +180,31 @@ class Tokenizer:
         self.document_end_id: int | None
         self.unknown_id: int | None
         if model["type"] == "WordLevel":
-            self._expect({word: id for id, word in enumerate(WORD_SPECIALS)}, vocabulary)
+            specials: tuple[str, ...] = WORD_SPECIALS
             self.kind, self.start_id, self.document_end_id = "word", LINE_END_ID, None
             self.unknown_id = UNKNOWN_ID
             self._ids = _WordIds(vocabulary)
             self._words = sorted(vocabulary, key=vocabulary.__getitem__)
         elif model["type"] == "BPE":
-            self._expect({END_OF_TEXT: END_OF_TEXT_ID}, vocabulary)
+            specials = (END_OF_TEXT,)
             self.kind, self.start_id, self.document_end_id = "bpe", END_OF_TEXT_ID, END_OF_TEXT_ID
             self.unknown_id = None
             self._backend.encode_special_tokens = True  # "<|endoftext|>" in the text is text
         else:
             raise ValueError(f"its model is {model['type']}; only WordLevel and BPE are known here")
-
-    @staticmethod
-    def _expect(wanted: dict[str, int], vocabulary: dict[str, int]) -> None:
-        for token, id in wanted.items():
+        for id, token in enumerate(specials):
             if vocabulary.get(token) != id:
                 raise ValueError(f"{token} must have id {id}, but has {vocabulary.get(token)}")
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids of a text as it stands: nothing is added at its ends, newlines are line ends.
+
+        Returns:
+            (N,) int32.
+        """
+        if self.kind == "word":
+            return self._encode_words(text.split("\n"))[:-1]
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_lines(self, lines: Sequence[str]) -> NDArray[np.int32]:
         """Ids of the lines, each with its line end; no document ends.
@@ -289,7 +315,7 @@ def _read_dictionary(path: Path) -> Iterator[str]:
         )
     seen: set[str] = set(WORD_SPECIALS)
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # without a byte order mark
             for number, line in enumerate(file, start=1):
                 word, _, count = line.rstrip("\r\n").rpartition(" ")
                 where = f"dictionary = {path}, line {number}"

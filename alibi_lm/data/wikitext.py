@@ -1,10 +1,168 @@
-"""What the original WikiText splits are known by, so that each result can say which text it stands on."""
+"""WikiText: its documents, its folder of `.tokens` files, and what its original splits are known by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import codecs
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from alibi_lm.data.text import PASSAGE_LINES, Passage, Source
+from alibi_lm.files import file_record, file_unchanged
+
+TOKENS_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
+WIKITEXT_BORDERS = "A document begins at a line of the form ` = Title = ` between blank lines."
+
+
+class FolderSource(Source):
+    """WikiText from a local folder of `.tokens` files."""
+
+    borders = WIKITEXT_BORDERS
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name, self._setting = name, f"data.path = {path}"
+        try:
+            self.folder = Path(path).expanduser().absolute()
+            self._place = str(self.folder.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~ of an unknown user
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        return ValueError(f"{self._setting} cannot be read ({error}). Give a readable folder of .tokens files.")
+
+    def identity(self) -> dict[str, Any]:
+        # The place only names the prepared folder. Texts are compared by their digests, wherever they lie.
+        return {"kind": "folder", "name": self.name, "path": self._place}
+
+    def _status(self, path: Path) -> os.stat_result | None:
+        """What lies there, or None if nothing does."""
+        try:
+            return path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from None
+
+    def require(self, split: str, reason: str = "") -> None:
+        path = self.folder / TOKENS_FILES[split]
+        need = f"{path.name}{f' ({reason})' if reason else ''}"
+        folder = self._status(self.folder)
+        if folder is None or not stat.S_ISDIR(folder.st_mode):
+            problem = "does not exist" if folder is None else "is a file"
+            raise ValueError(f"{self._setting} {problem}. Give the folder that holds {need}.")
+        status = self._status(path)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            here = sorted(p.name for p in self.folder.glob("*.tokens") if p.is_file()) or ["no .tokens file"]
+            inside = sorted(p.parent.name for p in self.folder.glob(f"*/{path.name}"))
+            hint = f" Did you mean data.path={self.folder / inside[0]}?" if inside else ""
+            raise ValueError(f"{self._setting} has no {need}; it holds {', '.join(here[:8])}.{hint}")
+        if status.st_size <= len(codecs.BOM_UTF8) and path.read_bytes() in (b"", codecs.BOM_UTF8):
+            raise ValueError(f"{path} is empty. Put the {split} text there, one paragraph a line.")
+
+    def passages(self, split: str) -> Iterator[Passage]:
+        return wikitext_passages(self._lines(split), heading_style(self._lines(split)))
+
+    def _lines(self, split: str) -> Iterator[str]:
+        path = self.folder / TOKENS_FILES[split]
+        try:
+            with path.open("rb") as file:  # text mode would also break lines at a lone carriage return
+                for number, raw in enumerate(file, start=1):
+                    line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                    yield line.removesuffix(b"\n").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: line {number} is not UTF-8 ({error.reason} at byte {error.start + 1} of "
+                "the line). Convert the file to UTF-8, or get it anew if it was damaged on its way."
+            ) from None
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def record(self, split: str) -> dict[str, Any]:
+        return file_record(self.folder / TOKENS_FILES[split])
+
+    def check(self, split: str, record: dict[str, Any], full: bool = False) -> str | None:
+        path = self.folder / TOKENS_FILES[split]
+        if not path.is_file():
+            return None
+        return None if file_unchanged(path, record, full) else f"{path} has changed since it was prepared"
+
+    def size(self, split: str) -> int | None:
+        return (self.folder / TOKENS_FILES[split]).stat().st_size
+
+
+HeadingStyle = tuple[bool, bool]
+"""Whether a blank line stands before each heading, and whether one stands after it."""
+BETWEEN_BLANK_LINES: HeadingStyle = (True, True)
+
+
+def heading_style(lines: Iterable[str]) -> HeadingStyle:
+    """How the headings of articles stand in a text.
+
+    In WikiText a heading is a line with one "=" at each end between blank lines, and other lines with one "=" at
+    each end are formulas and keys of tables. Only where no such line stands between blank lines, and all stand
+    in one and the same way, as in a text whose blank lines were removed, is that way taken for the headings'.
+
+    Args:
+        lines: of a whole text; no more are read than needed, which is a few in WikiText itself.
+    """
+    seen: set[HeadingStyle] = set()
+    for before, line, after in _with_neighbours(lines):
+        if _is_title(line):
+            style = (before is None or not before.strip(), after is None or not after.strip())
+            if style == BETWEEN_BLANK_LINES:
+                return style
+            if before is not None and after is not None:  # at the border of the text there is no telling
+                seen.add(style)
+    return seen.pop() if len(seen) == 1 else BETWEEN_BLANK_LINES
+
+
+def wikitext_passages(lines: Iterable[str], style: HeadingStyle = BETWEEN_BLANK_LINES) -> Iterator[Passage]:
+    """Group WikiText lines in passages; documents begin at ` = Title = ` lines that stand as `style` says.
+
+    The border of the text counts as a blank line or as none, as needed. Blank lines before the first heading
+    belong to the first document.
+    """
+    block: list[str] = []
+    starts, has_words = True, False
+    for before, line, after in _with_neighbours(lines):
+        if (
+            has_words
+            and _is_title(line)
+            and (before is None or bool(before.strip()) != style[0])
+            and (after is None or bool(after.strip()) != style[1])
+        ):
+            if block:
+                yield Passage(block, starts)
+            block, starts, has_words = [], True, False
+        elif len(block) >= PASSAGE_LINES:
+            yield Passage(block, starts)
+            block, starts = [], False
+        block.append(line)
+        has_words = has_words or bool(line.strip())
+    if block:
+        yield Passage(block, starts)
+
+
+def _is_title(line: str) -> bool:
+    if "=" not in line[:3]:
+        return False
+    words = line.split()
+    return len(words) >= 3 and words[0] == words[-1] == "=" and words[1] != "=" and words[-2] != "="
+
+
+def _with_neighbours(lines: Iterable[str]) -> Iterator[tuple[str | None, str, str | None]]:
+    """Each line with the line before it and the line after it."""
+    before: str | None = None
+    line: str | None = None
+    for after in lines:
+        if line is not None:
+            yield before, line, after
+        before, line = line, after
+    if line is not None:
+        yield before, line, None
 
 
 @dataclass(frozen=True)
@@ -56,13 +214,14 @@ def identify(name: str, split: str, counts: Mapping[str, Any], texts: Mapping[st
     if name not in ORIGINALS:
         return None
     title, original = f"{TITLES[name]} {'training' if split == 'train' else split} split", ORIGINALS[name][split]
+    same_count = counts["words"] == original.words
     different = f"not the original {title}"
     if original.sha256 is not None:
         if counts["text_sha256"] != original.sha256:
             return different
     elif not _beside_originals(name, texts) or counts["lines"] != original.lines:
-        return f"{different} ({counts['words']:,} words, not {original.words:,})"
-    if counts["words"] != original.words:
+        return different + ("" if same_count else f" ({counts['words']:,} words, not {original.words:,})")
+    if not same_count:
         if name == "wikitext2":
             return f"{different} ({counts['words']:,} words, not {original.words:,})"
         raise ValueError(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # results/ cuts windows too, and imports no torch
+    from torch import Tensor
 
 
 def cut_windows(tokens: np.ndarray, start_id: int, starts: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
@@ -27,6 +29,8 @@ def cut_windows(tokens: np.ndarray, start_id: int, starts: np.ndarray, width: in
     Returns:
         inputs, targets: (B, width) int64, on the CPU.
     """
+    import torch
+
     chunk = tokens[starts[:, None] + np.arange(-1, width)].astype(np.int64)
     chunk[starts == 0, 0] = start_id
     both = torch.from_numpy(chunk)
@@ -127,6 +131,21 @@ def scoring_windows(num_tokens: int, length: int, stride: int | None) -> tuple[n
         raise ValueError(f"stride = {stride} at inference length {length}. Allowed: 1 to {length}.")
     scored = np.arange(0, num_tokens, stride, dtype=np.int64)
     return np.maximum(0, scored - (length - stride)), scored, np.minimum(scored + stride, num_tokens)
+
+
+def positions_in_window(num_tokens: int, length: int, stride: int | None = None) -> np.ndarray:
+    """Position of every target in its window, counted from 1: the number of tokens that it is predicted from.
+
+    Args:
+        num_tokens: N.
+        length: tokens of a window.
+        stride: targets scored in a window; None for nonoverlapping.
+
+    Returns:
+        (N,) int64, from 1 to length.
+    """
+    starts, scored, ends = scoring_windows(num_tokens, length, stride)
+    return np.arange(num_tokens) - np.repeat(starts, ends - scored) + 1
 
 
 def scoring_batches(

@@ -1,113 +1,86 @@
-"""Forward passes that analyses are made of: standard, windowed, reset, fixed context, shifted positions.
+"""Forward passes that rows and views are made of: standard, windowed, reset, fixed context, shifted positions.
 
-Each gives the nats of single targets. Passes over a run are kept in the token store under what they are, so that
-no analysis computes again what an evaluation or another analysis has computed.
+Each gives the nats of single targets. Passes are kept in the token store under what they are, so that no analysis
+computes again what an evaluation or another analysis has computed, and the other way round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from alibi_lm.data.windows import cut_windows
-from alibi_lm.evaluate.score import score_tokens
-from alibi_lm.evaluate.store import Scoring
-from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.results.documents import positions_in_window
-
-Keep = Callable[[Scoring, Callable[[], np.ndarray]], np.ndarray]
-
-
-@torch.inference_mode()
-def score_windows(
-    model: TransformerLM,
-    tokens: np.ndarray,
-    start_id: int,
-    starts: np.ndarray,
-    width: int,
-    score_from: int = 0,
-    offset: int = 0,
-    tokens_per_forward: int = 8192,
-    autocast: AbstractContextManager[Any] | None = None,
-) -> np.ndarray:
-    """Nats of the last targets of windows that may lie anywhere in the stream.
-
-    Args:
-        model: in evaluation mode.
-        tokens: (N,) integers.
-        start_id: input in front of the first target.
-        starts: (windows,) integers, first target of each window.
-        width: tokens of a window.
-        score_from: targets before this column are context only.
-        offset: position of a window's first token.
-        tokens_per_forward: tokens of a forward pass; one window at least.
-        autocast: context of the forward pass.
-
-    Returns:
-        (windows, width - score_from) float32, natural-log units.
-
-    Raises:
-        ValueError: a window that leaves the stream.
-    """
-    if len(starts) and (starts.min() < 0 or starts.max() + width > len(tokens)):
-        raise ValueError(
-            f"windows of {width} tokens reach from {starts.min()} to {starts.max() + width}, but the split has "
-            f"{len(tokens)} tokens. Use shorter windows."
-        )
-    device = next(model.parameters()).device
-    positions = torch.arange(offset, offset + width, device=device)
-    nats = np.zeros((len(starts), width - score_from), dtype=np.float32)
-    rows = max(1, tokens_per_forward // width)
-    for i in range(0, len(starts), rows):
-        first = starts[i : i + rows]
-        inputs, targets = (x.to(device) for x in cut_windows(tokens, start_id, first, width))
-        targets = targets[:, score_from:]
-        with nullcontext() if autocast is None else autocast:
-            hidden = model(inputs, positions=positions)[:, score_from:]
-            scored = model.vocabulary.nats(hidden.flatten(0, 1), targets.flatten())
-        nats[i : i + rows] = scored.view_as(targets).float().cpu().numpy()
-    return nats
+from alibi_lm import runtime
+from alibi_lm.data.windows import scoring_windows
+from alibi_lm.distributed import World
+from alibi_lm.evaluate.score import Scored, score
+from alibi_lm.evaluate.store import Scoring, Stored, TokenStore
+from alibi_lm.model.interface import LanguageModel
+from alibi_lm.tasks.base import Batch, Task
+from alibi_lm.tasks.text import TextTask
 
 
+@dataclass
 class Passes:
-    """The passes of one model over one stream.
+    """The passes of one model over one task.
 
-    Args:
-        load: the model for a window length (schemes with automatic scaling depend on it), in evaluation mode.
-        tokens: (N,) integers; all are targets.
-        start_id: input in front of the first target.
-        split: name of the stream.
-        tokens_per_forward: tokens of a forward pass.
-        autocast: makes the context of a forward pass.
-        keep: (scoring, compute) -> nats; where results are kept and looked up. None: nowhere.
+    Attributes:
+        model: ready to score.
+        task: a text, for all passes but `result`.
+        store: where results are kept and looked up; None: nowhere.
+        tokens_per_forward: tokens of a forward pass; one sequence at least.
+        world: processes that share a pass.
+        scheme: name of the model's position scheme, for messages; empty: not known.
     """
 
-    def __init__(
-        self,
-        load: Callable[[int], TransformerLM],
-        tokens: np.ndarray,
-        start_id: int,
-        split: str = "validation",
-        tokens_per_forward: int = 8192,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        keep: Keep | None = None,
-    ) -> None:
-        self._load = load
-        self._loaded: tuple[int, TransformerLM] | None = None
-        self.tokens, self.start_id, self.split = tokens, start_id, split
-        self.tokens_per_forward, self.autocast = tokens_per_forward, autocast
-        self.keep: Keep = keep or (lambda scoring, compute: compute())
+    model: LanguageModel
+    task: Task
+    store: TokenStore | None = None
+    tokens_per_forward: int = 8192
+    world: World | None = None
+    scheme: str = ""
 
-    def model(self, length: int) -> TransformerLM:
-        """The model for windows of this length; the last one is kept."""
-        if self._loaded is None or self._loaded[0] != length:
-            self._loaded = None  # two models at a time would need the memory twice
-            self._loaded = (length, self._load(length))
-        return self._loaded[1]
+    @property
+    def text(self) -> TextTask:
+        """The task, where it is a text."""
+        assert isinstance(self.task, TextTask)
+        return self.task
+
+    def refuses(self, length: int, window: bool = False, positions: bool = False) -> str:
+        """Why sequences of this length cannot be scored in this way; empty where they can.
+
+        Args:
+            length: tokens of a sequence, or highest position + 1.
+            window: whether attention is limited.
+            positions: whether positions begin elsewhere than at 0.
+        """
+        limit = self.model.max_length
+        if limit is not None and length > limit:
+            name = f"position={self.scheme}" if self.scheme else self.model.label
+            return f"{name} has {limit} positions"
+        for capability, wanted in (("window", window), ("positions", positions)):
+            if wanted and (reason := self.model.refuses(capability)):
+                return reason
+        return ""
+
+    def result(self, length: int, window: int | None = None, task: Task | None = None) -> Stored:
+        """All targets of the task at a length.
+
+        Args:
+            length: tokens of a window.
+            window: each layer sees only keys at distances below it; None for no limit.
+            task: another way of cutting the same text; None: the task.
+        """
+        task = task or self.task
+        return self._kept(
+            Scoring(task.split, task.mode, length, task.stride, window, task=task.name),
+            lambda: task.batches(length, self.tokens_per_forward, self.world),
+            task.num_targets(length),
+            window=window,
+            hits="accuracy" in task.metrics,
+            world=self.world,
+        )
 
     def nats(self, length: int, stride: int | None = None, window: int | None = None) -> np.ndarray:
         """Nats of every target in a standard evaluation, or with each layer's attention limited.
@@ -120,22 +93,7 @@ class Passes:
         Returns:
             (N,) float32.
         """
-        stride = None if stride == length else stride
-        mode = "nonoverlapping" if stride is None else "sliding"
-        return self.keep(
-            Scoring(self.split, mode, length, stride, window),
-            lambda: score_tokens(
-                self.model(length),
-                self.tokens,
-                self.start_id,
-                length,
-                stride,
-                self.tokens_per_forward,
-                self.autocast(),
-                window,
-                progress=f"{mode} @ {length}",
-            ),
-        )
+        return self.result(length, window, replace(self.text, stride=None if stride == length else stride)).nats
 
     def reset(self, length: int, train_length: int, stride: int = 1) -> np.ndarray:
         """Nats of every target of nonoverlapping windows, with at most the last tokens as input.
@@ -153,7 +111,7 @@ class Passes:
         Returns:
             (N,) float32.
         """
-        positions = positions_in_window(len(self.tokens), length)
+        positions = positions_in_window(len(self.text.tokens), length)
         beyond = positions > train_length
         # A sliding window never reaches back past train_length tokens, so never past the longer window's start.
         nats = np.array(self.nats(train_length, stride)) if beyond.any() else np.zeros(len(beyond), np.float32)
@@ -165,16 +123,19 @@ class Passes:
         if length % train_length == 0 or length < train_length:
             # These windows begin where windows of the shorter length begin.
             return self.nats(min(length, train_length))[early]
-        starts = np.arange(0, len(self.tokens), length)
-        whole = starts[starts + train_length <= len(self.tokens)]
+        num_tokens = len(self.text.tokens)
+        starts = np.arange(0, num_tokens, length)
+        whole = starts[starts + train_length <= num_tokens]
+        scored = len(whole) * train_length
+        rest = num_tokens - int(starts[-1]) if len(whole) < len(starts) else 0
 
-        def compute() -> np.ndarray:
-            parts = [self._windows(whole, train_length).ravel()]
-            if len(whole) < len(starts):
-                parts.append(self._windows(starts[-1:], len(self.tokens) - int(starts[-1])).ravel())
-            return np.concatenate(parts)
+        def batches() -> Iterable[Batch]:
+            yield from self.text.windows(whole, train_length, tokens_per_forward=self.tokens_per_forward)
+            if rest:
+                for one in self.text.windows(starts[-1:], rest):
+                    yield replace(one, numbers=one.numbers + scored)
 
-        return self.keep(Scoring(self.split, "heads", train_length, length), compute)
+        return self._kept(Scoring(self.text.split, "heads", train_length, length), batches, scored + rest).nats
 
     def fixed(self, context: int, targets: np.ndarray, every: int) -> np.ndarray:
         """Nats of single targets, each with exactly `context` tokens of input.
@@ -187,24 +148,60 @@ class Passes:
         Returns:
             (M,) float32.
         """
-        return self.keep(
-            Scoring(self.split, "fixed", context, every, first=int(targets[0])),
-            lambda: self._windows(targets - context + 1, context, context - 1).ravel(),
-        )
+        return self._kept(
+            Scoring(self.text.split, "fixed", context, every, first=int(targets[0])),
+            lambda: self.text.windows(targets - context + 1, context, context - 1, self.tokens_per_forward),
+            len(targets),
+        ).nats
 
     def shifted(self, width: int, starts: np.ndarray, offset: int) -> np.ndarray:
         """Nats of all targets of some windows whose positions begin at `offset`: (windows, width) float32."""
-        return self._windows(starts, width, offset=offset)
+        self.model.serve(width)
+        batches = self.text.windows(starts, width, tokens_per_forward=self.tokens_per_forward)
+        return score(self.model, batches, width * len(starts), offset=offset).nats.reshape(-1, width)
 
-    def _windows(self, starts: np.ndarray, width: int, score_from: int = 0, offset: int = 0) -> np.ndarray:
-        return score_windows(
-            self.model(width),
-            self.tokens,
-            self.start_id,
-            starts,
-            width,
-            score_from,
-            offset,
-            self.tokens_per_forward,
-            self.autocast(),
+    def _kept(
+        self,
+        scoring: Scoring,
+        batches: Callable[[], Iterable[Batch]],
+        num_targets: int,
+        window: int | None = None,
+        hits: bool = False,
+        world: World | None = None,
+    ) -> Stored:
+        """The stored result, or a new one; `world` is given where the batches are this process's share."""
+        label = f"{self.model.label}: {scoring.mode} @ {scoring.length}"
+
+        def compute() -> Scored:
+            runtime.reset_peak_memory(self.model.device)
+            self.model.serve(scoring.length)
+            return score(self.model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
+
+        identity = {"model": self.model.identity, "targets": self.task.identity}
+        if self.store is None or not self.model.identity:
+            scored = compute()
+            return Stored(scored.nats, scored.hits, 0.0, None, None)
+        return self.store.get(
+            self.model.label,
+            scoring,
+            identity,
+            compute,
+            hits=hits,
+            memory=lambda: runtime.peak_memory_bytes(self.model.device),
+            world=self.world,
         )
+
+
+def positions_in_window(num_tokens: int, length: int, stride: int | None = None) -> np.ndarray:
+    """Position of every target in its window, counted from 1: the number of tokens that it is predicted from.
+
+    Args:
+        num_tokens: N.
+        length: tokens of a window.
+        stride: targets scored in a window; None for nonoverlapping.
+
+    Returns:
+        (N,) int64, from 1 to length.
+    """
+    starts, scored, ends = scoring_windows(num_tokens, length, stride)
+    return np.arange(num_tokens) - np.repeat(starts, ends - scored) + 1

@@ -1,23 +1,122 @@
-"""A model and a token stream give the nats of every target: the one scorer of validation and evaluation."""
+"""A model and batches give the nats of every target: the only loop over a model in evaluation and validation."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from alibi_lm.data.windows import scoring_batches, scoring_windows
-from alibi_lm.distributed import World, all_reduce_sum, shard
-from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.distributed import World, all_reduce_sum, gather_objects
+from alibi_lm.model.interface import LanguageModel
+from alibi_lm.tasks.base import Batch
+from alibi_lm.tasks.text import TextTask
+
+
+class Stopped(Exception):
+    """Scoring was interrupted, as `interrupt` had asked for."""
+
+
+class Scored(NamedTuple):
+    """Results by target, in the order of their numbers."""
+
+    nats: np.ndarray
+    """(N,) float32, minus the natural logarithm of each target's probability (float64 from a float64 model)."""
+    hits: np.ndarray | None
+    """(N,) bool, whether the target is the model's first choice; None unless asked for."""
 
 
 @torch.inference_mode()
+def score(
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    num_targets: int,
+    *,
+    hits: bool = False,
+    offset: int = 0,
+    window: int | None = None,
+    world: World | None = None,
+    progress: str | None = None,
+    interrupt: Callable[[], bool] | None = None,
+) -> Scored:
+    """Score every target of some batches, each exactly once.
+
+    A torch module is put into evaluation mode and restored afterwards, also after an error.
+
+    Args:
+        model: the language model.
+        batches: sequences and the numbers of their targets, 0 to num_targets - 1 each exactly once; with several
+            processes, this one's share.
+        num_targets: N, of all processes.
+        hits: whether to tell which targets are the model's first choice.
+        offset: position of each sequence's first token.
+        window: limit of the attention distance in every layer, None for no limit.
+        world: processes that share the batches; all of them return the whole result.
+        progress: label of a progress bar, shown only on a terminal.
+        interrupt: asked before each forward pass; true ends the scoring, on all processes.
+
+    Raises:
+        ValueError: no targets, or the model has no such position or window.
+        Stopped: `interrupt` was true on one of the processes.
+    """
+    if num_targets == 0:
+        raise ValueError("The evaluated split holds 0 tokens; nothing can be scored.")
+    world = world or World()
+    nats, counts = np.zeros(num_targets), np.zeros(num_targets, dtype=np.int32)
+    right = np.zeros(num_targets, dtype=np.int32) if hits else None
+    exact = stopped = False
+    was_training = isinstance(model, nn.Module) and model.training
+    quiet = progress is None or not sys.stderr.isatty()
+    bar = tqdm(total=num_targets, unit="tok", unit_scale=True, desc=progress, leave=False, disable=quiet)
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        for batch in batches:
+            if stopped := interrupt is not None and interrupt():
+                break
+            inputs, targets = batch.input_ids.to(model.device), batch.target_ids.to(model.device)
+            positions = None
+            if offset:
+                positions = torch.arange(offset, offset + inputs.shape[1], device=model.device)
+            scores = model.score(
+                inputs, targets, score_from=batch.score_from, positions=positions, window=window, hits=hits
+            )
+            exact = exact or scores.nats.dtype == torch.float64
+            counted = batch.numbers >= 0
+            where = batch.numbers[counted]
+            nats[where] = scores.nats.to("cpu", torch.float64).numpy()[counted]
+            np.add.at(counts, where, 1)
+            if right is not None:
+                assert scores.hits is not None
+                right[where] = scores.hits.cpu().numpy()[counted]
+            bar.update(where.size)
+    finally:
+        bar.close()
+        if isinstance(model, nn.Module):
+            model.train(was_training)
+    if any(gather_objects(stopped, world) if interrupt is not None else []):
+        raise Stopped
+    if world.world_size > 1:
+        arrays = (array for array in (nats, counts, right) if array is not None)
+        for array in arrays:
+            array[:] = all_reduce_sum(torch.from_numpy(array), world).numpy()
+        exact = bool(all_reduce_sum(torch.tensor(float(exact)), world) > 0)
+    assert (counts == 1).all(), "every target is scored exactly once"
+    return Scored(nats if exact else nats.astype(np.float32), None if right is None else right.astype(bool))
+
+
+def mean_nats(nats: np.ndarray) -> float:
+    """Mean nats per token, summed in double."""
+    return float(nats.sum(dtype=np.float64) / len(nats))
+
+
 def score_tokens(
-    model: TransformerLM,
+    model: LanguageModel,
     tokens: np.ndarray,
     start_id: int,
     length: int,
@@ -27,68 +126,12 @@ def score_tokens(
     window: int | None = None,
     world: World | None = None,
     progress: str | None = None,
+    interrupt: Callable[[], bool] | None = None,
 ) -> np.ndarray:
-    """Nats of every target of a stream, each scored exactly once.
-
-    The model is put into evaluation mode and restored afterwards.
-
-    Args:
-        model: the language model.
-        tokens: (N,) integers; all are targets.
-        start_id: input in front of the first target.
-        length: tokens of a window (the paper's L_valid).
-        stride: None for nonoverlapping windows, else targets scored per window.
-        tokens_per_forward: tokens of a forward pass, whatever the length.
-        autocast: context of the forward pass.
-        window: limit of the attention distance in every layer, None for no limit.
-        world: processes that share the windows; all of them return the whole result.
-        progress: label of a progress bar, shown only on a terminal.
-
-    Returns:
-        (N,) float32, natural-log units (float64 for a float64 model).
-
-    Raises:
-        ValueError: the scheme has no position `length - 1`, an empty stream, or a stride out of range.
-    """
-    if len(tokens) == 0:
-        raise ValueError("The evaluated split holds 0 tokens; nothing can be scored.")
-    parameter = next(model.parameters())
-    device = parameter.device
-    dtype = np.float64 if parameter.dtype == torch.float64 else np.float32
-    nats = np.zeros(len(tokens), dtype=dtype)
-    counts = np.zeros(len(tokens), dtype=np.int32)
-    num_windows = len(scoring_windows(len(tokens), length, stride)[0])
-    share = shard(num_windows, world or World())
-    was_training = model.training
-    model.eval()
-    bar = tqdm(
-        total=len(tokens),
-        unit="tok",
-        unit_scale=True,
-        desc=progress,
-        leave=False,
-        disable=progress is None or not sys.stderr.isatty(),
-    )
-    for batch in scoring_batches(
-        tokens, start_id, length, stride, tokens_per_forward, slice(share.start, share.stop)
-    ):
-        input_ids, target_ids = batch.input_ids.to(device), batch.target_ids[:, batch.score_from :].to(device)
-        with nullcontext() if autocast is None else autocast:
-            hidden = model(input_ids, window=window)[:, batch.score_from :]
-            scored = model.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten())
-        where = batch.starts[:, None] + np.arange(batch.score_from, input_ids.shape[1])
-        nats[where.ravel()] = scored.to("cpu", torch.float64).numpy()
-        counts[where.ravel()] += 1
-        bar.update(where.size)
-    bar.close()
-    model.train(was_training)
-    if world is not None and world.world_size > 1:
-        nats = all_reduce_sum(torch.from_numpy(nats), world).numpy()
-        counts = all_reduce_sum(torch.from_numpy(counts), world).numpy()
-    assert (counts == 1).all(), "every target is scored exactly once"
-    return nats
-
-
-def mean_nats(nats: np.ndarray) -> float:
-    """Mean nats per token, summed in double."""
-    return float(nats.sum(dtype=np.float64) / len(nats))
+    """Nats of every target of a stream of tokens, (N,): `score` of a `TextTask`, see both for the arguments."""
+    text = TextTask(tokens, start_id, stride)
+    with nullcontext() if autocast is None else autocast:
+        batches = text.batches(length, tokens_per_forward, world)
+        return score(
+            model, batches, len(tokens), window=window, world=world, progress=progress, interrupt=interrupt
+        ).nats

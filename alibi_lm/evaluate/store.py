@@ -1,12 +1,13 @@
-"""Per-token results on disk: the nats of every target, written once and used again by every analysis.
+"""Per-target results on disk: the nats of every target, written once and used again by every analysis.
 
-    <folder>/<run>/<split>_<mode>_<length>.nats     float32, one number a target, in stream order
-    <folder>/<run>/<split>_<mode>_<length>.json     what they are the result of, how long it took, a fingerprint
+    <folder>/<run>/<split>_<mode>_<length>-<hash>.nats     float32, one number a target, in order
+    <folder>/<run>/<split>_<mode>_<length>-<hash>.hits     one byte a target, for tasks that ask for hits
+    <folder>/<run>/<split>_<mode>_<length>-<hash>.json     what they are the result of, and fingerprints
 
-The `.json` holds the hashes of everything that the numbers depend on: weights, settings of model and scheme,
-token stream, precision. Results are used again only if all of it is the same; otherwise they are computed anew
-and replaced. Both files are whole or absent, and a pair that does not belong together counts as absent, so
-that an interruption at any moment costs one pass at most. The folder may be deleted at any time.
+The hash stands for everything that the numbers depend on: weights, settings of model and scheme, backend,
+precision, targets, and how they are scored. So results of different things lie side by side and never replace one
+another. Every file is whole or absent, and files that do not belong together count as absent, so that an
+interruption at any moment costs one pass at most. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -25,14 +26,11 @@ from typing import Any
 import numpy as np
 
 from alibi_lm import runtime
-from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.checkpoint_format import STATE_FILE, WEIGHTS_FILE
-from alibi_lm.config import TrainConfig
-from alibi_lm.data.corpus import Corpus
 from alibi_lm.distributed import World, gather_objects
+from alibi_lm.evaluate.score import Scored
 from alibi_lm.files import fingerprint, read_json, whole_file
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same inputs would give other numbers: the results of another format are not used."""
 
 log = logging.getLogger("alibi_lm")
@@ -44,7 +42,7 @@ class Scoring:
 
     split: str
     mode: str
-    """nonoverlapping, sliding, or the name of another protocol (`fixed`)."""
+    """nonoverlapping, sliding, items, or the name of another protocol (`fixed`)."""
     length: int
     """Tokens of a window."""
     stride: int | None = None
@@ -53,37 +51,39 @@ class Scoring:
     """Limit of the attention distance in every layer; None for no limit."""
     first: int | None = None
     """First scored target, where it is not the stream's first."""
+    task: str = "text"
 
     @property
     def slug(self) -> str:
         """For file names: `validation_sliding32_128`."""
+        task = "" if self.task == "text" else f"{self.task}_"
         stride = "" if self.stride is None else str(self.stride)
         window = "" if self.window is None else f"_window{self.window}"
         first = "" if self.first is None else f"_from{self.first}"
-        return f"{self.split}_{self.mode}{stride}_{self.length}{window}{first}"
+        return f"{task}{self.split}_{self.mode}{stride}_{self.length}{window}{first}"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Nats of a pass.
+    """The result of a pass.
 
     Attributes:
         nats: (targets,) float32, natural-log units; a read-only memory map where it came from the disk.
+        hits: (targets,) bool, or None where they were not asked for.
         seconds: that the pass took when it was made.
         peak_memory_bytes: of that pass.
         commit: of the code that made it.
-        reused: whether it was on the disk already.
     """
 
     nats: np.ndarray
+    hits: np.ndarray | None
     seconds: float
     peak_memory_bytes: int | None
     commit: str | None
-    reused: bool
 
 
 class TokenStore:
-    """The per-token results of any number of runs.
+    """The per-target results of any number of runs.
 
     Args:
         folder: made by the first `write`.
@@ -92,26 +92,34 @@ class TokenStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def path(self, run: str, scoring: Scoring) -> Path:
-        """Where the nats of a pass lie (its record has the suffix `.json`)."""
+    def path(self, run: str, scoring: Scoring, identity: dict[str, Any]) -> Path:
+        """Where the nats of a pass lie (beside them hits, and the record with the suffix `.json`)."""
         name = re.sub(r"[^A-Za-z0-9_.+=-]", "_", run)
         if name != run or len(name) > 120:  # names that were changed must stay apart
             name = f"{name[:100]}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
-        return self.folder / name / f"{scoring.slug}.nats"
+        digest = hashlib.sha256(json.dumps(_plain(identity, scoring), sort_keys=True).encode()).hexdigest()
+        return self.folder / name / f"{scoring.slug}-{digest[:12]}.nats"
 
-    def read(self, run: str, scoring: Scoring, identity: dict[str, Any]) -> Stored | None:
-        """The stored result of a pass, or None where there is none, or it is damaged or of something else."""
-        path = self.path(run, scoring)
+    def read(self, run: str, scoring: Scoring, identity: dict[str, Any], hits: bool = False) -> Stored | None:
+        """The stored result of a pass, or None where there is none (with hits, if wanted), or it is damaged."""
+        path = self.path(run, scoring, identity)
         try:
             record = read_json(path.with_suffix(".json"))
-            if record.get("identity") != _plain(identity, scoring):
+            if record["identity"] != _plain(identity, scoring):
                 return None
-            if path.stat().st_size != 4 * record["targets"] or fingerprint(path) != record["fingerprint"]:
-                log.warning("%s is damaged; it is made again", path)
-                return None
-            nats = np.memmap(path, dtype="<f4", mode="r")
-            return Stored(nats, record["seconds"], record["peak_memory_bytes"], record["commit"], True)
-        except (OSError, ValueError, KeyError, TypeError):
+            found = []
+            for suffix, dtype in ((".nats", "<f4"), (".hits", "|b1"))[: 1 + hits]:
+                file, digest = path.with_suffix(suffix), record["fingerprints"].get(suffix)
+                if digest is None:
+                    return None
+                size = np.dtype(dtype).itemsize * record["targets"]
+                if file.stat().st_size != size or fingerprint(file) != digest:
+                    log.warning("%s is damaged; it is made again", file)
+                    return None
+                found.append(np.memmap(file, dtype=dtype, mode="r"))
+            details = (record[name] for name in ("seconds", "peak_memory_bytes", "commit"))
+            return Stored(found[0], found[1] if hits else None, *details)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def write(self, run: str, scoring: Scoring, identity: dict[str, Any], result: Stored) -> None:
@@ -120,14 +128,18 @@ class TokenStore:
         Raises:
             OSError: as from the system, a full disk included; no part of the result stays.
         """
-        path = self.path(run, scoring)
+        path = self.path(run, scoring, identity)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(result.nats.astype("<f4").tobytes())
+        contents = {".nats": result.nats.astype("<f4")}
+        if result.hits is not None:
+            contents[".hits"] = result.hits.astype("|b1")
+        for suffix, array in contents.items():
+            with whole_file(path.with_suffix(suffix)) as file:
+                file.write(array.tobytes())
         record = {
             "identity": _plain(identity, scoring),
             "targets": len(result.nats),
-            "fingerprint": fingerprint(path),
+            "fingerprints": {suffix: fingerprint(path.with_suffix(suffix)) for suffix in contents},
             "seconds": result.seconds,
             "peak_memory_bytes": result.peak_memory_bytes,
             "commit": result.commit,
@@ -140,81 +152,38 @@ class TokenStore:
         run: str,
         scoring: Scoring,
         identity: dict[str, Any],
-        compute: Callable[[], np.ndarray],
+        compute: Callable[[], Scored],
+        *,
+        hits: bool = False,
         memory: Callable[[], int | None] = lambda: None,
         world: World | None = None,
     ) -> Stored:
         """The stored result, or a new one, which is then kept.
 
         Args:
-            run: label of the run, with its test-time changes.
+            run: label of the run.
             scoring: the pass.
-            identity: everything else that the result depends on, see `identity`.
-            compute: makes the pass: () -> (targets,) floats. All processes enter it, or none.
+            identity: everything else that the result depends on, plain JSON values.
+            compute: makes the pass. All processes enter it, or none.
+            hits: whether hits are wanted; `compute` then gives them.
             memory: asked for the peak memory in bytes after `compute`.
             world: processes that share the pass.
         """
         world = world or World()
-        found = self.read(run, scoring, identity)
+        found = self.read(run, scoring, identity, hits)
         # Processes may see different disks; `compute` needs all of them.
         if all(gather_objects(found is not None, world)):
             assert found is not None
             return found
         started = time.perf_counter()
-        nats = compute()
+        scored = compute()
         seconds = time.perf_counter() - started
-        result = Stored(nats.astype(np.float32), seconds, memory(), runtime.code_version()[0], False)
+        nats = scored.nats.astype(np.float32)
+        result = Stored(nats, scored.hits, seconds, memory(), runtime.code_version()[0])
         # What is not finite must not be believed again: its cause may be gone by the next call.
-        if world.is_main and bool(np.isfinite(result.nats).all()):
+        if world.is_main and bool(np.isfinite(nats).all()):
             self.write(run, scoring, identity, result)
         return result
-
-
-def identity(
-    config: TrainConfig,
-    run_folder: Path,
-    checkpoint: str,
-    overrides: dict[str, Any],
-    corpus: Corpus,
-    split: str,
-    attention: str,
-    precision: str,
-) -> dict[str, Any]:
-    """What the nats of a run depend on, beside the way in which they are scored.
-
-    Args:
-        config: of the run.
-        run_folder: its folder.
-        checkpoint: `best` or `last`.
-        overrides: test-time changes of the scheme's settings.
-        corpus: the evaluated text.
-        split: its evaluated split.
-        attention: backend.
-        precision: of the forward pass.
-
-    Returns:
-        Plain JSON values.
-
-    Raises:
-        ValueError: there is no whole checkpoint.
-    """
-    found = CheckpointStore(Path(run_folder) / "checkpoints").get(checkpoint)
-    assert found is not None
-    settings = {
-        "model": dataclasses.asdict(config.model),
-        "position": dataclasses.asdict(config.position),
-        "train_length": config.train_length,
-    }
-    stream = corpus.split(split)
-    return {
-        "weights": read_json(found.path / STATE_FILE)["files"][WEIGHTS_FILE]["sha256"],
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "position": overrides,
-        "tokens": stream.sha256,
-        "start_id": corpus.start_id,
-        "attention": attention,
-        "precision": precision,
-    }
 
 
 def _plain(identity: dict[str, Any], scoring: Scoring) -> dict[str, Any]:

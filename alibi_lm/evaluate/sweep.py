@@ -1,30 +1,34 @@
-"""Runs times inference lengths: the rows of an extrapolation curve."""
+"""Runs times inference lengths: the rows of an extrapolation curve, and the views of an analysis.
+
+Both commands find and open runs in the same way (`plan`, `open_run`) and take passes from the same store. A run
+that fails stops no other: what went wrong is told at the end, by `FailedRuns`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import glob
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from alibi_lm import runtime
-from alibi_lm.config import EvaluateConfig, EvaluationConfig, TrainConfig, load_config
-from alibi_lm.data.corpus import Corpus, TokenStream, prepare
+from alibi_lm.data.corpus import TokenStream, prepare
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.distributed import World
-from alibi_lm.evaluate.score import score_tokens
-from alibi_lm.evaluate.store import Scoring, TokenStore, identity
-from alibi_lm.files import read_json
-from alibi_lm.results.documents import summarise, upsert_summaries
-from alibi_lm.results.rows import ResultRow, read_rows, upsert_rows, write_csv
-from alibi_lm.runs import finished, load_run
-from alibi_lm.settings import require
+from alibi_lm.evaluate import views
+from alibi_lm.evaluate.config import VIEWS, EvaluateConfig
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.plan import EXPECTED, FailedRuns, OpenRun, PlannedRun, open_run, plan, raise_if_alone
+from alibi_lm.evaluate.store import Stored
+from alibi_lm.files import read_json, write_text
+from alibi_lm.results.documents import DocumentSums, upsert_documents
+from alibi_lm.results.rows import ResultRow, perplexity_of, read_rows, refuse_another_run, upsert_rows, write_csv
+from alibi_lm.results.statistics import per_document_sums
+from alibi_lm.runs import CORPUS_FILE, finished, short_hash
+from alibi_lm.settings import counting, require
 from alibi_lm.tracking import open_tracker
 
 CURVE_COLUMNS = (
@@ -33,167 +37,145 @@ CURVE_COLUMNS = (
 )  # fmt: skip
 """Columns of the table in Weights & Biases: the name of a row's curve, and fields of the row."""
 
-WAY = ("checkpoint", "attention", "precision")
-"""Settings of an evaluation that each row names; `fairness.py` compares them."""
+# --- rows ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """One run and how it is to be evaluated."""
+def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[ResultRow]:
+    """Evaluate every run at every length, writing each row as soon as it is known.
 
-    folder: Path
-    config: TrainConfig
-    settings: EvaluationConfig
-
-
-def plan(config: EvaluateConfig) -> list[Task]:
-    """Find the runs and settle lengths, mode, stride and split; nothing is loaded yet.
+    Yields:
+        The rows, in order of work.
 
     Raises:
-        ValueError: no run, a run that is not finished, no lengths, or settings that do not fit together.
+        ValueError: see `plan`.
+        FailedRuns: at the end, where some of several runs could not be evaluated.
     """
-    pattern = config.runs or f"outputs/{config.experiment}/runs/*"
-    folders = [Path(p) for p in sorted(glob.glob(glob.escape(pattern) if Path(pattern).is_dir() else pattern))]
-    folders = [f for f in folders if f.is_dir()]
     require(
-        bool(folders),
-        f"runs = {pattern} matches no folder. Train first (make train), or give runs=<run folder or glob>.",
+        config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve."
     )
-    if not Path(pattern).is_dir():
-        # A sweep still under way has unfinished folders beside finished ones: those can be evaluated already.
-        unfinished = [f.name for f in folders if finished(f) is None]
-        folders = [f for f in folders if finished(f) is not None]
-        require(bool(folders), f"runs = {pattern} holds no finished run yet ({', '.join(unfinished)}).")
-        if unfinished:
-            print(f"left out, not finished: {', '.join(unfinished)}", flush=True)
-    return [Task(f, *_settings(config, load_config(f), f)) for f in folders]
-
-
-def _settings(config: EvaluateConfig, run: TrainConfig, folder: Path) -> tuple[TrainConfig, EvaluationConfig]:
-    own = run.evaluation
-    mode = config.mode or ("sliding" if config.stride is not None else own.mode)
-    stride = config.stride if config.stride is not None else (own.stride if mode == own.mode else None)
-    settings = EvaluationConfig(
-        lengths=config.lengths or own.lengths,
-        mode=mode,
-        stride=stride,
-        split=config.split or own.split,
-        tokens_per_forward=own.tokens_per_forward
-        if config.tokens_per_forward is None
-        else config.tokens_per_forward,
-    )
-    require(
-        bool(settings.lengths),
-        f"lengths = [] and {folder} names none of its own. Give them, quoted: 'lengths=[64,128,256]'.",
-    )
-    return run, settings
-
-
-def open_corpus(config: EvaluateConfig, task: Task) -> Corpus:
-    """The text to evaluate on, encoded with the run's own tokenizer.
-
-    Raises:
-        ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
-    """
-    data = task.config.data
-    if config.data.path is not None:
-        data = dataclasses.replace(data, path=config.data.path)
-    if config.data.cache_dir is not None:
-        data = dataclasses.replace(data, cache_dir=config.data.cache_dir)
-    path = task.folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(path)
-    record = task.folder / "corpus.json"
-    if record.is_file():
-        trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
-        require(
-            tokenizer.hash == trained_with,
-            f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
-            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run anew.",
-        )
-    return prepare(data, tokenizer, splits=(task.settings.split,))
-
-
-def evaluate_length(
-    task: Task, config: EvaluateConfig, corpus: Corpus, length: int, device: torch.device, world: World
-) -> ResultRow:
-    """Evaluate one run at one inference length; a scheme that cannot run there gives a row with the reason."""
-    settings = task.settings
-    stream = corpus.split(settings.split)
-    label = task.folder.name + "".join(f"+{k}={v}" for k, v in sorted(config.position.items()))
-    common: dict[str, Any] = dict(
-        position=task.config.position.name,
-        mode=settings.mode,
-        split=settings.split,
-        tokens=stream.num_tokens,
-        inference_length=length,
-        run=label,
-        train_length=task.config.train_length,
-        seed=task.config.seed,
-        stride=settings.stride,
-        corpus=stream.hash,
-        words=stream.words,
-        bytes=stream.bytes,
-        commit=runtime.code_version()[0],
-        extra=_origin(task.folder, corpus) | {name: getattr(config, name) for name in WAY},
-    )
-    model = load_run(
-        task.folder, length, config.checkpoint, config.attention, device, position=config.position or None
-    )
-    require(
-        model.vocab_size == corpus.vocab_size,
-        f"{task.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
-        "Put the run's own tokenizer back.",
-    )
-    if model.max_position is not None and length > model.max_position:
-        reason = f"position={task.config.position.name} has {model.max_position} positions"
-        return ResultRow(**common, reason=reason)
-    runtime.reset_peak_memory(device)
-    scored = TokenStore(output_folder(config) / "tokens").get(
-        label,
-        Scoring(settings.split, settings.mode, length, settings.stride),
-        _identity(task, config, corpus, device),
-        lambda: score_tokens(
-            model,
-            stream.tokens,
-            corpus.start_id,
-            length,
-            settings.stride,
-            settings.tokens_per_forward,
-            runtime.autocast(device, config.precision),
-            world=world,
-            progress=f"{label} @ {length}",
-        ),
-        lambda: runtime.peak_memory_bytes(device),
-        world,
-    )
-    total = float(scored.nats.sum(dtype=np.float64))
-    if not math.isfinite(total):
-        return ResultRow(**common, reason=f"the sum of nats is {total}")
-    row = ResultRow(
-        **common | {"commit": scored.commit},
-        nats=total,
-        perplexity=math.exp(total / stream.num_tokens),
-        word_perplexity=math.exp(total / stream.words),
-        tokens_per_second=stream.num_tokens / scored.seconds,
-        peak_memory_bytes=scored.peak_memory_bytes,
-    )
+    world = world or World()
+    device = runtime.start(config.device, world.local_rank, config.threads)
+    runs, failures = plan(config)
+    results = config.output / "results.jsonl"
     if world.is_main:
-        upsert_summaries(output_folder(config) / "summary.npz", [summarise(scored.nats, stream.documents, row)])
-    return row
+        _make(config.output)
+    if results.exists():
+        # What could not be added to the file is better known now than after the work.
+        refuse_another_run(read_rows(results), {run.name: (run.run_id, str(run.folder)) for run in runs})
+    total, texts = len(runs) + len(failures), set()
+    for run in runs:
+        try:
+            opened = open_run(config, run, device, world)
+            text = opened.passes.text
+            if (text.corpus, text.split) not in texts:
+                texts.add((text.corpus, text.split))
+                if row := _baseline(config, opened):
+                    if world.is_main:
+                        upsert_rows(results, [row])
+                    yield row
+            common = _common(config, opened)
+            for length in run.settings.lengths:
+                yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
+        except EXPECTED as error:
+            raise_if_alone({run.name: error}, total)
+            failures[run.name] = error
+    if world.is_main and results.exists():
+        write_csv(config.output / "results.csv", upsert_rows(results, []))
+    if failures:
+        raise_if_alone(failures, total)
+        raise FailedRuns(failures, total)
 
 
-def _identity(task: Task, config: EvaluateConfig, corpus: Corpus, device: torch.device) -> dict[str, Any]:
-    """What the run's stored nats depend on, beside the way of scoring."""
-    return identity(
-        task.config,
-        task.folder,
-        config.checkpoint,
-        config.position,
-        corpus,
-        task.settings.split,
-        config.attention,
-        config.precision if config.precision != "auto" else f"auto on {device.type}",
-    )
+def measure(passes: Passes, length: int, output: Path | None = None, **common: Any) -> list[ResultRow]:
+    """Measure one model at one inference length: a row for each metric of the task.
+
+    Args:
+        passes: of the model over the task.
+        length: inference length.
+        output: folder of `results.jsonl` and `documents.jsonl`, which take up the rows; None: nowhere.
+        common: further fields of the rows; `position` at least.
+
+    Returns:
+        The rows. Where the model cannot run or the task has nothing to measure, they say why.
+    """
+    task, model = passes.task, passes.model
+    fields: dict[str, Any] = {
+        "run": model.label,
+        "train_length": model.train_length,
+        "commit": runtime.code_version()[0],
+    } | common
+    fields |= {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
+    fields |= {"task": task.name, "inference_length": length, "tokens": task.num_targets(length)}
+    reason = task.refuses(length) or passes.refuses(length)
+    if reason:
+        rows = [ResultRow(**fields, metric=metric, reason=reason) for metric in task.metrics]
+        sums: list[DocumentSums] = []
+    else:
+        scored = passes.result(length)
+        fields |= {"commit": scored.commit, "peak_memory_bytes": scored.peak_memory_bytes}
+        if scored.seconds:
+            fields["tokens_per_second"] = fields["tokens"] / scored.seconds
+        groups = task.groups(length)
+        rows = [_row(metric, scored, groups, fields) for metric in task.metrics]
+        sums = [
+            DocumentSums(row.key, *per_document_sums(scored.nats, groups))
+            for row in rows
+            if row.metric == "perplexity" and row.nats is not None
+        ]
+    if output is not None:
+        upsert_rows(output / "results.jsonl", rows)
+        if sums:
+            upsert_documents(output / "documents.jsonl", sums)
+    return rows
+
+
+def _row(metric: str, scored: Stored, groups: np.ndarray, fields: dict[str, Any]) -> ResultRow:
+    if metric == "accuracy":
+        assert scored.hits is not None
+        right = np.logical_and.reduceat(scored.hits, groups)
+        return ResultRow(**fields, metric=metric, value=float(right.mean()), n=len(right))
+    return _perplexity_row(float(scored.nats.sum(dtype=np.float64)), fields)
+
+
+def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
+    """Nats are kept also where a perplexity is too large for a number."""
+    perplexity, reason = perplexity_of(total, fields["tokens"])
+    if not math.isfinite(total):
+        return ResultRow(**fields, reason=reason)
+    by_word, word_reason = perplexity_of(total, fields["words"]) if fields["words"] else (None, None)
+    if reason is None and word_reason is not None:
+        reason = f"word_perplexity is null: {word_reason}"
+    return ResultRow(**fields, nats=total, perplexity=perplexity, word_perplexity=by_word, reason=reason)
+
+
+def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
+    """Fields of all rows of a run."""
+    run, documents = opened.plan, len(opened.stream.documents)
+    trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
+    extra: dict[str, Any] = {
+        "corpus_name": read_json(own)["description"] if own.is_file() else opened.corpus.name,
+        "tokens_seen": trained.get("tokens_seen"),
+        "device": trained.get("device"),
+        "documents": documents,
+    } | opened.way
+    if documents == 1:
+        extra["note"] = views.ONE_DOCUMENT
+    return {
+        "run": run.name,
+        "position": run.config.position.name,
+        "train_length": run.config.train_length,
+        "seed": run.config.seed,
+        "changes": changes_of(config),
+        "run_id": run.run_id,
+        "folder": str(run.folder),
+        "extra": extra,
+    }
+
+
+def changes_of(config: EvaluateConfig) -> dict[str, Any]:
+    """What is changed for the test, as rows name it: settings of the scheme, and the step of a checkpoint."""
+    changes = {f"position.{name}": value for name, value in config.position.items()}
+    return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
 
 def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
@@ -204,112 +186,56 @@ def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **comm
     log_probs = np.log((counts + 1) / (counts.sum() + vocab_size))
     occurrences = np.bincount(stream.tokens, minlength=vocab_size)
     total = float(-(occurrences * log_probs).sum())
-    return ResultRow(
-        position="unigram",
-        nats=total,
-        tokens=stream.num_tokens,
-        words=stream.words,
-        bytes=stream.bytes,
-        perplexity=math.exp(total / stream.num_tokens),
-        word_perplexity=math.exp(total / stream.words),
-        **common,
-    )
+    fields = {"tokens": stream.num_tokens, "words": stream.words, "bytes": stream.bytes, "corpus": stream.hash}
+    return _perplexity_row(total, {"position": "unigram", **fields, **common})
 
 
-def evaluate(config: EvaluateConfig, world: World) -> Iterator[ResultRow]:
-    """Evaluate every run at every length, writing each row as soon as it is known.
-
-    Yields:
-        The rows, in order of work.
-
-    Raises:
-        ValueError: see `plan` and `open_corpus`.
-    """
-    device = runtime.start(config.device, world.local_rank, config.threads)
-    tasks = plan(config)
-    output = output_folder(config)
-    if world.is_main:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"output_dir = {output} cannot be written ({error.strerror or error}). Give another folder."
-            ) from error
-    results = output / "results.jsonl"
-    if results.exists():
-        read_rows(results)  # rows could not be added to a damaged file: better to say so now than after the work
-    corpora: dict[str, Corpus] = {}
-    for task in tasks:
-        corpus = open_corpus(config, task)
-        if corpus.hash not in corpora:
-            corpora[corpus.hash] = corpus
-            row = _baseline(config, task, corpus)
-            if row is not None:
-                if world.is_main:
-                    upsert_rows(results, [row])
-                yield row
-        for length in task.settings.lengths:
-            row = evaluate_length(task, config, corpus, length, device, world)
-            if world.is_main:
-                upsert_rows(results, [row])
-            yield row
-    if world.is_main:
-        write_csv(output / "results.csv", upsert_rows(results, []))
-
-
-def _origin(folder: Path, corpus: Corpus) -> dict[str, Any]:
-    """What a figure should say of where a run's numbers come from."""
-    trained = finished(folder) or {}
-    own = folder / "corpus.json"
-    text = read_json(own)["description"] if own.is_file() else corpus.name
-    return {"corpus_name": text, "tokens_seen": trained.get("tokens_seen"), "device": trained.get("device")}
-
-
-def output_folder(config: EvaluateConfig) -> Path:
-    """Where results.jsonl goes."""
-    return Path(config.output_dir or f"outputs/{config.experiment}/extrapolation")
-
-
-def _baseline(config: EvaluateConfig, task: Task, corpus: Corpus) -> ResultRow | None:
+def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     """The unigram row, where the run's own training text is at hand."""
     if config.data.path is not None or config.position:
         return None
+    run = opened.plan
     try:
-        own = prepare(task.config.data, Tokenizer.load(task.folder / "tokenizer.json"), splits=("train",))
+        own = prepare(run.config.data, Tokenizer.load(run.folder / "tokenizer.json"), splits=("train",))
     except ValueError:
         return None
-    settings = task.settings
+    settings = run.settings
     return unigram_row(
         own.split("train"),
-        corpus.split(settings.split),
-        corpus.vocab_size,
+        opened.stream,
+        opened.corpus.vocab_size,
         mode=settings.mode,
         stride=settings.stride,
         split=settings.split,
-        corpus=corpus.split(settings.split).hash,
         commit=runtime.code_version()[0],
+        extra={"corpus_name": opened.corpus.name},
     )
 
 
 def describe(row: ResultRow) -> str:
     """One line for a person."""
-    name = row.run or row.position
+    name = (row.run or row.position) + "".join(f" {key}={value}" for key, value in sorted(row.changes.items()))
     length = "" if row.inference_length is None else f" at {row.inference_length}"
-    if row.nats is None:
-        return f"{name}{length}: not evaluated, {row.reason}"
+    task = "" if row.task == "text" else f" {row.task}:"
+    if row.value is None:
+        found = "not evaluated" if row.loss is None else f"{row.loss:.4f} nats per token, no {row.metric}"
+        return f"{name}{length}:{task} {found}, {row.reason}"
     speed = "" if row.tokens_per_second is None else f" ({row.tokens_per_second:,.0f} tokens/s)"
-    return f"{name}{length}: perplexity {row.perplexity:.3f}{speed}"
+    return f"{name}{length}:{task} {row.metric} {row.value:.3f}{speed}"
 
 
 def log_curve(config: EvaluateConfig) -> None:
     """Show the curves in Weights & Biases, where it is chosen: a table and a line plot, one run for all."""
     if config.tracking.name != "wandb":
         return
-    output = output_folder(config)
-    rows = [row for row in read_rows(output / "results.jsonl") if row.nats is not None and row.run is not None]
+    rows = [
+        row
+        for row in read_rows(config.output / "results.jsonl")
+        if row.run is not None and row.metric == "perplexity" and row.perplexity is not None
+    ]
     settings = {"experiment": config.experiment, "runs": sorted({str(row.run) for row in rows})}
     name = f"{config.experiment} extrapolation"
-    with open_tracker(config.tracking, output, name, config.experiment, settings, 0) as tracker:
+    with open_tracker(config.tracking, config.output, name, config.experiment, settings, 0) as tracker:
         tracker.table(
             "extrapolation",
             list(CURVE_COLUMNS),
@@ -320,7 +246,139 @@ def log_curve(config: EvaluateConfig) -> None:
 
 
 def curve_name(row: ResultRow) -> str:
-    """What tells one curve from another: `alibi_L64_s1`, and split or stride where not the usual ones."""
+    """What tells one curve from another: `alibi_L64_s1`, with changes, and split or stride where not the usual."""
+    changes = "".join(f"+{key.removeprefix('position.')}={value}" for key, value in sorted(row.changes.items()))
     split = "" if row.split == "validation" else f" {row.split}"
     stride = "" if row.stride is None else f" stride {row.stride}"
-    return f"{row.run}{split}{stride}"
+    return f"{row.run}{changes}{split}{stride}"
+
+
+# --- views ---------------------------------------------------------------------------------------
+
+
+def analyse(config: EvaluateConfig) -> Iterator[Path]:
+    """Compute the views that are asked for, of all runs, seeds of a scheme together.
+
+    Yields:
+        The file of each.
+
+    Raises:
+        ValueError: no runs, missing text, or a setting out of range.
+        FailedRuns: at the end, where some of several runs could not be analysed.
+    """
+    require(
+        config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view."
+    )
+    device = runtime.start(config.device, threads=config.threads)
+    runs, failures = plan(config)
+    total = len(runs) + len(failures)
+    names = list(VIEWS) if config.view == "all" else [config.view]
+    series: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    corpora: dict[str, str] = {}
+    for members in _by_seed(runs):
+        opened = []
+        for run in members:
+            try:
+                opened.append(open_run(config, run, device))
+            except EXPECTED as error:
+                raise_if_alone({run.name: error}, total)
+                failures[run.name] = error
+        if not opened:
+            continue
+        try:
+            group = _group(opened)
+            corpora[opened[0].stream.hash] = opened[0].corpus.name
+            for name in names:
+                print(f"{name}: {', '.join(group.labels)}", flush=True)
+                series[name].append(_series(config, name, opened, group))
+        except EXPECTED as error:
+            raise_if_alone({run.plan.name: error for run in opened}, len(runs))
+            failures |= {run.plan.name: error for run in opened}
+    _make(config.output)
+    for name in names:
+        if series[name]:
+            content = {
+                "view": name,
+                "experiment": config.experiment,
+                "split": runs[0].settings.split,
+                "corpora": corpora,
+                "commit": runtime.code_version()[0],
+                "series": series[name],
+            }
+            path = config.output / f"{name}.json"
+            write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+            yield path
+    if failures:
+        raise_if_alone(failures, total)
+        raise FailedRuns(failures, total)
+
+
+def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
+    """Runs that differ in nothing but the seed, together; longest training length first, then by scheme."""
+    found: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        key = short_hash({k: v for k, v in counting(run.config, "run").items() if k != "seed"})
+        members = found.setdefault(key, [])
+        if any(run.config.seed == other.config.seed for other in members):
+            members = found[f"{key} {run.folder}"] = []
+        members.append(run)
+    return sorted(found.values(), key=lambda m: (-m[0].config.train_length, m[0].config.position.name))
+
+
+def _group(opened: list[OpenRun]) -> views.Group:
+    require(
+        len({run.stream.sha256 for run in opened}) == 1,
+        f"runs {', '.join(run.plan.name for run in opened)} differ in their seed only, but their texts are "
+        "encoded differently. Analyse them one at a time: runs=<run folder>.",
+    )
+    first = opened[0].plan.config
+    return views.Group(first.position.name, first.train_length, [run.passes for run in opened])
+
+
+def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
+    """One curve of a view."""
+    found = {
+        "position": group.position,
+        "train_length": group.train_length,
+        "corpus": opened[0].stream.hash,
+        "tokens": group.num_tokens,
+        "documents": len(group.documents),
+        "runs": group.labels,
+        "changes": changes_of(config),
+        "interval": "seeds and documents" if len(opened) > 1 else "documents, given this seed",
+        "points": _points(config, view, opened[0].plan.settings.lengths, group),
+    }
+    return found | ({"note": group.note} if group.note else {})
+
+
+def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.Group) -> list[views.Point]:
+    trained = group.train_length
+    if view == "perplexity":
+        return views.perplexity(group, lengths, config.stride)
+    if view == "position":
+        return views.position(group, sorted(lengths))
+    if view == "last":
+        return views.last(group, lengths, config.last)
+    if view == "documents":
+        return views.documents(group, config.lengths or sorted({trained, max(lengths)}))
+    if view == "fixed":
+        contexts = sorted(config.contexts or lengths)
+        return views.fixed(group, contexts, config.every or max(1, group.num_tokens // 1000))
+    if view == "decomposition":
+        # The same setting means sliding windows elsewhere, so with view=all it may be too long for a short L.
+        stride = config.stride or max(1, trained // 8)
+        require(stride <= trained, f"stride = {stride}. Allowed: 1 to train_length = {trained}.")
+        return views.decomposition(group, sorted(lengths), stride)
+    width = config.width or max(1, trained // 2)
+    powers = [0, *(trained * 2**k // 8 for k in range(3)), *(n for n in sorted(lengths) if n >= trained)]
+    every = config.every or max(1, group.num_tokens // width // 256)
+    return views.offset(group, sorted(set(config.offsets or powers)), width, every)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir = {folder} cannot be written ({error.strerror or error}). Give another folder."
+        ) from error

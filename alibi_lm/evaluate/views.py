@@ -2,25 +2,50 @@
 
 A view takes the seeds of one curve, all scored on the same text, and gives a list of points. A point is a plain
 mapping: what it is at (`length`, `context`, `offset`, ...), the mean `nats` per token over seeds and documents,
-its 95% interval `low` to `high`, and the seeds' own means in `by_run`. Where a scheme cannot run, `nats` is None
-and `reason` says why.
+its 95% interval `low` to `high`, and the seeds' own means in `by_run`. Where a model cannot be scored, or the text
+has no such window, `nats` is None and `reason` says why.
 
 How hard the text is moves all points of a curve alike. So points also have a `difference` from the point at the
 trained length, paired by document, whose interval is far narrower: it says whether the loss has changed.
+
+The decomposition says why the loss at a longer window differs from the loss at the trained length, in three
+measured parts. Source: Press, Smith and Lewis (2022), arXiv 2108.12409, Appendix B, which shows one of the parts
+(the "early token curse") by comparing two kinds of evaluation; here each part is an intervention on the model's
+input.
+
+A model trained at L is scored in nonoverlapping windows of n > L tokens. Each target has three losses:
+    full       as it is
+    windowed   the same pass, each layer's attention limited to the last L keys
+    reset      only the last L tokens of the window as input, positions from 0
+and their means telescope exactly:
+    full at n - full at L = (reset - full at L)     early tokens: fewer targets have a short context
+                          + (windowed - reset)      positions beyond L, with no key further than L
+                          + (full - windowed)       keys further than L: negative is use, positive is harm
+At positions up to L all three are the same pass. Limited attention reaches further than L through several
+layers: the second part holds what the model makes of that, too.
+
+With a stride s, a reset target beyond L has between L - s + 1 and L tokens of input. Its loss is then a little
+too high, which moves the same amount from the second part to the first; the third part and the sum are not
+touched, and neither are the targets up to L. Stride 1 is exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from alibi_lm.evaluate.decomposition import TERMS, document_sums, largest_early_difference, measure
-from alibi_lm.evaluate.passes import Passes
-from alibi_lm.results.documents import change_sums, interval_ends, position_curve, positions_in_window
-from alibi_lm.results.statistics import per_document_sums
+from alibi_lm.evaluate.passes import Passes, positions_in_window
+from alibi_lm.results.statistics import mean_nats_interval, per_document_sums
+
+TERMS = ("early_tokens", "positions_beyond", "keys_beyond")
+"""The three parts of the decomposition, in the order in which they add up."""
+BINS_PER_OCTAVE = 4
+"""Of the smoothed curve: each bin is 19% wide in position."""
+ONE_DOCUMENT = "the text is one document, so nothing shows how documents differ: there are no intervals"
+"""Why points and rows of some texts have no intervals."""
 
 Point = dict[str, Any]
 
@@ -32,33 +57,38 @@ class Group:
     Attributes:
         position: name of the scheme.
         train_length: L.
-        labels: names of the runs.
-        passes: of each run, over the same tokens.
-        documents: (D,) int64, where documents start.
+        passes: of each run, over the same text.
     """
 
     position: str
     train_length: int
-    labels: list[str]
     passes: list[Passes]
-    documents: np.ndarray
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the runs."""
+        return [p.model.label for p in self.passes]
+
+    @property
+    def documents(self) -> np.ndarray:
+        """(D,) int64, where documents start."""
+        return self.passes[0].text.groups(self.train_length)
 
     @property
     def num_tokens(self) -> int:
         """Targets of the text."""
-        return len(self.passes[0].tokens)
+        return self.passes[0].text.num_targets(self.train_length)
 
     @property
-    def max_position(self) -> int | None:
-        """Number of positions that the scheme has; None where any is defined."""
-        return self.passes[0].model(self.train_length).max_position
+    def note(self) -> str:
+        """What a reader of the points must know; empty where there is nothing."""
+        return ONE_DOCUMENT if len(self.documents) == 1 else ""
 
-    def reason(self, length: int) -> str | None:
-        """Why windows of this length cannot be scored, or None."""
-        limit = self.max_position
-        if limit is not None and length > limit:
-            return f"position={self.position} has {limit} positions"
-        return None
+    def reason(self, length: int, window: bool = False, stride: int | None = None) -> str:
+        """Why windows of this length cannot be scored, or hold no text; empty where they can."""
+        text = replace(self.passes[0].text, stride=stride)
+        reasons = [text.refuses(length), *(p.refuses(length, window=window) for p in self.passes)]
+        return next(filter(None, reasons), "")
 
     def mean(self, nats: Sequence[np.ndarray], scored: np.ndarray | None = None) -> Point:
         """A point of the mean nats per token.
@@ -107,10 +137,7 @@ def perplexity(group: Group, lengths: Sequence[int], stride: int | None) -> list
         for length in lengths:
             step = stride if mode == "sliding" else None
             at: Point = {"length": length, "mode": mode, "stride": step}
-            reason = group.reason(length)
-            if step is not None and step > length:
-                reason = f"stride = {step} is longer than the window"
-            if reason:
+            if reason := group.reason(length, stride=step):
                 points.append(at | _nothing(reason))
             else:
                 points.append(at | group.mean([p.nats(length, step) for p in group.passes]))
@@ -147,8 +174,6 @@ def last(group: Group, lengths: Sequence[int], count: int) -> list[Point]:
         if count > length:
             reason = f"last = {count} is longer than the window"
         whole = group.num_tokens // length * length
-        if whole == 0:
-            reason = f"the split has {group.num_tokens} tokens, less than one window"
         if reason:
             points.append(at | _nothing(reason))
             continue
@@ -163,14 +188,15 @@ def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
 
     `difference` is against the context of the trained length (or the longest one below it), paired by target.
     """
-    targets = np.arange(max(contexts) - 1, group.num_tokens, every)
-    if not len(targets):
-        raise ValueError(f"contexts = {max(contexts)}: no target of {group.num_tokens} has so many tokens before.")
+    # The same targets for every scheme: of all contexts that the text has, not only those that this one can use.
+    targets = np.arange(
+        max((c for c in contexts if c <= group.num_tokens), default=1) - 1, group.num_tokens, every
+    )
     owner = np.searchsorted(group.documents, targets, side="right") - 1
     tokens = np.bincount(owner, minlength=len(group.documents))
     sums: dict[int, np.ndarray] = {}
     for context in contexts:
-        if group.reason(context) is None:
+        if not group.reason(context):
             scores = [p.fixed(context, targets, every) for p in group.passes]
             sums[context] = np.stack([np.bincount(owner, s, len(tokens)) for s in scores])
     base = max((c for c in sums if c <= group.train_length), default=None)
@@ -178,7 +204,7 @@ def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
     for context in contexts:
         at: Point = {"context": context}
         if context not in sums:
-            points.append(at | _nothing(str(group.reason(context))))
+            points.append(at | _nothing(group.reason(context)))
             continue
         points.append(at | group.point(sums[context], tokens))
         if base is not None:
@@ -202,7 +228,7 @@ def documents(group: Group, lengths: Sequence[int]) -> list[Point]:
 
 
 def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Point]:
-    """The three parts of the change from the trained length, see alibi_lm/evaluate/decomposition.py.
+    """The three parts of the change from the trained length, see above.
 
     `total` and each part are in nats per token with an interval.
     """
@@ -210,13 +236,13 @@ def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Poi
     points: list[Point] = []
     for length in (n for n in lengths if n > group.train_length):
         at: Point = {"length": length, "stride": stride}
-        if reason := group.reason(length):
+        if reason := group.reason(length, window=True):
             points.append(at | {name: None for name in (*TERMS, "total")} | {"reason": reason})
             continue
         losses = [measure(p, length, group.train_length, stride) for p in group.passes]
         terms = [one.terms() for one in losses]
         for name in (*TERMS, "total"):
-            at[name] = group.point(document_sums([t[name] for t in terms], group.documents), tokens)
+            at[name] = group.point(np.stack([np.add.reduceat(t[name], group.documents) for t in terms]), tokens)
         at["largest_early_difference"] = max(
             largest_early_difference(one, length, group.train_length) for one in losses
         )
@@ -239,7 +265,8 @@ def offset(group: Group, offsets: Sequence[int], width: int, every: int) -> list
     points: list[Point] = []
     for k in offsets:
         at: Point = {"offset": k}
-        if reason := group.reason(k + width):
+        reasons = (p.refuses(k + width, positions=k > 0) for p in group.passes)
+        if reason := next(filter(None, reasons), ""):
             points.append(at | _nothing(reason))
             continue
         changes = [p.shifted(width, starts, k).ravel() - b for p, b in zip(group.passes, base, strict=True)]
@@ -257,3 +284,161 @@ def _numbers(values: np.ndarray) -> list[float | int | None]:
     if np.issubdtype(values.dtype, np.integer):
         return values.tolist()
     return [None if np.isnan(v) else round(float(v), 6) for v in values]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the parts are differences of: (N,) nats of the same targets.
+
+    Attributes:
+        train: full, in windows of L.
+        reset: in windows of n.
+        windowed: in windows of n.
+        full: in windows of n.
+    """
+
+    train: np.ndarray
+    reset: np.ndarray
+    windowed: np.ndarray
+    full: np.ndarray
+
+    def terms(self) -> dict[str, np.ndarray]:
+        """Differences of every target by the name of the part, and `total`: (N,) float64 each.
+
+        Only their sums mean something; a single target's differences must not be sorted by sign.
+        """
+        steps = [a.astype(np.float64) for a in (self.train, self.reset, self.windowed, self.full)]
+        parts = {name: b - a for name, a, b in zip(TERMS, steps, steps[1:], strict=False)}
+        return parts | {"total": steps[-1] - steps[0]}
+
+
+def measure(passes: Passes, length: int, train_length: int, stride: int = 1) -> Losses:
+    """Run the interventions.
+
+    Args:
+        passes: of the model over the text.
+        length: n, more than train_length.
+        train_length: L.
+        stride: of the reset, from 1 to L.
+
+    Raises:
+        ValueError: a length that is not beyond the trained one, or a stride out of range.
+    """
+    if length <= train_length:
+        raise ValueError(f"length = {length}; the parts exist beyond train_length = {train_length} only.")
+    if not 1 <= stride <= train_length:
+        raise ValueError(f"stride = {stride}. Allowed: 1 to train_length = {train_length}.")
+    return Losses(
+        passes.nats(train_length),
+        passes.reset(length, train_length, stride),
+        passes.nats(length, window=train_length),
+        passes.nats(length),
+    )
+
+
+def largest_early_difference(losses: Losses, length: int, train_length: int) -> float:
+    """Largest difference, in nats, between the three losses of any target up to the trained length.
+
+    It is rounding for every scheme whose parameters do not depend on the window's length, and shows how far the
+    parts can be trusted for one whose do (automatic scaling).
+    """
+    early = positions_in_window(len(losses.full), length) <= train_length
+    three = np.stack([losses.full[early], losses.windowed[early], losses.reset[early]])
+    return float((three.max(axis=0) - three.min(axis=0)).max())
+
+
+def curve_edges(length: int, train_length: int) -> np.ndarray:
+    """The same for the smoothed curve: bins grow with the position, and one ends exactly at the trained length.
+
+    What a scheme does past its trained length is then never mixed with what it does before.
+    """
+    octaves = int(np.ceil(np.log2(max(train_length, length / train_length, 2)))) + 1
+    steps = np.arange(-octaves * BINS_PER_OCTAVE, octaves * BINS_PER_OCTAVE + 1)
+    last = np.unique(np.round(train_length * 2.0 ** (steps / BINS_PER_OCTAVE)).astype(np.int64))
+    last = last[(last >= 1) & (last < length)]
+    return np.concatenate([[1], last + 1, [length + 1]])
+
+
+def position_curve(
+    nats: np.ndarray, documents: np.ndarray, positions: np.ndarray, length: int, train_length: int
+) -> dict[str, np.ndarray]:
+    """Mean nats against position in the window, smoothed, with a band.
+
+    The band is the 95% interval, over documents (and seeds), of the *difference* from the mean up to the trained
+    length (all positions of a shorter window), drawn around the curve. How hard the text is moves the whole curve
+    and is left out: it says how well the shape is known.
+
+    Args:
+        nats: (N,) floats, or (seeds, N) of several runs on the same text.
+        documents: (D,) integers, where documents start.
+        positions: (N,) int64, from 1 to length.
+        length: tokens of a window.
+        train_length: where a bin must end.
+
+    Returns:
+        curve_first, curve_last (int64), curve_nats, curve_low, curve_high (float64), each (points,); bins
+        without a target are left out.
+    """
+    seeds = np.atleast_2d(nats)
+    edges = curve_edges(length, train_length)
+    cells = (np.searchsorted(documents, np.arange(len(positions)), side="right") - 1) * (len(edges) - 1)
+    cells += np.searchsorted(edges, positions, side="right") - 1
+    shape = (len(documents), len(edges) - 1)
+    tokens = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+    sums = np.stack([np.bincount(cells, s, shape[0] * shape[1]).reshape(shape) for s in seeds])
+    points = np.flatnonzero(tokens.sum(axis=0))
+    means = (sums.sum(axis=1)[:, points] / tokens.sum(axis=0)[points]).mean(axis=0)
+    early = edges[:-1] <= train_length
+    base = sums[:, :, early].sum(axis=2), tokens[:, early].sum(axis=1)
+    ends = np.full((2, len(points)), np.nan)
+    for index, k in enumerate(points):
+        if np.count_nonzero(tokens[:, k]) < 2:
+            continue  # one document does not show how documents differ
+        changes = change_sums(sums[:, :, k], tokens[:, k], *base)
+        difference = changes.sum(axis=1).mean() / base[1].sum()
+        ends[:, index] = np.array(interval_ends(changes, base[1])) - difference
+    return {
+        "curve_first": edges[points],
+        "curve_last": edges[points + 1] - 1,
+        "curve_nats": means,
+        "curve_low": means + ends[0],
+        "curve_high": means + ends[1],
+    }
+
+
+def change_sums(
+    sums: np.ndarray, tokens: np.ndarray, base_sums: np.ndarray, base_tokens: np.ndarray
+) -> np.ndarray:
+    """Sums whose mean and interval are those of a difference between two means of the same documents.
+
+    The means may be over different targets, so that a document has other numbers of them; with the same targets
+    it is `sums - base_sums`. The difference of two ratios is linearised around both.
+
+    Args:
+        sums: (seeds, documents), nats.
+        tokens: (documents,), targets in them.
+        base_sums: (seeds, documents), of the mean that is subtracted.
+        base_tokens: (documents,).
+
+    Returns:
+        (seeds, documents) float64, to be taken with `base_tokens`. A document with no target in the base has
+        none here.
+    """
+    total, base_total = tokens.sum(), base_tokens.sum()
+    mean, base_mean = sums.sum(axis=1, keepdims=True) / total, base_sums.sum(axis=1, keepdims=True) / base_total
+    errors = (sums - mean * tokens) / total - (base_sums - base_mean * base_tokens) / base_total
+    return np.where(base_tokens > 0, base_total * errors + (mean - base_mean) * base_tokens, 0.0)
+
+
+def interval_ends(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean nats per token over documents (and seeds); NaN where one cannot be had.
+
+    Args:
+        sums: (seeds, documents) or (documents,), nats.
+        tokens: (documents,).
+    """
+    sums = np.unique(np.atleast_2d(sums), axis=0)  # seeds that agree exactly are one observation
+    if np.count_nonzero(tokens) < 2 or not np.isfinite(sums).all():
+        return float("nan"), float("nan")
+    interval = mean_nats_interval(sums, tokens)
+    return interval.low, interval.high

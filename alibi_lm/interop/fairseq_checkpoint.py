@@ -1,8 +1,8 @@
 """Read a language model of the ALiBi authors' fairseq, and say what it is in our terms.
 
-Nothing of fairseq is needed, and nothing in a checkpoint can run: it is read with `weights_only=True`, and the
-one class that may occur beside tensors and plain values is `argparse.Namespace`, in which older checkpoints keep
-their settings.
+Nothing of fairseq is needed, and nothing in a checkpoint can run: it is read with `weights_only=True`. Beside
+tensors and plain values it may hold `argparse.Namespace`, in which older checkpoints keep their settings, and
+numbers and arrays of numpy, which are read here without numpy's own unpickling.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from alibi_lm.settings import require
 
 _DEFAULTS = {
     "decoder_normalize_before": True,
@@ -132,6 +135,61 @@ class FairseqCheckpoint:
     """Whether the model's settings have `max_tokens`, which the ALiBi authors' fork adds; None: cannot tell."""
 
 
+class _Dtype:
+    """Stands for `numpy.dtype` while a checkpoint is read; numbers, truth values and texts alone are known."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[biufc?SU]\d{0,9}", code):
+            raise pickle.UnpicklingError(f"numpy dtype {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for `numpy.ndarray`: made empty, then given its content."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values: Any = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, by_columns, content = state
+        self.values = np.ndarray(shape, kind.dtype, content, order="F" if by_columns else "C").tolist()
+
+
+def _scalar(kind: _Dtype, content: bytes) -> Any:
+    return np.ndarray((), kind.dtype, content).item()
+
+
+def _no_bytes() -> bytes:
+    """Stands for `bytes`, which the pickles of empty arrays call without arguments."""
+    return b""
+
+
+def _plain_values(value: Any) -> Any:
+    """The same with lists in place of arrays of numpy."""
+    if isinstance(value, _Array):
+        return value.values
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_plain_values(vars(value)))
+    if type(value) is dict:
+        return {key: _plain_values(part) for key, part in value.items()}
+    return [_plain_values(part) for part in value] if type(value) in (list, tuple) else value
+
+
+# What may stand in a checkpoint beside what torch allows, and what is used in its place. The functions of numpy
+# itself trust what they read.
+SAFE: list[Any] = [
+    argparse.Namespace,
+    (_Dtype, "numpy.dtype"),
+    (_Array, "numpy.ndarray"),
+    (_no_bytes, "builtins.bytes"),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
 def read_checkpoint(path: Path) -> FairseqCheckpoint:
     """Load a checkpoint file without running anything in it.
 
@@ -139,10 +197,9 @@ def read_checkpoint(path: Path) -> FairseqCheckpoint:
         ValueError: no such file, not a checkpoint, or one that holds objects of other classes.
     """
     source = f"checkpoint = {path}"
-    if not path.is_file():
-        raise ValueError(f"{source} {'is a folder' if path.is_dir() else 'does not exist'}. Give the .pt file.")
+    require(path.is_file(), f"{source} {'is a folder' if path.is_dir() else 'does not exist'}. Give the .pt file.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(_refusal(source, error)) from error
@@ -151,10 +208,12 @@ def read_checkpoint(path: Path) -> FairseqCheckpoint:
             f"{source} is no fairseq checkpoint: it has no `model` with named tensors. "
             "Give the .pt file as fairseq wrote it."
         )
+    model = content.pop("model")
+    content = _plain_values(content)
     return FairseqCheckpoint(
         source,
         FairseqSettings(content, source),
-        dict(content["model"]),
+        dict(model),
         _num_updates(content),
         _best_loss(content),
         _marked_alibi(content),
@@ -171,7 +230,10 @@ def _is_reference(value: Any) -> bool:
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    names_and_tensors = isinstance(value, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
+    )
+    return names_and_tensors and bool(value)
 
 
 def _num_updates(content: dict[str, Any]) -> int:
@@ -195,11 +257,11 @@ def _marked_alibi(content: dict[str, Any]) -> bool | None:
 
 
 def _refusal(source: str, error: Exception) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    found = re.search(r"GLOBAL ([\w.]+)|(numpy dtype .*)", str(error))
     if isinstance(error, pickle.UnpicklingError) and found:
         return (
-            f"{source} holds an object of class {found[1]}, and loading such objects can run code. Accepted are "
-            "tensors, plain values and argparse.Namespace. If you trust the file, load it with fairseq once "
-            "and save it again with its settings as plain data."
+            f"{source} holds an object of class {found[1] or found[2]}, and loading such objects can run code. "
+            "Accepted are tensors, plain values, numbers and arrays of numpy, and argparse.Namespace. If you "
+            "trust the file, load it with fairseq once and save it again with its settings as plain data."
         )
     return f"{source} is no readable torch checkpoint ({type(error).__name__}). Is it complete?"

@@ -12,6 +12,7 @@ Shape letters: N tokens, D model dim, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -19,15 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
-"""Scores of a chunk. On a CPU 32 MiB of float32, what a large cache holds."""
+HALF = (torch.bfloat16, torch.float16)
+CHUNK_ELEMENTS = 1 << 23
+"""Scores of a chunk: 32 MiB of float32, what a CPU's large cache and a GPU's L2 hold."""
 FEWEST_ROWS = 512
 """Rows of a chunk, however many words there are: with fewer, matrix products are slower by up to a half."""
 KEPT_ELEMENTS = 1 << 28
-"""Probabilities kept for the backward pass: 1 GiB of float32."""
+"""Probabilities that a CPU keeps for the backward pass: 1 GiB of float32."""
+KEPT_SHARE = 0.1
+"""Share of a GPU's memory for the same: 8 GiB of 80, which holds 100,000 targets among 20,000 words."""
+ALIGNED = 64
+"""On a GPU half-precision products whose sizes are no multiple of this fall to slower kernels."""
 
 
-def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    *,
+    rows: int | None = None,
+    keep: bool | None = None,
+    multiple: int | None = None,
+) -> Tensor:
     """Minus the natural logarithm of each target's probability under softmax(hidden table^T).
 
     Scores and sums are float32 or better, whatever the dtype of the arguments; inside autocast the factors of the
@@ -37,39 +51,70 @@ def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tens
         hidden: (N, D).
         table: (V, D).
         targets: (N,) int64, in [0, V).
+        rows: rows whose scores are computed at once; None: `chunk_rows`.
+        keep: whether probabilities wait for the backward pass; None: where they fit.
+        multiple: the table is filled up to a multiple of this many rows, whose scores are -inf, so that the result
+            is the same; None: ALIGNED for half precision on a GPU, else 1.
 
     Returns:
         (N,) float32 (float64 for float64 arguments).
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, table = hidden.to(dtype), table.to(dtype)
+    hidden, table = _in_autocast_dtype(hidden, table)
+    if multiple is None:
+        multiple = ALIGNED if device == "cuda" and hidden.dtype in HALF else 1
     with torch.autocast(device, enabled=False):
-        if torch.compiler.is_compiling() and len(hidden) * len(table) <= KEPT_ELEMENTS:
-            # A compiler fuses these three by itself.
-            scores = F.linear(hidden, table)
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            return F.cross_entropy(scores, targets, reduction="none")
-        rows = max(FEWEST_ROWS, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // len(table))
+        words = len(table)
+        if words % multiple:
+            table = F.pad(table, (0, 0, 0, -words % multiple))
+        if keep is None:
+            keep = len(hidden) * len(table) <= _kept_elements(hidden.device)
         # A parameter needs a gradient in evaluation too, and inside of `forward` no gradient is ever taken.
-        keep = torch.is_grad_enabled() and len(hidden) * len(table) <= KEPT_ELEMENTS
-        return _LinearCrossEntropy.apply(hidden, table, targets, rows, keep)
+        keep = keep and torch.is_grad_enabled()
+        return _LinearCrossEntropy.apply(hidden, table, targets, words, rows or chunk_rows(len(table)), keep)
+
+
+def first_choices(hidden: Tensor, table: Tensor) -> Tensor:
+    """The word of the largest score of each row, chunk by chunk: (N, D), (V, D) -> (N,) int64. No gradient."""
+    hidden, table = _in_autocast_dtype(hidden, table)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return torch.cat([_scores(h, table).argmax(1) for h in hidden.split(chunk_rows(len(table)))])
+
+
+def chunk_rows(words: int) -> int:
+    """Rows whose scores are computed at once."""
+    return max(FEWEST_ROWS, CHUNK_ELEMENTS // words)
+
+
+def _in_autocast_dtype(hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, table
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), table.to(dtype)
+
+
+def _kept_elements(device: torch.device) -> int:
+    if device.type != "cuda":
+        return KEPT_ELEMENTS
+    return int(torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE / 4)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, rows: int, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, words: int, rows: int, keep: bool
+    ) -> Tensor:
         keep = keep and any(ctx.needs_input_grad[:2])
         nats, kept = [], []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            log_probs = _log_probs(h, table)
+            log_probs = _log_probs(h, table, words)
             nats.append(-log_probs.gather(1, t[:, None])[:, 0])
             if keep:
                 kept.append(log_probs.exp_())
             del log_probs  # the next chunk finds its memory in the cache
         ctx.save_for_backward(hidden, table, targets)
-        ctx.rows, ctx.kept = rows, kept
+        ctx.words, ctx.rows, ctx.kept = words, rows, kept
         return torch.cat(nats)
 
     @staticmethod
@@ -85,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk, start in enumerate(range(0, len(hidden), ctx.rows)):
             rows = slice(start, start + ctx.rows)
             h, t, g = hidden[rows], targets[rows, None], grad[rows, None]
-            probs = kept[chunk] if kept else _log_probs(h, table).exp_()
+            probs = kept[chunk] if kept else _log_probs(h, table, ctx.words).exp_()
             # The gradient of the scores is g times this; g goes to the narrow side of both products.
             scores = probs.scatter_add_(1, t, -torch.ones_like(g)).to(hidden.dtype)
             if grad_hidden is not None:
@@ -100,18 +145,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_table += scores.t() @ h
         if grad_table is None and ctx.needs_input_grad[1]:
             grad_table = torch.zeros_like(table)
-        return grad_hidden, None if grad_table is None else grad_table.to(table.dtype), None, None, None
+        return grad_hidden, None if grad_table is None else grad_table.to(table.dtype), None, None, None, None
 
 
-def _log_probs(hidden: Tensor, table: Tensor) -> Tensor:
-    """(N, D), (V, D) -> (N, V) natural logarithms, float32 or better, no gradient."""
+def _log_probs(hidden: Tensor, table: Tensor, words: int) -> Tensor:
+    """(N, D), (V, D) -> (N, V) natural logarithms, -inf past `words`, float32 or better, no gradient."""
     scores = _scores(hidden, table)
+    scores[:, words:] = -math.inf
     return torch.log_softmax(scores, dim=1, out=scores)
 
 
 def _scores(hidden: Tensor, table: Tensor) -> Tensor:
     """(N, D), (V, D) -> (N, V), float32 or better, no gradient: 8 bits would move a target's loss by 0.05 nats."""
-    if hidden.dtype not in (torch.bfloat16, torch.float16):
+    if hidden.dtype not in HALF:
         return F.linear(hidden, table)
     if _half_products_in_float32(hidden.device.type, hidden.dtype):
         return torch.mm(hidden, table.t(), out_dtype=torch.float32)

@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from alibi_lm.settings import require
+
 
 class Scores(NamedTuple):
     """How well a model predicted some targets."""
@@ -33,6 +35,8 @@ class LanguageModel(Protocol):
     vocab_size: int
     train_length: int
     """Tokens of a training sequence."""
+    precision: str
+    """float32, bfloat16 or auto: what `score` computes in."""
 
     @property
     def max_length(self) -> int | None:
@@ -71,9 +75,49 @@ class LanguageModel(Protocol):
             positions: (T,) int64, ascending; None: 0, 1, ...
             window: each layer's queries see only keys at distances below it; None: all keys before them.
             hits: whether to tell which targets are the model's first choice.
+
+        Raises:
+            ValueError: ids of wrong shape or dtype or outside of the vocabulary, or more tokens than `max_length`.
         """
         ...
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Scores of the next token after each position, before the softmax: (B, T) int64 -> (B, T, V)."""
         ...
+
+
+def check_ids(vocab_size: int, input_ids: Tensor, target_ids: Tensor | None = None) -> None:
+    """Refuse tensors that are no token ids of a model.
+
+    Args:
+        vocab_size: V.
+        input_ids: (B, T) int64, at least one token, in [0, V).
+        target_ids: the same, of the shape of input_ids.
+
+    Raises:
+        ValueError: another shape or dtype, unequal shapes, or an id outside of the vocabulary.
+    """
+    for name, ids in (("input_ids", input_ids), ("target_ids", target_ids)):
+        if ids is None:
+            continue
+        require(
+            isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 2 and ids.numel() > 0,
+            f"{name} = {_kind(ids)}. Use a tensor (B, T) of torch.int64 with at least one token.",
+        )
+        require(
+            ids.shape == input_ids.shape,
+            f"target_ids of shape {tuple(ids.shape)} with input_ids of shape {tuple(input_ids.shape)}. "
+            "They must be equal: target t follows input t.",
+        )
+        low, high = int(ids.min()), int(ids.max())
+        require(
+            low >= 0 and high < vocab_size,
+            f"{name} holds {low if low < 0 else high}, and the vocabulary has {vocab_size} words. "
+            f"Use ids from 0 to {vocab_size - 1}.",
+        )
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    return type(value).__name__

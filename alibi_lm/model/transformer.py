@@ -1,193 +1,30 @@
 """A decoder-only, pre-norm transformer that knows nothing of any particular position scheme.
 
-Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head dim, V vocabulary.
+Shape letters: B batch, T tokens now, S keys seen, D model dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.attention import AttentionBackend, build_backend
-from alibi_lm.model.adaptive import AdaptiveVocabulary
-from alibi_lm.model.init import INITIALISATIONS, initialise
-from alibi_lm.model.interface import Scores
-from alibi_lm.model.vocabulary import Vocabulary
+from alibi_lm import runtime
+from alibi_lm.attention import build_backend
+from alibi_lm.model.interface import Scores, check_ids
+from alibi_lm.model.layers import ACTIVATIONS, Block, KeyValueCache, LayerPositions, ModelConfig
+from alibi_lm.model.vocabulary import AdaptiveVocabulary, Vocabulary
 from alibi_lm.positions import PositionConfig, PositionScheme, PositionShape
 from alibi_lm.settings import require
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-
-
-@dataclass
-class ModelConfig:
-    """Sizes and regularisation of the transformer."""
-
-    name: str = "transformer"
-    num_layers: int = 4
-    """Blocks of attention and feed-forward."""
-    model_dim: int = 128
-    """Width of the residual stream."""
-    num_heads: int = 8
-    """Attention heads; must divide model_dim."""
-    ffn_dim: int = 512
-    """Width of the feed-forward layer's inside."""
-    activation: str = "gelu"
-    """relu, gelu or silu."""
-    dropout: float = 0.0
-    """On embeddings and on each layer's two outputs, in [0, 1)."""
-    attention_dropout: float = 0.0
-    """On attention weights."""
-    activation_dropout: float = 0.0
-    """After the activation."""
-    final_norm: bool = True
-    """A layer norm after the last layer (the paper's models have none)."""
-    scale_embeddings: bool = True
-    """Multiply word vectors by sqrt(model_dim), before positions are added."""
-    tied: bool = True
-    """The output distribution uses the embedding's vectors; always so with adaptive_cutoffs."""
-    adaptive_cutoffs: list[int] = field(default_factory=list)
-    """Borders of the frequency bands of an adaptive vocabulary; empty: one plain softmax."""
-    adaptive_factor: float = 4.0
-    """Each band's vectors are this many times narrower than the band's before."""
-    adaptive_dropout: float = 0.0
-    """On the adaptive softmax's input and after each tail's projection."""
-    initialisation: str = "scaled"
-    """scaled or fairseq, see alibi_lm/model/init.py."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "model_dim", "num_heads", "ffn_dim"):
-            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}. Use a whole number >= 1.")
-        require(
-            self.model_dim % self.num_heads == 0,
-            f"model.num_heads = {self.num_heads} does not divide model.model_dim = {self.model_dim}. "
-            "Each head takes model_dim / num_heads dimensions.",
-        )
-        require(
-            self.activation in ACTIVATIONS,
-            f"model.activation = {self.activation!r}. Allowed: {', '.join(ACTIVATIONS)}.",
-        )
-        for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_dropout"):
-            require(0 <= getattr(self, name) < 1, f"model.{name} = {getattr(self, name)}. Allowed: [0, 1).")
-        require(
-            self.initialisation in INITIALISATIONS,
-            f"model.initialisation = {self.initialisation!r}. Allowed: {', '.join(INITIALISATIONS)}.",
-        )
-        cutoffs = self.adaptive_cutoffs
-        require(
-            all(a < b for a, b in zip([0, *cutoffs], cutoffs, strict=False)),
-            f"model.adaptive_cutoffs = {cutoffs}. Use word counts that grow, like [20000, 60000].",
-        )
-        require(self.adaptive_factor >= 1, f"model.adaptive_factor = {self.adaptive_factor}. Use >= 1.")
-        require(
-            self.tied or not cutoffs,
-            "model.tied = false with model.adaptive_cutoffs. The adaptive vocabulary is always tied: "
-            "set model.tied=true or model.adaptive_cutoffs=[].",
-        )
-
-    @property
-    def head_dim(self) -> int:
-        """Dimensions of a head."""
-        return self.model_dim // self.num_heads
-
-
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, for decoding in pieces.
-
-    Attributes:
-        layers: (k, v) of each layer, each (B, H, S, K).
-        positions: (S,) int64.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.positions: Tensor | None = None
-
-    def next_position(self) -> int:
-        """The position after the last one seen; 0 when empty."""
-        return 0 if self.positions is None else int(self.positions[-1]) + 1
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values; returns all of them."""
-        if layer == len(self.layers):
-            self.layers.append((k, v))
-        else:
-            old_k, old_v = self.layers[layer]
-            self.layers[layer] = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        return self.layers[layer]
-
-
-class Attention(nn.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, config: ModelConfig, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.dropout = config.attention_dropout
-        self.backend = backend
-        self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim)
-        self.out = nn.Linear(config.model_dim, config.model_dim)
-
-    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        # (B, T, 3 D) -> three of (B, H, T, K)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = position.scheme.transform_qk(q, k, position.tables)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        y = self.backend(q, k, v, position.prepared, self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """Two linear maps around an activation."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.model_dim, config.ffn_dim)
-        self.down = nn.Linear(config.ffn_dim, config.model_dim)
-        self.activation = ACTIVATIONS[config.activation]
-        self.dropout = nn.Dropout(config.activation_dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.down(self.dropout(self.activation(self.up(x))))
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each behind a layer norm and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.model_dim)
-        self.attention = Attention(config, backend)
-        self.ffn_norm = nn.LayerNorm(config.model_dim)
-        self.ffn = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), layer, position, cache))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
-
-
-@dataclass
-class LayerPositions:
-    """What one scheme contributes to a forward pass, computed once and used by every layer it serves."""
-
-    scheme: PositionScheme
-    tables: tuple[Tensor, ...]
-    prepared: Any
+__all__ = ["ACTIVATIONS", "CompiledNats", "KeyValueCache", "ModelConfig", "TransformerLM"]
 
 
 class TransformerLM(nn.Module):
-    """The language model.
+    """The language model: an implementation of `model.interface.LanguageModel`.
 
     Args:
         config: sizes.
@@ -211,12 +48,9 @@ class TransformerLM(nn.Module):
         context_length: int | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.position = position
-        self.vocab_size = vocab_size
-        self.train_length = train_length
-        self.label, self.identity = "model", ""
-        backend = build_backend(attention)
+        self.config, self.position = config, position
+        self.vocab_size, self.train_length = vocab_size, train_length
+        self.label, self.identity, self.precision = "model", "", "float32"
         shape = PositionShape(
             model_dim=config.model_dim,
             head_dim=config.head_dim,
@@ -225,26 +59,35 @@ class TransformerLM(nn.Module):
             train_length=train_length,
             context_length=context_length or train_length,
         )
-        # One seed gives all schemes the same weights elsewhere: what a scheme draws is drawn aside, or last.
-        with torch.random.fork_rng(devices=[]):
-            first = position.build(shape)
-            copies = 1 if first.share_across_layers else config.num_layers
-            self.positions = nn.ModuleList([first, *(position.build(shape) for _ in range(copies - 1))])
+        self.positions = self._build_schemes(shape)
+        self.backend = build_backend(attention, self.schemes[0], position.name)
         if config.adaptive_cutoffs:
+            cutoffs, factor, dropout = config.adaptive_cutoffs, config.adaptive_factor, config.adaptive_dropout
             self.vocabulary: Vocabulary | AdaptiveVocabulary = AdaptiveVocabulary(
-                vocab_size,
-                config.model_dim,
-                config.adaptive_cutoffs,
-                config.adaptive_factor,
-                config.adaptive_dropout,
+                vocab_size, config.model_dim, cutoffs, factor, dropout
             )
         else:
             self.vocabulary = Vocabulary(vocab_size, config.model_dim, config.tied)
-        self.blocks = nn.ModuleList([Block(config, backend) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.final_norm = nn.LayerNorm(config.model_dim) if config.final_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.backend = backend
-        initialise(self)
+        self.initialise()
+
+    def _build_schemes(self, shape: PositionShape) -> nn.ModuleList:
+        # One seed gives all schemes the same weights elsewhere: what a scheme draws is drawn aside, or last.
+        with torch.random.fork_rng(devices=[]):
+            first = self.position.build(shape)
+            copies = self.config.num_layers if first.per_layer else 1
+            return nn.ModuleList([first, *(self.position.build(shape) for _ in range(copies - 1))])
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw all parameters from torch's global generator; those of position schemes last."""
+        self.vocabulary.initialise()
+        for block in self.layers:
+            block.initialise(self.config.initialisation, len(self.layers))
+        for scheme in self.schemes:
+            scheme.initialise()
 
     @property
     def schemes(self) -> list[PositionScheme]:
@@ -257,11 +100,14 @@ class TransformerLM(nn.Module):
         return cast(list[Block], list(self.blocks))
 
     @property
-    def max_position(self) -> int | None:
-        """Number of positions that the scheme has; None where any position is defined."""
+    def max_length(self) -> int | None:
         return self.schemes[0].max_position
 
-    def forward(
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def hidden(
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
@@ -271,8 +117,8 @@ class TransformerLM(nn.Module):
         """Hidden states from which the next token of each position is predicted.
 
         Args:
-            input_ids: (B, T) int64.
-            positions: (T,) int64, ascending; None: 0, 1, ... or the positions after the cache's last.
+            input_ids: (B, T) int64, in [0, V).
+            positions: (T,) int64, >= 0, each above the one before; None: 0, 1, ... or from the cache's last on.
             cache: keys and values of earlier tokens; extended in place.
             window: each layer's queries see only keys at distances below it; None: all keys before them.
 
@@ -280,79 +126,108 @@ class TransformerLM(nn.Module):
             (B, T, D).
 
         Raises:
-            ValueError: a position past the scheme's table.
+            ValueError: positions out of order or past the scheme's table, or a pass that the backend cannot serve.
         """
-        length = input_ids.shape[1]
-        # The last position as a Python number, where it can be known without reading the device.
+        length, start = input_ids.shape[1], 0 if cache is None else cache.next_position()
+        # Ends of the positions as Python numbers, where they can be known without reading the device.
         if positions is None:
-            start = 0 if cache is None else cache.next_position()
+            first, last = start, start + length - 1
             positions = torch.arange(start, start + length, device=input_ids.device)
-            last = start + length - 1
         else:
-            last = int(positions[-1]) if self.max_position is not None else 0
-        if self.max_position is not None and last >= self.max_position:
-            raise ValueError(past_the_table(self.schemes[0], last))
+            first, last = _ends(positions, length, start)
+        limit = self.max_length
+        if limit is not None and last >= limit:
+            raise ValueError(
+                f"position={self.position.name} has {limit} positions; got position {last}. "
+                f"Use inference_length <= {limit}, or a scheme that is defined past its trained length."
+            )
         k_pos = positions
-        if cache is not None:
-            k_pos = positions if cache.positions is None else torch.cat([cache.positions, positions])
-            cache.positions = k_pos
+        if cache is not None and cache.positions is not None and cache.ends is not None:
+            k_pos, first = torch.cat([cache.positions, positions]), cache.ends[0]
 
         x = self.vocabulary.embed(input_ids)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.model_dim)
         x = self.schemes[0].add_to_embeddings(x, positions)
         x = self.dropout(x)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dropout = self.config.attention_dropout if self.training else 0.0
         shared = [
             LayerPositions(
                 scheme,
                 scheme.tables(positions),
-                self.backend.prepare(scheme, positions, k_pos, window, dtype),
+                self.backend.prepare(scheme, positions, k_pos, last - first, window, dtype, dropout),
             )
             for scheme in self.schemes
         ]
         for layer, block in enumerate(self.layers):
             x = block(x, layer, shared[layer % len(shared)], cache)
+        if cache is not None:
+            cache.positions, cache.ends = k_pos, (first, last)
         return self.final_norm(x)
 
+    def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
+        """Scores of the next token, before the softmax.
+
+        Args:
+            input_ids: (B, T) int64.
+            last: of the last position alone.
+            options: `positions`, `cache` and `window` of `hidden`.
+
+        Returns:
+            (B, T, V), or (B, 1, V) with `last`; float32 (float64 in a float64 model).
+
+        Raises:
+            ValueError: ids of another shape or dtype, or outside of the vocabulary; see also `hidden`.
+        """
+        check_ids(self.vocab_size, input_ids)
+        hidden = self.hidden(input_ids, **options)
+        return self.vocabulary.logits(hidden[:, -1:] if last else hidden)
+
+    def logits(self, input_ids: Tensor, **options: Any) -> Tensor:
+        return self(input_ids, **options)
+
     def nats(self, input_ids: Tensor, target_ids: Tensor, **options: Any) -> Tensor:
-        """Minus the natural logarithm of each target's probability.
+        """Minus the natural logarithm of each target's probability, for training.
+
+        In training mode a scheme that draws its positions does so here, from torch's global generator.
 
         Args:
             input_ids: (B, T) int64.
             target_ids: (B, T) int64; target t follows input t.
-            options: `positions`, `cache` and `window` of `forward`.
+            options: `positions`, `cache` and `window` of `hidden`.
 
         Returns:
             (B, T) float32 (float64 in a float64 model).
         """
-        hidden = self(input_ids, **options)
+        if self.training and options.get("positions") is None:
+            options["positions"] = self.training_positions(input_ids.shape[1])
+        hidden = self.hidden(input_ids, **options)
         return self.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
 
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens of a sequence; None where any length is defined."""
-        return self.max_position
+    def training_positions(self, length: int) -> Tensor | None:
+        """Positions of a training pass, where the scheme draws them: (T,) int64 on the model's device, or None."""
+        positions = self.schemes[0].training_positions(torch.default_generator, length)
+        return None if positions is None else positions.to(self.device)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are, and where inputs belong."""
-        return next(self.parameters()).device
+    def log_prob(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """Natural-log probability of each target.
 
-    def serve(self, length: int) -> None:
-        """Get ready for sequences of `length` tokens: schemes with automatic scaling depend on it."""
-        if length == self.schemes[0].shape.context_length:
-            return
-        state = self.positions.state_dict()
-        shape = replace(self.schemes[0].shape, context_length=length)
-        with torch.random.fork_rng(devices=[]):
-            schemes = nn.ModuleList(self.position.build(shape) for _ in self.positions)
-        schemes.load_state_dict(state)
-        self.positions = schemes.to(self.device).train(self.training)
+        Args:
+            input_ids: (B, T) int64.
+            target_ids: (B, T) int64; target t follows input t.
 
-    def refuses(self, capability: str) -> str:
-        """Why `positions` or `window` of `score` cannot be had; empty, because both can."""
-        return ""
+        Returns:
+            (B, T) float32 (float64 in a float64 model).
+
+        Raises:
+            ValueError: tensors of other or unequal shapes or dtypes, ids outside of the vocabulary, or more tokens
+                than the scheme has positions.
+        """
+        check_ids(self.vocab_size, input_ids, target_ids)
+        hidden = self.hidden(input_ids)
+        return -self.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
 
     @torch.inference_mode()
     def score(
@@ -365,32 +240,96 @@ class TransformerLM(nn.Module):
         window: int | None = None,
         hits: bool = False,
     ) -> Scores:
-        """See `LanguageModel`."""
-        hidden = self(input_ids, positions=positions, window=window)[:, score_from:]
-        targets = target_ids[:, score_from:]
-        nats = self.vocabulary.nats(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
-        if not hits:
-            return Scores(nats, None)
-        best = self.vocabulary.log_probs(hidden.flatten(0, 1)).argmax(-1).view_as(targets)
-        return Scores(nats, best == targets)
+        check_ids(self.vocab_size, input_ids, target_ids)
+        with runtime.autocast(self.device, self.precision):
+            hidden = self.hidden(input_ids, positions=positions, window=window)[:, score_from:].flatten(0, 1)
+            targets = target_ids[:, score_from:]
+            nats = self.vocabulary.nats(hidden, targets.flatten()).view_as(targets)
+            best = self.vocabulary.first_choices(hidden).view_as(targets) if hits else None
+        return Scores(nats, None if best is None else best == targets)
 
-    def log_prob(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
-        """Natural-log probability of each target: (B, T) int64, (B, T) int64 -> (B, T)."""
-        return -self.nats(input_ids, target_ids)
+    def serve(self, length: int) -> None:
+        if length == self.schemes[0].shape.context_length:
+            return
+        rebuilt = self._build_schemes(replace(self.schemes[0].shape, context_length=length))
+        # The parameters stay the very tensors that they are, so that an optimizer may hold them.
+        rebuilt.load_state_dict(self.positions.state_dict(keep_vars=True), assign=True)
+        self.positions = rebuilt.to(self.device).train(self.training)
+
+    def refuses(self, capability: str) -> str:
+        """Why something cannot be had from this model; empty where it can.
+
+        Args:
+            capability: `positions` or `window` of `score`, which can always be had; or `training`, on the device
+                where the model is.
+        """
+        if capability != "training":
+            return ""
+        return self.backend.refuses(
+            self.schemes[0], self.device, torch.float32, dropout=self.config.attention_dropout, grad=True
+        )
 
     def num_parameters(self) -> int:
         """Trained numbers, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
 
-def past_the_table(scheme: PositionScheme, position: int) -> str:
-    """The message for a position that a scheme does not have."""
-    return (
-        f"position={_scheme_name(scheme)} has {scheme.max_position} positions; got position {position}. "
-        f"Use inference_length <= {scheme.max_position}, or a scheme defined past its trained length "
-        "(none, sinusoidal, rotary, alibi, t5)."
+def _ends(positions: Tensor, length: int, start: int) -> tuple[int, int]:
+    """First and last of given positions; all of them are looked at on a CPU only."""
+    fits = positions.shape == (length,) and positions.dtype == torch.int64
+    require(
+        fits,
+        f"positions of shape {tuple(positions.shape)}, {positions.dtype}, with {length} tokens. "
+        f"Use ({length},), torch.int64: one position for each column of input_ids.",
     )
+    first, last = int(positions[0]), int(positions[-1])
+    ascending = bool((positions.diff() > 0).all()) if positions.is_cpu else last - first >= length - 1
+    require(
+        first >= start and ascending,
+        f"positions = {first} ... {last}. Use whole numbers from {start} on, each above the one before"
+        + (": the cache holds the positions before." if start else "."),
+    )
+    return first, last
 
 
-def _scheme_name(scheme: PositionScheme) -> str:
-    return type(scheme).__name__.lower()
+class CompiledNats:
+    """`model.nats` with the layers through `torch.compile`: the same parameters, the same values to rounding.
+
+    Compilation happens at the first call with each shape. The model itself stays as it is, so that an evaluation
+    at other lengths compiles nothing. The loss is not compiled: its chunks stay in the cache and work in place,
+    which is faster than what a compiler makes of scores, softmax and loss.
+
+    Args:
+        model: the language model.
+    """
+
+    def __init__(self, model: TransformerLM) -> None:
+        self.model = model
+        self.hidden = torch.compile(model.hidden, dynamic=False)
+
+    def __call__(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """Minus the natural logarithm of each target's probability: (B, T), (B, T) int64 -> (B, T).
+
+        Raises:
+            ValueError: compilation failed, most often because there is no C++ compiler.
+        """
+        model = self.model
+        positions = model.training_positions(input_ids.shape[1]) if model.training else None
+        try:
+            hidden = self.hidden(input_ids, positions)
+        except Exception as error:
+            # torch's compiler raises classes of its own, which moved between versions.
+            modules = [c.__module__ for c in type(error).__mro__]
+            if not any(m.startswith(("torch._inductor", "torch._dynamo")) for m in modules):
+                raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            advice = "It needs a C++ compiler (g++ or clang++, named by CXX if it is not g++). Install one"
+            if any(
+                said in str(error) for said in ("temporarily unavailable", "start new thread", "allocate memory")
+            ):
+                advice = "The system let it start no more processes or threads: raise that limit (ulimit -u)"
+            raise ValueError(
+                f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n{advice}, or use "
+                "compile=false."
+            ) from error
+        return model.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)

@@ -1,7 +1,7 @@
 """Position schemes: one published method a file, all behind the hooks of `PositionScheme`.
 
-To add one: write its file, add its config class to POSITIONS, write configs/position/<name>.yaml. The model,
-every attention backend, cached decoding, the evaluator and the contract tests then serve it as they stand.
+To add one: write its file, with its config class in it, and add that class to POSITIONS. The model, the attention
+backends, cached decoding, the evaluator and the contract tests then serve it as they stand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Protocol
 
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
+from alibi_lm.positions.cope import CopeConfig
 from alibi_lm.positions.learned import LearnedConfig
 from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
@@ -33,6 +34,7 @@ POSITIONS: dict[str, type] = {
     "rotary": RotaryConfig,
     "alibi": AlibiConfig,
     "t5": T5Config,
+    "cope": CopeConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

@@ -85,17 +85,17 @@ class Alibi(PositionScheme):
         return self.log_slopes.float().exp() if self.learned else self.slopes
 
     def distance_bias(self, distance: Tensor) -> Tensor:
-        """See the base class; exact for slopes that are powers of two and distances below 2^24."""
+        """Exact for slopes that are powers of two and distances below 2^24."""
         slopes = self.slopes_per_head()
         return -slopes.view(-1, *[1] * distance.dim()) * distance.float()
 
-    def score_mod(self, q_pos: Tensor, k_pos: Tensor) -> Callable[..., Tensor]:
-        """See the base class; computed from the positions, so no (T, S) table is read."""
+    def score_mod(self, q_pos: Tensor, k_pos: Tensor, span: int) -> Callable[..., Tensor]:
+        """Computed from the positions, so that no table is read."""
         slopes = self.slopes_per_head()
         return lambda score, b, h, q, k: score - slopes[h] * (q_pos[q] - k_pos[k])
 
     def key_bias(self, k_pos: Tensor) -> Tensor:
-        """See the base class: -m (i - j) = m (j - c) + m (c - i), and the last term belongs to the query.
+        """-m (i - j) = m (j - c) + m (c - i), and the last term belongs to the query.
 
         c is the middle position, which keeps the values, and the rounding of the scores they are added to,
         smallest.

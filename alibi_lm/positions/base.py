@@ -1,10 +1,19 @@
 """The position-scheme protocol: optional hooks around embeddings, queries, keys and scores.
 
 The base class is itself a scheme: no position information at all (NoPE; Haviv et al. 2022, arXiv 2203.16634;
-Kazemnejad et al. 2023, arXiv 2305.19466). A published method overrides the one hook that it defines.
+Kazemnejad et al. 2023, arXiv 2305.19466). A published method overrides the hooks that it defines:
 
-Positions are absolute, counted from 0, int64 vectors on the model's device. Lengths and offsets are never
-passed: `positions = arange(offset, offset + T)` says both.
+    add_to_embeddings             position vectors added to the word vectors
+    tables, transform_qk          a change of queries and keys
+    distance_bias, or bias        a score bias that depends on positions alone
+    content_bias                  a score bias that depends on queries, keys or the layer's input
+    training_positions            positions that are drawn anew in each training pass
+
+`score_mod` and `key_bias` are fast forms of the bias for some backends. A scheme may add them; the contract tests
+compare them with the bias.
+
+Positions are absolute, counted from 0: ascending int64 vectors on the model's device. Lengths and offsets are
+never passed: `positions = arange(offset, offset + T)` says both.
 
 Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head dim.
 """
@@ -15,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -52,17 +62,22 @@ class PositionScheme(nn.Module):
 
     max_position: int | None = None
     """Number of positions that the scheme has; None where any position is defined."""
-    share_across_layers: ClassVar[bool] = True
-    """One instance serves all layers (its parameters, if any, are shared)."""
     translation_invariant: ClassVar[bool] = True
     """Whether shifting all positions by a constant changes nothing."""
-    saturation: int | None = None
-    """Distance from which on `distance_bias` is constant; None where it never is."""
+    per_layer: ClassVar[bool] = False
+    """Whether each layer has an instance, with parameters, of its own; else one instance serves all layers."""
+    cache_inputs: ClassVar[bool] = False
+    """Whether `content_bias` reads the layer's input. A cache then keeps it for every token, beside its key."""
 
     def __init__(self, shape: PositionShape) -> None:
         super().__init__()
         self.shape = shape
         self._exact: dict[str, Tensor] = {}
+
+    @classmethod
+    def defines(cls, *hooks: str) -> bool:
+        """Whether the scheme overrides any of these hooks."""
+        return any(getattr(cls, hook) is not getattr(PositionScheme, hook) for hook in hooks)
 
     def register_exact(self, name: str, value: Tensor) -> None:
         """Register a constant that follows the module's device but never its dtype, and is not saved.
@@ -84,6 +99,18 @@ class PositionScheme(nn.Module):
 
     def initialise(self) -> None:
         """Draw the scheme's own parameters, if it has any."""
+
+    def training_positions(self, generator: torch.Generator, length: int) -> Tensor | None:
+        """Draw the positions of a training pass.
+
+        Args:
+            generator: CPU generator, the only source of randomness.
+            length: T.
+
+        Returns:
+            (T,) int64 on the CPU, strictly ascending, >= 0; None: 0, 1, ... T - 1.
+        """
+        return None
 
     def add_to_embeddings(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add position vectors to the (scaled) token embeddings.
@@ -118,11 +145,23 @@ class PositionScheme(nn.Module):
         """
         return q, k
 
+    def distance_bias(self, distance: Tensor) -> Tensor | None:
+        """The bias as a function of the distance q_pos - k_pos alone, where it is one.
+
+        Backends that know it need no (T, S) tensor, and give its gradient for little.
+
+        Args:
+            distance: int64 >= 0, any shape.
+
+        Returns:
+            (H, *distance.shape) float32, or None.
+        """
+        return None
+
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
         """Score bias of every head for every query and key, added after q.k / sqrt(head_dim).
 
-        That of their distance, where the scheme defines `distance_bias`; overridden by schemes whose bias is more
-        than a function of distance.
+        By default that of their distance (`distance_bias`). Override it where it is more than that.
 
         Args:
             q_pos: (T,) int64, absolute query positions.
@@ -134,20 +173,45 @@ class PositionScheme(nn.Module):
         bias = self.distance_bias(distances(q_pos, k_pos))
         return None if bias is None else bias.contiguous()
 
-    def score_mod(self, q_pos: Tensor, k_pos: Tensor) -> Callable[..., Tensor] | None:
+    def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """Score bias that depends on what the tokens are, added to the other bias if there is one.
+
+        Long sequences are served in slices of queries, so a row of the result must not depend on other queries.
+
+        Args:
+            q: (B, H, T, K), after `transform_qk`; any T queries.
+            k: (B, H, S, K): the keys from the first one to at least the last query's own.
+            x: (B, S, D), the input of the attention layer at the keys; None unless `cache_inputs`.
+            q_pos: (T,) int64.
+            k_pos: (S,) int64.
+
+        Returns:
+            (B, H, T, S) float32 or better, finite also where k_pos > q_pos, or None.
+        """
+        return None
+
+    def score_mod(self, q_pos: Tensor, k_pos: Tensor, span: int) -> Callable[..., Tensor] | None:
         """The bias as a function of one score, for kernels that are generated around it.
 
         Args:
             q_pos: (T,) int64.
             k_pos: (S,) int64.
+            span: k_pos[-1] - k_pos[0], the largest distance.
 
         Returns:
             A function (score, batch, head, query index, key index) -> score plus bias, or None.
         """
+        by_distance = None
+        if not self.defines("bias"):
+            by_distance = self.distance_bias(torch.arange(span + 1, device=k_pos.device))
+        if by_distance is not None:
+            row = by_distance
+            return lambda score, b, h, q, k: score + row[h, (q_pos[q] - k_pos[k]).clamp_min(0)]
         bias = self.bias(q_pos, k_pos)
         if bias is None:
             return None
-        return lambda score, b, h, q, k: score + bias[h, q, k]
+        table = bias
+        return lambda score, b, h, q, k: score + table[h, q, k]
 
     def key_bias(self, k_pos: Tensor) -> Tensor | None:
         """The bias as a function of the key alone, up to a constant for each query and head, where there is one.
@@ -161,19 +225,6 @@ class PositionScheme(nn.Module):
         Returns:
             (H, S) float32 that equals `bias(q_pos, k_pos)` plus a term that does not depend on the key, for all
             k_pos <= q_pos; or None.
-        """
-        return None
-
-    def distance_bias(self, distance: Tensor) -> Tensor | None:
-        """The bias as a function of the distance q_pos - k_pos alone, where it is one.
-
-        Backends that know it need no (T, S) tensor, and give its gradient for little.
-
-        Args:
-            distance: int64 >= 0, any shape.
-
-        Returns:
-            (H, *distance.shape) float32, or None.
         """
         return None
 

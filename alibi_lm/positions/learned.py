@@ -45,5 +45,5 @@ class Learned(PositionScheme):
         nn.init.normal_(self.table, std=self.shape.model_dim**-0.5)
 
     def add_to_embeddings(self, x: Tensor, positions: Tensor) -> Tensor:
-        """See the base class; positions must lie below `max_position` (the model checks)."""
+        """The model checks that positions lie below `max_position`."""
         return x + self.table[positions].to(x.dtype)

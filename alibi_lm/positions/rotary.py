@@ -127,7 +127,6 @@ class Rotary(PositionScheme):
         return (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
 
     def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """See the base class."""
         cos, sin = tables
         return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
 

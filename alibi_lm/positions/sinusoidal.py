@@ -85,5 +85,4 @@ class Sinusoidal(PositionScheme):
         return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
     def add_to_embeddings(self, x: Tensor, positions: Tensor) -> Tensor:
-        """See the base class."""
         return x + self.vectors(positions).to(x.dtype)

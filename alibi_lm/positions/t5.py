@@ -78,7 +78,6 @@ class T5Bias(PositionScheme):
         self.num_buckets = config.num_buckets
         automatic = max(config.num_buckets // 2 + 1, min(128, shape.train_length // 2))
         self.max_distance = config.max_distance or automatic
-        self.saturation = self.max_distance
         self.table = nn.Parameter(torch.empty(config.num_buckets, shape.num_heads))
         self.initialise()
 
@@ -87,6 +86,5 @@ class T5Bias(PositionScheme):
         nn.init.normal_(self.table, std=self.shape.model_dim**-0.5)
 
     def distance_bias(self, distance: Tensor) -> Tensor:
-        """See the base class."""
         bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
         return self.table.float().t()[:, bucket]

@@ -1,129 +1,215 @@
-"""Result rows as curves: one line a scheme and training length, its seeds together.
+"""Result rows as curves: one line per scheme, training length and recipe, its seeds together.
 
-A view is what one figure or table may show together: one split, one mode, one stride.
-A curve is what one line may show: one scheme, one training length, one variant of the settings.
+A view is what one figure or table may show together: one task and metric, one split, one mode, one stride.
+A curve is what one line may show: one scheme, one training length, one recipe (all settings but the seed).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from alibi_lm.results.rows import ResultRow
 
+_HASH = re.compile(r"[0-9a-f]{6,}")
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
 
 
 @dataclass(frozen=True, order=True)
 class View:
-    """Rows that are comparable at all: same split, mode and stride."""
+    """Rows that are comparable at all: same split, mode, stride, task and metric."""
 
     split: str
     mode: str
     stride: int | None = None
+    task: str = "text"
+    metric: str = "perplexity"
 
     @property
     def title(self) -> str:
         """For people: `validation, sliding window with stride 32`."""
-        if self.mode == "nonoverlapping":
-            return f"{self.split}, nonoverlapping windows"
-        return f"{self.split}, sliding window with stride {self.stride}"
+        task = "" if self.task == "text" else f"task {self.task}, "
+        if self.mode == "sliding":
+            return f"{task}{self.split}, sliding window with stride {self.stride}"
+        windows = "nonoverlapping windows" if self.mode == "nonoverlapping" else self.mode
+        return f"{task}{self.split}, {windows}"
 
     @property
     def slug(self) -> str:
         """For file names: `validation_sliding32`."""
-        return f"{self.split}_{self.mode}{'' if self.stride is None else self.stride}"
+        task = "" if self.task == "text" else f"{self.task}_{self.metric}_"
+        return f"{task}{self.split}_{self.mode}{'' if self.stride is None else self.stride}"
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the metric is better, as of an accuracy."""
+        return self.metric != "perplexity"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss of one scheme and training length by inference length, for each of its runs."""
+    """One metric of one scheme, training length and recipe by inference length, for each of its runs."""
 
     position: str
     train_length: int
     variant: str
-    """Empty for the experiment's own settings, else what tells the variant apart."""
+    """What tells it from others of its scheme and length, in words; empty for the experiment's own settings."""
     losses: dict[int, dict[str, float]] = field(default_factory=dict)
-    """inference_length -> run -> mean nats per token."""
+    """inference_length -> run -> mean nats per token; of another metric than perplexity, its value."""
     refused: dict[int, str] = field(default_factory=dict)
-    """inference_length -> why there is no value."""
+    """inference_length -> why there is no value, of one run at least."""
     seeds: dict[str, int | None] = field(default_factory=dict)
     """run -> seed."""
+    metric: str = "perplexity"
+    items: dict[int, int] = field(default_factory=dict)
+    """inference_length -> what each value is a mean over: tokens, or items of a task."""
 
     @property
     def lengths(self) -> list[int]:
         """Inference lengths with a value, rising."""
         return sorted(self.losses)
 
-    def perplexity(self, length: int) -> float:
-        """Perplexity of the mean loss over the runs (the geometric mean of their perplexities)."""
+    def value(self, length: int) -> float:
+        """The metric's mean over the runs.
+
+        Perplexity is that of the mean loss, which is the geometric mean of the runs' perplexities.
+        """
         values = self.losses[length].values()
-        return math.exp(math.fsum(values) / len(values))
+        return self.shown(math.fsum(values) / len(values))
+
+    def shown(self, value: float) -> float:
+        """A number of `losses` as it is drawn."""
+        return math.exp(value) if self.metric == "perplexity" else value
 
     def ratio(self, length: int) -> float | None:
         """Perplexity at `length` over that at the training length, over the runs that have both."""
         own = self.losses.get(self.train_length, {})
         both = [run for run in self.losses.get(length, {}) if run in own]
-        if not both:
+        if not both or self.metric != "perplexity":
             return None
         return math.exp(math.fsum(self.losses[length][run] - own[run] for run in both) / len(both))
 
 
 def views(rows: Iterable[ResultRow]) -> list[View]:
-    """The views of these rows; validation before other splits, nonoverlapping before sliding."""
-    found = {View(row.split, row.mode, row.stride) for row in rows if row.run is not None}
+    """The views of these rows; text first, validation before other splits, nonoverlapping before sliding."""
+    found = {view_of(row) for row in rows if row.run is not None}
     return sorted(
-        found, key=lambda v: (v.split != "validation", v.split, v.mode != "nonoverlapping", v.stride or 0)
+        found,
+        key=lambda v: (
+            v.task != "text",
+            v.task,
+            v.metric,
+            v.split != "validation",
+            v.split,
+            v.mode != "nonoverlapping",
+            v.mode,
+            v.stride or 0,
+        ),
     )
 
 
-def curves(rows: Iterable[ResultRow], view: View) -> list[Curve]:
-    """The curves of one view, by training length (longest first) and scheme."""
+def view_of(row: ResultRow) -> View:
+    """The view that a row belongs to."""
+    return View(row.split, row.mode, row.stride, row.task, row.metric)
+
+
+def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | None = None) -> list[Curve]:
+    """The curves of one view, by training length (longest first) and scheme.
+
+    Args:
+        rows: of one experiment.
+        view: which of them.
+        recipes: run -> the words that tell its settings from those of the experiment, as
+            `alibi_lm.study.records.recipes` makes them; a run that is not in it goes by its name.
+    """
+    chosen = [row for row in rows if row.run is not None and view_of(row) == view]
+    texts = text_names(chosen)
+    recipes = _names_without_hashes(chosen) | dict(recipes or {})
     found: dict[tuple[str, int, str], Curve] = {}
-    for row in rows:
-        if row.run is None or View(row.split, row.mode, row.stride) != view:
-            continue
-        assert row.train_length is not None and row.inference_length is not None  # ResultRow checks it
-        key = (row.position, row.train_length, variant_of(row))
-        curve = found.setdefault(key, Curve(*key))
+    for row in chosen:
+        assert row.run is not None and row.train_length is not None and row.inference_length is not None
+        text = texts[row.corpus] if len(texts) > 1 else ""
+        variant = "; ".join(part for part in (variant_of(row, recipes), text) if part)
+        key = (row.position, row.train_length, variant)
+        curve = found.setdefault(key, Curve(*key, metric=view.metric))
         curve.seeds[row.run] = row.seed
-        if row.loss is None:
+        value = point_of(row)
+        if value is None:
             curve.refused[row.inference_length] = row.reason or "no value"
         else:
-            curve.losses.setdefault(row.inference_length, {})[row.run] = row.loss
+            curve.losses.setdefault(row.inference_length, {})[row.run] = value
+            curve.items[row.inference_length] = row.n or row.tokens
     return sorted(found.values(), key=lambda c: (-c.train_length, c.position, c.variant))
 
 
-def baselines(rows: Iterable[ResultRow], view: View) -> dict[str, float]:
-    """Perplexity of each baseline on the view's split, for example {'unigram': 700.0}.
+def point_of(row: ResultRow) -> float | None:
+    """What a row adds to a curve: mean nats for perplexity, else the value; None where it measured nothing.
 
-    A baseline uses no context, so its value holds for every length and mode.
+    A row with a value and a reason is no measurement at its length (no window is full there, for example), unless
+    the reason is about its perplexity per word.
     """
-    return {
-        row.position: math.exp(row.loss)
-        for row in rows
-        if row.run is None and row.split == view.split and row.loss is not None
-    }
+    about_words = row.words is not None and row.word_perplexity is None and row.metric == "perplexity"
+    if row.value is None or (row.reason and not about_words):
+        return None
+    return row.loss if row.metric == "perplexity" else row.value
 
 
-def variant_of(row: ResultRow) -> str:
-    """What tells a run's settings from the experiment's own, read from the run's name.
+def baselines(rows: Sequence[ResultRow], view: View) -> dict[str, float]:
+    """Perplexity of each baseline on the view's texts, for example {'unigram': 700.0}.
 
-    Runs are seeds of each other only when their names say so; a folder that the user named
-    differently is a variant of its own, because nothing vouches that its settings are the same.
+    A baseline uses no context, so its value holds for every length and mode. With several texts each has its own,
+    named by its text.
+    """
+    texts = text_names(row for row in rows if row.run is not None and view_of(row) == view)
+    found = {}
+    for row in rows:
+        same = row.run is None and (row.split, row.task, row.metric) == (view.split, view.task, view.metric)
+        if same and row.value is not None and (row.corpus in texts or not texts):
+            name = row.position if len(texts) < 2 else f"{row.position} ({texts[row.corpus]})"
+            found[name] = row.value
+    return found
+
+
+def text_names(rows: Iterable[ResultRow]) -> dict[str | None, str]:
+    """A name for each text that the rows were scored on, by its hash; equal names are told apart by a number."""
+    found: dict[str | None, str] = {}
+    for row in sorted(rows, key=lambda r: (str(r.extra.get("corpus_name") or ""), r.corpus or "")):
+        if row.corpus not in found:
+            name = str(row.extra.get("corpus_name") or "text")
+            same = sum(other.partition(" #")[0] == name for other in found.values())
+            found[row.corpus] = f"{name} #{same + 1}" if same else name
+    return found
+
+
+def variant_of(row: ResultRow, recipes: Mapping[str, str]) -> str:
+    """What tells a row's curve from others of its scheme and training length, in words.
+
+    Without a recipe at hand, runs are seeds of each other only when their names say so; a folder that the user
+    named differently is a variant of its own, because nothing vouches that its settings are the same.
     """
     assert row.run is not None
-    name, plus, changes = PurePath(row.run).name.partition("+")
+    tested = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in sorted(row.changes.items()))
+    parts = [recipes[row.run] if row.run in recipes else by_name(row), f"tested with {tested}" if tested else ""]
+    return "; ".join(part for part in parts if part)
+
+
+def _names_without_hashes(rows: Iterable[ResultRow]) -> dict[str, str]:
+    """Run -> `other settings` for runs whose name ends in a hash of settings, numbered where there are several."""
+    hashes = {row.run: name for row in rows if row.run and _HASH.fullmatch(name := by_name(row))}
+    known = sorted(set(hashes.values()))
+    numbers = {name: f" #{known.index(name) + 1}" if len(known) > 1 else "" for name in known}
+    return {run: f"other settings{numbers[name]}" for run, name in hashes.items()}
+
+
+def by_name(row: ResultRow) -> str:
+    """What a run's name says of its settings: nothing where it is the name that experiments give by default."""
+    assert row.run is not None
+    name = PurePath(row.run).name
     match = _RUN_NAME.fullmatch(name)
     own = (row.position, str(row.train_length), str(row.seed))
     if match is None or (match["position"], match["length"], match["seed"]) != own:
-        return name + plus + changes
-    return (match["suffix"] or "") + plus + changes
-
-
-def ordered_positions(found: Sequence[Curve]) -> list[str]:
-    """Schemes of these curves by name, each once."""
-    return sorted({curve.position for curve in found})
+        return name
+    return match["suffix"] or ""

@@ -1,25 +1,28 @@
 """Result rows: reading, checking and writing `results.jsonl` and `results.csv`.
 
-One row is one evaluation of one run: how many nats the tokens of a split cost at one inference length.
+One row is one measurement of one run: what a task cost, or how well it went, at one inference length.
 Figures, tables, claims and reports are made from these rows alone, so they are checked when they are read
 and when they are written. No model is needed for that, nor torch.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alibi_lm.files import write_text
 
-MODES = ("nonoverlapping", "sliding")
+MODES = ("nonoverlapping", "sliding", "items")
 
 _INTEGERS = (
     "train_length",
@@ -30,17 +33,32 @@ _INTEGERS = (
     "words",
     "bytes",
     "peak_memory_bytes",
+    "n",
 )
 _NUMBERS = ("nats", "perplexity", "word_perplexity", "tokens_per_second")
-_STRINGS = ("run", "position", "mode", "split", "corpus", "commit", "reason")
+_STRINGS = ("run", "position", "task", "metric", "mode", "split", "corpus", "commit", "reason", "run_id", "folder")
 _REQUIRED = ("position", "mode", "split", "tokens")
 
-RowKey = tuple[str, int | None, str, int | None, str]
+
+class RowKey(NamedTuple):
+    """What makes two rows the same measurement."""
+
+    run: str
+    """Name of the run folder; a baseline goes by its own name in angle brackets, `<unigram>`."""
+    task: str
+    metric: str
+    inference_length: int | None
+    mode: str
+    stride: int | None
+    split: str
+    corpus: str | None
+    changes: str
+    """`changes` of the row as JSON with sorted keys."""
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One evaluation: (run, inference_length, mode, stride, split) and what it cost.
+    """One measurement: what was measured of which run, and its value.
 
     Raises:
         ValueError: a field has the wrong type or range, or two fields contradict each other.
@@ -49,7 +67,8 @@ class ResultRow:
     position: str
     """Position scheme, or `unigram` for the baseline."""
     mode: str
-    """`nonoverlapping` or `sliding`."""
+    """How the task gives targets their context: `nonoverlapping` or `sliding` windows of a token stream, or
+    `items`, each a sequence of its own."""
     split: str
     """`validation` or `test`."""
     tokens: int
@@ -61,7 +80,7 @@ class ResultRow:
     train_length: int | None = None
     seed: int | None = None
     stride: int | None = None
-    """Targets scored by each window in sliding mode; null for nonoverlapping."""
+    """Targets scored by each window in sliding mode; null otherwise."""
     corpus: str | None = None
     """Hash of the token stream."""
     words: int | None = None
@@ -69,43 +88,72 @@ class ResultRow:
     nats: float | None = None
     """Sum over the scored tokens; null where the scheme cannot run at this length."""
     perplexity: float | None = None
-    """exp(nats / tokens)."""
+    """exp(nats / tokens); null where nats are, or where it is too large for a number."""
     word_perplexity: float | None = None
-    """exp(nats / words)."""
+    """exp(nats / words); null likewise."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     commit: str | None = None
     reason: str | None = None
-    """Why nats are null."""
+    """Why a value is null."""
+    task: str = "text"
+    """Name of the task, see alibi_lm/tasks."""
+    metric: str = "perplexity"
+    """What `value` is."""
+    value: float | None = None
+    """The result; for perplexity the same number as `perplexity`."""
+    n: int | None = None
+    """What the value is a mean over: tokens for perplexity, items for accuracy."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Settings that were changed for the test, such as {"position.scaling": "yarn"}."""
+    run_id: str | None = None
+    """Identity of the run; null in rows of earlier versions."""
+    folder: str | None = None
+    """The run folder, as it was given."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Fields beyond these, kept as they were."""
 
     def __post_init__(self) -> None:
+        if self.metric == "perplexity":
+            # The two are one number under two names; who makes a row names it once.
+            object.__setattr__(self, "value", self.perplexity if self.value is None else self.value)
+            object.__setattr__(self, "n", self.tokens if self.n is None else self.n)
         for name in _STRINGS:
             _check(name, getattr(self, name), str, "text")
         for name in _INTEGERS:
             _check(name, getattr(self, name), int, "a whole number")
-        for name in _NUMBERS:
+        for name in (*_NUMBERS, "value"):
             _check(name, getattr(self, name), (int, float), "a number")
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and (value >= 0 or name == "value")):
                 raise ValueError(f"{name} = {value}; it must be finite and not negative")
-        for name in _REQUIRED:
+        for name in (*_REQUIRED, "task", "metric"):
             if getattr(self, name) in (None, ""):
                 raise ValueError(f"{name} is missing; every row needs it")
-        for name in ("train_length", "inference_length", "tokens"):
+        for name in ("train_length", "inference_length", "tokens", "n"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}; it must be at least 1")
+        if not isinstance(self.changes, dict):
+            raise ValueError(f"changes = {self.changes!r}; it must be an object")
         self._check_mode()
         self._check_run()
-        self._check_nats()
+        self._check_value()
 
     @property
     def key(self) -> RowKey:
-        """What makes two rows the same evaluation; a baseline goes by its name in place of the run."""
-        name = f"<{self.position}>" if self.run is None else self.run
-        return (name, self.inference_length, self.mode, self.stride, self.split)
+        """What makes two rows the same measurement: the later one replaces the earlier one."""
+        return RowKey(
+            f"<{self.position}>" if self.run is None else self.run,
+            self.task,
+            self.metric,
+            self.inference_length,
+            self.mode,
+            self.stride,
+            self.split,
+            self.corpus,
+            json.dumps(self.changes, sort_keys=True),
+        )
 
     @property
     def loss(self) -> float | None:
@@ -116,6 +164,8 @@ class ResultRow:
     def from_dict(cls, values: dict[str, Any]) -> ResultRow:
         """Build a row from a JSON object; fields it does not know go to `extra`.
 
+        Rows of earlier versions named test-time changes in `run` (`alibi_L64_s1+scaling=yarn`).
+
         Raises:
             ValueError: `values` is not an object, or is not a valid row.
         """
@@ -125,6 +175,8 @@ class ResultRow:
         if missing:
             raise ValueError(f"no field {', '.join(missing)}; this is not a result row")
         known = {name: values[name] for name in FIELDS if name in values}
+        if "changes" not in known:
+            known["run"], known["changes"] = split_label(known.get("run"))
         return cls(**known, extra={name: value for name, value in values.items() if name not in FIELDS})
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,14 +190,15 @@ class ResultRow:
     def _check_mode(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode = {self.mode!r}; allowed: {', '.join(MODES)}")
-        if self.mode == "nonoverlapping" and self.stride is not None:
-            raise ValueError(f"stride = {self.stride} with mode = nonoverlapping; it must be null")
-        if self.mode == "sliding":
-            if self.stride is None:
-                raise ValueError("stride is null with mode = sliding; give the stride")
-            limit = self.inference_length
-            if self.stride < 1 or (limit is not None and self.stride > limit):
-                raise ValueError(f"stride = {self.stride}; allowed: 1 to inference_length = {limit}")
+        if self.mode != "sliding":
+            if self.stride is not None:
+                raise ValueError(f"stride = {self.stride} with mode = {self.mode}; it must be null")
+            return
+        if self.stride is None:
+            raise ValueError("stride is null with mode = sliding; give the stride")
+        limit = self.inference_length
+        if self.stride < 1 or (limit is not None and self.stride > limit):
+            raise ValueError(f"stride = {self.stride}; allowed: 1 to inference_length = {limit}")
 
     def _check_run(self) -> None:
         if self.run is None:
@@ -154,19 +207,23 @@ class ResultRow:
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is null in a row of run {self.run!r}; only baselines may lack it")
 
-    def _check_nats(self) -> None:
-        if self.nats is None:
-            if self.perplexity is not None or self.word_perplexity is not None:
-                raise ValueError("nats is null but a perplexity is not; both come from the same pass")
-            if not self.reason:
-                raise ValueError("nats is null without a reason; say why the scheme cannot run here")
-            return
+    def _check_value(self) -> None:
+        if self.value is None and not self.reason:
+            raise ValueError(f"{self.metric} is null without a reason; say why it does not exist")
+        if self.nats is None and (self.perplexity is not None or self.word_perplexity is not None):
+            raise ValueError("nats is null but a perplexity is not; both come from the same pass")
+        if self.metric == "perplexity" and (self.value != self.perplexity or self.n != self.tokens):
+            raise ValueError(
+                f"value = {self.value} of n = {self.n}, but perplexity = {self.perplexity} of "
+                f"tokens = {self.tokens}; they are the same two numbers"
+            )
+        if self.metric == "accuracy" and self.value is not None and not (0 <= self.value <= 1 and self.n):
+            raise ValueError(f"value = {self.value} of n = {self.n}; an accuracy is 0 to 1, a share of n items")
         for name, count in (("perplexity", self.tokens), ("word_perplexity", self.words)):
             value = getattr(self, name)
-            if name == "perplexity" and value is None:
-                raise ValueError("perplexity is null but nats is not")
             if value is None or not count:
                 continue
+            assert self.nats is not None
             expected = self.nats / count
             if value <= 0 or abs(math.log(value) - expected) > 1e-6 * max(1.0, expected):
                 raise ValueError(f"{name} = {value}, but exp(nats / count) has logarithm {expected:.6f}")
@@ -174,9 +231,40 @@ class ResultRow:
 
 FIELDS = (
     "run position train_length seed inference_length mode stride split corpus tokens words bytes nats "
-    "perplexity word_perplexity tokens_per_second peak_memory_bytes commit reason"
+    "perplexity word_perplexity tokens_per_second peak_memory_bytes commit reason "
+    "task metric value n changes run_id folder"
 ).split()
 assert set(FIELDS) == {item.name for item in fields(ResultRow)} - {"extra"}
+
+
+def perplexity_of(nats: float, n: int) -> tuple[float | None, str | None]:
+    """exp(nats / n), or why there is none.
+
+    Args:
+        nats: a sum.
+        n: of how many tokens or words, >= 1.
+
+    Returns:
+        The perplexity and None, or None and the reason: the sum is not finite, or the perplexity is too large
+        for a floating-point number (more than about 709 nats each).
+    """
+    if not math.isfinite(nats):
+        return None, f"the sum of nats is {nats}"
+    try:
+        return math.exp(nats / n), None
+    except OverflowError:
+        return None, f"exp({nats / n:.6g}) is too large for a number"
+
+
+def split_label(label: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The run and the changes in a label of earlier versions.
+
+    `alibi_L64_s1+scaling=yarn+factor=2.0` -> `alibi_L64_s1`, {"position.scaling": "yarn", "position.factor": 2.0}.
+    """
+    if label is None or not isinstance(label, str):
+        return label, {}
+    name, *parts = re.split(r"\+(?=[A-Za-z_]\w*=)", label)
+    return name, {f"position.{key}": _literal(value) for key, _, value in (part.partition("=") for part in parts)}
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
@@ -225,6 +313,8 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[
 def upsert_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Add rows to a `results.jsonl`; a row of the same key is replaced. Safe between processes.
 
+    So are all rows of an earlier run in the same folder: what it was trained to is gone.
+
     Args:
         path: the file; it and its folder are made when missing.
         rows: new rows; where two have the same key, the last one counts.
@@ -235,14 +325,44 @@ def upsert_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list
     Raises:
         ValueError: the existing file is no valid result file (it is then left as it was).
     """
+    file = Path(path)
+    with locked(file):
+        old, new = read_rows(file) if file.exists() else [], list(rows)
+        ids = {str(row.run): (row.run_id, row.folder) for row in new if row.run_id is not None}
+        refuse_another_run(old, ids)
+        kept = [row for row in old if row.run_id is None or row.run_id == ids.get(str(row.run), (row.run_id,))[0]]
+        return write_rows(file, {row.key: row for row in (*kept, *new)}.values())
+
+
+def refuse_another_run(rows: Iterable[ResultRow], runs: Mapping[str, tuple[str | None, str | None]]) -> None:
+    """Refuse to add rows of a run to those of another run with the same name in another folder.
+
+    Args:
+        rows: those that are there.
+        runs: identity and folder of the runs to be added, by name.
+
+    Raises:
+        ValueError: naming both folders.
+    """
+    for row in rows:
+        run_id, folder = runs.get(str(row.run), (row.run_id, row.folder))
+        if row.run_id in (None, run_id) or row.folder is None or folder is None:
+            continue
+        if Path(row.folder).resolve() != Path(folder).resolve():
+            raise ValueError(
+                f"the results have rows of {row.folder} ({row.run_id}), and {folder} ({run_id}) is another run of "
+                f"the same name, {row.run}. Evaluate it with an output_dir of its own, or rename its folder."
+            )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file that several processes read, change and replace; its folder is made when missing."""
     from filelock import FileLock
 
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
-        merged = {row.key: row for row in (read_rows(file) if file.exists() else [])}
-        merged.update({row.key: row for row in rows})
-        return write_rows(file, merged.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[ResultRow]) -> None:
@@ -261,6 +381,14 @@ def _check(name: str, value: Any, kinds: type | tuple[type, ...], words: str) ->
         raise ValueError(f"{name} = {value!r}; it must be {words} or null")
 
 
+def _literal(text: str) -> Any:
+    """The value that `str` made this text of, where it is a number, a truth value or None; else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON; a value that does not exist is null, with a reason")
 
@@ -275,14 +403,14 @@ def _cell(value: Any) -> Any:
 
 def _order(row: ResultRow) -> tuple[Any, ...]:
     """Runs by scheme, training length and seed; baselines last. The same rows always give the same file."""
+    seed = -1 if row.seed is None else row.seed
+    stream = (row.task, row.metric, row.corpus or "", row.split, row.mode, row.stride or 0)
     return (
         row.run is None,
         row.position,
         row.train_length or 0,
-        -1 if row.seed is None else row.seed,
-        row.run or "",
-        row.split,
-        row.mode,
-        row.stride or 0,
+        seed,
+        *(row.run or "", row.key.changes),
+        *stream,
         row.inference_length or 0,
     )

@@ -15,9 +15,8 @@ The seed part already holds the interaction of seeds with documents, hence the s
 delete-one jackknife of a ratio; 1 / sum_d h_d^2 is the number of equally long documents worth the same. With
 documents of one length both parts are those of the balanced two-way analysis of variance.
 
-Source: Cochran and Cox (1950), Behrens (1929), Fisher (1935) and Satterthwaite (1946) for the critical value;
-the blend in `critical_value` is our own. docs/statistics.md has the measured coverage, scripts/coverage.py
-measures it again.
+Source: Behrens (1929) and Fisher (1935) for the critical value. docs/statistics.md has the measured coverage,
+scripts/coverage.py measures it again.
 """
 
 from __future__ import annotations
@@ -44,23 +43,26 @@ class Interval:
         estimate: mean nats per token, or a difference of two; perplexity or a ratio of two after `as_perplexity`.
         low: lower end, in the unit of the estimate.
         high: upper end.
-        level: share of such intervals that hold the true value, in (0, 1). With `comparisons`: of such families.
-        degrees_of_freedom: of the t distribution whose two-sided critical value was used; positive.
+        level: share of such intervals that hold the true value, in (0, 1); of families of `comparisons` intervals.
         kind: what the interval is over. With one seed it says nothing about another training run.
         note: what the reader must know beside it; empty where there is nothing.
-        comparisons: number of differences judged together, each interval widened for it; None: not for a verdict.
+        comparisons: number of differences judged together, each interval widened for it.
         unit: of the three numbers.
+        seed_variance: variance between seeds (of their differences, where seeds are paired), in nats squared; 0
+            with one seed.
+        document_variance: the documents' part of the squared error, which more seeds do not shrink.
     """
 
     estimate: float
     low: float
     high: float
     level: float
-    degrees_of_freedom: float
     kind: Kind
     note: str = ""
-    comparisons: int | None = None
+    comparisons: int = 1
     unit: Literal["nats", "perplexity"] = "nats"
+    seed_variance: float = 0.0
+    document_variance: float = 0.0
 
 
 class VarianceParts(NamedTuple):
@@ -151,47 +153,30 @@ def variance_parts(nats: np.ndarray, tokens: np.ndarray) -> VarianceParts:
     return VarianceParts(rates.mean(-1), seed, seen, interaction, document_df)
 
 
-def critical_value(
-    share: np.ndarray, seed_df: np.ndarray, document_df: np.ndarray, level: float, guarded: bool = False
-) -> np.ndarray:
-    """What the standard error is multiplied by, between the t quantiles of the two parts.
+def critical_value(share: np.ndarray, seed_df: np.ndarray, document_df: np.ndarray, level: float) -> np.ndarray:
+    """What the standard error is multiplied by: the Behrens-Fisher value.
 
-    Not guarded, it is t_big + (t_small - t_big) * w^1.5 * (3 - w) / 2, where t_small is the quantile of the part
-    with fewer degrees of freedom and w that part's share of the variance. Cochran and Cox have w alone, which is
-    too wide when both parts matter; the blend has the same value and slope at w = 1, where the few seeds decide,
-    and is smaller in between. With three or more seeds it covers `level` to within two points at 0.95. With two
-    seeds, or further out in the tail, it would cover too little.
-
-    Guarded, it is the Behrens-Fisher value: the quantile of sqrt(share) T_seed + sqrt(1 - share) T_document with
-    T independent t variables. For normal errors it covered `level` or more, to within the simulation's error,
-    wherever we measured: also far out in the tail and with two seeds.
+    It is the quantile of sqrt(share) T_seed + sqrt(1 - share) T_document with T independent t variables. For
+    normal errors it covered `level` or more, to within the simulation's error, wherever we measured: also far out
+    in the tail and with two seeds.
 
     Args:
         share: seed part / (seed part + document part), in [0, 1]; any shape, as are the next two.
         seed_df: degrees of freedom of the seed part, positive.
         document_df: of the document part.
         level: two-sided, in (0, 1).
-        guarded: use the Behrens-Fisher value.
     """
-    from scipy import stats
-
-    upper = (1 + level) / 2
     share, seed_df, document_df = np.broadcast_arrays(share, seed_df, document_df)
-    if guarded:
-        # Whole degrees of freedom, rounded down (to the safe side), keep the number of tables small.
-        pairs = np.stack([seed_df, document_df], -1)
-        pairs = np.where(pairs >= 1, np.floor(pairs), pairs)
-        angle = np.arcsin(np.sqrt(share))
-        value = np.empty(share.shape)
-        for pair in np.unique(pairs.reshape(-1, 2), axis=0):
-            chosen = (pairs == pair).all(-1)
-            angles, quantiles = _behrens_fisher(float(pair[0]), float(pair[1]), upper)
-            value[chosen] = np.interp(angle[chosen], angles, quantiles)
-        return value
-    few = np.where(seed_df <= document_df, share, 1 - share)
-    small = stats.t.ppf(upper, np.minimum(seed_df, document_df))
-    big = stats.t.ppf(upper, np.maximum(seed_df, document_df))
-    return big + (small - big) * few**1.5 * (3 - few) / 2
+    # Whole degrees of freedom, rounded down (to the safe side), keep the number of tables small.
+    pairs = np.stack([seed_df, document_df], -1)
+    pairs = np.where(pairs >= 1, np.floor(pairs), pairs)
+    angle = np.arcsin(np.sqrt(share))
+    value = np.empty(share.shape)
+    for pair in np.unique(pairs.reshape(-1, 2), axis=0):
+        chosen = (pairs == pair).all(-1)
+        angles, quantiles = _behrens_fisher(float(pair[0]), float(pair[1]), (1 + level) / 2)
+        value[chosen] = np.interp(angle[chosen], angles, quantiles)
+    return value
 
 
 @lru_cache(maxsize=512)
@@ -233,7 +218,7 @@ def mean_nats_interval(nats: np.ndarray, tokens: np.ndarray, level: float = 0.95
     """
     scores, counts, note = _checked(nats, tokens, "nats")
     parts = variance_parts(scores, counts)
-    return _interval(parts, len(scores), len(scores) - 1, level, None, note)
+    return _interval(parts, len(scores), level, 1, note)
 
 
 def paired_difference(
@@ -241,7 +226,7 @@ def paired_difference(
     nats_b: np.ndarray,
     tokens: np.ndarray,
     level: float = 0.95,
-    comparisons: int | None = None,
+    comparisons: int = 1,
     seeds_a: Sequence[int] | None = None,
     seeds_b: Sequence[int] | None = None,
 ) -> Interval:
@@ -255,10 +240,9 @@ def paired_difference(
         nats_a: (seeds of A, documents), sums of nats per document; (documents,) is one seed.
         nats_b: (seeds of B, documents), of the same documents.
         tokens: (documents,), the same for both.
-        level: in (0, 1). With `comparisons`: of the whole family.
-        comparisons: how many differences are judged together, usually the number of lengths asked; the interval
-            is then the one for `verdict`, guarded and at level 1 - (1 - level) / comparisons (Bonferroni).
-            None: one interval to look at.
+        level: in (0, 1), of the whole family of `comparisons`.
+        comparisons: how many differences are judged together, usually the number of lengths asked; each interval
+            is then at level 1 - (1 - level) / comparisons (Bonferroni).
         seeds_a: seed of each row of nats_a. None for both: rows are the same seeds when there are equally many.
         seeds_b: of nats_b.
 
@@ -274,39 +258,96 @@ def paired_difference(
             note += f"; {left} runs left out: their seed is not in both"
         pairs = [a[names_a.index(name)] - b[names_b.index(name)] for name in common]
         parts = variance_parts(np.stack(pairs), counts)
-        return _interval(parts, len(common), len(common) - 1, level, comparisons, note)
+        return _interval(parts, len(common), level, comparisons, note)
     note += "; seeds not paired: fewer than two in common"
     part_a, part_b = variance_parts(a, counts), variance_parts(b, counts)
     # Documents: the mean over the seeds of each side, then the difference, so that what they share cancels.
     both = variance_parts((a.mean(0) - b.mean(0))[None], counts)
     parts = both._replace(seed=part_a.seed + part_b.seed, interaction=part_a.interaction + part_b.interaction)
-    fewest = min(len(a), len(b))
-    seed_df = float(fewest - 1)
-    if fewest > 1 and comparisons is None and parts.seed > 0:
-        seed_df = float(parts.seed**2 / (part_a.seed**2 / (len(a) - 1) + part_b.seed**2 / (len(b) - 1)))
-    return _interval(parts, fewest, seed_df, level, comparisons, note)
+    return _interval(parts, min(len(a), len(b)), level, comparisons, note)
 
 
 def verdict(difference: Interval) -> Verdict:
-    """Whether A is better than B, from `paired_difference(..., comparisons=...)`.
+    """Whether A is better than B, from `paired_difference`.
 
     Returns:
         "yes": the whole interval of A minus B is below 0. "no": above 0, B is better. "not settled": 0 is inside,
         or there is one seed only, which says nothing about schemes.
 
     Raises:
-        ValueError: an interval without `comparisons`, or one that is not in nats.
+        ValueError: an interval that is not in nats.
     """
-    if difference.comparisons is None or difference.unit != "nats":
-        raise ValueError(
-            f"comparisons = {difference.comparisons}, unit = {difference.unit}: a verdict takes the difference in "
-            "nats from paired_difference(..., comparisons=N), N the number of lengths asked."
-        )
+    if difference.unit != "nats":
+        raise ValueError(f"unit = {difference.unit}: a verdict takes the difference in nats.")
     if difference.kind == ONE_SEED:
         return "not settled"
     if difference.high < 0:
         return "yes"
     return "no" if difference.low > 0 else "not settled"
+
+
+def seeds_to_settle(
+    gap: float,
+    seed_variance: float,
+    document_variance: float,
+    level: float = 0.95,
+    power: float = 0.8,
+    document_df: float = 30.0,
+) -> int | None:
+    """An estimate of how many seeds would settle a difference, if it and the scatter are as seen so far.
+
+    With that many seeds about `power` of repeated experiments would have an interval that leaves out the bound.
+    Formula: the least a >= 2 with gap >= (critical value + z_power) * sqrt(seed_variance / a + document_variance),
+    z the normal quantile. What was seen of few seeds is itself uncertain, so take it as an order of magnitude.
+
+    Args:
+        gap: distance between the estimate and the bound that it must clear, in nats; not negative.
+        seed_variance: between seeds, in nats squared.
+        document_variance: of the documents' part of the error, which more seeds do not shrink.
+        level: of each interval, in (0, 1).
+        power: share of such experiments that would be settled, in (0, 1).
+        document_df: degrees of freedom of the documents' part.
+
+    Returns:
+        Seeds, 2 to 10,000; None where that many would not do.
+    """
+    from scipy import stats
+
+    def enough(seeds: int) -> bool:
+        variance = seed_variance / seeds + document_variance
+        if variance == 0:
+            return gap > 0
+        share = np.asarray(seed_variance / seeds / variance)
+        critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(document_df), level))
+        return gap >= (critical + float(stats.norm.ppf(power))) * np.sqrt(variance)
+
+    low, high = 1, 2
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > 10_000:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def wilson_interval(share: float, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a share such as an accuracy, from independent trials.
+
+    Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference".
+
+    Args:
+        share: successes over trials, in [0, 1].
+        trials: 1 or more.
+        level: two-sided, in (0, 1).
+    """
+    from scipy import stats
+
+    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
+    center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = np.sqrt(z2 * (share * (1 - share) + z2 / (4 * trials)) / trials) / (1 + z2 / trials)
+    return max(0.0, float(center - half)), min(1.0, float(center + half))
 
 
 def as_perplexity(interval: Interval) -> Interval:
@@ -321,39 +362,38 @@ def as_perplexity(interval: Interval) -> Interval:
     return replace(interval, estimate=estimate, low=low, high=high, unit="perplexity")
 
 
-def _interval(
-    parts: VarianceParts, seeds: int, seed_df: float, level: float, comparisons: int | None, note: str
-) -> Interval:
+def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, note: str) -> Interval:
     """The interval of parts of shape (); `seeds` is the smaller number on either side."""
     from scipy import stats
 
     if not 0 < level < 1:
         raise ValueError(f"level = {level}; it is between 0 and 1, for example 0.95.")
-    if comparisons is not None and comparisons < 1:
+    if comparisons < 1:
         raise ValueError(
             f"comparisons = {comparisons}; it is the number of differences judged together, 1 or more."
         )
-    each = level if comparisons is None else 1 - (1 - level) / comparisons
+    each = 1 - (1 - level) / comparisons
     if seeds < 2:
-        variance = parts.documents_seen
+        document = parts.documents_seen
+        variance = document
         critical = float(stats.t.ppf((1 + each) / 2, parts.document_df))
     else:
-        variance = parts.seed + parts.document
+        document = parts.document
+        variance = parts.seed + document
         share = parts.seed / variance if variance > 0 else np.ones(())
-        guarded = comparisons is not None or seed_df < 2
-        critical = float(critical_value(share, np.asarray(seed_df), parts.document_df, each, guarded))
+        critical = float(critical_value(share, np.asarray(seeds - 1.0), parts.document_df, each))
     half, estimate = critical * float(np.sqrt(variance)), float(parts.estimate)
-    df = _equivalent_df(critical, (1 + each) / 2)
-    kind, note = ONE_SEED if seeds < 2 else BOTH, note.removeprefix("; ")
-    return Interval(estimate, estimate - half, estimate + half, level, df, kind, note, comparisons)
-
-
-def _equivalent_df(critical: float, upper: float) -> float:
-    from scipy import optimize, stats
-
-    if critical <= stats.t.ppf(upper, 1e6):
-        return float("inf")
-    return float(np.exp(optimize.brentq(lambda x: stats.t.ppf(upper, np.exp(x)) - critical, -1.5, np.log(1e6))))
+    return Interval(
+        estimate,
+        estimate - half,
+        estimate + half,
+        level,
+        ONE_SEED if seeds < 2 else BOTH,
+        note.removeprefix("; "),
+        comparisons,
+        seed_variance=float(parts.seed) * seeds,
+        document_variance=float(document),
+    )
 
 
 def _seed_names(

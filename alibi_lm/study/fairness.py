@@ -1,8 +1,8 @@
 """What differs between compared runs other than the scheme.
 
 A curve of one scheme above another's says something about the schemes only if the runs had the same model,
-text, budget and code. Every other difference is listed; those that can move a perplexity are marked on
-figures.
+text, budget and code. Every other difference is listed; those that can move a result are marked on figures.
+Which settings can, each config field says itself (`alibi_lm.settings`).
 """
 
 from __future__ import annotations
@@ -13,31 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.study.records import RunRecord, find_records
+from alibi_lm.study.records import NAMED, RunRecord, find_records
 
-LABELLED = ("position", "train_length", "seed")
-"""Settings that every figure, table and claim names: they are what is compared."""
-WITHOUT_EFFECT = (
-    "device",
-    "tracking",
-    "threads",
-    "output_dir",
-    "overwrite",
-    "keep_last",
-    "keep_every",
-    "study",
-    "experiment",
-    "evaluation",
-    "log_every",
-    "checkpoint_every",
-    "data.path",
-    "data.cache_dir",
-)
-"""Settings that no trained weight depends on; the text behind a path is compared by its hash."""
-ROUNDING_ONLY = ("attention", "compile", "micro_batch_tokens")
-"""Settings that change results by rounding: listed, not marked."""
 SMALL_PARAMETERS = 0.02
-"""A scheme's own parameters (a table of positions, a bias a head) are part of it; more is a difference."""
+"""A scheme's own parameters (a table of positions, a bias per head) are part of it; more is a difference."""
 SMALL_TOKENS = 0.005
 """Steps are cut to whole sequences, so tokens seen may differ a little between training lengths."""
 
@@ -82,15 +61,15 @@ def differences(rows: Sequence[ResultRow], folder: str | os.PathLike[str]) -> li
 def _of_rows(rows: Iterable[ResultRow]) -> list[Difference]:
     rows = list(rows)
     found = []
-    for split in sorted({row.split for row in rows}):
-        part = [row for row in rows if row.split == split]
+    for split in sorted({row.split for row in rows if row.task == "text"}):
+        part = [row for row in rows if row.split == split and row.task == "text"]
         found += _compare(f"{split} text (hash)", {(r.run or "", r.key): _short(r.corpus) for r in part}, True)
         found += _compare(f"{split} tokens scored", {(r.run or "", r.key): f"{r.tokens:,}" for r in part}, True)
-    # Points are compared at one length in one view; each of these may have been measured at another time.
+    # Points are compared at one length in one view, and each of these may have been measured at another time.
     points: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row.nats is not None:
-            points.setdefault(row.key[1:], []).append(row)
+            points.setdefault(row.key[1:7], []).append(row)
     mixed = [row for point in points.values() if len({row.commit for row in point}) > 1 for row in point]
     found += _compare("commit of the evaluation", {(r.run or "", r.key): _short(r.commit) for r in mixed}, True)
     for name in ("checkpoint", "precision", "attention"):
@@ -101,18 +80,24 @@ def _of_rows(rows: Iterable[ResultRow]) -> list[Difference]:
 
 def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
     known = {name: record for name, record in records.items() if record.config}
+    readable = all(record.readable for record in known.values())
     found = []
-    for key in sorted({key for record in known.values() for key in record.config}):
-        if _below(key, LABELLED) or _below(key, WITHOUT_EFFECT):
-            continue
-        values = {name: _show(record.config.get(key, "unset")) for name, record in known.items()}
-        found += _compare(key, values, not _below(key, ROUNDING_ONLY))
+    for attribute, matters in (("settings", True), ("rounding", False)) if readable else (("config", True),):
+        settings = {name: getattr(record, attribute) for name, record in known.items()}
+        for key in sorted({key for values in settings.values() for key in values}):
+            if key.partition(".")[0] not in NAMED:
+                values = {name: _show(own.get(key, "unset")) for name, own in settings.items()}
+                found += _compare(key, values, matters)
+    if not readable:
+        old = sorted(name for name, record in known.items() if not record.readable)
+        what = "all settings compared, also those without effect"
+        found.append(Difference(what, {"config.yaml of another version": old}, False))
     found += _compare_counts(records, "num_parameters", "parameters", SMALL_PARAMETERS)
     found += _compare_counts(records, "tokens_seen", "tokens seen in training", SMALL_TOKENS)
     done = {name: record for name, record in records.items() if record.finished}
     found += _compare(
         "training text (hash)",
-        {n: _short(r.finished["corpus"]) for n, r in done.items() if r.finished.get("corpus")},
+        {n: _short(r.training_text) for n, r in done.items() if r.training_text},
         True,
     )
     env = {name: record.environment for name, record in records.items() if record.environment}
@@ -149,10 +134,6 @@ def _compare(what: str, values: Mapping[Any, str], matters: bool) -> list[Differ
         return []
     ordered = dict(sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0])))
     return [Difference(what, {value: sorted(runs) for value, runs in ordered.items()}, matters)]
-
-
-def _below(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _show(value: Any) -> str:

@@ -1,56 +1,42 @@
-"""Figures of perplexity against inference length, drawn from `results.jsonl` alone.
+"""Figures of results by inference length, from result rows alone; the same rows always give the same bytes.
 
-One figure a view (split, mode, stride), one panel a training length that two or more curves share, one line
-a scheme. Where the range is so wide that the close lines would fall together, a panel comes twice: the whole
-range on a log axis, and a close-up on a linear one. The same rows always give the same bytes.
+One figure per view (split, mode, stride, task), one panel for each training length that two or more curves share,
+one line per scheme. Where the range is so wide that the close lines would fall together, a panel comes twice: the
+whole range on a log axis, and a close-up on a linear one.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import Curve, View, baselines, curves, views
 from alibi_lm.results.rows import ResultRow, read_rows
-from alibi_lm.study import axes as panels
+from alibi_lm.results.statistics import wilson_interval
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper import paper_curves
+from alibi_lm.study.plots import Line, Panel, build, fits, save
+from alibi_lm.study.records import find_records, recipes
+from alibi_lm.study.style import look
 from alibi_lm.study.tables import markdown, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLOSE_UP_FROM = 2.0  # highest over lowest perplexity in a panel from which a close-up is drawn beside it
-MAX_COLUMNS = 4
-RC: dict[Any, Any] = {
-    "svg.hashsalt": "alibi_lm",  # ids in the SVG would otherwise be random
-    "svg.fonttype": "path",  # the same picture on machines without the font
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-}
-"""Settings of matplotlib for every figure."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Curves that share a picture: those of one training length, and strays drawn beside them."""
-
-    train_length: int | None
-    curves: list[Curve]
+CLOSE_UP_FROM = 2.0
+"""Highest over lowest perplexity in a panel from which a close-up may be drawn beside it."""
+COMPANY = 1.5
+"""A close-up shows the curves whose best value up to the training length is at most this factor above the best."""
 
 
 def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool = False) -> list[Path]:
-    """Draw every figure of a study folder and write its Markdown table.
+    """Draw every figure of a folder of results and write its Markdown table.
 
     The first view (validation, nonoverlapping, where present) is `extrapolation.png` and `.svg`; each further
     one has its view in the name. `table.md` has them all.
@@ -75,124 +61,186 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     if strict and any(item.matters for item in unfair):
         lines = "\n".join(f"  {item.sentence}" for item in unfair if item.matters)
         raise ValueError(f"strict = true, and the runs differ in more than the scheme:\n{lines}")
+    words = recipes(rows, find_records(rows, folder))
     written = []
     for index, view in enumerate(found):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
-        figure = build_figure(rows, view, unfair, with_paper)
+        figure = curve_figure(rows, view, words, unfair, with_paper)
         for suffix in ("png", "svg"):
-            path = folder / f"{name}.{suffix}"
-            save(figure, path)
-            written.append(path)
+            written.append(folder / f"{name}.{suffix}")
+            save(figure, written[-1])
     table = folder / "table.md"
-    write_text(table, markdown(rows, unfair))
+    write_text(table, markdown(rows, words, unfair))
     return [*written, table]
 
 
-def build_figure(
+def curve_figure(
     rows: Sequence[ResultRow],
     view: View,
+    words: Mapping[str, str] | None = None,
     unfair: Sequence[Difference] = (),
     with_paper: bool = False,
 ) -> Figure:
-    """The figure of one view."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    """The figure of one view.
 
-    found = curves(rows, view)
+    Args:
+        rows: of one experiment.
+        view: which of them.
+        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
+        unfair: differences to mark.
+        with_paper: add the paper's curves, dotted.
+    """
+    found = curves(rows, view, words)
     base = baselines(rows, view)
-    columns = split_into_panels(found)
-    tall = any(needs_close_up(panel) for panel in columns)
-    marks = [item.sentence for item in unfair if item.matters]
-    with matplotlib.rc_context(RC):
-        if len(columns) == 1:
-            grid = (1, 2 if tall else 1)
-            cells = [(columns[0], close_up) for close_up in ([False, True] if tall else [False])]
-        else:
-            width = min(len(columns), MAX_COLUMNS)
-            bands = math.ceil(len(columns) / width)
-            grid = (bands * (2 if tall else 1), width)
-            cells = []
-            for band in range(bands):
-                part = columns[band * width : (band + 1) * width]
-                part += [Panel(None, [])] * (width - len(part))
-                for close_up in [False, True] if tall else [False]:
-                    cells += [(panel, close_up) for panel in part]
-        width_inches = 0.25 + 5.0 * grid[1]
-        origin = textwrap.wrap(f"{view.title}; {provenance(rows, view)}", _characters(width_inches))
-        head = 0.62 + 0.16 * (len(origin) - 1) + 0.19 * min(len(marks), 4)
-        size = (width_inches, head + 0.35 + 3.75 * grid[0])
-        figure = Figure(figsize=size, facecolor="white")
-        axes = figure.subplots(*grid, squeeze=False).ravel()
-        figure.subplots_adjust(
-            left=0.62 / size[0],
-            right=1 - 1.2 / size[0],
-            bottom=0.62 / size[1],
-            top=1 - (head + 0.32) / size[1],
-            wspace=1.72 / 3.3 if grid[1] > 1 else 0,
-            hspace=0.34,
-        )
-        _write_head(figure, origin, marks)
-        for axis, (panel, close_up) in zip(axes, cells, strict=True):
-            if not panel.curves:
-                axis.set_axis_off()
-                continue
-            dotted = paper_curves(panel.curves, view) if with_paper else []
-            panels.draw_panel(axis, panel.curves, panel.train_length, base, close_up, tall, dotted)
-    return figure
+    cells: list[list[Panel | None]] = []
+    for train_length, members in split_into_panels(found):
+        dotted = paper_curves(members, view) if with_paper else []
+        cells.append(curve_panels(members, train_length, base, dotted))
+    few = max((len(line.x) for pair in cells for p in pair if p for line in p.lines), default=0) <= 2
+    if len(cells) == 1:
+        layout: list[list[Any]] = [[cell for cell in cells[0] if cell is not None]]
+    else:
+        layout = []
+        for start in range(0, len(cells), 3):
+            part = cells[start : start + 3]
+            layout += [list(row) for row in zip(*part, strict=True) if any(row)]
+    marks = [f"NOT A FAIR COMPARISON: {item.sentence}" for item in unfair if item.matters]
+    remarks = missing(found)
+    if any(line.ring for pair in cells for p in pair if p for line in p.lines):
+        remarks.append("Ring: the length that a curve was trained at.")
+    shown = {name for pair in cells for panel in pair if panel for name in panel.levels}
+    remarks += [
+        f"Out of range: {name} baseline, {value:.4g}." for name, value in base.items() if name not in shown
+    ]
+    what = "Perplexity" if view.metric == "perplexity" else f"{view.metric.capitalize()} of {view.task}"
+    origin = f"{view.title}; {provenance(rows, view)}"
+    size = (2.4 if few else 3.6, 3.1)
+    return build(f"{what} by inference length", layout, origin, remarks, marks, size)
 
 
-def split_into_panels(found: Sequence[Curve]) -> list[Panel]:
-    """Training lengths that two or more curves share have a panel each.
+def split_into_panels(found: Sequence[Curve]) -> list[tuple[int | None, list[Curve]]]:
+    """Training lengths that two or more curves share have a panel each: (training length, its curves).
 
     Any other curve is drawn with the nearest longer training length (ALiBi trained at L/2 beside the schemes
     trained at L), else with the longest. Where no length is shared, all curves have one panel.
     """
-    lengths = sorted({curve.train_length for curve in found})
-    shared = [n for n in lengths if sum(curve.train_length == n for curve in found) > 1]
+    shared, homes = homes_of([curve.train_length for curve in found])
     if not shared:
-        return [Panel(lengths[0] if len(lengths) == 1 else None, list(found))]
-    home = {n: min((s for s in shared if s >= n), default=shared[-1]) for n in lengths}
-    return [Panel(s, [curve for curve in found if home[curve.train_length] == s]) for s in shared]
+        lengths = {curve.train_length for curve in found}
+        return [(lengths.pop() if len(lengths) == 1 else None, list(found))]
+    return [(s, [c for c, home in zip(found, homes, strict=True) if home == s]) for s in shared]
 
 
-def needs_close_up(panel: Panel) -> bool:
-    """Whether one axis cannot show both the worst value and the differences between the best."""
-    values = [curve.perplexity(n) for curve in panel.curves for n in curve.lengths]
-    return bool(values) and max(values) / min(values) > CLOSE_UP_FROM
+def homes_of(train_lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Training lengths that occur twice or more, and for each given one that of them which it is drawn with."""
+    shared = sorted({n for n in train_lengths if train_lengths.count(n) > 1})
+    homes = [min((s for s in shared if s >= n), default=shared[-1]) for n in train_lengths] if shared else []
+    return shared, homes
 
 
-def _characters(width_inches: float) -> int:
-    """Characters of small print that fit into a figure's width."""
-    return int((width_inches - 0.32) / 0.066)
+def curve_panels(
+    found: Sequence[Curve], train_length: int | None, base: Mapping[str, float], dotted: Sequence[Curve] = ()
+) -> list[Panel | None]:
+    """The whole range of these curves and, where it helps, a close-up beside it."""
+    drawn = [curve for curve in found if curve.lengths]
+    metric = found[0].metric if found else "perplexity"
+    every = {n for curve in drawn for n in curve.lengths}
+    lines = [_line(curve, train_length, every) for curve in drawn]
+    trained = f"trained at {train_length}" if train_length is not None else "several training lengths"
+    close = close_up(drawn)
+    y_label = "perplexity per token" if metric == "perplexity" else metric
+    published = [_line(curve, train_length, every) for curve in dotted]
+    panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label, dotted=published)
+    if metric == "accuracy":
+        return [panel(trained, limits=(-0.03, 1.03), levels=dict(base)), None]
+    log_y = _range(drawn) > CLOSE_UP_FROM and metric == "perplexity"
+    whole = panel(trained + (", whole range" if close else ""), log_y=log_y)
+    whole = replace(whole, levels={name: value for name, value in base.items() if fits(whole, value)})
+    if close is None:
+        return [whole, None]
+    above = [line.name for line in lines if min(line.y) > close[1]]
+    words = f"; above it: {', '.join(above) if len(above) <= 3 else f'{len(above)} curves'}" if above else ""
+    return [whole, panel(f"{trained}, close-up{words}", limits=close)]
 
 
-def _write_head(figure: Figure, origin: Sequence[str], marks: Sequence[str]) -> None:
-    width, height = figure.get_size_inches()
-    left = 0.16 / width
+def close_up(found: Sequence[Curve]) -> tuple[float, float] | None:
+    """The y axis of a close-up: what the good curves do up to their training length, and how low they get.
 
-    def write(inches: float, text: str, **style: Any) -> None:
-        figure.text(left, 1 - inches / height, text, va="top", ha="left", **style)
+    None where one axis shows that as well: the whole range is small, or the close-up would span most of it.
+    """
+    if not found or found[0].metric != "perplexity" or _range(found) <= CLOSE_UP_FROM:
+        return None
+    near = {
+        id(c): [c.value(n) for n in c.lengths if n <= c.train_length] or [c.value(c.lengths[0])] for c in found
+    }
+    best = min(min(values) for values in near.values())
+    company = [curve for curve in found if min(near[id(curve)]) <= COMPANY * best]
+    low = min(_singles(company))
+    high = max(v for curve in company for v in near[id(curve)] if v <= COMPANY * best) * 1.06
+    values = [curve.value(n) for curve in found for n in curve.lengths]
+    if math.log(high / low) > 0.6 * math.log(max(values) / min(values)):
+        return None
+    room = 0.06 * (high - low)
+    return low - room, high + room
 
-    write(0.12, "Perplexity by inference length", fontsize=12, fontweight="bold")
-    for index, line in enumerate(origin):
-        write(0.37 + 0.16 * index, line, fontsize=8, color="#555555")
-    below = 0.58 + 0.16 * (len(origin) - 1)
-    shown = list(marks[:4]) if len(marks) <= 4 else [*marks[:3], f"and {len(marks) - 3} more (see table.md)"]
-    for index, mark in enumerate(shown):
-        text = textwrap.shorten(mark, _characters(width) - 24, placeholder=" ...")
-        write(below + 0.19 * index, f"NOT A FAIR COMPARISON: {text}", fontsize=8, color="#B00020")
+
+def missing(found: Sequence[Curve]) -> list[str]:
+    """Why points are not drawn, a line for each reason: no value, or no measurement at that length."""
+    reasons: dict[str, list[tuple[Curve, int]]] = {}
+    for curve in found:
+        for length, reason in sorted(curve.refused.items()):
+            reasons.setdefault(reason, []).append((curve, length))
+    several = len({curve.train_length for curve in found}) > 1
+    lines = []
+    for reason, points in reasons.items():
+        names = list(dict.fromkeys(_name(curve, several) for curve, _ in points))
+        who = ", ".join(names) if len(names) <= 3 else f"{len(names)} curves"
+        lengths = sorted({length for _, length in points})
+        at = f"from {lengths[0]} on" if len(lengths) > 2 else "at " + " and ".join(map(str, lengths))
+        partly = any(length in curve.losses for curve, length in points)
+        lines.append(f"{'A run is missing' if partly else 'Not drawn'}: {who} {at}: {reason}.")
+    return lines
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or SVG, by its suffix, atomically; the same figure gives the same bytes."""
-    import matplotlib
+def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
+    x = curve.lengths
+    y = [curve.value(n) for n in x]
+    guest = train_length is not None and curve.train_length != train_length
+    ends = any(n > x[-1] for n in curve.refused if n in every)
+    notes = [curve.variant] if curve.variant else []
+    notes += [f"ends at {x[-1]}"] if ends else []
+    if len(every) <= 2:  # too few points for a shape, so the numbers are there
+        notes.append(" to ".join(f"{value:.4g}" for value in y))
+    several = max(len(runs) for runs in curve.losses.values()) > 1
+    low, high = [], []
+    if curve.metric == "accuracy" and not several:
+        ends_of = [wilson_interval(value, curve.items[n]) for n, value in zip(x, y, strict=True)]
+        low, high = [a for a, _ in ends_of], [b for _, b in ends_of]
+    elsewhere = curve.train_length in curve.losses and curve.train_length != train_length
+    return Line(
+        curve.position,
+        _name(curve, guest or train_length is None, False),
+        [float(n) for n in x],
+        y,
+        "; ".join(notes),
+        low,
+        high,
+        [(n, curve.shown(v)) for n in x for v in curve.losses[n].values()] if several else [],
+        guest or bool(curve.variant),
+        (curve.train_length, curve.value(curve.train_length)) if elsewhere else None,
+        ends,
+    )
 
-    beside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    # Dates and versions would make the same rows give different files.
-    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-    try:
-        with matplotlib.rc_context(RC):
-            figure.savefig(beside, format=path.suffix[1:], dpi=160, metadata=metadata)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+
+def _name(curve: Curve, with_length: bool, with_variant: bool = True) -> str:
+    name = look(curve.position).name + (f" L={curve.train_length}" if with_length else "")
+    return f"{name} ({curve.variant})" if with_variant and curve.variant else name
+
+
+def _singles(found: Sequence[Curve]) -> list[float]:
+    return [curve.shown(v) for curve in found for runs in curve.losses.values() for v in runs.values()]
+
+
+def _range(found: Sequence[Curve]) -> float:
+    values = [curve.value(n) for curve in found for n in curve.lengths]
+    return max(values) / min(values) if values and min(values) > 0 else 1.0

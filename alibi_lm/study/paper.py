@@ -1,7 +1,7 @@
-"""The paper's published perplexities, and our results beside them.
+"""The paper's published perplexities, and our results beside them: levels where we measured the same, else shapes.
 
 Source: Press, Smith and Lewis, "Train Short, Test Long", ICLR 2022 (arXiv 2108.12409v2), Tables 2-15, one
-file a table in `paper_tables/`. WikiText-103's perplexities are per word, the others' per token of their text.
+file per table in `paper_tables/`. WikiText-103's perplexities are per word, the others' per token of their text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alibi_lm.results.curves import Curve, View, curves, views
-from alibi_lm.results.rows import ResultRow
+from alibi_lm.results.rows import ResultRow, perplexity_of
 from alibi_lm.study.records import RunRecord
 from alibi_lm.study.style import look
 from alibi_lm.study.tables import Table
@@ -47,6 +47,15 @@ SETTINGS: dict[str, Any] = {
     "steps": STEPS,
 }
 """The paper's settings of the WikiText-103 models, by their names here."""
+
+
+PAPER_LENGTH = 512
+"""Training length of the paper's curves (Table 2): the one at which it has all four schemes."""
+NEAR = 0.15
+"""The paper tested at 512 + 100 and so on, not at powers of two; a length this close stands for a multiple."""
+FLAT = 0.01
+"""A change of perplexity within one per cent is none."""
+VIEW = View("validation", "nonoverlapping", None)
 
 
 @dataclass(frozen=True)
@@ -158,12 +167,20 @@ def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
     return found
 
 
-def compare(rows: Sequence[ResultRow], near: float = 0.0) -> list[Comparison]:
-    """Our values beside the paper's, wherever it has one. Ours are per word, whatever the tokenizer."""
-    per_word = [row if row.nats is None or not row.words else replace_tokens(row) for row in rows]
+def compare(
+    rows: Sequence[ResultRow], near: float = 0.0, words: Mapping[str, str] | None = None
+) -> list[Comparison]:
+    """Our values beside the paper's, wherever it has one. Ours are per word, whatever the tokenizer.
+
+    Args:
+        rows: of one experiment.
+        near: as in `find`.
+        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
+    """
+    per_word = [counted for row in rows if row.task == "text" and (counted := _per_word(row)) is not None]
     found = []
     for view in views(per_word):
-        for curve in curves(per_word, view):
+        for curve in curves(per_word, view, words):
             own = find(curve.position, curve.train_length, curve.train_length, view)
             for length in curve.lengths:
                 values = find(curve.position, curve.train_length, length, view, near)
@@ -177,7 +194,7 @@ def compare(rows: Sequence[ResultRow], near: float = 0.0) -> list[Comparison]:
                         view,
                         curve,
                         length,
-                        curve.perplexity(length),
+                        curve.value(length),
                         curve.ratio(length),
                         paper,
                         paper / base if base else None,
@@ -188,25 +205,28 @@ def compare(rows: Sequence[ResultRow], near: float = 0.0) -> list[Comparison]:
     return found
 
 
-def replace_tokens(row: ResultRow) -> ResultRow:
-    """The same row counted in words, so that its perplexity is per word as the paper's."""
-    assert row.nats is not None and row.words
-    return replace(row, tokens=row.words, perplexity=math.exp(row.nats / row.words))
+def _per_word(row: ResultRow) -> ResultRow | None:
+    """The same row counted in words, so that its perplexity is per word as the paper's; None where it has none."""
+    if row.nats is None or not row.words:
+        return row
+    value, _ = perplexity_of(row.nats, row.words)
+    return None if value is None else replace(row, tokens=row.words, n=row.words, perplexity=value, value=value)
 
 
 def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list[str]:
     """In what model, data and budget these runs differ from the paper's; empty when nothing is known to."""
     found = []
-    for split in sorted({row.split for row in rows if row.run is not None}):
-        words = {row.words for row in rows if row.run is not None and row.split == split}
+    texts = [row for row in rows if row.run is not None and row.task == "text"]
+    for split in sorted({row.split for row in texts}):
+        words = {row.words for row in texts if row.split == split}
         expected = TOKENS.get(split)
         if words != {expected}:
             counts = ", ".join("unknown" if n is None else f"{n:,}" for n in sorted(words, key=lambda n: n or 0))
             found.append(f"text: {split} has {counts} words, the paper's {expected or 0:,}")
-    if any(row.words is not None and row.words != row.tokens for row in rows):
+    if any(row.words is not None and row.words != row.tokens for row in texts):
         found.append("text: tokens are not words; our perplexities below are per word all the same")
-    texts = {_training_text(record) for record in records.values()} - {None}
-    found += [f"training text: {text}" for text in sorted(filter(None, texts))]
+    trained_on = {_training_text(record) for record in records.values()}
+    found += [f"training text: {text}" for text in sorted(filter(None, trained_on))]
     known = [record for record in records.values() if record.config]
     if len(known) < len(records):
         found.append(f"unknown: {len(records) - len(known)} runs have no config.yaml at hand")
@@ -223,8 +243,13 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
     return found
 
 
-def comparison_markdown(rows: Sequence[ResultRow], records: Mapping[str, RunRecord], near: float) -> str:
-    """`paper.md`: what differs from the paper, then paper | ours | difference | ratios."""
+def comparison_markdown(
+    rows: Sequence[ResultRow],
+    records: Mapping[str, RunRecord],
+    near: float,
+    words: Mapping[str, str] | None = None,
+) -> str:
+    """`paper.md`: what differs from the paper, then paper | ours | difference | ratios, then shapes."""
     parts = ["# Beside the paper's numbers\n"]
     notes = caveats(rows, records)
     if notes:
@@ -236,7 +261,7 @@ def comparison_markdown(rows: Sequence[ResultRow], records: Mapping[str, RunReco
         )
     else:
         parts.append("Model, text, recipe and budget are the paper's, as far as the run folders tell.\n")
-    found = compare(rows, near)
+    found = compare(rows, near, words)
     for view in dict.fromkeys(item.view for item in found):
         parts.append(f"## {view.title[0].upper()}{view.title[1:]}\n")
         parts.append(comparison_table([item for item in found if item.view == view]).markdown())
@@ -244,6 +269,11 @@ def comparison_markdown(rows: Sequence[ResultRow], records: Mapping[str, RunReco
         parts.append("The paper has no number for any of these schemes, lengths, modes and splits.\n")
     else:
         parts.append("Ratio: to the value at the training length. Ours: mean over seeds of the loss per word.\n")
+    if table := shapes_table(shapes(rows, words)):
+        parts.append(
+            "## Shapes\n\nPerplexity over that at the training length, at multiples of it; validation, "
+            f"nonoverlapping windows. Paper: Table 2. Within {FLAT:.0%} of 1 counts as flat.\n\n{table.markdown()}"
+        )
     return "\n".join(parts)
 
 
@@ -271,6 +301,75 @@ def comparison_table(items: Sequence[Comparison]) -> Table:
         )
     header = "scheme,trained at,tested at,paper,table,ours,seeds,difference,paper's ratio,our ratio".split(",")
     return Table(header, body)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One scheme at one multiple of its training length."""
+
+    position: str
+    train_length: int
+    factor: int
+    """Inference length over training length, of ours."""
+    paper_length: int
+    """The paper's inference length, nearest to the same multiple of its training length."""
+    paper: float
+    """Perplexity over that at the training length."""
+    ours: float
+
+    @property
+    def same(self) -> bool:
+        """Whether both get worse, both stay as they are, or both get better."""
+        return direction(self.paper) == direction(self.ours)
+
+
+def direction(ratio: float) -> str:
+    """`worse`, `flat` or `better`, of a perplexity over that at the training length."""
+    return "flat" if abs(ratio - 1) <= FLAT else "worse" if ratio > 1 else "better"
+
+
+def shapes(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) -> list[Shape]:
+    """Every power-of-two multiple that was evaluated and that the paper has, by scheme.
+
+    Levels of perplexity depend on text, model and budget; what a smaller study can confirm is in which direction a
+    scheme goes past its training length, and roughly how fast.
+    """
+    found = []
+    for curve in curves(rows, VIEW, words):
+        own = find(curve.position, PAPER_LENGTH, PAPER_LENGTH, VIEW)
+        if curve.variant or not own or own[0].perplexity is None:
+            continue
+        for length in curve.lengths:
+            factor, rest = divmod(length, curve.train_length)
+            if rest or factor < 2 or factor & (factor - 1):
+                continue
+            ours = curve.ratio(length)
+            values = find(curve.position, PAPER_LENGTH, factor * PAPER_LENGTH, VIEW, NEAR)
+            if ours is None or not values:
+                continue
+            value = values[0]
+            assert value.perplexity is not None and value.inference_length is not None
+            ratio = value.perplexity / own[0].perplexity
+            found.append(Shape(curve.position, curve.train_length, factor, value.inference_length, ratio, ours))
+    return found
+
+
+def shapes_table(found: Iterable[Shape]) -> Table | None:
+    """Paper, ours, and whether the direction is the same; None where there is nothing to compare."""
+    body = []
+    for shape in found:
+        paper, ours = direction(shape.paper), direction(shape.ours)
+        body.append(
+            [
+                look(shape.position).name,
+                f"{shape.factor} L",
+                f"{shape.paper:.3f} ({shape.paper_length:,})",
+                f"{shape.ours:.3f} (L = {shape.train_length})",
+                f"yes: {ours}" if shape.same else f"no: {paper}, {ours}",
+            ]
+        )
+    header = ["scheme", "tested at", f"paper (L = {PAPER_LENGTH}, at)", "ours", "same direction?"]
+    return Table(header, body) if body else None
 
 
 def _training_text(record: RunRecord) -> str | None:

@@ -1,27 +1,18 @@
-"""Markdown tables of perplexity by inference length, and the line that says where the numbers are from."""
+"""Tables of results as Markdown or HTML, and the line that says where the numbers are from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from alibi_lm.results.curves import Curve, View, baselines, curves, views
+from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, view_of, views
 from alibi_lm.results.rows import ResultRow
+from alibi_lm.study.analysis import TERM_NAMES, TITLES, Analysis, Series
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.style import look
-
-
-def markdown(rows: Sequence[ResultRow], unfair: Sequence[Difference] = ()) -> str:
-    """The whole `table.md`: a section a view, then what makes the comparison unfair, if anything does."""
-    parts = ["# Perplexity by inference length\n"]
-    for view in views(rows):
-        parts.append(f"## {view.title[0].upper()}{view.title[1:]}\n")
-        parts.append(view_table(rows, view).markdown())
-        parts.append(provenance(rows, view) + "\n")
-    if unfair:
-        parts.append("## Differences between the runs other than the scheme\n")
-        parts.append("".join(f"- {escape(item.sentence)}\n" for item in unfair))
-    return "\n".join(parts)
 
 
 @dataclass(frozen=True)
@@ -36,47 +27,188 @@ class Table:
     """What stands below, `[1] ...` first where cells refer to it."""
 
     def markdown(self) -> str:
-        """As a Markdown table; bold cells (`**1.0**`) stay bold, everything else is escaped."""
+        """As a Markdown table; bold cells (`**1.0**`) and line breaks stay, everything else is escaped."""
         rule = ["---" if i < self.words else "--:" for i in range(len(self.header))]
         cells = [[_markdown_cell(cell) for cell in row] for row in [self.header, *self.rows]]
         lines = ["| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]]
         return "\n".join(lines) + "\n" + "".join(f"\n{escape(note, keep='[]')}\n" for note in self.notes)
 
+    def html(self) -> str:
+        """As an HTML table; the same, with everything escaped."""
+        head = "".join(_html_cell("th", cell, i < self.words) for i, cell in enumerate(self.header))
+        rows = [
+            "<tr>" + "".join(_html_cell("td", cell, i < self.words) for i, cell in enumerate(row)) + "</tr>"
+            for row in self.rows
+        ]
+        notes = "".join(f'<p class="soft small">{html.escape(note)}</p>' for note in self.notes)
+        body = "\n".join(rows)
+        grid = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+        return f'<div class="wide">{grid}</div>{notes}'
 
-def view_table(rows: Sequence[ResultRow], view: View) -> Table:
-    """Schemes down, inference lengths across; beside each value its ratio to that at the training length."""
-    found = curves(rows, view)
+
+def markdown(
+    rows: Sequence[ResultRow], words: Mapping[str, str] | None = None, unfair: Sequence[Difference] = ()
+) -> str:
+    """The whole `table.md`: a section per view, then what makes the comparison unfair, if anything does."""
+    parts = ["# Results by inference length\n"]
+    for view in views(rows):
+        metric = "" if view.metric == "perplexity" else f": {view.metric}"
+        parts.append(f"## {view.title[0].upper()}{view.title[1:]}{metric}\n")
+        parts.append(view_table(rows, view, words).markdown())
+        parts.append(provenance(rows, view) + "\n")
+    if unfair:
+        parts.append("## Differences between the runs other than the scheme\n")
+        parts.append("".join(f"- {escape(item.sentence)}\n" for item in unfair))
+    return "\n".join(parts)
+
+
+def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] | None = None) -> Table:
+    """Schemes down, inference lengths across; beside each perplexity its ratio to that at the training length."""
+    found = curves(rows, view, words)
     lengths = sorted({n for curve in found for n in [*curve.losses, *curve.refused]})
-    reasons: dict[str, int] = {}
+    reasons: list[str] = []
     body = []
     for curve in found:
         name = look(curve.position).name + (f" ({curve.variant})" if curve.variant else "")
-        seeds = ", ".join("?" if s is None else str(s) for s in sorted(curve.seeds.values(), key=_none_last))
         cells = [_cell(curve, n, reasons) for n in lengths]
-        body.append([name, str(curve.train_length), seeds, *cells])
+        body.append([name, str(curve.train_length), _seeds(curve), *cells])
     for name, value in sorted(baselines(rows, view).items()):
         body.append([f"{name} baseline", "", "", *(f"{value:.2f}" for _ in lengths)])
-    return Table(
-        ["scheme", "trained at", "seeds", *map(str, lengths)],
-        body,
-        notes=[f"[{number}] {reason}" for reason, number in reasons.items()]
-        + ["In brackets: ratio to the value at the training length (bold)."],
+    ratio = (
+        ["In brackets: ratio to the value at the training length (bold)."] if view.metric == "perplexity" else []
     )
+    return Table(["scheme", "trained at", "runs", *map(str, lengths)], body, 3, _numbered(reasons) + ratio)
 
 
 def provenance(rows: Iterable[ResultRow], view: View) -> str:
     """One line: corpus, tokens, seeds, code. Where rows disagree, all their values are named."""
-    own = [row for row in rows if row.run is not None and View(row.split, row.mode, row.stride) == view]
-    names = {str(row.extra["corpus_name"]) for row in own if row.extra.get("corpus_name")}
+    own = [row for row in rows if row.run is not None and view_of(row) == view]
     seeds = {row.seed for row in own if row.seed is not None}
+    names = text_names(own).items()
+    texts = [f"({_short(corpus)})" if name == "text" else f"{name} ({_short(corpus)})" for corpus, name in names]
+    what = "tokens scored" if view.task == "text" else f"targets of task {view.task} scored"
     parts = [
-        "corpus " + " ".join([*sorted(names), f"({_either(_short(row.corpus) for row in own)})"]),
-        _either(f"{row.tokens:,}" for row in own) + " tokens scored",
+        ("corpus " if len(texts) == 1 else f"{len(texts)} texts: ") + ", ".join(sorted(texts)),
+        _either(f"{row.tokens:,}" for row in own) + f" {what}",
         *sorted({str(row.extra["note"]) for row in own if row.extra.get("note")}),
         f"{len(seeds)} seeds, means of the loss" if len(seeds) > 1 else "one seed",
         "commit " + _either(_short(row.commit) for row in own),
     ]
     return "; ".join(parts)
+
+
+def _cell(curve: Curve, length: int, reasons: list[str]) -> str:
+    why = _refer(curve.refused[length], reasons) if length in curve.refused else ""
+    if length not in curve.losses:
+        return f"- {why}" if why else "-"
+    digits = 2 if curve.metric == "perplexity" else 3
+    value = f"{curve.value(length):.{digits}f}"
+    ratio = curve.ratio(length)
+    if length == curve.train_length and curve.metric == "perplexity":
+        value = value if why else f"**{value}**"
+    elif ratio is not None:
+        value = f"{value} ({ratio:.2f})"
+    return f"{value} {why}".strip()  # with a reason: some of the runs have no value there
+
+
+def _seeds(curve: Curve) -> str:
+    seeds = sorted(seed for seed in curve.seeds.values() if seed is not None)
+    unknown = len(curve.seeds) - len(seeds)
+    parts = [("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds))] if seeds else []
+    return " and ".join([*parts, *([f"{unknown} without a seed"] if unknown else [])])
+
+
+_COLUMN = {"fixed": "context", "offset": "offset"}
+"""What the columns of a view are, where they are not lengths."""
+_NOTES = {
+    "perplexity": "Perplexity per token; in brackets its ratio to that at the training length.",
+    "position": "Mean nats per token of the positions of each doubling, from the shortest windows that reach it.",
+    "last": "Perplexity per token at each window's end; in brackets its ratio to that at the training length.",
+    "documents": "Documents that cost more nats than in windows of the training length, of all documents.",
+    "fixed": "Perplexity per token of the same targets; in brackets its ratio to that at the training length.",
+    "decomposition": "Nats per token with interval, and the factor of perplexity (below 1 is better).",
+    "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
+}
+
+
+def analysis_markdown(found: Analysis) -> str:
+    """The table of an analysis."""
+    table = _decomposition(found) if found.view == "decomposition" else _grid(found)
+    lines = [f"## {TITLES[found.view]}", "", _NOTES[found.view] + " " + found.provenance + ".", ""]
+    if not found.same_text:
+        lines += ["NOT THE SAME TEXT: levels cannot be compared between rows.", ""]
+    return "\n".join(lines) + "\n" + table.markdown()
+
+
+def _grid(found: Analysis) -> Table:
+    """A row per curve (and mode), a column per length, context or offset."""
+    reasons: list[str] = []
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for series in found.series:
+        for point in series.points:
+            mode = point.get("mode", "")
+            if point.get("stride"):
+                mode += f", stride {point['stride']}"
+            row = cells.setdefault((series.name, str(series.train_length), mode), {})
+            if found.view == "position":
+                if point["nats"] is not None:  # shorter windows come first and have more targets
+                    row |= _octaves(point["curve"]) | row
+            else:
+                row[point[_COLUMN.get(found.view, "length")]] = _analysis_cell(found.view, series, point, reasons)
+    columns = sorted({column for row in cells.values() for column in row})
+    modes = any(mode for _, _, mode in cells)
+    heads = [f"to {c}" if found.view == "position" else str(c) for c in columns]
+    body = [
+        [name, trained, *([mode] if modes else []), *(row.get(c, "") for c in columns)]
+        for (name, trained, mode), row in cells.items()
+    ]
+    notes = _numbered(reasons)
+    return Table(["scheme", "trained at", *(["windows"] if modes else []), *heads], body, 1, notes)
+
+
+def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons: list[str]) -> str:
+    if point["nats"] is None:
+        return f"- {_refer(point['reason'], reasons)}"
+    if view == "documents":
+        base = next((p for p in series.points if p["length"] == series.train_length), None)
+        if base is None or base["nats"] is None:
+            return str(sum(v is not None for v in point["documents"]))
+        both = zip(point["documents"], base["documents"], strict=True)
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
+        return f"{sum(a > b for a, b in pairs)} of {len(pairs)}"
+    if view == "offset":
+        return f"{point['nats']:+.4f} ({point['largest']:.1g})"
+    change = point.get("difference")
+    if change is None or change["low"] is None or change["from"] == point.get(_COLUMN.get(view, "length")):
+        return f"{_exp(point['nats']):.2f}"
+    ends = f"{_exp(change['low']):.3f}-{_exp(change['high']):.3f}"
+    return f"{_exp(point['nats']):.2f} ({_exp(change['nats']):.3f}, {ends})"
+
+
+def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:
+    """Last positions of doublings and the mean of the bins up to there, weighted by their width."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for first, last, nats in zip(curve["first"], curve["last"], curve["nats"], strict=True):
+        end = 1 << max(0, math.ceil(math.log2(last)))
+        found.setdefault(end, []).append((last - first + 1, nats))
+    return {end: f"{sum(w * v for w, v in bins) / sum(w for w, _ in bins):.3f}" for end, bins in found.items()}
+
+
+def _decomposition(found: Analysis) -> Table:
+    reasons: list[str] = []
+    body = []
+    for series in found.series:
+        for point in series.points:
+            row = [series.name, str(series.train_length), str(point["length"])]
+            for name in TERM_NAMES:
+                term = point[name]
+                if term is None or term["nats"] is None:
+                    row.append(f"- {_refer(point.get('reason') or term['reason'], reasons)}")
+                    continue
+                interval = "" if term["low"] is None else f" [{term['low']:+.4f}, {term['high']:+.4f}]"
+                row.append(f"{term['nats']:+.4f}{interval}, x{_exp(term['nats']):.3g}")
+            body.append(row)
+    return Table(["scheme", "trained at", "length", *TERM_NAMES.values()], body, 1, _numbered(reasons))
 
 
 def escape(text: str, keep: str = "") -> str:
@@ -88,25 +220,35 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def _markdown_cell(cell: str) -> str:
-    if len(cell) > 4 and cell.startswith("**") and cell.endswith("**"):
+    if _is_bold(cell):
         return f"**{escape(cell[2:-2])}**"
-    return escape(cell, keep="[]")
+    return "<br>".join(escape(line, keep="[]") for line in cell.split("\n"))
 
 
-def _cell(curve: Curve, length: int, notes: dict[str, int]) -> str:
-    if length not in curve.losses:
-        if length not in curve.refused:
-            return "-"
-        return f"- [{notes.setdefault(curve.refused[length], len(notes) + 1)}]"
-    value = f"{curve.perplexity(length):.2f}"
-    if length == curve.train_length:
-        return f"**{value}**"
-    ratio = curve.ratio(length)
-    return value if ratio is None else f"{value} ({ratio:.2f})"
+def _html_cell(tag: str, cell: str, words: bool) -> str:
+    kind = ' class="word"' if words else ""
+    if _is_bold(cell):
+        return f"<{tag}{kind}><strong>{html.escape(cell[2:-2])}</strong></{tag}>"
+    text = "<br>".join(html.escape(line) for line in cell.split("\n"))
+    return f"<{tag}{kind}>{text}</{tag}>"
 
 
-def _none_last(seed: int | None) -> tuple[bool, int]:
-    return (seed is None, seed or 0)
+def _is_bold(cell: str) -> bool:
+    return len(cell) > 4 and cell.startswith("**") and cell.endswith("**")
+
+
+def _refer(reason: str, reasons: list[str]) -> str:
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"[{reasons.index(reason) + 1}]"
+
+
+def _numbered(reasons: Sequence[str]) -> list[str]:
+    return [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700))
 
 
 def _short(text: str | None) -> str:

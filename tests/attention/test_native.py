@@ -7,22 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from alibi_lm.attention import build_backend, chosen_backend, native
+from alibi_lm.attention import Backends, native
 from alibi_lm.attention.native_library import ROWS
-from alibi_lm.positions import POSITIONS, PositionShape
 from alibi_lm.positions.alibi import alibi_slopes
 
-from .test_sdpa import assert_within, run, scheme_of
+from . import kernels
+from .kernels import assert_within, draw, run, scheme_of
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f"attention=native: {native.why_not()}")
 BUDGET = 3e-6
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def draw(batch: int, heads: int, length: int, dim: int, size: float = 1.0) -> list[torch.Tensor]:
-    """q, k, v and a gradient, (B, H, T, K), as a model has them: views of one tensor, tokens before heads."""
-    torch.manual_seed(length + dim)
-    return list((torch.randn(batch, length, 4, heads, dim) * size).permute(2, 0, 3, 1, 4).unbind(0))
 
 
 def alibi_bias(heads: int, length: int) -> torch.Tensor:
@@ -55,9 +49,8 @@ def attend(q, k, v, grad, bias=None, window=None) -> list[torch.Tensor]:
 )
 def test_every_scheme_equals_eager(name, settings, num_heads, length):
     scheme = scheme_of(name, num_heads, **settings)
-    _, expected = run("eager", scheme, length, torch.float64)
-    prepared, actual = run("native", scheme, length, torch.float32)
-    assert isinstance(prepared, native.NativePrepared)
+    expected = run("eager", scheme, length, torch.float64)
+    actual = run(native.NativeAttention(), scheme, length, torch.float32)
     # A parameter's gradient adds up many float32 numbers of both signs.
     assert_within(actual, expected, 1e-5 if list(scheme.parameters()) else BUDGET)
 
@@ -249,6 +242,7 @@ def test_what_it_would_read_past_the_end_of_is_refused(name, change):
         native.attend(**tensors, window=40)
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_the_operators_as_they_are():
     q, k, v, grad = draw(2, 4, 100, 8)
     for bias in (None, alibi_bias(4, 100), alibi_bias(4, 100).requires_grad_()):
@@ -260,53 +254,51 @@ def test_a_compiler_sees_the_operators_as_they_are():
             torch.library.opcheck(native._operator_backward, arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions_go_the_ways_of_sdpa(dtype):
-    scheme = scheme_of("alibi", 3)
-    prepared, actual = run("native", scheme, 80, dtype)
-    assert not isinstance(prepared, native.NativePrepared)
-    assert_within(actual, run("eager", scheme, 80, torch.float64)[1], 2e-2 if dtype == torch.bfloat16 else 1e-10)
+def chosen(
+    name: str, length: int = 80, dtype=torch.float32, positions=None, queries=None, window=None, dropout=0.0
+):
+    """The backend that serves a pass where native was asked for."""
+    k_pos = torch.arange(length) if positions is None else positions
+    q_pos, span = k_pos[-(queries or length) :], int(k_pos[-1] - k_pos[0])
+    return (
+        Backends("native", name)
+        .prepare(scheme_of(name, 3), q_pos, k_pos, span, window, dtype, dropout)
+        .backend.name
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, "native"),
+        ({"window": 7}, "native"),
+        ({"positions": torch.arange(40, 120)}, "native"),
+        ({"dtype": torch.bfloat16}, "sdpa"),
+        ({"dtype": torch.float64}, "sdpa"),
+        ({"dropout": 0.1}, "sdpa"),
+        ({"queries": 1}, "sdpa"),
+        ({"positions": torch.arange(80) * 2}, "sdpa"),
+    ],
+)
+def test_what_it_does_not_serve_goes_to_sdpa(facts, expected):
+    assert chosen("alibi", **facts) == expected
+
+
+def test_gaps_matter_where_a_distance_does():
+    gaps = torch.arange(80) * 2
+    assert chosen("none", positions=gaps) == chosen("none", positions=gaps, window=200) == "native"
+    assert chosen("none", positions=gaps, window=100) == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["none", "alibi", "t5"])
-def test_positions_with_gaps_do_not_take_the_distance_of_their_indices(name):
-    scheme, positions, results = scheme_of(name, 3), torch.arange(100) * 2, []
-    for backend in ("eager", "native"):
-        attention = build_backend(backend)
-        q, k, v, _ = draw(1, 3, 100, 8)
-        prepared = attention.prepare(scheme, positions, positions, 30, q.dtype)
-        results.append(attention(q, k, v, prepared, 0.0))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["none", "alibi", "t5"])
-def test_dropout_of_attention_weights(name):
-    """The mean over many draws is the output without dropout; one draw is not."""
-    scheme, positions, attention = scheme_of(name, 2), torch.arange(70), build_backend("native")
-    q, k, v, _ = draw(2, 2, 70, 8)
-    prepared = attention.prepare(scheme, positions, positions, None, torch.float32)
-    with torch.no_grad():
-        plain = attention(q, k, v, prepared, 0.0)
-        draws = torch.stack([attention(q, k, v, prepared, 0.2) for _ in range(300)])
-    assert (draws[0] - plain).abs().max() > 0.05
-    assert (draws.mean(0) - plain).abs().mean() < 0.02
-
-
-def test_a_scheme_that_is_no_function_of_distance_goes_the_ways_of_sdpa():
-    class Curved(POSITIONS["alibi"]().build(PositionShape(24, 8, 3, 2, 64, 64)).__class__):
-        def bias(self, q_pos, k_pos):
-            return -(q_pos[:, None] * k_pos[None]).float().sqrt().expand(3, -1, -1)
-
-        def distance_bias(self, distance):
-            return None
-
-        def key_bias(self, k_pos):
-            return None
-
-    scheme = Curved(POSITIONS["alibi"](), PositionShape(24, 8, 3, 2, 64, 64))
-    prepared, actual = run("native", scheme, 60, torch.float32)
-    assert not isinstance(prepared, native.NativePrepared)
-    assert_within(actual, run("eager", scheme, 60, torch.float64)[1], BUDGET)
+@pytest.mark.parametrize("window", [None, 6, 30])
+def test_positions_with_gaps_do_not_take_the_distance_of_their_indices(name, window):
+    scheme, (q, k, v, _), positions = scheme_of(name, 3), draw(1, 3, 100, 8), torch.arange(100) * 10
+    eager, native_or_sdpa, sdpa = (
+        kernels.attend(backend, scheme, q, k, v, positions, window) for backend in ("eager", "native", "sdpa")
+    )
+    torch.testing.assert_close(native_or_sdpa, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sdpa, eager, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_tried_in_float32_whatever_the_caller_has_chosen():
@@ -317,14 +309,6 @@ def test_it_is_tried_in_float32_whatever_the_caller_has_chosen():
             assert native.why_not.__wrapped__() == ""
     finally:
         torch.set_default_dtype(before)
-
-
-def test_auto_is_native_on_a_machine_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chosen_backend("auto") == "native" == build_backend("auto").name
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert chosen_backend("auto") == "sdpa" == build_backend("auto").name
-    assert [chosen_backend(name) for name in ("eager", "flex")] == ["eager", "flex"]
 
 
 def test_the_documented_share_of_the_scores():

@@ -9,46 +9,78 @@ from pathlib import Path
 
 import pytest
 
+from alibi_lm import attention
 from alibi_lm.attention import build_backend, native, native_library
+from alibi_lm.positions.base import PositionScheme, PositionShape
 
 ROOT = Path(__file__).resolve().parents[2]
+SCHEME = PositionScheme(PositionShape(24, 8, 3, 2, 64, 64))
 needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=f"attention=native: {native.why_not()}")
 BUILD = """
-import logging, sys, torch
+import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-from alibi_lm.attention import build_backend
-print(build_backend("native").name)
+from alibi_lm.attention import chosen_backend
+print(chosen_backend("auto"))
 """
 
 
 @pytest.fixture
 def anew(tmp_path, monkeypatch):
     """A user who has compiled nothing; gives the cache folder."""
-    functions = (native_library.find, native.why_not)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for function in functions:
-        function.cache_clear()
+    forget()
     yield tmp_path / "cache" / "alibi_lm"
-    for function in functions:
+    forget()
+
+
+def forget() -> None:
+    """As a new process begins."""
+    for function in (native_library.find, native.why_not, native_library._own_folder, attention._warn_once):
         function.cache_clear()
+
+
+def backend(name: str = "native") -> str:
+    return build_backend(name, SCHEME, "none").name
 
 
 def message_of_native() -> str:
     with pytest.raises(ValueError, match="attention = native") as caught:
-        build_backend("native")
+        backend()
     return str(caught.value)
 
 
+@pytest.fixture
+def fake_compiler(tmp_path, monkeypatch):
+    """A compiler that does what a script says; the file to write is $2."""
+
+    def write(script: str) -> None:
+        compiler = tmp_path / "broken++"
+        find = 'while [ "$1" != -o ]; do shift; done'
+        compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{find}\n{script}\n')
+        compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("CXX", str(compiler))
+
+    return write
+
+
+@pytest.fixture
+def quick_compiler(fake_compiler, request):
+    """A compiler that copies what the real one has made before."""
+    library = Path(native_library.find().library._name)
+    request.getfixturevalue("anew")
+    fake_compiler(f'cp {library} "$2"')
+
+
 @needs_compiler
-def test_it_is_compiled_once(anew, caplog):
+def test_it_is_compiled_once(quick_compiler, anew, caplog):
     with caplog.at_level("INFO", logger="alibi_lm"):
-        assert build_backend("auto").name == build_backend("native").name == "native"
+        assert backend("auto") == backend("native") == "native"
         (library,) = anew.glob("*.so")
         made = library.stat().st_mtime_ns
-        native_library.find.cache_clear()
+        forget()
         assert native_library.find().library is not None
     assert library.stat().st_mtime_ns == made
-    assert [record.message for record in caplog.records if "compiling" in record.message] == [
+    assert [record.message for record in caplog.records] == [
         "compiling the attention kernel for this processor, once; it takes some seconds"
     ]
 
@@ -66,55 +98,106 @@ def test_of_processes_that_start_together_one_compiles(tmp_path):
 
 
 @needs_compiler
-def test_without_a_place_to_keep_it_each_process_has_its_own(anew, monkeypatch, tmp_path):
-    anew.parent.write_text("a file where the folder would be")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    native_library._own_folder.cache_clear()
-    assert build_backend("native").name == "native"
-    assert len(list(tmp_path.glob("alibi_lm-*/*.so"))) == 1
-    native_library._own_folder().cleanup()  # as the end of the process does
-    native_library._own_folder.cache_clear()
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content[: len(content) // 2], id="cut short"),
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[:-1] + bytes([content[-1] ^ 1]), id="one bit"),
+    ],
+)
+def test_a_damaged_library_is_compiled_anew_and_never_loaded(quick_compiler, anew, caplog, damage):
+    """Loading a file cut short ends the process with SIGBUS."""
+    assert native.why_not() == ""
+    (library,) = anew.glob("*.so")
+    content = library.read_bytes()
+    broken = library.with_suffix(".broken")
+    broken.write_bytes(damage(content))
+    broken.replace(library)  # another file: this process has the old one in use
+    forget()
+    with caplog.at_level("INFO", logger="alibi_lm"):
+        assert native.why_not() == ""
+    assert library.read_bytes() == content
+    assert ["compiling" in record.message for record in caplog.records] == [True]
 
 
 @needs_compiler
-def test_the_compiler_may_come_with_arguments(anew, monkeypatch):
+@pytest.mark.parametrize("obstacle", ["a file where the folder would be", "no home folder", "a locked folder"])
+def test_without_a_place_to_keep_it_each_process_has_its_own(
+    quick_compiler, anew, monkeypatch, tmp_path, obstacle, caplog
+):
+    if obstacle == "no home folder":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    elif obstacle == "a locked folder":
+        monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("locked")))
+    else:
+        anew.parent.write_text("a file")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert backend() == backend("auto") == "native"
+    assert len(list(tmp_path.glob("alibi_lm-*/*.so"))) == 1
+    assert not caplog.records
+    native_library._own_folder().cleanup()  # as the end of the process does
+    assert not list(tmp_path.glob("alibi_lm-*"))
+
+
+@needs_compiler
+def test_the_compiler_may_come_with_arguments(monkeypatch):
     monkeypatch.setenv("CXX", f"{shutil.which('c++') or shutil.which('g++')} -g0")
     assert native_library._compiler()[1:] == ["-g0"]
-    assert build_backend("native").name == "native"
 
 
-def test_without_a_compiler(anew, monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "/nonexistent")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (None, "none of g++, c++, clang++ is there"),
+        ("/no/such/compiler", "CXX = /no/such/compiler is not there"),
+        ('g++ "-O2', 'CXX = g++ "-O2 cannot be read as a command (No closing quotation)'),
+        ("/bin/false", "compilation failed: /bin/false: exit status 1"),
+    ],
+)
+def test_no_compiler(anew, monkeypatch, caplog, compiler, reason):
+    monkeypatch.setenv("CXX", compiler or "")
+    if compiler != "/bin/false":
+        monkeypatch.setenv("PATH", "/nonexistent")
     message = message_of_native()
-    assert "none of g++, c++, clang++ is there" in message and "use attention=sdpa" in message
-    assert build_backend("auto").name == "sdpa"
-
-
-def test_the_compiler_that_is_asked_for_is_not_there(anew, monkeypatch):
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    assert "CXX = /no/such/compiler is not there" in message_of_native()
-    assert build_backend("auto").name == "sdpa"
+    assert reason in message and "use attention=sdpa" in message
+    assert backend("auto") == "sdpa"
+    (record,) = (r for r in caplog.records if r.levelname == "WARNING")
+    assert reason in record.message
 
 
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo 'native.cpp:1: error: no room' >&2; exit 1", "failed: native.cpp:1: error: no room"),
-        ("exit 3", "failed: exit status 3"),
-        ("echo 'no library' > \"$3\"", "file too short"),
+        ("echo 'native.cpp:1: error: no room' >&2; exit 1", "native.cpp:1: error: no room"),
+        ("exit 3", "exit status 3"),
+        ("echo 'no library' > \"$2\"", "file too short"),
+        ("true", "No such file"),
     ],
 )
-def test_a_compiler_that_fails_is_quoted(anew, tmp_path, monkeypatch, script, reason):
-    compiler = tmp_path / "broken++"
-    # The file to write follows -o.
-    find = 'while [ "$1" != -o ]; do shift; done; set -- x "$1" "$2"'
-    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{find}\n{script}\n')
-    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(compiler))
+def test_a_compiler_that_fails_is_quoted(anew, fake_compiler, script, reason):
+    fake_compiler(script)
     assert reason in message_of_native()
-    assert build_backend("auto").name == "sdpa"
+    assert backend("auto") == "sdpa"
+
+
+def test_what_killed_compilers_left_is_swept_away(anew, fake_compiler):
+    fake_compiler("exit 3")
+    message_of_native()
+    (lock,) = anew.glob("*.lock")
+    names = [
+        f"{lock.name.removesuffix('.so.lock')}-killed",
+        "of-another-machine-now",
+        "of-another-machine-long-ago",
+    ]
+    for name in names:
+        (anew / name).mkdir()
+        (anew / name / "half.so").write_text("half")
+    os.utime(anew / names[2], (0, 0))
+    forget()
+    message_of_native()
+    assert [path.name for path in anew.iterdir() if path.is_dir()] == [names[1]]
 
 
 @needs_compiler
@@ -125,22 +208,18 @@ def test_what_computes_something_else_is_refused(anew, tmp_path, monkeypatch):
     wrong.write_text(text.replace("load(scores + j) + load(line + j)", "load(scores + j) - load(line + j)"))
     monkeypatch.setattr(native_library, "SOURCE", wrong)
     assert "does not compute attention" in message_of_native()
-    assert build_backend("auto").name == "sdpa"
+    assert backend("auto") == "sdpa"
 
 
 @needs_compiler
-def test_another_processor_compiler_or_source_has_a_library_of_its_own(tmp_path, monkeypatch):
-    command = [*(native_library._compiler() or []), *native_library._flags()]
+def test_another_processor_compiler_or_source_has_a_library_of_its_own(monkeypatch):
+    command = [*native_library._compiler(), *native_library._flags()]
     first = native_library._name(command)
     assert native_library._name(command) == first
     assert native_library._name([*command, "-O1"]) != first
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    source = native_library.SOURCE.read_text()
-    monkeypatch.setattr(Path, "read_text", lambda self, **_: source + (cpuinfo if self.name == "cpuinfo" else ""))
-    same = native_library._name(command)
-    monkeypatch.setattr(
-        Path, "read_text", lambda self, **_: source + ("flags : fewer\n" * (self.name == "cpuinfo"))
-    )
-    assert native_library._name(command) != same
-    monkeypatch.setattr(Path, "read_text", lambda self, **_: "//" + (cpuinfo if self.name == "cpuinfo" else ""))
-    assert native_library._name(command) != same
+    read = Path.read_text
+    for file, added in (("cpuinfo", "flags : fewer\n"), ("native.cpp", "//")):
+        with monkeypatch.context() as changed:
+            text = lambda self, file=file, added=added, **_: read(self) + added * (self.name == file)  # noqa: E731
+            changed.setattr(Path, "read_text", text)
+            assert native_library._name(command) != first

@@ -1,8 +1,8 @@
-"""The fast routes against `eager` in float64: outputs and gradients, odd lengths and heads, three precisions.
+"""The routes of sdpa against `eager` in float64: outputs and gradients, odd lengths and heads, three precisions.
 
 Error budget of a route in a lower precision, as a share of the largest entry of the float64 reference: float32
-3e-6 plus what rounding the bias costs (`length * 6e-8` in a score), bfloat16 2e-2 (8 bits of q, k, v; the bias
-itself is float32).
+3e-6 plus what rounding the bias costs (`length * 6e-8` in a score; columns round it once more), bfloat16 2e-2 (8
+bits of q, k, v; the bias itself is float32).
 """
 
 import pytest
@@ -10,91 +10,56 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alibi_lm.attention import band, build_backend, fused_cpu, sdpa
-from alibi_lm.positions import POSITIONS, PositionShape
+from alibi_lm.attention import sdpa
+from alibi_lm.attention.sdpa import SdpaAttention
+from alibi_lm.model.transformer import ModelConfig, TransformerLM
+from alibi_lm.positions import POSITIONS
+
+from .kernels import assert_within, attend, draw, run, scheme_of
 
 BUDGET = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2e-2}
-LENGTHS = [1, 2, 65, 127, 200]
-HEADS = [1, 3, 6]
-
-
-def scheme_of(name: str, num_heads: int, **settings: object):
-    shape = PositionShape(num_heads * 8, 8, num_heads, 2, 64, 64)
-    scheme = POSITIONS[name](**settings).build(shape)
-    with torch.no_grad():
-        for parameter in scheme.parameters():
-            parameter.mul_(5)
-    return scheme
-
-
-def run(backend: str, scheme, length: int, dtype: torch.dtype, window: int | None = None):
-    """Output, and gradients of q, k, v and the scheme's parameters; the same draw for every dtype."""
-    torch.manual_seed(length)
-    shape = (2, scheme.shape.num_heads, length, 8)
-    q, k, v, grad = (torch.randn(shape).bfloat16().to(dtype) for _ in range(4))
-    leaves = [x.requires_grad_() for x in (q, k, v)] + list(scheme.parameters())
-    attention, positions = build_backend(backend), torch.arange(length)
-    prepared = attention.prepare(scheme, positions, positions, window, dtype)
-    out = attention(q, k, v, prepared, 0.0)
-    return prepared, [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def assert_within(actual: list[torch.Tensor], expected: list[torch.Tensor], budget: float) -> None:
-    scale = max(float(e.abs().max()) for e in expected[1:])
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert mine.shape == theirs.shape
-        error = float((mine.double() - theirs.double()).abs().max())
-        assert error <= budget * max(scale, float(theirs.abs().max()))
-
-
-@pytest.fixture
-def no_short_cuts(monkeypatch):
-    """Short sequences take the routes of long ones."""
-    monkeypatch.setattr(sdpa, "SHORT", 0)
-    monkeypatch.setattr(band, "WHOLE", 0)
-
-
-def test_the_kernel_is_available_where_this_suite_runs():
-    assert fused_cpu.available()
+ROUTES = {
+    "short": SdpaAttention(),
+    "columns": SdpaAttention(short=0),
+    "slices": SdpaAttention(mask_elements=1000),
+}
+SCHEMES = [("none", {}), ("alibi", {}), ("alibi", {"learned_slopes": True}), ("t5", {"max_distance": 20})]
 
 
 @pytest.mark.parametrize("dtype", BUDGET)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("num_heads", HEADS)
-@pytest.mark.parametrize("short_cuts", [True, False])
-@pytest.mark.parametrize(
-    ("name", "settings"), [("none", {}), ("alibi", {}), ("t5", {"max_distance": 20}), ("t5", {"max_distance": 70})]
-)
-def test_equal_to_eager(monkeypatch, name, settings, num_heads, length, dtype, short_cuts):
-    if not short_cuts:
-        monkeypatch.setattr(sdpa, "SHORT", 0)
-        monkeypatch.setattr(band, "WHOLE", 0)
+@pytest.mark.parametrize("length", [1, 2, 65, 200])
+@pytest.mark.parametrize("num_heads", [1, 6])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("name", "settings"), SCHEMES)
+def test_equal_to_eager(name, settings, num_heads, length, dtype, route):
     scheme = scheme_of(name, num_heads, **settings)
-    _, expected = run("eager", scheme, length, torch.float64)
-    _, actual = run("sdpa", scheme, length, dtype)
     # Parameters are float32, and so is the sum that makes their gradient.
-    budget = max(BUDGET[dtype], 1e-5 if name == "t5" else 0) + (length * 6e-8 if dtype != torch.float64 else 0)
-    assert_within(actual, expected, budget)
+    budget = max(BUDGET[dtype], 1e-5 if settings else 0)
+    if dtype != torch.float64:
+        budget += length * (1e-7 if route == "columns" else 6e-8)
+    expected = run("eager", scheme, length, torch.float64)
+    assert_within(run(ROUTES[route], scheme, length, dtype), expected, budget)
 
 
 @pytest.mark.parametrize("dtype", BUDGET)
+@pytest.mark.parametrize("route", ["short", "slices"])
 @pytest.mark.parametrize("name", ["none", "alibi", "t5"])
-def test_windows_equal_to_eager(monkeypatch, name, dtype):
-    monkeypatch.setattr(sdpa, "MASK_ELEMENTS", 1000)
+def test_windows_equal_to_eager(name, dtype, route):
     scheme = scheme_of(name, 3)
-    _, expected = run("eager", scheme, 90, torch.float64, window=17)
-    _, actual = run("sdpa", scheme, 90, dtype, window=17)
-    assert_within(actual, expected, max(BUDGET[dtype], 1e-5 if name == "t5" else 0))
+    expected = run("eager", scheme, 90, torch.float64, window=17)
+    assert_within(run(ROUTES[route], scheme, 90, dtype, window=17), expected, max(BUDGET[dtype], 1e-5))
 
 
-@pytest.mark.parametrize("length", [65, 200])
-def test_key_bias_by_columns_where_the_cpu_kernel_does_not_serve(monkeypatch, no_short_cuts, length):
-    monkeypatch.setattr(fused_cpu, "available", lambda: False)
-    for name, num_heads in (("alibi", 6), ("t5", 6)):
-        scheme = scheme_of(name, num_heads)
-        prepared, actual = run("sdpa", scheme, length, torch.float32)
-        assert (prepared.key_bias is not None) == (name == "alibi") and prepared.band is None
-        assert_within(actual, run("eager", scheme, length, torch.float64)[1], 2e-5)
+def test_which_route_is_taken():
+    def prepared(name, length, dtype=torch.float32, window=None):
+        positions = torch.arange(length)
+        return SdpaAttention().prepare(scheme_of(name, 2), positions, positions, length - 1, window, dtype)
+
+    assert prepared("none", 300) == sdpa.SdpaPrepared()
+    assert prepared("alibi", 300).key_bias is not None and prepared("alibi", 300).mask is None
+    for other in (prepared("alibi", 256), prepared("alibi", 300, torch.float64), prepared("t5", 300)):
+        assert other.key_bias is None and other.mask is not None
+    assert prepared("none", 300, window=20).mask is not None
 
 
 def test_columns_in_bfloat16_carry_the_whole_bias():
@@ -107,39 +72,16 @@ def test_columns_in_bfloat16_carry_the_whole_bias():
     torch.testing.assert_close(product, key_bias.double(), rtol=1e-6, atol=0)
 
 
-def test_learned_slopes_get_their_gradient(no_short_cuts):
-    scheme = POSITIONS["alibi"](learned_slopes=True).build(PositionShape(48, 8, 6, 2, 64, 64))
-    prepared, actual = run("sdpa", scheme, 100, torch.float32)
-    assert prepared.key_bias is not None
-    assert_within(actual, run("eager", scheme, 100, torch.float64)[1], 2e-5)
-
-
+@pytest.mark.parametrize("route", ["short", "columns"])
 @pytest.mark.parametrize("name", ["alibi", "t5"])
-def test_dropout_of_attention_weights(no_short_cuts, name):
+def test_dropout_of_attention_weights(route, name):
     """The mean over many draws is the output without dropout; one draw is not."""
-    scheme = scheme_of(name, 2)
-    _, plain = run("sdpa", scheme, 70, torch.float32)
-    positions, attention = torch.arange(70), build_backend("sdpa")
-    torch.manual_seed(70)
-    q, k, v = (torch.randn(2, 2, 70, 8).bfloat16().float() for _ in range(3))
-    prepared = attention.prepare(scheme, positions, positions, None, torch.float32)
+    scheme, (q, k, v, _) = scheme_of(name, 2), draw(2, 2, 70, 8)
     with torch.no_grad():
-        draws = torch.stack([attention(q, k, v, prepared, 0.2) for _ in range(300)])
-    assert (draws[0] - plain[0]).abs().max() > 0.05
-    assert (draws.mean(0) - plain[0]).abs().mean() < 0.02
-
-
-def test_positions_with_gaps_do_not_take_the_distance_of_their_indices(no_short_cuts):
-    scheme = scheme_of("t5", 3)
-    positions = torch.arange(100) * 2
-    results = []
-    for backend in ("eager", "sdpa"):
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(1, 3, 100, 8) for _ in range(3))
-        attention = build_backend(backend)
-        prepared = attention.prepare(scheme, positions, positions, None, q.dtype)
-        results.append(attention(q, k, v, prepared, 0.0))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        plain = attend("eager", scheme, q, k, v)
+        draws = torch.stack([attend(ROUTES[route], scheme, q, k, v, dropout=0.2) for _ in range(300)])
+    assert (draws[0] - plain).abs().max() > 0.05
+    assert (draws.mean(0) - plain).abs().mean() < 0.02
 
 
 class LargestTensor(TorchDispatchMode):
@@ -155,20 +97,25 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["none", "sinusoidal", "rotary", "alibi", "t5"])
+@pytest.mark.parametrize("name", ["none", "sinusoidal", "rotary", "alibi"])
 def test_no_tensor_grows_with_the_square_of_the_length(name):
-    from alibi_lm.model.transformer import ModelConfig, TransformerLM
-
-    config = ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=32)
+    config, length = ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=32), 3000
     model = TransformerLM(config, POSITIONS[name](), "sdpa", 20, 64)
-    length = 3000
     tokens = torch.randint(0, 20, (1, length))
+    for context in (torch.no_grad, torch.enable_grad):
+        with LargestTensor() as seen, context():
+            nats = model.nats(tokens, tokens)
+            if nats.requires_grad:
+                nats.sum().backward()
+        assert 0 < seen.elements < length * length // 10
+
+
+def test_a_mask_in_evaluation_stays_within_its_bound():
+    scheme, (q, k, v, _) = scheme_of("t5", 2), draw(1, 2, 800, 8)
     with LargestTensor() as seen, torch.no_grad():
-        model.nats(tokens, tokens)
-    assert 0 < seen.elements < length * length // 10
-    with LargestTensor() as seen:
-        model.nats(tokens, tokens).sum().backward()
-    assert 0 < seen.elements < length * length // 10
+        sliced = attend(SdpaAttention(mask_elements=100_000), scheme, q, k, v)
+    assert 100_000 // 2 < seen.elements <= 100_000 + 2 * 800
+    torch.testing.assert_close(sliced, attend(SdpaAttention(), scheme, q, k, v))
 
 
 def test_the_detector_sees_a_square_tensor():

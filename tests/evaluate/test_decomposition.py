@@ -3,39 +3,37 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from alibi_lm.evaluate.decomposition import TERMS, document_sums, largest_early_difference, measure
-from alibi_lm.evaluate.passes import Passes, score_windows
-from alibi_lm.evaluate.score import score_tokens
-from alibi_lm.evaluate.views import Group, decomposition, fixed, offset
+from alibi_lm.evaluate.passes import Passes, positions_in_window
+from alibi_lm.evaluate.views import TERMS, Group, decomposition, fixed, largest_early_difference, measure, offset
+from alibi_lm.model.interface import Scores
 from alibi_lm.positions import POSITIONS
-from alibi_lm.results.documents import positions_in_window
+from alibi_lm.tasks.text import TextTask
 
 L = 16
 DOCUMENTS = np.array([0, 90, 200, 310])
 
 
-class Known(nn.Module):
-    """A language model whose nats are a rule of what it sees, behind the interface that scorers use.
+class Known:
+    """A language model of no library, whose nats are a rule of what it sees.
 
     `rule(seen, position)` gives the nats of a target from how many tokens its query sees and the query's
     absolute position. `memory` makes the nats depend on the last tokens themselves as well: a hash of the last
     `memory` visible inputs is added, so that a pass with other inputs cannot be mistaken for the same.
     """
 
-    max_position = None
+    identity, vocab_size, train_length, max_length, device = "", 50, L, None, torch.device("cpu")
 
-    def __init__(self, rule, memory=0):
-        super().__init__()
-        self.rule, self.memory = rule, memory
-        self.anchor = nn.Parameter(torch.zeros(()))
+    def __init__(self, rule, memory=0, label="known"):
+        self.rule, self.memory, self.label = rule, memory, label
 
-    @property
-    def vocabulary(self):
-        return self
+    def serve(self, length):
+        pass
 
-    def forward(self, input_ids, positions=None, window=None):
+    def refuses(self, capability):
+        return ""
+
+    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
         length = input_ids.shape[1]
         positions = torch.arange(length) if positions is None else positions
         seen = (torch.arange(length) + 1).clamp(max=window or length)
@@ -44,10 +42,7 @@ class Known(nn.Module):
             visible = (seen > back) & (torch.arange(length) >= back)
             shifted = torch.roll(input_ids, back, dims=1).double()
             nats += torch.where(visible, torch.sin(shifted * (back + 1.7)), 0.0)
-        return nats[..., None]
-
-    def nats(self, hidden, target_ids):
-        return hidden[:, 0] + 0.1 * target_ids % 1
+        return Scores((nats + 0.1 * target_ids % 1).float()[:, score_from:], None)
 
 
 @pytest.fixture
@@ -55,9 +50,12 @@ def tokens():
     return np.random.default_rng(0).integers(0, 50, 400).astype(np.uint16)
 
 
+def passes_of(model, tokens, position=""):
+    return Passes(model, TextTask(tokens, 7, documents=DOCUMENTS), scheme=position)
+
+
 def terms_of(model, tokens, length=48, stride=1):
-    passes = Passes(lambda _: model.eval(), tokens, 7)
-    losses = measure(passes, length, L, stride)
+    losses = measure(passes_of(model, tokens), length, L, stride)
     assert largest_early_difference(losses, length, L) < 1e-5
     means = {name: values.mean() for name, values in losses.terms().items()}
     assert sum(means[name] for name in TERMS) == pytest.approx(means["total"], abs=1e-12)
@@ -143,7 +141,7 @@ def test_a_stride_moves_an_amount_from_the_second_part_to_the_first_only(tokens)
 @pytest.mark.parametrize(("length", "stride"), [(40, 1), (48, 5), (48, 16), (399, 3), (500, 1)])
 def test_reset_is_one_pass_over_the_last_tokens_of_each_window(tiny_model, tokens, length, stride):
     model = tiny_model("sinusoidal", "sdpa")
-    reset = Passes(lambda _: model, tokens, 7).reset(length, L, stride)
+    reset = passes_of(model, tokens).reset(length, L, stride)
     inputs = [7, *tokens.tolist()]
     for t in [0, 3, 15, 16, 39, 40, 41, 60, 95, 96, 200, 398, 399]:
         begin = t // length * length
@@ -160,13 +158,13 @@ def test_reset_is_one_pass_over_the_last_tokens_of_each_window(tiny_model, token
 @pytest.mark.parametrize("position", sorted(POSITIONS))
 def test_the_full_window_and_both_interventions_coincide_up_to_l(tiny_model, tokens, position):
     model = tiny_model(position, "sdpa", train_length=64)
-    passes = Passes(lambda _: model, tokens, 7)
+    passes = passes_of(model, tokens)
     losses = measure(passes, 40, L)
     assert largest_early_difference(losses, 40, L) < 2e-5
     early = counts(40) <= L
     # Up to L each also equals the loss in a window of length L that begins at the same token.
     for k in range(0, 400, 40):
-        alone = score_windows(model, tokens, 7, np.array([k]), L)[0]
+        alone = passes.shifted(L, np.array([k]), 0)[0]
         np.testing.assert_allclose(losses.full[k : k + L], alone, atol=2e-5)
     assert early.sum() == 160
 
@@ -192,16 +190,16 @@ def test_one_layer_with_absolute_positions_has_them(tiny_model, tokens):
 def test_out_of_range_is_refused(tiny_model, tokens, length, stride):
     model = tiny_model("alibi")
     with pytest.raises(ValueError, match=r"length = 16|stride = (0|17)\. Allowed: 1 to train_length = 16"):
-        measure(Passes(lambda _: model, tokens, 7), length, L, stride)
+        measure(passes_of(model, tokens), length, L, stride)
 
 
 def group(models, tokens, position="alibi", train_length=L):
-    passes = [Passes(lambda _, m=m: m.eval(), tokens, 7) for m in models]
-    return Group(position, train_length, [f"run{k}" for k in range(len(models))], passes, DOCUMENTS)
+    return Group(position, train_length, [passes_of(model, tokens, position) for model in models])
 
 
 def test_points_of_the_decomposition_carry_intervals_and_seeds(tokens):
-    models = [Known(lambda seen, position, a=a: a + a * (position >= L), memory=2) for a in (1.0, 1.25)]
+    rules = [lambda seen, position, a=a: a + a * (position >= L) for a in (1.0, 1.25)]
+    models = [Known(rule, 2, f"run{k}") for k, rule in enumerate(rules)]
     (point,) = decomposition(group(models, tokens), [8, L, 48], stride=4)
     assert point["length"] == 48
     share = (counts(48) > L).mean()
@@ -219,12 +217,6 @@ def test_a_scheme_without_such_positions_has_null_parts_and_a_reason(tiny_model,
     assert point["reason"] == "position=learned has 16 positions"
 
 
-def test_document_sums_are_sums_over_documents(tokens):
-    values = np.arange(400.0)
-    sums = document_sums([values, 2 * values], DOCUMENTS)
-    assert sums[1].tolist() == [2 * values[a:b].sum() for a, b in ((0, 90), (90, 200), (200, 310), (310, 400))]
-
-
 @pytest.mark.parametrize("position", sorted(POSITIONS))
 def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, tokens, position):
     model = tiny_model(position, "sdpa", train_length=64)
@@ -235,7 +227,7 @@ def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, 
     else:
         assert all(p["largest"] > 1e-3 for p in points[1:])
     beyond = offset(group([model], tokens, position), [57], width=8, every=2)[0]
-    if model.max_position is None:
+    if model.max_length is None:
         assert beyond["nats"] is not None
     else:
         assert beyond["nats"] is None and beyond["reason"] == "position=learned has 64 positions"
@@ -255,9 +247,7 @@ def test_fixed_contexts_score_the_same_targets_with_exactly_so_many_tokens(tiny_
     for point in points:
         c = point["context"]
         nats = [
-            score_tokens(model, tokens[t : t + 1], inputs[t], 1)[0]
-            if c == 1
-            else model.nats(
+            model.nats(
                 torch.tensor([inputs[t - c + 1 : t + 1]]), torch.tensor([tokens[t - c + 1 : t + 1].tolist()])
             )[0, -1].item()
             for t in range(39, 400, 7)

@@ -67,7 +67,7 @@ def test_log_probs_equal_the_authors(expected: dict[str, torch.Tensor], attentio
 
     log_prob = model.log_prob(inputs[None], renamed[None])[0]
     torch.testing.assert_close(log_prob[comparable], expected["log_prob"][comparable], rtol=0, atol=1e-5)
-    torch.testing.assert_close(model(inputs[None])[0, ROWS], expected["hidden"], rtol=0, atol=5e-6)
+    torch.testing.assert_close(model.hidden(inputs[None])[0, ROWS], expected["hidden"], rtol=0, atol=5e-6)
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def test_log_probs_equal_the_authors_in_float64(expected: dict[str, torch.Tensor
 def test_the_first_tail_as_a_whole_and_its_kept_words_among_themselves(expected: dict[str, torch.Tensor]) -> None:
     kept = expected["kept_words"]
     model = reduced_model(expected, "eager").double()
-    hidden = model(renumbered(expected["input_ids"].long(), kept)[None])[0, ROWS]
+    hidden = model.hidden(renumbered(expected["input_ids"].long(), kept)[None])[0, ROWS]
     tail = model.vocabulary.log_probs(hidden)[:, CUTOFFS[0] : CUTOFFS[0] + len(kept)]
     torch.testing.assert_close(tail.logsumexp(-1), expected["tail_log_prob"], rtol=0, atol=1e-5)
     theirs = expected["kept_log_probs"].double()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from alibi_lm.attention.native import why_not
 
@@ -13,11 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import sys, torch
 torch.manual_seed(0)
-from alibi_lm.model.compiled import CompiledNats
-from alibi_lm.model.transformer import ModelConfig, TransformerLM
+from alibi_lm.model.transformer import CompiledNats, ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
-from alibi_lm.attention import sdpa
-sdpa.SHORT = 0
 config = ModelConfig(num_layers=2, model_dim=24, num_heads=3, ffn_dim=48)
 for name in sys.argv[2:]:
     model = TransformerLM(config, POSITIONS[name](), sys.argv[1], 50, 64)
@@ -34,6 +32,9 @@ for name in sys.argv[2:]:
 """
 
 
+SCHEMES = {"sdpa": ["none", "rotary", "alibi", "t5", "cope"], "native": ["none", "rotary", "alibi", "t5"]}
+
+
 def run(backend: str, schemes: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
@@ -46,9 +47,21 @@ def run(backend: str, schemes: list[str], tmp_path: Path, **environment: str) ->
     "backend", ["sdpa", pytest.param("native", marks=pytest.mark.skipif(bool(why_not()), reason=why_not()))]
 )
 def test_equal_to_eager(tmp_path, backend):
-    done = run(backend, ["none", "rotary", "alibi", "t5"], tmp_path)
+    done = run(backend, SCHEMES[backend], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["none", "equal", "rotary", "equal", "alibi", "equal", "t5", "equal"]
+    assert done.stdout.splitlines() == [f"{name} equal" for name in SCHEMES[backend]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, at their import
+@pytest.mark.parametrize(("backend", "name"), [(b, name) for b in SCHEMES for name in SCHEMES[b]])
+def test_the_layers_are_one_graph(tiny_model, backend, name):
+    if backend == "native" and why_not():
+        pytest.skip(why_not())
+    torch.compiler.reset()
+    model, tokens = tiny_model(name, backend), torch.randint(0, 50, (2, 301))
+    hidden = torch.compile(model.hidden, backend="aot_eager", dynamic=False, fullgraph=True)
+    torch.testing.assert_close(hidden(tokens), model.hidden(tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

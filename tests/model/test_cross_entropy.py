@@ -1,5 +1,6 @@
 """The chunked cross-entropy against log_softmax in float64; values, gradients, memory."""
 
+import functools
 import weakref
 
 import pytest
@@ -8,22 +9,22 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alibi_lm.model import cross_entropy
-from alibi_lm.model.cross_entropy import linear_cross_entropy
+from alibi_lm.model.cross_entropy import chunk_rows, linear_cross_entropy
 from alibi_lm.model.vocabulary import Vocabulary
 
-ROUTES = ["whole", "chunks kept", "chunks computed again"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+ROUTES = {
+    "whole": {},
+    "chunks kept": {"rows": 64, "keep": True},
+    "chunks computed again": {"rows": 64, "keep": False},
+    "filled up": {"multiple": 64},
+    "filled up in chunks": {"rows": 64, "keep": False, "multiple": 8},
+}
 
 
 @pytest.fixture(params=ROUTES)
-def route(request, monkeypatch):
-    if request.param != "whole":
-        monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 37)
-        monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 64)
-    if request.param == "chunks computed again":
-        monkeypatch.setattr(cross_entropy, "KEPT_ELEMENTS", 0)
-    return request.param
+def cross_entropy(request):
+    return functools.partial(linear_cross_entropy, **ROUTES[request.param])
 
 
 def inputs(num_tokens: int, dtype: torch.dtype = torch.float64, vocab_size: int = 37, scale: float = 1.0):
@@ -43,9 +44,9 @@ def reference(hidden, table, targets, weights):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
-def test_values_and_gradients(route, dtype, num_tokens):
+def test_values_and_gradients(cross_entropy, dtype, num_tokens):
     hidden, table, targets, weights = inputs(num_tokens, dtype)
-    nats = linear_cross_entropy(hidden, table, targets)
+    nats = cross_entropy(hidden, table, targets)
     assert nats.dtype == torch.promote_types(dtype, torch.float32) and nats.shape == (num_tokens,)
     got = (nats, *torch.autograd.grad((nats * weights).sum(), (hidden, table)))
     for mine, theirs in zip(got, reference(hidden, table, targets, weights), strict=True):
@@ -54,39 +55,39 @@ def test_values_and_gradients(route, dtype, num_tokens):
         assert error < (1e-6 if mine is nats and dtype == torch.bfloat16 else TOLERANCE[dtype])
 
 
-def test_gradcheck(route):
+def test_gradcheck(cross_entropy):
     hidden, table, targets, _ = inputs(70)
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, targets), (hidden, table), fast_mode=True, nondet_tol=1e-12
+        lambda h, w: cross_entropy(h, w, targets), (hidden, table), fast_mode=True, nondet_tol=1e-12
     )
 
 
-def test_large_scores_neither_overflow_nor_vanish(route):
+def test_large_scores_neither_overflow_nor_vanish(cross_entropy):
     hidden, table, targets, weights = inputs(65, torch.float32, scale=300.0)
-    nats = linear_cross_entropy(hidden, table, targets)
+    nats = cross_entropy(hidden, table, targets)
     expected = reference(hidden, table, targets, weights)[0]
     assert torch.isfinite(nats).all() and nats.max() > 1000
     torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-3)
 
 
-def test_a_second_backward_pass_gives_the_same(route):
+def test_a_second_backward_pass_gives_the_same(cross_entropy):
     hidden, table, targets, weights = inputs(130)
-    loss = (linear_cross_entropy(hidden, table, targets) * weights).sum()
+    loss = (cross_entropy(hidden, table, targets) * weights).sum()
     first = torch.autograd.grad(loss, (hidden, table), retain_graph=True)
     for mine, again in zip(first, torch.autograd.grad(loss, (hidden, table)), strict=True):
         torch.testing.assert_close(mine, again, rtol=1e-12, atol=1e-14)
 
 
-def test_only_one_argument_needs_a_gradient(route):
+def test_only_one_argument_needs_a_gradient(cross_entropy):
     hidden, table, targets, weights = inputs(65)
     expected = reference(hidden, table, targets, weights)
     for index, arguments in enumerate(((hidden, table.detach()), (hidden.detach(), table))):
-        loss = (linear_cross_entropy(*arguments, targets) * weights).sum()
+        loss = (cross_entropy(*arguments, targets) * weights).sum()
         torch.testing.assert_close(torch.autograd.grad(loss, arguments[index])[0], expected[index + 1])
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_vocabulary_and_its_tied_table(route, tied):
+def test_the_vocabulary_and_its_tied_table(tied):
     vocabulary = Vocabulary(37, 12, tied).double()
     vocabulary.initialise()
     ids, targets = torch.randint(0, 37, (100,)), torch.randint(0, 37, (100,))
@@ -103,10 +104,10 @@ def test_the_vocabulary_and_its_tied_table(route, tied):
     torch.testing.assert_close(vocabulary.log_probs(vocabulary.embed(ids)).exp().sum(1), torch.ones(100).double())
 
 
-def test_autocast_rounds_the_products_alone(route):
+def test_autocast_rounds_the_products_alone(cross_entropy):
     hidden, table, targets, weights = inputs(130, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        nats = linear_cross_entropy(hidden, table, targets)
+        nats = cross_entropy(hidden, table, targets)
     assert nats.dtype == torch.float32
     got = (nats, *torch.autograd.grad((nats * weights).sum(), (hidden, table)))
     assert got[1].dtype == got[2].dtype == torch.float32
@@ -115,7 +116,7 @@ def test_autocast_rounds_the_products_alone(route):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_evaluation_has_one_chunk_of_scores_at_a_time(route, context):
+def test_evaluation_has_one_chunk_of_scores_at_a_time(context):
     """Nothing waits for a backward pass that never comes, although the table is a parameter."""
     hidden, table, targets, weights = inputs(200, torch.float32)
     chunks: list[weakref.ref[torch.Tensor]] = []
@@ -135,12 +136,12 @@ def test_evaluation_has_one_chunk_of_scores_at_a_time(route, context):
             return result
 
     with Watch(), context():
-        nats = linear_cross_entropy(hidden, table, targets)
+        nats = linear_cross_entropy(hidden, table, targets, rows=64)
     assert most == 1
     torch.testing.assert_close(nats.double(), reference(hidden, table, targets, weights)[0], rtol=1e-6, atol=1e-6)
 
 
-def test_scores_of_the_whole_batch_never_exist(monkeypatch):
+def test_scores_of_the_whole_batch_never_exist():
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -151,15 +152,11 @@ def test_scores_of_the_whole_batch_never_exist(monkeypatch):
             largest = max([largest, *sizes])
             return result
 
-    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 500)
-    monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 64)
-    monkeypatch.setattr(cross_entropy, "KEPT_ELEMENTS", 0)
     hidden, table, targets, _ = inputs(1000, torch.float32, vocab_size=500)
     with Watch():
-        linear_cross_entropy(hidden, table, targets).sum().backward()
+        linear_cross_entropy(hidden, table, targets, rows=64, keep=False).sum().backward()
     assert 0 < largest <= 64 * 500
-    largest = 0
-    monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 300)
-    with Watch():
-        linear_cross_entropy(hidden, table, targets).sum().backward()
-    assert largest == 300 * 500, "a large vocabulary must not cut products to a few rows"
+
+
+def test_a_chunk_has_a_bounded_number_of_scores_but_not_too_few_rows():
+    assert [chunk_rows(words) for words in (8, 8192, 20_002, 267_744)] == [1 << 20, 1024, 512, 512]

@@ -1,9 +1,17 @@
-"""What every registered scheme must satisfy; a new scheme is covered as soon as it is registered."""
+"""What every registered scheme must satisfy; a new scheme is covered as soon as it is registered.
+
+`pytest tests/positions -k <name>` runs the part of one scheme.
+"""
+
+import importlib
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
+from alibi_lm.attention import Backends
 from alibi_lm.attention.native import why_not
+from alibi_lm.attention.sdpa import SdpaAttention
 from alibi_lm.model.transformer import KeyValueCache
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
@@ -12,28 +20,76 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("alibi", {"learned_slopes": True}),
     ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
+    ("cope", {"num_positions": 5, "scaled_term": False}),
 ]
-IDS = ["-".join([name, *map(str, settings.values())]) for name, settings in VARIANTS]
-each_variant = pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=IDS)
+SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 BACKENDS = ("eager", "sdpa", *([] if why_not() else ["native"]))
+ROUNDING = 3e-5
+"""Share of what shuffled tokens change in an output below which a difference is rounding."""
 
 
-def variants_that_define(hook: str) -> pytest.MarkDecorator:
-    """Only the schemes that override a hook."""
+def scheme_of(name: str, settings: dict) -> PositionScheme:
+    return POSITIONS[name](**settings).build(SHAPE)
+
+
+def title(name: str, settings: dict) -> str:
+    return "-".join([name, *map(str, settings.values())])
+
+
+def variants(*hooks: str) -> pytest.MarkDecorator:
+    """All variants, or those that override one of some hooks."""
     chosen = [
-        pytest.param(name, settings, id=i)
-        for (name, settings), i in zip(VARIANTS, IDS, strict=True)
-        if hook in vars(scheme := type(POSITIONS[name](**settings).build(PositionShape(24, 8, 3, 2, 64, 64))))
-        and scheme is not PositionScheme
+        pytest.param(name, settings, id=title(name, settings))
+        for name, settings in VARIANTS
+        if not hooks or scheme_of(name, settings).defines(*hooks)
     ]
     return pytest.mark.parametrize(("name", "settings"), chosen)
+
+
+def variants_and_backends() -> pytest.MarkDecorator:
+    """All variants with each backend that serves them."""
+    chosen = [
+        pytest.param(name, settings, backend, id=f"{title(name, settings)}-{backend}")
+        for name, settings in VARIANTS
+        for backend in BACKENDS
+        if not Backends(backend, name).refuses_scheme(scheme_of(name, settings))
+    ]
+    return pytest.mark.parametrize(("name", "settings", "attention"), chosen)
+
+
+@pytest.fixture
+def trained(tiny_model):
+    """Build a tiny model whose scheme's parameters have left their first values."""
+
+    def build(name, attention="eager", settings=None, **options):
+        model = tiny_model(name, attention, **options, **(settings or {}))
+        with torch.no_grad():
+            for scheme in model.schemes:
+                for parameter in scheme.parameters():
+                    parameter.add_(torch.randn(parameter.shape) * 0.3)
+        return model
+
+    return build
 
 
 def ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, 50, (batch, length))
 
 
-@each_variant
+def by_slices_and_columns(model) -> None:
+    """Short sequences take the routes of long ones in sdpa."""
+    model.backend.backends = [
+        SdpaAttention(mask_elements=3000, short=0) if b.name == "sdpa" else b for b in model.backend.backends
+    ]
+
+
+def size_of_an_output(model, tokens: torch.Tensor) -> float:
+    """What another order of the tokens changes: the measure for all that ought to change something or nothing."""
+    with torch.no_grad():
+        return float((model(tokens) - model(tokens.flip(1))).abs().max())
+
+
+@variants()
 def test_one_seed_gives_every_scheme_the_same_weights_elsewhere(tiny_model, name, settings):
     mine, plain = tiny_model(name, **settings).state_dict(), tiny_model("none").state_dict()
     shared = [key for key in mine if not key.startswith("positions.")]
@@ -41,10 +97,9 @@ def test_one_seed_gives_every_scheme_the_same_weights_elsewhere(tiny_model, name
     assert all(torch.equal(mine[key], plain[key]) for key in shared)
 
 
-@each_variant
-@pytest.mark.parametrize("attention", BACKENDS)
-def test_later_tokens_change_nothing_before_them(tiny_model, name, settings, attention):
-    model = tiny_model(name, attention, **settings)
+@variants_and_backends()
+def test_later_tokens_change_nothing_before_them(trained, name, settings, attention):
+    model = trained(name, attention, settings)
     tokens = ids(2, 40)
     changed = tokens.clone()
     changed[:, 25:] = (changed[:, 25:] + 1) % 50
@@ -53,25 +108,26 @@ def test_later_tokens_change_nothing_before_them(tiny_model, name, settings, att
     assert not torch.allclose(before[:, 25:], after[:, 25:])
 
 
-@each_variant
-def test_later_tokens_change_no_more_than_rounding_in_a_long_sequence(tiny_model, name, settings):
+@variants()
+def test_later_tokens_change_no_more_than_rounding_in_a_long_sequence(trained, name, settings):
     """Long sequences take other routes; how they split their sums may depend on all tokens."""
-    model = tiny_model(name, "sdpa", train_length=700, **settings)
+    model = trained(name, "sdpa", settings, train_length=700)
     with torch.no_grad():
         for block in model.layers:
             block.attention.qkv.weight *= 2  # scores as large as in a trained model
     tokens = ids(2, 700)
     changed = tokens.clone()
     changed[:, 600:] = (changed[:, 600:] + 1) % 50
-    before, after = model(tokens), model(changed)
-    torch.testing.assert_close(before[:, :600], after[:, :600], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(before[:, 600:], after[:, 600:], rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    rounding = ROUNDING * size_of_an_output(model, tokens)
+    torch.testing.assert_close(before[:, :600], after[:, :600], rtol=0, atol=rounding)
+    assert not torch.allclose(before[:, 600:], after[:, 600:], rtol=0, atol=100 * rounding)
 
 
-@each_variant
-@pytest.mark.parametrize("attention", BACKENDS)
-def test_gradient_reaches_all_earlier_tokens_and_no_later_one(tiny_model, name, settings, attention):
-    model = tiny_model(name, attention, **settings)
+@variants_and_backends()
+def test_gradient_reaches_all_earlier_tokens_and_no_later_one(trained, name, settings, attention):
+    model = trained(name, attention, settings)
     seen = {}
     model.vocabulary.embed = lambda tokens, embed=model.vocabulary.embed: seen.setdefault(
         "x", embed(tokens).detach().requires_grad_()
@@ -82,17 +138,26 @@ def test_gradient_reaches_all_earlier_tokens_and_no_later_one(tiny_model, name, 
     assert (reached[8:] == 0).all()
 
 
-@each_variant
-@pytest.mark.parametrize("attention", BACKENDS)
-def test_decoding_in_pieces_equals_one_pass(tiny_model, name, settings, attention):
-    model = tiny_model(name, attention, **settings)
-    tokens = ids(2, 96)
-    cache = KeyValueCache()
-    pieces = [model(piece, cache=cache) for piece in tokens.split([40, 1, 55], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=2e-6)
+@variants_and_backends()
+@pytest.mark.parametrize("gap", [0, 7])
+@pytest.mark.parametrize("window", [None, 30])
+def test_decoding_in_pieces_equals_one_pass(trained, name, settings, attention, gap, window):
+    """Also where each piece begins some positions after the last one, and where old keys are out of sight."""
+    model, cache = trained(name, attention, settings, train_length=200), KeyValueCache()
+    by_slices_and_columns(model)
+    tokens, pieces = ids(2, 96), [40, 1, 55]
+    positions = torch.cat([torch.arange(n) for n in pieces])
+    positions += torch.tensor([0, 40 + gap, 41 + 2 * gap]).repeat_interleave(torch.tensor(pieces))
+    decoded = [
+        model(piece, positions=places if gap else None, cache=cache, window=window)
+        for piece, places in zip(tokens.split(pieces, dim=1), positions.split(pieces), strict=True)
+    ]
+    whole = model(tokens, positions=positions, window=window)
+    rounding = ROUNDING * size_of_an_output(model, tokens)
+    torch.testing.assert_close(torch.cat(decoded, dim=1), whole, rtol=0, atol=rounding)
 
 
-# The constant alone would also pass where decoding drops the bias from both: this one compares two schemes.
+# Equality alone would also hold where decoding drops the bias from both: this one compares two schemes.
 def test_cached_decoding_keeps_the_bias(tiny_model):
     tokens = ids(1, 30)
     outputs = {}
@@ -100,59 +165,65 @@ def test_cached_decoding_keeps_the_bias(tiny_model):
         model, cache = tiny_model(name, "sdpa"), KeyValueCache()
         model(tokens[:, :29], cache=cache)
         outputs[name] = model(tokens[:, 29:], cache=cache)
-        torch.testing.assert_close(outputs[name], model(tokens)[:, 29:], rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(outputs[name], model(tokens)[:, 29:], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs["alibi"], outputs["none"], atol=1e-3)
 
 
-@each_variant
-@pytest.mark.parametrize("attention", BACKENDS)
-def test_shift_of_all_positions(tiny_model, name, settings, attention):
-    model = tiny_model(name, attention, **settings)
-    tokens = ids(1, 60)
-    positions = torch.arange(60)
-    difference = (model(tokens, positions=positions) - model(tokens, positions=positions + 37)).abs().max()
-    if model.positions[0].translation_invariant:
-        assert difference < 1e-5
+@variants_and_backends()
+def test_shift_of_all_positions(trained, name, settings, attention):
+    """What an invariant scheme changes is rounding; what another one changes is ten times as much or more.
+
+    Some schemes depend on absolute positions from some position on, so one of the shifts is far.
+    """
+    model, tokens, positions = trained(name, attention, settings), ids(1, 60), torch.arange(60)
+    shifts = [37] if model.max_length else [37, 5000]
+    with torch.no_grad():
+        here = model(tokens, positions=positions)
+        difference = max((model(tokens, positions=positions + s) - here).abs().max() for s in shifts)
+    rounding = ROUNDING * size_of_an_output(model, tokens)
+    if model.schemes[0].translation_invariant:
+        assert difference < rounding
     else:
-        assert difference > 1e-2
+        assert difference > 10 * rounding
 
 
-def test_which_schemes_are_invariant(tiny_model):
-    invariant = {name for name in ALL if tiny_model(name).positions[0].translation_invariant}
-    assert {"none", "rotary", "alibi", "t5"} <= invariant
+def test_which_schemes_are_invariant():
+    invariant = {name for name in ALL if scheme_of(name, {}).translation_invariant}
+    assert {"none", "rotary", "alibi", "t5", "cope"} <= invariant
     assert not {"sinusoidal", "learned"} & invariant
 
 
-@each_variant
-@pytest.mark.parametrize("length", [1, 2, 17, 101])
+@variants()
+@pytest.mark.parametrize("length", [1, 17, 101])
 @pytest.mark.parametrize("window", [None, 5])
-def test_backends_agree_in_outputs_and_gradients(tiny_model, monkeypatch, name, settings, length, window):
-    # Short sequences take the factored route too.
-    monkeypatch.setattr("alibi_lm.attention.sdpa.SHORT", 0)
-    monkeypatch.setattr("alibi_lm.attention.sdpa.MASK_ELEMENTS", 700)
-    tokens, targets = ids(2, length), ids(2, length)
-    results = {}
+@pytest.mark.parametrize("step", [1, 10])
+def test_backends_agree_in_outputs_and_gradients(trained, name, settings, length, window, step):
+    """Also where positions have gaps: a window is a distance, not a number of keys."""
+    tokens, targets, results = ids(2, length), ids(2, length), {}
+    positions = torch.arange(length) * step if step > 1 else None
     for attention in BACKENDS:
-        model = tiny_model(name, attention, **settings)
-        nats = model.nats(tokens, targets, window=window)
+        if Backends(attention, name).refuses_scheme(scheme_of(name, settings)):
+            continue
+        torch.manual_seed(2)
+        model = trained(name, attention, settings, train_length=max(128, length * step))
+        by_slices_and_columns(model)
+        nats = model.nats(tokens, targets, positions=positions, window=window)
         nats.sum().backward()
         results[attention] = (nats, {n: p.grad for n, p in model.named_parameters()})
-    for attention in BACKENDS[1:]:
-        torch.testing.assert_close(results[attention][0], results["eager"][0], rtol=1e-5, atol=1e-5)
-        for parameter, expected in results["eager"][1].items():
-            actual = results[attention][1][parameter]
+    expected_nats, expected_grads = results.pop("eager")
+    for nats, grads in results.values():
+        torch.testing.assert_close(nats, expected_nats, rtol=1e-5, atol=3e-5)
+        for parameter, expected in expected_grads.items():
             if expected is None:
-                assert actual is None, parameter
+                assert grads[parameter] is None, parameter
             else:
-                torch.testing.assert_close(
-                    actual, expected, rtol=1e-3, atol=2e-4, msg=lambda m, p=parameter: f"{p}: {m}"
-                )
+                error = (grads[parameter] - expected).abs().max()
+                assert error <= 1e-3 * expected.abs().max() + 2e-4, parameter
 
 
-@variants_that_define("key_bias")
-def test_key_bias_is_the_bias_up_to_a_constant_per_query(tiny_model, name, settings):
-    scheme = tiny_model(name, **settings).positions[0]
-    positions = torch.arange(3, 90)
+@variants("key_bias")
+def test_key_bias_is_the_bias_up_to_a_constant_per_query(name, settings):
+    scheme, positions = scheme_of(name, settings), torch.arange(3, 90)
     difference = scheme.key_bias(positions)[:, None].double() - scheme.bias(positions, positions).double()
     visible = torch.ones(87, 87, dtype=torch.bool).tril()
     for head in difference:
@@ -160,21 +231,31 @@ def test_key_bias_is_the_bias_up_to_a_constant_per_query(tiny_model, name, setti
             assert row[seen].max() - row[seen].min() < 1e-4
 
 
-@variants_that_define("distance_bias")
-def test_distance_bias_is_the_bias_and_constant_from_its_saturation_on(tiny_model, name, settings):
-    scheme = tiny_model(name, **settings).positions[0]
-    positions, row = torch.arange(3, 900), scheme.distance_bias(torch.arange(900))
+@variants("distance_bias")
+def test_distance_bias_is_the_bias(name, settings):
+    scheme, positions = scheme_of(name, settings), torch.arange(3, 900)
     distance = (positions[:, None] - positions).clamp_min(0)
-    assert torch.equal(row[:, distance], scheme.bias(positions, positions))
-    if scheme.saturation is not None:
-        assert (row[:, scheme.saturation :] == row[:, -1:]).all()
+    assert torch.equal(scheme.distance_bias(torch.arange(900))[:, distance], scheme.bias(positions, positions))
 
 
-@each_variant
-def test_four_times_the_trained_length(tiny_model, name, settings):
-    model = tiny_model(name, "sdpa", train_length=32, **settings)
-    tokens = ids(1, 128)
-    if model.max_position is None:
+@variants("distance_bias", "bias", "score_mod")
+@pytest.mark.parametrize("step", [1, 3])
+def test_score_mod_is_the_bias(name, settings, step):
+    scheme = scheme_of(name, settings)
+    k_pos = torch.arange(33) * step
+    q_pos = k_pos[20:]
+    modify, bias = scheme.score_mod(q_pos, k_pos, 32 * step), scheme.bias(q_pos, k_pos)
+    zero = torch.zeros(())
+    for head, q in torch.cartesian_prod(torch.arange(3), torch.arange(13)):
+        for k in range(20 + int(q) + 1):
+            score = modify(zero, torch.tensor(0), head, q, torch.tensor(k))
+            torch.testing.assert_close(score, bias[head, q, k])
+
+
+@variants()
+def test_four_times_the_trained_length(trained, name, settings):
+    model, tokens = trained(name, "sdpa", settings, train_length=32), ids(1, 128)
+    if model.max_length is None:
         assert torch.isfinite(model(tokens)).all()
     else:
         with pytest.raises(ValueError, match=r"has 32 positions; got position 127\.\s+Use inference_length <= 32"):
@@ -182,58 +263,70 @@ def test_four_times_the_trained_length(tiny_model, name, settings):
         assert torch.isfinite(model(tokens[:, :32])).all()
 
 
-def test_a_position_past_the_table_is_refused_with_a_cache_too(tiny_model):
-    model = tiny_model("learned", train_length=32)
-    cache = KeyValueCache()
-    model(ids(1, 32), cache=cache)
-    with pytest.raises(ValueError, match="got position 32"):
-        model(ids(1, 1), cache=cache)
-
-
-@each_variant
-def test_every_parameter_gets_a_gradient(tiny_model, name, settings):
-    model = tiny_model(name, "sdpa", **settings).train()
+@variants_and_backends()
+def test_every_parameter_gets_a_gradient(tiny_model, name, settings, attention):
+    model = tiny_model(name, attention, **settings).train()
     model.nats(ids(4, 128), ids(4, 128)).sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
 
 
-@each_variant
-def test_weights_load_strictly_at_another_context_length(tiny_model, name, settings):
-    short, long = tiny_model(name, **settings), tiny_model(name, context_length=512, **settings)
-    with torch.no_grad():
-        for parameter in short.parameters():
-            parameter.add_(0.01)
+@variants()
+def test_weights_load_strictly_at_another_context_length(trained, tiny_model, name, settings):
+    short, long = trained(name, "eager", settings), tiny_model(name, context_length=512, **settings)
     long.load_state_dict(short.state_dict(), strict=True)
 
 
-@each_variant
-def test_one_window_sees_what_a_longer_window_sees(tiny_model, name, settings):
+@variants()
+def test_one_window_sees_what_a_longer_window_sees(trained, name, settings):
     """A causal model at position p <= L of a longer window sees what it sees in a length-L window."""
-    model = tiny_model(name, train_length=96, **settings)
-    tokens, targets = ids(1, 96), ids(1, 96)
+    model, tokens, targets = trained(name, "eager", settings, train_length=96), ids(1, 96), ids(1, 96)
     whole = model.nats(tokens, targets)
     start = model.nats(tokens[:, :32], targets[:, :32])
-    torch.testing.assert_close(whole[:, :32], start, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole[:, :32], start, rtol=1e-5, atol=3e-5)
 
 
-@variants_that_define("distance_bias")
-def test_bias_keeps_its_precision_in_a_half_precision_model(tiny_model, name, settings):
-    reference = tiny_model(name, **settings).double().positions[0]
-    scheme = tiny_model(name, **settings).bfloat16().positions[0]
-    if any(True for _ in scheme.parameters()):
-        # Parameters are rounded by the cast itself; the arithmetic on them must not be.
-        reference.load_state_dict(scheme.state_dict())
+class InDouble(TorchFunctionMode):
+    """Every step to float32 goes to float64 instead."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        double = {torch.float32: torch.float64}
+        args = [double.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
+        kwargs = {k: double.get(a, a) if isinstance(a, torch.dtype) else a for k, a in (kwargs or {}).items()}
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+
+
+@variants("distance_bias", "bias")
+def test_bias_keeps_its_precision_in_a_half_precision_model(name, settings):
+    """Parameters are rounded by the cast itself; the arithmetic on them must not be."""
+    scheme = scheme_of(name, settings).bfloat16()
+    reference = scheme_of(name, settings)
+    reference.load_state_dict(scheme.state_dict())
+    reference = reference.double()
     q_pos, k_pos = torch.tensor([0, 1, 700, 5801, 8191]), torch.arange(0, 8192, 7)
     bias = scheme.bias(q_pos, k_pos)
-    assert bias.dtype == torch.float32
-    torch.testing.assert_close(bias.double(), reference.bias(q_pos, k_pos).double(), rtol=1e-6, atol=0)
+    with InDouble():
+        expected = reference.bias(q_pos, k_pos)
+    assert bias.dtype == torch.float32 and expected.dtype == torch.float64
+    torch.testing.assert_close(bias.double(), expected, rtol=1e-6, atol=0)
+
+
+@variants("content_bias")
+@pytest.mark.parametrize("attention", ["native", "flex"])
+def test_a_content_bias_is_refused_by_name_where_it_cannot_be_served(tiny_model, name, settings, attention):
+    if attention == "native" and why_not():
+        pytest.skip(why_not())
+    message = (
+        f"attention={attention} cannot run position={name} (it needs the full score matrix). Use attention=eager."
+    )
+    with pytest.raises(ValueError) as caught:
+        tiny_model(name, attention, **settings)
+    assert str(caught.value) == message
+    assert tiny_model(name, "auto", **settings).backend.name == "sdpa"
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_docstring_says_source_and_behaviour_past_the_trained_length(name):
-    import importlib
-
     module = importlib.import_module(POSITIONS[name].__module__)
     assert "arXiv" in module.__doc__
     if name != "none":
@@ -244,5 +337,4 @@ def test_docstring_says_source_and_behaviour_past_the_trained_length(name):
 def test_config_name_is_its_registry_key(name):
     config = POSITIONS[name]()
     assert config.name == name
-    scheme = config.build(PositionShape(24, 8, 3, 2, 64, 64))
-    assert scheme.max_position in (None, 64)
+    assert config.build(SHAPE).max_position in (None, 64)

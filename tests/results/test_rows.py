@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from alibi_lm.results.rows import FIELDS, ResultRow, read_rows, upsert_rows, write_csv
+from alibi_lm.results.rows import FIELDS, ResultRow, perplexity_of, read_rows, upsert_rows, write_csv
 
 
-def make_row(run="alibi_L64_s1", length=64, value=20.0, **changes):
+def make_row(run="alibi_L64_s1", length=64, at=20.0, **changes):
     values = dict(
         run=run,
         position="alibi",
@@ -26,9 +26,9 @@ def make_row(run="alibi_L64_s1", length=64, value=20.0, **changes):
         tokens=1000,
         words=800,
         bytes=4000,
-        nats=1000 * math.log(value),
-        perplexity=value,
-        word_perplexity=value**1.25,
+        nats=1000 * math.log(at),
+        perplexity=at,
+        word_perplexity=at**1.25,
         tokens_per_second=1234.5,
         peak_memory_bytes=10_000,
         commit="abc123",
@@ -43,11 +43,15 @@ def make_null_row(**changes):
 
 
 def test_rows_come_back_as_they_were(tmp_path):
-    rows = [make_row(extra={"overrides": ["position.scaling=yarn"], "note": "n"}), make_null_row(length=128)]
+    rows = [
+        make_row(changes={"position.scaling": "yarn"}, run_id="c0ffee", folder="runs/a", extra={"note": "n"}),
+        make_null_row(length=128),
+        make_row(task="copy", metric="accuracy", mode="items", perplexity=None, value=0.25, n=40),
+    ]
     path = tmp_path / "new" / "results.jsonl"
-    assert upsert_rows(path, rows) == rows
-    assert read_rows(path) == rows
-    first = json.loads(path.read_text().splitlines()[0])
+    assert sorted(upsert_rows(path, rows), key=rows.index) == rows
+    assert sorted(read_rows(path), key=rows.index) == rows
+    (first,) = [one for one in map(json.loads, path.read_text().splitlines()) if "note" in one]
     assert list(first)[: len(FIELDS)] == FIELDS and first["note"] == "n" and first["stride"] is None
     assert [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")] == [path.name]
 
@@ -60,10 +64,15 @@ def test_a_row_of_the_same_key_is_replaced_and_others_stay(tmp_path):
         make_row(run="alibi_L64_s2", seed=2),
         make_row(mode="sliding", stride=16),
         make_row(mode="sliding", stride=32),
+        make_row(corpus="deca5e"),
+        make_row(changes={"position.scaling": "yarn"}),
+        make_row(changes={"position.scaling": "linear"}),
+        make_row(task="copy"),
+        make_row(metric="accuracy", perplexity=None, value=0.5, n=10),
     ]
-    upsert_rows(path, [make_row(value=20.0), *others])
-    rows = upsert_rows(path, [make_row(value=30.0)])
-    assert len(rows) == 6
+    upsert_rows(path, [make_row(at=20.0), *others])
+    rows = upsert_rows(path, [make_row(at=30.0)])
+    assert len(rows) == 11
     assert [row.perplexity for row in rows if row.key == make_row().key] == [30.0]
 
 
@@ -79,9 +88,42 @@ def test_baselines_have_no_run_and_do_not_replace_each_other(tmp_path):
     blank = dict(run=None, train_length=None, seed=None)
     rows = upsert_rows(
         tmp_path / "results.jsonl",
-        [make_row(position="unigram", **blank), make_row(position="uniform", **blank), make_row()],
+        [
+            make_row(position="unigram", **blank),
+            make_row(position="unigram", **blank, corpus="another text", at=30.0),
+            make_row(position="uniform", **blank),
+            make_row(),
+        ],
     )
-    assert [row.position for row in rows] == ["alibi", "uniform", "unigram"]
+    assert [(row.position, row.perplexity) for row in rows] == [
+        ("alibi", 20), ("uniform", 20), ("unigram", 30), ("unigram", 20),
+    ]  # fmt: skip
+
+
+def test_rows_of_earlier_versions_are_read_as_text_and_changes_as_a_field(tmp_path):
+    new = ("task", "metric", "value", "n", "changes", "run_id", "folder")
+    old = [make_row(run=name).to_dict() for name in ("a+b_L8_s1", "a_L8_s1+scaling=yarn+factor=2.0+exact=True")]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k not in new}) + "\n" for row in old))
+    plain, changed = sorted(read_rows(path), key=lambda row: len(row.changes))
+    assert (plain.run, plain.changes, plain.task, plain.metric) == ("a+b_L8_s1", {}, "text", "perplexity")
+    assert (plain.value, plain.n, plain.run_id) == (plain.perplexity, plain.tokens, None)
+    changes = {"position.scaling": "yarn", "position.factor": 2.0, "position.exact": True}
+    assert (changed.run, changed.changes) == ("a_L8_s1", changes)
+    # The same evaluation of today replaces the old row.
+    assert len(upsert_rows(path, [make_row(run="a_L8_s1", changes=changes)])) == 2
+
+
+def test_a_perplexity_too_large_for_a_number_is_null_with_the_reason_and_nats_are_kept(tmp_path):
+    assert perplexity_of(2 * math.log(20), 2) == (pytest.approx(20), None)
+    assert perplexity_of(709.0 * 3, 3)[0] == pytest.approx(math.exp(709))
+    assert perplexity_of(5306 * 3.0, 3) == (None, "exp(5306) is too large for a number")
+    assert perplexity_of(math.inf, 3) == (None, "the sum of nats is inf")
+    assert perplexity_of(math.nan, 3) == (None, "the sum of nats is nan")
+    none = dict(perplexity=None, word_perplexity=None, reason="exp(5306) is too large for a number")
+    upsert_rows(tmp_path / "results.jsonl", [make_row(nats=5306e3, **none)])
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row.loss == 5306 and row.value is None and row.n == 1000
 
 
 def test_processes_writing_at_once_lose_no_row(tmp_path):
@@ -101,16 +143,25 @@ def test_processes_writing_at_once_lose_no_row(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(mode="overlapping"), "mode = 'overlapping'; allowed: nonoverlapping, sliding"),
+        (dict(mode="overlapping"), "mode = 'overlapping'; allowed: nonoverlapping, sliding, items"),
+        (dict(mode="items", stride=8), "stride = 8 with mode = items; it must be null"),
         (dict(mode="sliding"), "stride is null with mode = sliding"),
         (dict(stride=8), "stride = 8 with mode = nonoverlapping"),
         (dict(mode="sliding", stride=65), "stride = 65; allowed: 1 to inference_length = 64"),
         (dict(nats=None), "nats is null but a perplexity is not"),
-        (dict(nats=None, perplexity=None, word_perplexity=None), "without a reason"),
+        (dict(nats=None, perplexity=None, reason="r"), "nats is null but a perplexity is not"),
+        (dict(nats=None, perplexity=None, word_perplexity=None), "perplexity is null without a reason"),
         (dict(perplexity=19.0), "perplexity = 19.0"),
         (dict(perplexity=0.0), "perplexity = 0.0"),
         (dict(word_perplexity=20.0), "word_perplexity = 20.0"),
-        (dict(perplexity=None), "perplexity is null but nats is not"),
+        (dict(perplexity=None), "perplexity is null without a reason"),
+        (dict(value=19.0), "value = 19.0"),
+        (dict(n=999), "value = 20.0 of n = 999"),
+        (dict(metric="accuracy", value=1.5, n=4), "value = 1.5 of n = 4; an accuracy is 0 to 1"),
+        (dict(metric="accuracy", value=0.5), "value = 0.5 of n = None"),
+        (dict(metric="accuracy"), "accuracy is null without a reason"),
+        (dict(task=""), "task is missing"),
+        (dict(changes="yarn"), "changes = 'yarn'; it must be an object"),
         (dict(nats=math.nan), "nats = nan"),
         (dict(nats=math.inf), "nats = inf"),
         (dict(tokens=0), "tokens = 0"),
@@ -178,7 +229,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch)
 
 
 def test_csv_holds_every_field_and_every_digit(tmp_path):
-    rows = [make_row(value=20.123456789012345), make_null_row(length=128, extra={"note": "a, b"})]
+    rows = [make_row(at=20.123456789012345), make_null_row(length=128, extra={"note": "a, b"})]
     write_csv(tmp_path / "results.csv", rows)
     with (tmp_path / "results.csv").open(newline="") as stream:
         first, second = csv.DictReader(stream)

@@ -1,17 +1,22 @@
 """Figures and tables from result files alone: complete, the same each time, and honest about what differs."""
 
 import itertools
+import json
 import math
+from dataclasses import replace
 
 import pytest
-from study_rows import curve, run_script, study, unigram, write_run
+from study_rows import accuracy, curve, real_config, row, run_script, study, unigram, write_run
 
 from alibi_lm.results.curves import Curve, View, curves
 from alibi_lm.results.rows import write_rows
-from alibi_lm.study.axes import length_ticks, spread
-from alibi_lm.study.figures import build_figure, draw, needs_close_up, split_into_panels
+from alibi_lm.study import plots
+from alibi_lm.study.analysis import Analysis, Series, read_analysis
+from alibi_lm.study.figures import close_up, curve_figure, curve_panels, draw, missing, split_into_panels
+from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of, spread
 from alibi_lm.study.style import LOOKS, look
 from alibi_lm.study.tables import markdown, view_table
+from alibi_lm.study.view_figures import analysis_figure, position_panels, view_panels
 
 PLAIN = View("validation", "nonoverlapping")
 
@@ -49,7 +54,7 @@ def test_other_modes_and_splits_are_drawn_apart(tmp_path):
 
 def test_lines_hold_the_rows_values(tmp_path):
     rows = study(tmp_path, seeds=(1, 2))
-    figure = build_figure(rows, PLAIN)
+    figure = curve_figure(rows, PLAIN)
     whole, close_up = figure.axes
     assert whole.get_yscale() == "log" and close_up.get_yscale() == "linear"
     for axis in figure.axes:
@@ -64,26 +69,25 @@ def test_lines_hold_the_rows_values(tmp_path):
 
 
 def test_every_line_has_its_name_and_a_refused_scheme_says_where_it_ends(tmp_path):
-    found = texts(build_figure(study(tmp_path), PLAIN))
+    found = texts(curve_figure(study(tmp_path), PLAIN))
     for name in ("ALiBi", "ALiBi L=32", "sinusoidal", "learned", "ends at 64"):
         assert name in found
-    learned = lines(build_figure(study(tmp_path), PLAIN).axes[0], look("learned").color)[0]
+    learned = lines(curve_figure(study(tmp_path), PLAIN).axes[0], look("learned").color)[0]
     assert list(learned.get_xdata()) == [32, 64]
 
 
 def test_a_baseline_is_a_line_where_it_fits_and_words_where_it_would_squash_the_curves(tmp_path):
     rows = [row for row in study(tmp_path) if row.run is not None]
-    near = build_figure([*rows, unigram(170.0)], PLAIN).axes[0]
+    near = curve_figure([*rows, unigram(170.0)], PLAIN).axes[0]
     assert "unigram baseline" in [text.get_text() for text in near.texts]
     assert any(line.get_ydata()[0] == pytest.approx(170.0) for line in near.lines)
-    far = build_figure([*rows, unigram(50_000.0)], PLAIN).axes[0]
-    assert "unigram baseline 5e+04, above" in [text.get_text() for text in far.texts]
-    assert far.get_ylim()[1] < 1000
+    far = curve_figure([*rows, unigram(50_000.0)], PLAIN)
+    assert "Out of range: unigram baseline, 5e+04." in texts(far) and far.axes[0].get_ylim()[1] < 1000
 
 
 def test_small_ranges_need_one_linear_panel_only():
     rows = curve("alibi", {64: 20.0, 128: 19.0}) + curve("t5", {64: 20.0, 128: 21.0})
-    (axis,) = build_figure(rows, PLAIN).axes
+    (axis,) = curve_figure(rows, PLAIN).axes
     assert axis.get_yscale() == "linear"
 
 
@@ -94,21 +98,185 @@ def test_training_lengths_that_curves_share_have_a_panel_and_strays_join_the_nex
     alibi = [made("alibi", n) for n in (32, 64, 256)]
     others = [made("sinusoidal", n) for n in (64, 128)] + [made("t5", 128)]
     panels = split_into_panels([*alibi, *others])
-    assert [panel.train_length for panel in panels] == [64, 128]
-    assert [(c.position, c.train_length) for c in panels[0].curves] == [
+    assert [length for length, _ in panels] == [64, 128]
+    assert [(c.position, c.train_length) for c in panels[0][1]] == [
         ("alibi", 32),
         ("alibi", 64),
         ("sinusoidal", 64),
     ]
-    assert ("alibi", 256) in [(c.position, c.train_length) for c in panels[1].curves]
-    assert [panel.train_length for panel in split_into_panels(alibi)] == [None]
+    assert ("alibi", 256) in [(c.position, c.train_length) for c in panels[1][1]]
+    assert [length for length, _ in split_into_panels(alibi)] == [None]
+
+
+def drawn(**shapes):
+    return [c for position, shape in shapes.items() for c in curves(curve(position, shape), PLAIN)]
 
 
 def test_close_up_comes_with_a_wide_range_only():
-    shapes = {"alibi": {64: 20.0, 128: 19.0}, "rotary": {64: 20.0, 128: 45.0}}
-    panel = split_into_panels([c for p, s in shapes.items() for c in curves(curve(p, s), PLAIN)])[0]
-    assert needs_close_up(panel)
-    assert not needs_close_up(split_into_panels(curves(curve("alibi", shapes["alibi"]), PLAIN))[0])
+    alibi = {64: 20.0, 128: 19.0}
+    low, high = close_up(drawn(alibi=alibi, rotary={64: 20.0, 128: 45.0}))
+    assert low < 19.0 and 20.0 < high < 25.0
+    assert close_up(drawn(alibi=alibi)) is None
+
+
+def test_a_bad_run_does_not_take_the_close_up_with_it():
+    """A run that is bad at its own training length once stretched the close-up over everything."""
+    found = drawn(alibi={64: 20.0, 128: 19.0}, t5={64: 21.0, 128: 22.0}, rotary={64: 9000.0, 128: 9e5})
+    low, high = close_up(found)
+    assert 18.0 < low < 19.0 and 21.0 < high < 25.0
+    whole, near = curve_panels(found, 64, {})
+    assert whole.log_y and near.title == "trained at 64, close-up; above it: rotary"
+    # all alike and all rising: a close-up would show the same again
+    assert close_up(drawn(alibi={64: 20.0, 128: 40.0}, t5={64: 29.9, 128: 41.0})) is None
+
+
+def test_what_is_not_drawn_is_named_with_its_reason():
+    rows = curve("alibi", {64: 20.0, 128: 19.0})
+    rows.append(row(length=99_999, perplexity=20.0, reason="no window is full: the text has 10,000 tokens"))
+    rows.append(row("t5", perplexity=None, nats=5306.0 * 10_000, reason="exp(5306) is too large for a number"))
+    rows += [
+        row("rotary", perplexity=20.0),
+        row("rotary", perplexity=None, seed=2, reason="the sum of nats is nan"),
+    ]
+    found = curves(rows, PLAIN)
+    assert missing(found) == [
+        "Not drawn: ALiBi at 99999: no window is full: the text has 10,000 tokens.",
+        "A run is missing: rotary at 64: the sum of nats is nan.",
+        "Not drawn: T5 bias at 64: exp(5306) is too large for a number.",
+    ]
+    figure = curve_figure(rows, PLAIN)
+    assert max(x for line in figure.axes[0].lines for x in line.get_xdata() if x != 1) <= 128
+    assert all(line in " ".join(texts(figure)) for line in missing(found))
+    table = view_table(rows, PLAIN).markdown()
+    assert "| ALiBi | 64 | seed 1 | **20.00** | 19.00 (0.95) | - [1] |" in table
+    assert "| rotary | 64 | seeds 1, 2 | 20.00 [2] |" in table and "[3] exp(5306) is too large" in table
+
+
+def test_a_ring_has_a_key_and_two_points_have_their_numbers():
+    rows = curve("alibi", {32: 22.0, 64: 21.0}, train=32) + curve("alibi", {32: 23.0, 64: 20.0})
+    rows += curve("t5", {32: 23.5, 64: 20.5})
+    ((whole, _),) = [curve_panels(members, n, {}) for n, members in split_into_panels(curves(rows, PLAIN))]
+    rings = {line.name: line.ring for line in whole.lines}
+    assert rings == {"ALiBi": None, "ALiBi L=32": (32, pytest.approx(22.0)), "T5 bias": None}
+    assert {line.note for line in whole.lines} == {"23 to 20", "22 to 21", "23.5 to 20.5"}
+    assert "Ring: the length that a curve was trained at." in texts(curve_figure(rows, PLAIN))
+    long = curves(curve("alibi", {32: 22.0, 64: 21.0, 128: 20.0}), PLAIN)
+    assert curve_panels(long, 64, {})[0].lines[0].note == ""
+
+
+def test_labels_are_words_and_never_hashes(tmp_path):
+    folder = tmp_path / "extrapolation"
+    folder.mkdir()
+    made = {"alibi_L64_s1": {}, "alibi_L64_s1_a1f069d5": dict(position__learned_slopes=True),
+            "alibi_L64_s2_0f3a9c21": dict(measurements=["x"], seed=2)}  # fmt: skip
+    rows = [r for name in made for r in curve("alibi", {64: 20.0, 128: 19.0}, run=name, seed=int(name[11]))]
+    rows += [replace(r, changes={"position.scaling": "yarn"}) for r in rows[:2]]
+    for name, changes in made.items():
+        write_run(tmp_path / "runs", name, real_config("alibi", **changes))
+    write_rows(folder / "results.jsonl", rows)
+    draw(folder)
+    text = (folder / "table.md").read_text()
+    for start in (
+        "ALiBi | 64 | seeds 1, 2 |",
+        "ALiBi (learned\\_slopes) | 64",
+        "ALiBi (tested with scaling=yarn) | 64",
+    ):
+        assert f"| {start}" in text
+    assert "a1f069d5" not in text.split("## Differences")[0] and "0f3a9c21" not in text
+
+
+def test_accuracy_is_drawn_on_its_own_scale_with_wilson_intervals():
+    rows = [accuracy("alibi", n, v) for n, v in ((64, 1.0), (128, 0.9), (256, 0.5))] + [
+        accuracy("learned", 128, None)
+    ]
+    view = View("validation", "items", None, "copy", "accuracy")
+    panel, nothing = curve_panels(curves(rows, view), 64, {})
+    assert nothing is None and not panel.log_y and panel.y_label == "accuracy" and panel.limits == (-0.03, 1.03)
+    line = panel.lines[0]
+    assert line.y == [1.0, 0.9, 0.5] and line.low[1] == pytest.approx(0.8506, abs=1e-3) and line.high[0] == 1.0
+    figure = curve_figure(rows, view)
+    assert "Accuracy of copy by inference length" in texts(figure)
+    assert "| ALiBi | 64 | seed 1 | 1.000 | 0.900 | 0.500 |" in view_table(rows, view).markdown()
+    several = [accuracy("alibi", 64, v, seed=s) for s, v in ((1, 0.8), (2, 0.9))]
+    panel, _ = curve_panels(curves(several, view), 64, {})
+    assert panel.lines[0].low == [] and panel.lines[0].dots == [(64, 0.8), (64, 0.9)]
+
+
+# ---- analyses
+
+
+def series(position, values, at="length", length=64, **changes):
+    """A series whose points are {x: (nats, low, high)}; the difference is from the training length."""
+    base = values[length][0]
+    points = []
+    for x, (nats, low, high) in values.items():
+        change = {"from": length, "nats": nats - base, "low": low - base, "high": high - base}
+        points.append({at: x, "nats": nats, "low": low, "high": high, "difference": change, "targets": 100})
+    return Series(position, length, [f"{position}_L{length}_s1"], points, "c0ffee", 1000, 9, **changes)
+
+
+def analysis(view, *members):
+    return Analysis(view, "mine", "validation", {"c0ffee": "a text"}, "abc1234", list(members))
+
+
+def test_intervals_are_whiskers_that_leave_the_curves_readable():
+    steady = series("alibi", {64: (3.0, 3.0, 3.0), 128: (2.99, 2.98, 3.0)}, "context")
+    wild = series("rotary", {64: (3.0, 3.0, 3.0), 128: (3.9, 0.1, 9.0)}, "context")
+    whole, near = view_panels(analysis("fixed", steady, wild))
+    assert [line.low != [] for line in whole.lines] == [True, True]
+    low, high = limits_of(whole, whole.lines)
+    values = [v for line in whole.lines for v in line.y]
+    assert (high / low) < (max(values) / min(values)) ** 3.5  # e^9 would leave the curves a line at the bottom
+    assert [line.low != [] for line in near.lines] == [True, False]  # what leaves the close-up hides nothing there
+    assert near.limits[1] < 25
+
+
+def test_every_curve_has_its_own_panel_by_position():
+    def positions(position, nats):
+        bins = {"first": [1, 2, 65], "last": [1, 64, 128], "nats": nats}
+        bins |= {"low": [v - 0.5 for v in nats], "high": [v + 0.5 for v in nats]}
+        point = {"length": 128, "nats": 3.0, "curve": bins}
+        return Series(position, 64, ["r"], [point], "c0ffee", 1000, 9)
+
+    members = [positions(name, [4.0, 3.0, 3.0 + k]) for k, name in enumerate(("alibi", "rotary", "t5", "none"))]
+    panels = position_panels(analysis("position", *members))
+    assert len(panels) == 4 and len({panel.limits for panel in panels}) == 1
+    assert all(len(panel.lines) == 1 and len(panel.behind) == 3 and panel.band for panel in panels)
+    assert panels[0].lines[0].x[1] == pytest.approx(math.sqrt(2 * 64))
+    assert len(analysis_figure(analysis("position", *members)).axes) == 4
+
+
+def test_a_curve_under_another_one_is_drawn_wider():
+    heights = {"rotary": [0.0, 1e-9, 0.0], "sinusoidal": [0.0, 0.3, 0.6], "alibi": [0.0, 0.0, 0.0]}
+    lines = [Line(name, name, [0.0, 16.0, 32.0], y) for name, y in heights.items()]
+    assert hidden_under(lines, (-0.1, 0.7), False) == [1, 0, 0]
+    offset = [{"offset": x, "nats": y, "low": y, "high": y, "largest": 0.0} for x, y in ((0, 0.0), (16, 0.0))]
+    members = [Series(name, 64, ["r"], offset, "c0ffee", 1000, 9) for name in ("rotary", "alibi")]
+    axis = analysis_figure(analysis("offset", *members)).axes[0]
+    widths = {line.get_color(): line.get_linewidth() for line in axis.lines if len(line.get_xdata()) == 2}
+    assert widths[look("rotary").color] > 2 * widths[look("alibi").color]
+
+
+def test_a_text_of_one_document_has_no_intervals_and_says_why():
+    one = Series("alibi", 64, ["r"], [{"length": 64, "nats": 3.0, "low": None, "high": None}], "c0ffee", 1000, 1)
+    found = analysis("last", one).provenance
+    assert "no intervals" in found and "single one" in found and "95%" not in found
+    assert "95% intervals" in analysis("last", replace(one, documents=2)).provenance
+
+
+def test_variants_of_an_analysis_are_told_apart_by_their_settings(tmp_path):
+    (tmp_path / "analysis").mkdir()
+    names = {"alibi_L64_s1": {}, "alibi_L64_s1_a1f069d5": dict(position__learned_slopes=True)}
+    found = []
+    for name, changes in names.items():
+        write_run(tmp_path / "runs", name, real_config("alibi", **changes))
+        one = vars(series("alibi", {64: (3.0, 2.9, 3.1), 128: (3.0, 2.9, 3.1)}))
+        found.append(one | {"runs": [name], "variant": name[13:]})
+    path = tmp_path / "analysis" / "last.json"
+    content = dict(view="last", experiment="mine", split="validation", corpora={"c0ffee": "a"}, commit=None)
+    path.write_text(json.dumps(content | {"series": found}))
+    assert [one.variant for one in read_analysis(path).series] == ["", "learned_slopes"]
+    assert [line.note for line in view_panels(read_analysis(path))[0].lines] == ["", "learned_slopes"]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +303,16 @@ def test_looks_are_distinct_and_do_not_depend_on_company():
     assert look("brand_new").color != look("another_new").color
 
 
+def test_many_labels_get_a_higher_panel_and_stay_inside():
+    lines = [
+        Line(f"scheme{k}", f"scheme{k}", [64.0, 128.0], [20.0, 20.0 + k / 99], "lr 0.002, steps 5")
+        for k in range(25)
+    ]
+    figure = plots.build("title", [[Panel(lines, trained=64)]], "origin")
+    places = [text.get_position()[1] for text in figure.axes[0].texts]
+    assert len(places) == 50 and max(places) <= 1.0001 and min(places) >= 0
+
+
 def test_labels_keep_their_order_and_distance():
     assert spread([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
     assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
@@ -151,8 +329,8 @@ def test_ticks_are_the_training_length_times_powers_of_two():
 
 def test_the_table_shows_value_ratio_refusal_and_origin(tmp_path):
     text = view_table(study(tmp_path), PLAIN).markdown()
-    assert "| sinusoidal | 64 | 1 | 22.73 (1.10) | **20.71** | 40.40 (1.95) | 161.60 (7.80) |" in text
-    assert "| learned | 64 | 1 | 23.23 (1.10) | **21.21** | - [1] | - [1] |" in text
+    assert "| sinusoidal | 64 | seed 1 | 22.73 (1.10) | **20.71** | 40.40 (1.95) | 161.60 (7.80) |" in text
+    assert "| learned | 64 | seed 1 | 23.23 (1.10) | **21.21** | - [1] | - [1] |" in text
     assert "[1] positions end at 64" in text
     assert "| unigram baseline |  |  | 500.00 | 500.00 | 500.00 | 500.00 |" in text
     whole = (tmp_path / "table.md").read_text() if draw(tmp_path) else ""
@@ -170,8 +348,8 @@ def test_an_unfair_comparison_is_marked_and_refused_when_strict(tmp_path):
     rows = study(folder)
     draw(folder, strict=True)
     for name in {item.run for item in rows if item.run}:
-        lr = "0.1" if name == "learned_L64_s1" else "0.002"
-        write_run(tmp_path / "runs", name, f"optimizer:\n  lr: {lr}\nposition:\n  name: {name}\n")
+        lr = 0.1 if name == "learned_L64_s1" else 0.002
+        write_run(tmp_path / "runs", name, real_config(name.partition("_")[0], optimizer__lr=lr))
     draw(folder)
     assert "optimizer.lr: 0.002 in 3 runs; 0.1 in learned\\_L64\\_s1" in (folder / "table.md").read_text()
     with pytest.raises(
@@ -184,14 +362,14 @@ def test_the_mark_is_on_the_picture(tmp_path):
     rows = curve("alibi", {64: 20.0}) + curve("t5", {64: 20.0}, corpus="facade")
     from alibi_lm.study.fairness import differences
 
-    found = texts(build_figure(rows, PLAIN, differences(rows, tmp_path)))
+    found = texts(curve_figure(rows, PLAIN, unfair=differences(rows, tmp_path)))
     assert any(text.startswith("NOT A FAIR COMPARISON: validation text (hash)") for text in found)
 
 
 def test_the_papers_curve_is_dotted_beside_ours_on_request(tmp_path):
     rows = curve("alibi", {512: 19.0, 1024: 18.0}, train=512) + curve("none", {512: 21.0}, train=512)
-    plain = build_figure(rows, PLAIN).axes[0]
-    with_paper = build_figure(rows, PLAIN, with_paper=True).axes[0]
+    plain = curve_figure(rows, PLAIN).axes[0]
+    with_paper = curve_figure(rows, PLAIN, with_paper=True).axes[0]
     more = len(with_paper.lines) - len(plain.lines)
     assert more == 1  # the paper has no curve of a scheme without positions
     drawn = [line for line in with_paper.lines if len(line.get_xdata()) > 30]
@@ -214,7 +392,7 @@ def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_tracebac
     for argument, message in [
         ("experiment=nope", "make eval-extrapolation EXPERIMENT=nope"),
         ("folder=[odd", "[odd/results.jsonl does not exist"),
-        ("paper=perhaps", "paper = perhaps; it must be true or false"),
+        ("paper=perhaps", "paper = perhaps. Use true or false"),
         ("lenghts=3", "'lenghts=3' is no setting here"),
     ]:
         failed = run_script("figures.py", argument, cwd=tmp_path)

@@ -3,11 +3,22 @@
 import math
 
 import pytest
-from study_rows import curve, row, run_script, unigram, write_run
+from study_rows import curve, paper_rows, row, run_script, unigram, write_run
 
 from alibi_lm.results.curves import View, curves
 from alibi_lm.results.rows import ResultRow, write_rows
-from alibi_lm.study.paper import SETTINGS, caveats, compare, find, paper_curves, paper_values
+from alibi_lm.study.paper import (
+    SETTINGS,
+    caveats,
+    compare,
+    comparison_markdown,
+    direction,
+    find,
+    paper_curves,
+    paper_values,
+    shapes,
+    shapes_table,
+)
 from alibi_lm.study.records import find_records
 
 PLAIN = View("validation", "nonoverlapping")
@@ -100,6 +111,14 @@ def test_ours_stand_beside_the_papers_per_word():
     assert found[1024].paper_ratio == pytest.approx(18.81 / 19.73)
 
 
+def test_a_run_without_a_perplexity_per_word_takes_no_other_with_it():
+    rows = curve("alibi", {512: 19.0}, train=512)
+    long = dict(nats=5306.0 * 10_000, words=20, reason="exp(5306) is too large for a number")
+    rows.append(row("t5", 512, None, train=512, **long))
+    assert [item.curve.position for item in compare(rows)] == ["alibi"]
+    assert "| ALiBi | 512 | 512 | 19.73 |" in comparison_markdown(rows, find_records(rows, "nowhere"), 0.0)
+
+
 def test_the_papers_curves_leave_out_what_it_did_not_measure():
     ours = curves(curve("t5", {512: 20.0}, train=512) + curve("none", {512: 20.0}, train=512), PLAIN)
     (found,) = paper_curves(ours, PLAIN)
@@ -121,7 +140,10 @@ def paper_config(**changes):
 
 def real_row(**changes):
     nats = 217_646 * math.log(19.7)
-    counts = dict(tokens=217_646, words=217_646, nats=nats, perplexity=19.7, word_perplexity=19.7)
+    counts = dict(tokens=217_646, n=217_646, words=217_646, nats=nats, perplexity=19.7, value=19.7)
+    counts |= dict(word_perplexity=19.7)
+    if "tokens" in changes:
+        changes |= dict(n=changes["tokens"], value=changes["perplexity"])
     return ResultRow(**(row(train=512, length=512).__dict__ | counts | changes))
 
 
@@ -175,7 +197,7 @@ def test_the_script_prints_and_writes_the_comparison(tmp_path):
     assert "| ALiBi | 512 | 512 | 19.73 | 2, 5 |" in done.stdout
     assert (tmp_path / "paper.md").read_text().strip() == done.stdout.strip()
     failed = run_script("compare_paper.py", f"folder={tmp_path}", "near=3")
-    assert failed.returncode == 1 and "near = 3.0; it must be a share" in failed.stderr
+    assert failed.returncode == 1 and "near = 3.0. Use a share" in failed.stderr
 
 
 def test_where_alibi_is_not_the_best():
@@ -206,3 +228,41 @@ def test_the_gain_vanishes_when_every_token_has_a_full_window():
         blocks = value(5, "alibi", length, longer) / value(5, "alibi", length, length)
         sliding = value(15, "alibi", length, longer, stride=1) / value(15, "alibi", length, length, stride=1)
         assert blocks < 0.97 and sliding > 1.01
+
+
+def test_the_paper_has_its_own_shapes():
+    # It tested at 512 + 500 and so on: those stand for the multiples here, as they do in the comparison.
+    table = {(r.position, r.train_length, r.inference_length): r for r in paper_rows() if r.mode != "sliding"}
+    schemes = ("sinusoidal", "rotary", "t5")
+    paper_at = {2: 1012, 8: 4512, 16: 8512}
+    rows = []
+    for scheme in schemes:
+        values = {64: table[scheme, 512, 512].perplexity}
+        values |= {64 * k: table[scheme, 512, n].perplexity for k, n in paper_at.items()}
+        rows += curve(scheme, values)
+    found = shapes(rows)
+    assert {(s.position, s.factor) for s in found} == {(s, k) for s in schemes for k in paper_at}
+    assert all(s.same and s.ours == pytest.approx(s.paper) for s in found)
+    at_2 = {s.position: s for s in found if s.factor == 2}
+    assert at_2["sinusoidal"].paper == pytest.approx(43.54 / 20.05, abs=1e-3)
+    assert direction(at_2["t5"].paper) == "better" and direction(at_2["rotary"].paper) == "worse"
+
+
+def test_a_curve_that_goes_the_other_way_is_not_the_same():
+    rows = curve("alibi", {64: 20.0, 128: 30.0, 512: 20.1}) + curve("sinusoidal", {64: 20.0, 128: 19.0})
+    found = {(s.position, s.factor): s for s in shapes(rows)}
+    assert not any(s.same for s in found.values()) and len(found) == 3
+    text = shapes_table(found.values()).markdown()
+    assert "| ALiBi | 2 L | 0.953 (1,024) | 1.500 (L = 64) | no: better, worse |" in text
+    assert "no: better, flat" in text and "no: worse, better" in text
+
+
+def test_what_the_paper_has_not_is_left_out():
+    rows = curve("none", {64: 20.0, 128: 21.0}) + curve("alibi", {64: 20.0, 100: 21.0, 192: 20.0, 32: 22.0})
+    rows += curve("alibi", {64: 20.0, 128: 21.0}, split="test")
+    assert shapes(rows) == [] and shapes_table([]) is None
+
+
+@pytest.mark.parametrize("ratio, word", [(0.98, "better"), (0.991, "flat"), (1.009, "flat"), (1.02, "worse")])
+def test_directions(ratio, word):
+    assert direction(ratio) == word

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from study_rows import run_script, study, write_run
 
+from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
 from alibi_lm.study.publish import LARGEST, publish
 
@@ -51,6 +53,28 @@ def test_absolute_paths_are_cut_to_their_last_part(experiment, tmp_path):
         "source": {"kind": "folder", "path": "wiki text"}
     }
     assert "/home/ada" in (run / "config.yaml").read_text()
+
+
+def test_results_of_an_earlier_version_are_published_in_the_form_of_this_one(experiment, tmp_path):
+    """summary.npz held the sums per document; rows lacked task, metric, value and changes."""
+    target = tmp_path / "docs" / "mine"
+    names = ("task", "metric", "value", "n", "changes", "run_id", "folder")
+    lines = [json.loads(line) for line in (experiment / "results.jsonl").read_text().splitlines()]
+    old = [{key: value for key, value in line.items() if key not in names} for line in lines]
+    (experiment / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    numbers = {"float64": np.array([1.25, 2.5]), "int64": np.array([10, 20])}
+    spans = {"document_nats": ["float64", 0, 2], "document_tokens": ["int64", 0, 2]}
+    row = next(line for line in old if line["run"])
+    entry = {name: row[name] for name in ("run", "inference_length", "mode", "stride", "split", "corpus")}
+    index = np.frombuffer(json.dumps([entry | {"arrays": spans}]).encode(), dtype=np.uint8)
+    np.savez(experiment / "summary.npz", index=index, **numbers)
+    before = read_documents(experiment)
+    written = {path.name for path in publish(experiment, target)}
+    assert "documents.jsonl" in written and not [n for n in written if n.endswith((".npz", ".lock"))]
+    after = read_documents(target)
+    assert set(after) == set(before) and [one.nats.tolist() for one in after.values()] == [[1.25, 2.5]]
+    assert {row.metric for row in read_rows(target / "results.jsonl")} == {"perplexity"}
+    assert set(names) <= set(json.loads((target / "results.jsonl").read_text().splitlines()[0]))
 
 
 def test_a_second_publication_replaces_the_first_and_keeps_other_files(experiment, tmp_path):

@@ -1,5 +1,6 @@
 """The report is one whole file that needs nothing else, and text from result files stays text."""
 
+import base64
 import os
 import re
 import shutil
@@ -10,7 +11,6 @@ import pytest
 from study_rows import curve, run_script, study, unigram, write_run
 
 from alibi_lm.results.rows import write_rows
-from alibi_lm.study.inline_svg import inline_svg
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 CONFIG = "position: {name: alibi}\noptimizer: {lr: 0.002}\nseed: SEED\nnote: '</td><script>alert(1)</script>'\n"
@@ -70,34 +70,31 @@ def report(tmp_path_factory):
 
 def test_nothing_is_loaded_or_run(report):
     path, page = report
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "base", "svg"}
     for tag, attrs in page.elements:
         for name, value in attrs.items():
-            assert not name.startswith("on") and name not in ("src", "srcset", "action", "data"), (tag, name)
-            if name in ("href", "xlink:href"):
-                assert value.startswith("#"), (tag, value)
-            if name not in ("xmlns", "xmlns:xlink"):
-                assert "://" not in (value or ""), (tag, name, value)
-                assert not re.search(r"url\((?!#)", value or "")
+            assert not name.startswith("on") and name not in ("href", "srcset", "action", "data"), (tag, name)
+            assert name != "src" or re.match(r"data:image/(png|svg\+xml);base64,", value)
+            assert "://" not in (value or ""), (tag, name, value)
     style = re.search(r"<style>(.*?)</style>", path.read_text(), re.S)[1]
     assert "url(" not in style and "@import" not in style and "@font-face" not in style
     assert path.read_text().count("<style") == 1
+    (policy,) = [
+        attrs["content"] for attrs in page.all("meta") if "content" in attrs and "src" in attrs["content"]
+    ]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_each_view_has_its_figure_and_ids_do_not_clash(report):
+def test_each_view_has_its_figure(report):
     path, page = report
     assert [attrs["id"] for attrs in page.all("figure")] == ["figure-1", "figure-2"]
-    pictures = page.all("svg")
-    assert [p["aria-label"] for p in pictures] == [
-        "Perplexity by inference length, validation, nonoverlapping windows",
-        "Perplexity by inference length, validation, sliding window with stride 1",
+    pictures = page.all("img")
+    assert [p["alt"] for p in pictures] == [
+        "Results by inference length, validation, nonoverlapping windows",
+        "Results by inference length, validation, sliding window with stride 1",
     ]
-    assert all(float(p["viewbox"].split()[2]) == float(p["width"]) > 300 for p in pictures)
-    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    used = re.findall(r'(?:href="|url\()#([^")]+)', path.read_text())
-    assert used and set(used) <= set(ids)
-    assert len(page.all("use")) > 100  # the glyphs of all labels
+    drawn = base64.b64decode(pictures[0]["src"].partition(",")[2])
+    assert drawn == (path.parent / "extrapolation.svg").read_bytes()
 
 
 def test_it_has_tables_claims_fairness_configs_and_environments(report):
@@ -105,7 +102,7 @@ def test_it_has_tables_claims_fairness_configs_and_environments(report):
     for part in (
         "corpus (c0ffee); 10,000 tokens scored; 2 seeds",
         "The runs differ in more than the scheme. optimizer.lr: 0.002 in 7 runs; 0.005 in learned_L64_s2",
-        "sinusoidal 64 1, 2 22.84 (1.10) 20.81 40.60 (1.95) 162.40 (7.80)",
+        "sinusoidal 64 seeds 1, 2 22.84 (1.10) 20.81 40.60 (1.95) 162.40 (7.80)",
         "[1] positions end at 64",
         "HOLDS Sinusoidal positions are worse at 2L than at L.",
         "The same in all runs",
@@ -136,37 +133,20 @@ def test_hostile_names_of_runs_and_schemes_are_harmless(tmp_path):
     done = run_script("report.py", f"folder={tmp_path}")
     assert done.returncode == 0, done.stderr
     page = Page((tmp_path / "report.html").read_text())
-    assert not page.all("script") and not page.all("img") and not page.all("i")
+    assert not page.all("script") and not page.all("i")
+    assert all(attrs["src"].startswith("data:") for attrs in page.all("img"))
     assert '<img src="http://x" onerror="x">' in page.text
 
 
 def test_figures_of_the_analyses_are_in_it_and_left_overs_are_not(tmp_path):
     folder = tmp_path / "mine" / "extrapolation"
     study(folder)
-    plain = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>'
     (tmp_path / "mine" / "analysis").mkdir()
-    (tmp_path / "mine" / "analysis" / "per_position.svg").write_text(plain)
-    (folder / "extrapolation_validation_sliding99.svg").write_text(plain)
+    (tmp_path / "mine" / "analysis" / "per_position.png").write_bytes(b"picture")
+    (folder / "extrapolation_validation_sliding99.svg").write_text("<svg/>")
     assert run_script("report.py", f"folder={folder}").returncode == 0
     page = Page((folder / "report.html").read_text())
-    assert [attrs["aria-label"] for attrs in page.all("svg")][1:] == ["per position"]
-
-
-def test_a_foreign_svg_loses_what_runs_or_loads(tmp_path):
-    path = tmp_path / "a.svg"
-    path.write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9"'
-        ' onload="x()"><script>x()</script><image href="http://x/y.png"/><style>@import "z"</style>'
-        '<a xlink:href="http://x"><path id="p" style="fill: url(http://x#y)" clip-path="url(#p)"/></a>'
-        '<use xlink:href="#p"/></svg>'
-    )
-    text = inline_svg(path, "f1-", "a")
-    assert "x()" not in text and "http://x" not in text and "@import" not in text
-    assert 'id="f1-p"' in text and 'clip-path="url(#f1-p)"' in text and 'href="#f1-p"' in text
-    for bad in ("<svg", "<html/>", "\x00"):
-        path.write_text(bad)
-        with pytest.raises(ValueError, match=r"a\.svg is no SVG file"):
-            inline_svg(path, "f1-", "a")
+    assert [attrs["alt"] for attrs in page.all("img")][1:] == ["per position"]
 
 
 def chromium():

@@ -1,1 +1,0 @@
-"""Speed and memory of every position scheme and of peers, side by side in one run: `scripts/bench.py`."""

@@ -1,0 +1,222 @@
+"""The layers of the transformer, their sizes and their first weights.
+
+`Block.initialise` draws the weights from torch's global generator:
+
+| parameter | `scaled` | `fairseq` (the authors' code) |
+| --- | --- | --- |
+| q, k, v weights | normal, std D^-0.5 | Xavier uniform, gain 1/sqrt(2), each of its own (D, D) |
+| q, k, v biases | 0 | uniform +-D^-0.5 |
+| attention output weight | normal, std (2 num_layers D)^-0.5 | Xavier uniform |
+| attention output bias | 0 | 0 |
+| first FFN weight / bias | normal, std D^-0.5 / 0 | uniform +-D^-0.5 / uniform +-D^-0.5 |
+| second FFN weight / bias | normal, std (2 num_layers F)^-0.5 / 0 | uniform +-F^-0.5 / uniform +-F^-0.5 |
+| layer norms | 1 / 0 | 1 / 0 |
+
+`scaled` keeps the variance of the residual stream near one at the start (Radford et al. 2019, section 2.3).
+
+Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, F inside of the FFN, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alibi_lm.attention import Prepared
+from alibi_lm.positions import PositionScheme
+from alibi_lm.settings import require
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+INITIALISATIONS = ("scaled", "fairseq")
+
+
+@dataclass
+class ModelConfig:
+    """Sizes and regularisation of the transformer."""
+
+    name: str = "transformer"
+    num_layers: int = 4
+    """Blocks of attention and feed-forward."""
+    model_dim: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 8
+    """Attention heads; must divide model_dim."""
+    ffn_dim: int = 512
+    """Width of the feed-forward layer's inside."""
+    activation: str = "gelu"
+    """relu, gelu or silu."""
+    dropout: float = 0.0
+    """On embeddings and on each layer's two outputs, in [0, 1)."""
+    attention_dropout: float = 0.0
+    """On attention weights."""
+    activation_dropout: float = 0.0
+    """After the activation."""
+    final_norm: bool = True
+    """A layer norm after the last layer (the paper's models have none)."""
+    scale_embeddings: bool = True
+    """Multiply word vectors by sqrt(model_dim), before positions are added."""
+    tied: bool = True
+    """The output distribution uses the embedding's vectors; always so with adaptive_cutoffs."""
+    adaptive_cutoffs: list[int] = field(default_factory=list)
+    """Borders of the frequency bands of an adaptive vocabulary; empty: one plain softmax."""
+    adaptive_factor: float = 4.0
+    """Each band's vectors are this many times narrower than the band's before."""
+    adaptive_dropout: float = 0.0
+    """On the adaptive softmax's input and after each tail's projection."""
+    initialisation: str = "scaled"
+    """scaled or fairseq, see the table above."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "model_dim", "num_heads", "ffn_dim"):
+            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}. Use a whole number >= 1.")
+        require(
+            self.model_dim % self.num_heads == 0,
+            f"model.num_heads = {self.num_heads} does not divide model.model_dim = {self.model_dim}. "
+            "Each head takes model_dim / num_heads dimensions.",
+        )
+        require(
+            self.activation in ACTIVATIONS,
+            f"model.activation = {self.activation!r}. Allowed: {', '.join(ACTIVATIONS)}.",
+        )
+        for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_dropout"):
+            require(0 <= getattr(self, name) < 1, f"model.{name} = {getattr(self, name)}. Allowed: [0, 1).")
+        require(
+            self.initialisation in INITIALISATIONS,
+            f"model.initialisation = {self.initialisation!r}. Allowed: {', '.join(INITIALISATIONS)}.",
+        )
+        cutoffs = self.adaptive_cutoffs
+        require(
+            all(a < b for a, b in zip([0, *cutoffs], cutoffs, strict=False)),
+            f"model.adaptive_cutoffs = {cutoffs}. Use word counts that grow, like [20000, 60000].",
+        )
+        require(self.adaptive_factor >= 1, f"model.adaptive_factor = {self.adaptive_factor}. Use >= 1.")
+        require(
+            self.tied or not cutoffs,
+            "model.tied = false with model.adaptive_cutoffs. The adaptive vocabulary is always tied: "
+            "set model.tied=true or model.adaptive_cutoffs=[].",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.model_dim // self.num_heads
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for decoding in pieces.
+
+    `positions` is the record of what was seen. It grows at the end of a pass, so a pass that raises leaves the
+    cache as it was: what some layers have stored beyond it is overwritten by the next pass.
+
+    Attributes:
+        layers: of each layer k and v, each (B, H, S, K), and the layer's input (B, S, D) for schemes that read it.
+        positions: (S,) int64.
+        ends: first and last of the positions; None when empty.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.positions: Tensor | None = None
+        self.ends: tuple[int, int] | None = None
+
+    def next_position(self) -> int:
+        """The position after the last one seen; 0 when empty."""
+        return 0 if self.ends is None else self.ends[1] + 1
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append a layer's new keys, values and inputs; returns all of them."""
+        if self.positions is not None:
+            seen = len(self.positions)
+            old_k, old_v, old_x = self.layers[layer]
+            k, v = torch.cat([old_k[:, :, :seen], k], dim=2), torch.cat([old_v[:, :, :seen], v], dim=2)
+            if x is not None and old_x is not None:
+                x = torch.cat([old_x[:, :seen], x], dim=1)
+        self.layers[layer : layer + 1] = [(k, v, x)]
+        return k, v, x
+
+
+@dataclass
+class LayerPositions:
+    """What one scheme contributes to a forward pass, computed once and used by every layer it serves."""
+
+    scheme: PositionScheme
+    tables: tuple[Tensor, ...]
+    attend: Prepared
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim)
+        self.out = nn.Linear(config.model_dim, config.model_dim)
+
+    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        # (B, T, 3 D) -> three of (B, H, T, K)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = position.scheme.transform_qk(q, k, position.tables)
+        inputs = x if position.scheme.cache_inputs else None
+        if cache is not None:
+            k, v, inputs = cache.extend(layer, k, v, inputs)
+        y = position.attend(q, k, v, inputs)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around an activation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.model_dim, config.ffn_dim)
+        self.down = nn.Linear(config.ffn_dim, config.model_dim)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down(self.dropout(self.activation(self.up(x))))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a layer norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.model_dim)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.model_dim)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), layer, position, cache))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+    @torch.no_grad()
+    def initialise(self, form: str, num_layers: int) -> None:
+        """Draw the weights by the table at the top of this file."""
+        attention, ffn = self.attention, self.ffn
+        if form == "scaled":
+            depth = (2 * num_layers) ** -0.5
+            for layer, scale in ((attention.qkv, 1.0), (attention.out, depth), (ffn.up, 1.0), (ffn.down, depth)):
+                nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5)
+                nn.init.zeros_(layer.bias)
+            return
+        for projection in attention.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(projection, gain=2**-0.5)
+        nn.init.xavier_uniform_(attention.out.weight)
+        nn.init.zeros_(attention.out.bias)
+        bound = attention.qkv.in_features**-0.5
+        nn.init.uniform_(attention.qkv.bias, -bound, bound)
+        for layer in (ffn.up, ffn.down):
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.uniform_(layer.bias, -bound, bound)

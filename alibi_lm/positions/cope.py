@@ -1,0 +1,76 @@
+"""CoPE: positions are counted by content. A gate at each key says how much it counts.
+
+Source: Golovneva, Wang, Weston & Sukhbaatar 2024, "Contextual Position Encoding", arXiv 2405.18719, section 3; the
+authors' code is facebookresearch/RAM, projects/cope/src/cope/context_position.py.
+
+    gates[i, j] = sigmoid(q_i . k_j / sqrt(head_dim)),    j <= i
+    p[i, j] = min(gates[i, j] + ... + gates[i, i], num_positions - 1)
+    scores[i, j] = (q_i . k_j + term[i, j]) / sqrt(head_dim)
+    term[i, j] = q_i . table[p[i, j]], linear between the two whole positions around p[i, j]
+
+A query's own token is counted, so p[i, i] lies between 0 and 1. `table` is the paper's e. Each layer has one, for
+all its heads; it starts at 0. Absolute positions are used for the causal order alone.
+
+Past the trained length: defined everywhere; counts stop at num_positions - 1.
+Differs from the paper: nothing from the authors' code. Its listing adds the term after the division by
+sqrt(head_dim): `scaled_term=false`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.settings import require
+
+
+@dataclass
+class CopeConfig:
+    """Positions counted by gates on the keys."""
+
+    name: str = "cope"
+    num_positions: int = 64
+    """Positions that have a vector, >= 2; larger counts share the last one."""
+    scaled_term: bool = True
+    """Divide the position term by sqrt(head_dim), as the authors' code does; false: as in the paper's listing."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_positions >= 2, f"position.num_positions = {self.num_positions}. Use a whole number >= 2."
+        )
+
+    def build(self, shape: PositionShape) -> Cope:
+        """Build the scheme for a model of this shape."""
+        return Cope(self, shape)
+
+
+class Cope(PositionScheme):
+    """One table of position vectors for a layer."""
+
+    per_layer = True
+
+    def __init__(self, config: CopeConfig, shape: PositionShape) -> None:
+        super().__init__(shape)
+        self.scale = shape.head_dim**-0.5 if config.scaled_term else 1.0
+        self.table = nn.Parameter(torch.empty(config.num_positions, shape.head_dim))
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Zero, as the authors start."""
+        nn.init.zeros_(self.table)
+
+    def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            q, k, table = q.to(dtype), k.to(dtype), self.table.to(dtype)
+            gates = (q @ k.mT * q.shape[-1] ** -0.5).sigmoid()
+            gates = gates.masked_fill(k_pos > q_pos[:, None], 0.0)
+            counts = gates.flip(-1).cumsum(-1).flip(-1).clamp_max(len(table) - 1)
+            low = counts.floor().long()
+            high = counts.ceil().long()
+            terms = q @ table.T * self.scale
+            at_low, at_high = terms.gather(-1, low), terms.gather(-1, high)
+            return torch.lerp(at_low, at_high, counts - low)

@@ -1,0 +1,446 @@
+"""The chart engine: lines in panels, names at their ends, whiskers for intervals, one layout for all figures.
+
+`figures.py` turns result rows into the panels that are drawn here, `view_figures.py` turns analyses into them.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alibi_lm.files import whole_file
+from alibi_lm.study.style import Look, look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GRID, SOFT, RED = "#E4E4E4", "#777777", "#B00020"
+PAPER_DASHES = (1.0, 1.6)
+COINCIDE = 0.012
+"""Lines nearer than this share of a panel's height hide each other, so the lower one is drawn wider."""
+RC: dict[Any, Any] = {
+    "svg.hashsalt": "alibi_lm",  # ids in the SVG would otherwise be random
+    "svg.fonttype": "path",  # the same picture on machines without the font
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}
+"""Settings of matplotlib for every figure."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel, in the units drawn."""
+
+    position: str
+    """Scheme, which decides colour, marker and dashes."""
+    name: str
+    x: list[float]
+    y: list[float]
+    note: str = ""
+    """Small print under the name."""
+    low: list[float] = field(default_factory=list)
+    """Lower ends of the intervals, as long as y, or empty."""
+    high: list[float] = field(default_factory=list)
+    dots: list[tuple[float, float]] = field(default_factory=list)
+    """Single runs behind the line."""
+    stray: bool = False
+    """Thin with hollow markers: trained at another length than the panel's, or by other settings."""
+    ring: tuple[float, float] | None = None
+    """The point at its training length, where that is not the panel's."""
+    ends: bool = False
+    """Whether the scheme has no value beyond its last point."""
+
+    @property
+    def look(self) -> Look:
+        """Colour, marker, dashes."""
+        return look(self.position)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart."""
+
+    lines: list[Line]
+    title: str = ""
+    x_label: str = "inference length in tokens, log axis"
+    y_label: str = "perplexity per token"
+    trained: int | None = None
+    """Training length, marked by a vertical line; None where the lines have several, each ringed."""
+    log_y: bool = False
+    limits: tuple[float, float] | None = None
+    """Of the y axis; None: room for all lines and dots, and whiskers as far as they leave the lines readable."""
+    ticks: list[float] = field(default_factory=list)
+    """Of the x axis; empty: the training length times powers of two."""
+    symlog: bool = False
+    """An x axis that has a 0."""
+    markers: bool = True
+    band: bool = False
+    """Fill between low and high; for a panel with one line that has them."""
+    levels: dict[str, float] = field(default_factory=dict)
+    """Horizontal lines by name, such as `unigram` or `unigram (name of its text)`."""
+    dotted: list[Line] = field(default_factory=list)
+    """Published curves."""
+    behind: list[Line] = field(default_factory=list)
+    """Other lines, thin and grey."""
+    zero: bool = False
+
+
+def draw_panel(axis: Axes, panel: Panel) -> None:
+    """Draw one chart into empty axes."""
+    lines = [line for line in panel.lines if line.x]
+    if not lines:
+        say(axis, "no scheme here has a value")
+        return
+    dress(axis, panel.title)
+    _x_axis(axis, panel, lines)
+    axis.set_ylim(*(panel.limits or limits_of(panel, lines)))
+    if panel.log_y:
+        axis.set_yscale("log")
+    labels: list[Label] = []
+    ordered = sorted(lines, key=lambda line: line.position == "alibi")  # ALiBi on top of the others
+    spans = [line for line in ordered if line.low and not panel.band]
+    for grey in panel.behind:
+        axis.plot(grey.x, grey.y, color="#BBBBBB", linewidth=0.7, zorder=1)
+    under = hidden_under(ordered, axis.get_ylim(), panel.log_y)
+    step = min(1.0, 2 / max([*under, 1]))  # however many lie upon each other, the lowest is not too wide
+    for line, wider in zip(ordered, (count * step for count in under), strict=True):
+        shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.05 if line in spans else 0.0
+        _draw(axis, panel, line, wider, 0.0 if panel.symlog else shift)
+        if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
+            labels.append(Label(line.x[-1], line.y[-1], line.name, line.look.color, line.note))
+    for line in panel.dotted:
+        axis.plot(line.x, line.y, color=line.look.color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
+    if panel.zero:
+        axis.axhline(0, color="#999999", linewidth=0.9, zorder=1)
+    _levels(axis, panel, labels)
+    _y_ticks(axis, panel.log_y)
+    write_labels(axis, labels)
+    axis.set_ylabel(panel.y_label + (", log axis" if panel.log_y else ""), fontsize=8.5)
+    axis.set_xlabel(panel.x_label, fontsize=8.5, labelpad=1)
+
+
+def limits_of(panel: Panel, lines: Sequence[Line]) -> tuple[float, float]:
+    """The y axis's ends: all values, and whiskers as long as they at most treble the height."""
+    to, back = (math.log, math.exp) if panel.log_y else (float, float)
+    values = [to(v) for line in lines for v in [*line.y, *(y for _, y in line.dots)]]
+    low, high = min(values), max(values)
+    ends = [
+        (to(a), to(b))
+        for line in lines
+        for a, b in zip(line.low, line.high, strict=True)
+        if a > 0 or not panel.log_y
+    ]
+    widths = sorted(b - a for a, b in ends)
+    room = math.inf if panel.zero else max(high - low, widths[len(widths) // 2] if widths else 0.0)
+    low = max(min([low, *(a for a, _ in ends)]), low - room)
+    high = min(max([high, *(b for _, b in ends)]), high + room)
+    edge = 0.06 * (high - low) or abs(0.05 * high) or 1e-3
+    if panel.zero:  # rounding must not fill the panel
+        low, high = min(low, -1e-3), max(high, 1e-3)
+    return back(low - edge), back(high + edge)
+
+
+def hidden_under(lines: Sequence[Line], limits: tuple[float, float], log_y: bool) -> list[int]:
+    """How many later lines of other schemes each line lies under, over its whole length.
+
+    Such a line is drawn wider, so that it shows on both sides of what covers it.
+    """
+    to = math.log if log_y else float
+    span = to(limits[1]) - to(limits[0])
+
+    def covers(upper: Line, lower: Line) -> bool:
+        at = dict(zip(upper.x, upper.y, strict=True))
+        return upper.position != lower.position and all(
+            x in at and abs(to(at[x]) - to(y)) < COINCIDE * span for x, y in zip(lower.x, lower.y, strict=True)
+        )
+
+    return [sum(covers(upper, lower) for upper in lines[i + 1 :]) for i, lower in enumerate(lines)]
+
+
+def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> None:
+    style = line.look
+    x = [v * 2**shift for v in line.x]
+    faint = line.stray
+    dashes: dict[str, Any] = {"dashes": style.dashes} if style.dashes and not wider else {}
+    axis.plot(
+        x,
+        line.y,
+        color=style.color,
+        linewidth=(1.2 if faint else 1.9) + 3 * wider,
+        alpha=0.55 if wider else 1,
+        marker=style.marker if panel.markers else "",
+        markevery=spaced(line.x) if not panel.symlog else None,
+        markersize=(6.4 if style.marker in "XP*" else 5.2) + 4 * wider,
+        markeredgewidth=1.1 if faint else 0.6,
+        markerfacecolor="white" if faint else style.color,
+        markeredgecolor=style.color if faint else "white",
+        zorder=4 - 0.1 * wider,
+        **dashes,
+    )
+    if line.dots:
+        axis.plot(*zip(*line.dots, strict=True), ".", color=style.color, markersize=3, alpha=0.45, zorder=3)
+    if panel.band:
+        axis.fill_between(x, line.low, line.high, color=style.color, alpha=0.16, linewidth=0, zorder=2)
+    elif line.low:
+        pairs = zip(line.low, line.high, line.y, strict=True)
+        lengths = [(y - low, high - y) for low, high, y in pairs]
+        below, above = ([max(0.0, pair[k]) for pair in lengths] for k in (0, 1))
+        axis.errorbar(
+            x, line.y, [below, above], fmt="none", ecolor=style.color, elinewidth=0.9, capsize=2, zorder=3
+        )
+    if line.ring is not None:
+        axis.plot(*([v] for v in line.ring), "o", markersize=10, mfc="none", mec=style.color, mew=0.9, zorder=5)
+    if line.ends:
+        axis.plot(x[-1:], line.y[-1:], "|", color=style.color, markersize=13, markeredgewidth=1.6, zorder=5)
+
+
+def dress(axis: Axes, title: str, color: str = "#333333") -> None:
+    """Grid, small ticks, two spines and the title of a panel."""
+    axis.set_title(title, fontsize=9, loc="left", color=color)
+    axis.grid(True, color=GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8, length=3)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def say(axis: Axes, words: str) -> None:
+    """Words in place of a chart."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    text = textwrap.fill(words, 34)
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", fontsize=8, color=SOFT)
+
+
+def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    places = sorted({x for line in [*lines, *panel.behind] for x in line.x})
+    trained = panel.trained
+    if panel.symlog:
+        axis.set_xscale("symlog", base=2, linthresh=places[1] if len(places) > 1 else 1)
+        ticks = places
+    else:
+        axis.set_xscale("log", base=2)
+        # Lines with whiskers stand side by side.
+        beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
+        pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
+        axis.set_xlim(places[0] / pad, places[-1] * pad)
+        ticks = panel.ticks or length_ticks(places[0], places[-1], trained or places[0])
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))
+    if trained is not None and (panel.symlog or axis.get_xlim()[0] <= trained <= axis.get_xlim()[1]):
+        axis.axvline(trained, color="#999999", linewidth=0.9, dashes=(3, 2), zorder=1)
+
+
+def _y_ticks(axis: Axes, log_y: bool) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_ylim()
+    if not log_y:
+        axis.yaxis.set_major_locator(MaxNLocator(7))
+    elif high / low < 8:  # powers of ten would leave one tick or none
+        axis.yaxis.set_major_locator(FixedLocator([v for v in MaxNLocator(7).tick_values(low, high) if v > 0]))
+    else:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,), numticks=12))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(
+        FuncFormatter(lambda v, _: f"{v:g}" if v < 1e5 else f"{v:.0e}".replace("e+0", "e"))
+    )
+
+
+def length_ticks(first: float, last: float, anchor: float) -> list[float]:
+    """Tick positions: the anchor times powers of two, thinned to at most nine."""
+    low = math.ceil(math.log2(first / anchor) - 1e-9)
+    high = math.floor(math.log2(last / anchor) + 1e-9)
+    if high <= low:  # less than an octave: the two ends say more than one power of two
+        return sorted({float(first), float(last)})
+    step = math.ceil((high - low + 1) / 9)
+    return [anchor * 2.0**k for k in range(low, high + 1) if k % step == 0]
+
+
+def spaced(lengths: Sequence[float]) -> list[int]:
+    """Indices of points far enough apart for a marker each (a dozen to the axis)."""
+    span = math.log(lengths[-1] / lengths[0]) or 1.0
+    kept = [0]
+    for index in range(1, len(lengths)):
+        if math.log(lengths[index] / lengths[kept[-1]]) >= span / 12:
+            kept.append(index)
+    return kept
+
+
+def _levels(axis: Axes, panel: Panel, labels: list[Label]) -> None:
+    for name, value in sorted(panel.levels.items()):
+        low, high = axis.get_ylim()
+        if value > high:
+            axis.set_ylim(low, value * 1.08)
+        axis.axhline(value, color="#AAAAAA", linewidth=0.9, zorder=1)
+        what, _, text = name.partition(" (")
+        labels.append(Label(axis.get_xlim()[1], value, f"{what} baseline", SOFT, text.removesuffix(")")))
+
+
+def fits(panel: Panel, value: float) -> bool:
+    """Whether a horizontal line would cost little room; far above the curves it would squash them."""
+    lines = [line for line in panel.lines if line.x]
+    if not lines:
+        return False
+    low, high = panel.limits or limits_of(panel, lines)
+    return low <= value <= (high * (high / low) ** 0.35 if panel.log_y else high)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name beside the end of a line; `x`, `y` are that end in data units."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+    note: str = ""
+    """Further lines, small."""
+
+
+def write_labels(axis: Axes, labels: Sequence[Label]) -> None:
+    """Write the names at the right edge, moved apart where they would touch, each tied to its line's end."""
+    figure = axis.get_figure(root=True)
+    assert figure is not None  # panels are drawn into a figure
+    height = axis.get_position().height * figure.get_size_inches()[1] * 72  # points
+    to_fraction = axis.transData + axis.transAxes.inverted()
+    slots: list[tuple[float, Label, str]] = []  # height wanted, label, small print or nothing
+    for label in sorted(labels, key=lambda item: (item.y, item.text)):
+        end = float(to_fraction.transform((label.x, label.y))[1])
+        slots += [(end, label, note) for note in reversed(note_lines(label.note))]
+        slots.append((end, label, ""))
+    places = spread([end for end, _, _ in slots], gap=10.0 / height)
+    for (end, label, note), place in zip(slots, places, strict=True):
+        style: dict[str, Any] = dict(fontsize=7 if note else 8.2, color=label.color)
+        if label.text.startswith("ALiBi") and not note:
+            style["fontweight"] = "bold"
+        axis.text(1.05, place, note or label.text, transform=axis.transAxes, va="center", **style)
+        if note:
+            continue
+        x = float(to_fraction.transform((label.x, label.y))[0])
+        leader: dict[str, Any] = dict(color=label.color, clip_on=False, zorder=2, transform=axis.transAxes)
+        if x > 0.9:
+            axis.plot([min(x + 0.014, 1.0), 1.04], [end, place], linewidth=0.6, alpha=0.6, **leader)
+        else:  # a long way: so faint that nobody takes it for data
+            axis.plot([x + 0.02, 1.0, 1.04], [end, end, place], linewidth=0.7, alpha=0.6, dashes=(1, 5), **leader)
+
+
+def note_lines(note: str) -> list[str]:
+    """Small print in lines that fit beside a panel, three at most."""
+    return textwrap.wrap(note, 26, max_lines=3, placeholder=" ...") if note else []
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places at least `gap` apart in [0, 1], in the same order, as near as can be to the wanted ones (rising).
+
+    Groups that touch are centred on the mean of what their members wanted, as in isotonic regression. More places
+    than there is room for go beyond 1.
+    """
+    groups: list[list[float]] = []  # mean of (wanted - index * gap), size
+    for index, value in enumerate(wanted):
+        groups.append([value - index * gap, 1.0])
+        while len(groups) > 1 and groups[-2][0] >= groups[-1][0]:
+            mean, size = groups.pop()
+            groups[-1] = [
+                (groups[-1][0] * groups[-1][1] + mean * size) / (groups[-1][1] + size),
+                groups[-1][1] + size,
+            ]
+    flat = [mean for mean, size in groups for _ in range(int(size))]
+    top = 1 - (len(flat) - 1) * gap
+    return [max(0.0, min(mean, top)) + index * gap for index, mean in enumerate(flat)]
+
+
+Cell = Panel | Callable[["Axes"], None] | None
+"""A chart, a function that draws into axes, or an empty place."""
+
+
+def build(
+    title: str,
+    rows: Sequence[Sequence[Cell]],
+    origin: str,
+    remarks: Sequence[str] = (),
+    marks: Sequence[str] = (),
+    size: tuple[float, float] = (3.6, 3.1),
+) -> Figure:
+    """A figure: its head, then a grid of cells.
+
+    Args:
+        title: in bold.
+        rows: cells by row.
+        origin: where the numbers are from, in small print.
+        remarks: what is not drawn and why, and keys of signs.
+        marks: in red, what makes the comparison unfair.
+        size: width and height of a chart in inches, without its labels.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in rows)
+    panels = [cell for row in rows for cell in row if isinstance(cell, Panel)]
+    names = [len(t) for panel in panels for line in panel.lines for t in (line.name, *note_lines(line.note))]
+    names += [min(26, len(name) + 9) for panel in panels for name in panel.levels]
+    right = 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
+    # A slot of ten points for each label and line of small print.
+    slots = max(
+        [sum(1 + len(note_lines(line.note)) for line in p.lines) + 3 * len(p.levels) for p in panels] or [0]
+    )
+    chart = (size[0], max(size[1], slots * 10.5 / 72))
+    width = 0.62 + columns * (chart[0] + right) + (columns - 1) * 0.55
+    characters = int((width - 0.32) / 0.066)
+    head = [(line, "#555555") for line in textwrap.wrap(origin, characters)]
+    head += [(line, SOFT) for remark in _some(remarks) for line in textwrap.wrap(remark, characters)]
+    head += [(line, RED) for mark in _some(marks) for line in textwrap.wrap(mark, characters, max_lines=2)]
+    top = 0.42 + 0.16 * len(head) + 0.36
+    height = top + len(rows) * chart[1] + (len(rows) - 1) * 0.95 + 0.58
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(width, height), facecolor="white")
+        for r, row in enumerate(rows):
+            for c, cell in enumerate(row):
+                if cell is None:
+                    continue
+                left = 0.62 + c * (chart[0] + right + 0.55)
+                bottom = height - top - chart[1] - r * (chart[1] + 0.95)
+                axis = figure.add_axes((left / width, bottom / height, chart[0] / width, chart[1] / height))
+                if isinstance(cell, Panel):
+                    draw_panel(axis, cell)
+                else:
+                    cell(axis)
+        left = 0.16 / width
+        figure.text(left, 1 - 0.12 / height, title, va="top", fontsize=12, fontweight="bold")
+        for index, (line, color) in enumerate(head):
+            figure.text(left, 1 - (0.37 + 0.16 * index) / height, line, va="top", fontsize=8, color=color)
+    return figure
+
+
+def grid(cells: Sequence[Cell], columns: int) -> list[list[Cell]]:
+    """Cells in rows of equal length."""
+    padded = [*cells, *[None] * (-len(cells) % columns)]
+    return [list(padded[start : start + columns]) for start in range(0, len(padded), columns)]
+
+
+def _some(lines: Sequence[str]) -> list[str]:
+    return list(lines) if len(lines) <= 4 else [*lines[:3], f"and {len(lines) - 3} more (see the table)"]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG or SVG, by its suffix, atomically; the same figure gives the same bytes."""
+    import matplotlib
+
+    # Dates and versions would make the same rows give different files.
+    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    with whole_file(path) as file, matplotlib.rc_context(RC):
+        figure.savefig(file, format=path.suffix[1:], dpi=160, metadata=metadata)

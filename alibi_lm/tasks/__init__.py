@@ -1,0 +1,1 @@
+"""Tasks: what a model is asked to predict, and how well it did."""

@@ -1,0 +1,92 @@
+"""What the evaluator asks of a task: sequences, which of their targets count, and what its result is called.
+
+A task numbers its targets 0, 1, ... and hands them out in batches, so that the scorer can check that each is
+scored exactly once, whatever the batches look like. Targets that are judged together (a document of a text, the
+answer of an item) have consecutive numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from alibi_lm.distributed import World
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one length.
+
+    Attributes:
+        input_ids: (B, T) int64, on the CPU.
+        target_ids: (B, T) int64; target t follows input t.
+        numbers: (B, T') int64: numbers of the last T' targets of each row, -1 for one that does not count; targets
+            before them are context only.
+    """
+
+    input_ids: Tensor
+    target_ids: Tensor
+    numbers: np.ndarray
+
+    @property
+    def score_from(self) -> int:
+        """Targets before this column are context only."""
+        return self.input_ids.shape[1] - self.numbers.shape[1]
+
+
+class Task(ABC):
+    """One task, with everything that its targets depend on.
+
+    Attributes:
+        name: in result rows and file names.
+        about: what is asked and what the value means, in one paragraph.
+        metrics: `perplexity` (per target), `accuracy` (share of groups whose targets are all the model's first
+            choice), or both.
+        mode: how targets get their context, see `ResultRow.mode`.
+        stride: in sliding mode, else None.
+        split: `validation` or `test`.
+        corpus: 12 hex digits that stand for the text or for what the items are drawn from.
+        words: of the text, as people count them; None where that means nothing.
+        bytes: of the text, likewise.
+    """
+
+    name: str
+    about: str
+    metrics: tuple[str, ...] = ("perplexity",)
+    mode: str = "items"
+    stride: int | None = None
+    split: str = "validation"
+    corpus: str | None = None
+    words: int | None = None
+    bytes: int | None = None
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What targets and inputs depend on, beside the length; stored results are known by it."""
+
+    @abstractmethod
+    def num_targets(self, length: int) -> int:
+        """How many targets count at an inference length."""
+
+    @abstractmethod
+    def groups(self, length: int) -> np.ndarray:
+        """(G,) int64, rising from 0: the first target of each document or item."""
+
+    @abstractmethod
+    def batches(self, length: int, tokens_per_forward: int = 8192, world: World | None = None) -> Iterator[Batch]:
+        """All targets, each in exactly one batch; with several processes, this one's share.
+
+        Args:
+            length: most tokens of a sequence.
+            tokens_per_forward: tokens of a batch; one sequence at least.
+            world: the processes that share the work.
+        """
+
+    def refuses(self, length: int) -> str:
+        """Why there is nothing to measure at this length; empty where there is."""
+        return ""

@@ -1,0 +1,261 @@
+"""A study on a machine without a network, as the compute nodes of many clusters are, within a given time.
+
+    pack      where there is a network: code, wheels, prepared token streams and the list of runs, in one folder
+    work      there: a check, the benchmark, then the runs, some at a time, and an evaluator that follows them
+    collect   there: results, records and logs in one archive, without weights
+
+`start.sh` in the folder does the last two. Nothing is installed into the machine's Python, which must have torch.
+A run that the end of the time interrupts saves where it is, and goes on when `start.sh` is given again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alibi_lm.files import read_json, write_json, write_text
+from alibi_lm.runs import status
+from alibi_lm.settings import require
+
+ROOT = Path(__file__).resolve().parents[1]
+START = """#!/bin/sh
+# sh start.sh seconds=840 trainers=2 'bench=lengths=[512] seconds=60'
+cd "$(dirname "$0")" || exit 1
+export PYTHONPATH="$PWD/code:$PWD/site"
+if [ -d wheels ] && [ ! -d site ]; then
+    python3 -m pip install --quiet --no-index --find-links wheels --target site WHEELS || exit 1
+fi
+python3 code/scripts/offline.py do=work folder=. "$@"
+status=$?
+python3 code/scripts/offline.py do=collect folder=. || exit 1
+exit $status
+"""
+GRACE = 20.0
+"""Seconds that an interrupted command has for saving its work."""
+
+
+@dataclass
+class OfflineConfig:
+    """Settings of `scripts/offline.py`."""
+
+    do: str
+    """pack, work or collect."""
+    folder: str = "outputs/offline"
+    """What travels; `work` and `collect` leave their files there too."""
+    experiment: str = "quick"
+    """pack: whose runs."""
+    overrides: list[str] = field(default_factory=list)
+    """pack: settings of all runs, such as '[device=cuda,data.path=/data/wikitext]'."""
+    wheels: list[str] = field(default_factory=list)
+    """pack: packages that the machine lacks, downloaded with what they depend on, such as '[hydra-core]'."""
+    seconds: float = 840.0
+    """work: all that is begun has ended by then."""
+    trainers: int = 2
+    """work: runs that train side by side; small models leave a GPU idle now and then."""
+    bench: str | None = None
+    """work: settings of the benchmark, such as 'lengths=[512] seconds=60'; null: no benchmark."""
+
+    def __post_init__(self) -> None:
+        require(self.do in ("pack", "work", "collect"), f"do = {self.do!r}. Allowed: pack, work, collect.")
+        require(self.seconds > 0, f"seconds = {self.seconds}. Use a number > 0.")
+        require(self.trainers >= 1, f"trainers = {self.trainers}. Use a whole number >= 1.")
+
+
+def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus: Callable[..., None]) -> None:
+    """Fill the folder.
+
+    Args:
+        config: what to pack.
+        planned_runs: (experiment, overrides) -> folder -> (overrides, config) of each run.
+        prepare_corpus: prepares the token streams of a run's config.
+
+    Raises:
+        ValueError: settings that do not fit together, or a folder that holds other things.
+        subprocess.CalledProcessError: git or pip failed.
+    """
+    folder = Path(config.folder).absolute()
+    known = not folder.exists() or not any(folder.iterdir()) or (folder / "kit.json").is_file()
+    require(known, f"folder = {folder} holds other things. Name another folder.")
+    for name in ("code", "wheels", "kit.json"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    cache = f"data.cache_dir={folder / 'data'}"
+    local = [] if any(o.startswith("tracking") for o in config.overrides) else ["tracking=jsonl"]
+    runs = planned_runs(config.experiment, [*config.overrides, *local])
+    prepare_corpus(next(iter(planned_runs(config.experiment, [*config.overrides, cache]).values()))[1])
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True).stdout
+
+    with tarfile.open(fileobj=io.BytesIO(git("archive", "HEAD"))) as archive:
+        archive.extractall(folder / "code", filter="data")
+    if config.wheels:
+        wheels = ["-d", str(folder / "wheels"), *config.wheels]
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *wheels], check=True)
+    todo = {path.name: overrides for path, (overrides, _) in runs.items() if status(path) != "finished"}
+    shared = [o for o in config.overrides if o.startswith(("device=", "threads="))]
+    kit = {"experiment": config.experiment, "commit": git("rev-parse", "HEAD").decode().strip()}
+    write_json(folder / "kit.json", kit | {"shared": shared, "runs": todo})
+    write_text(folder / "start.sh", START.replace("WHEELS", shlex.join(config.wheels)))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {len(todo)} runs, {size / 2**20:.0f} MiB. There: sh start.sh")
+
+
+def work(config: OfflineConfig) -> int:
+    """Check, measure, train and evaluate until the time is over; returns 1 if something failed."""
+    end = time.monotonic() + config.seconds
+    folder = Path(config.folder).absolute()
+    kit = read_json(folder / "kit.json")
+    place = folder / "work"
+    place.mkdir(exist_ok=True)
+    crew = Crew(place, {"ALIBI_LM_COMMIT": kit["commit"]}, end)
+
+    def script(name: str, *arguments: str) -> list[str]:
+        return [sys.executable, str(folder / "code" / "scripts" / f"{name}.py"), *arguments]
+
+    cache = f"data.cache_dir={folder / 'data'}"
+    smoke = ["experiment=smoke", "tracking=jsonl", "overwrite=true", "output_dir=check", cache]
+    crew.run("check", script("train", *smoke, *kit["shared"]))
+    if config.bench:
+        crew.run("bench", script("bench", *config.bench.split()))
+    runs = []
+    for name, overrides in kit["runs"].items():
+        path = f"outputs/{kit['experiment']}/runs/{name}"
+        train = script("train", *overrides, cache, f"output_dir={path}")
+        own = [f"experiment={kit['experiment']}", f"runs={path}", "draw=false", *kit["shared"]]
+        runs.append((name, train, script("evaluate", *own)))
+    crew.study(runs, config.trainers)
+    return int(crew.failures > 0)
+
+
+class Crew:
+    """Runs commands, several at a time, until the time is over.
+
+    Args:
+        place: the folder in which commands run; their output goes to its logs/.
+        environment: variables set for them.
+        end: the time, by `time.monotonic`, at which all have ended.
+
+    Attributes:
+        failures: commands that ended with another status than 0, other than those that were interrupted.
+    """
+
+    def __init__(self, place: Path, environment: dict[str, str], end: float) -> None:
+        self.place, self.environment, self.end = place, environment, end
+        self.failures = 0
+        (place / "logs").mkdir(exist_ok=True)
+
+    def left(self) -> float:
+        """Seconds until running commands are asked to stop."""
+        return self.end - GRACE - time.monotonic()
+
+    def start(self, name: str, command: Sequence[str]) -> Started | None:
+        """Start a command; None where no time is left."""
+        if self.left() <= 0:
+            self._verdict(name, "not begun", 0.0)
+            return None
+        with (self.place / "logs" / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, cwd=self.place, env=os.environ | self.environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        return Started(name, process, time.monotonic())
+
+    def finish(self, started: Started) -> bool:
+        """Wait for a command to end, and interrupt it where the time is over; returns whether all is well."""
+        process = started.process
+        try:
+            process.wait(max(0.0, self.left()))
+        except subprocess.TimeoutExpired:
+            started.interrupt()
+            try:
+                process.wait(max(0.1, self.end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        verdict = f"failed ({process.returncode})" if process.returncode else "done"
+        verdict = "interrupted" if started.interrupted else verdict
+        self.failures += verdict.startswith("failed")
+        self._verdict(started.name, verdict, time.monotonic() - started.began)
+        return verdict == "done"
+
+    def run(self, name: str, command: Sequence[str]) -> bool:
+        """Run one command alone."""
+        started = self.start(name, command)
+        return started is not None and self.finish(started)
+
+    def study(self, runs: Sequence[tuple[str, Sequence[str], Sequence[str]]], trainers: int) -> None:
+        """Train runs in their order, some side by side, and evaluate each that is done, one after the other.
+
+        Args:
+            runs: name, command of training, command of evaluation.
+            trainers: how many train at a time.
+        """
+        waiting, trained = list(runs), list[tuple[str, Sequence[str]]]()
+        training: dict[Started, tuple[str, Sequence[str]]] = {}
+        evaluating: Started | None = None
+        while waiting or training or trained or evaluating:
+            while waiting and len(training) < trainers:
+                name, train, evaluate = waiting.pop(0)
+                if started := self.start(f"train {name}", train):
+                    training[started] = (f"evaluate {name}", evaluate)
+            if trained and evaluating is None:
+                evaluating = self.start(*trained.pop(0))
+            if over := self.left() <= 0:
+                for started in [*training, *([evaluating] if evaluating else [])]:
+                    started.interrupt()
+            for started in [s for s in training if over or s.process.poll() is not None]:
+                follows = training.pop(started)
+                if self.finish(started):
+                    trained.append(follows)
+            if evaluating is not None and (over or evaluating.process.poll() is not None):
+                self.finish(evaluating)
+                evaluating = None
+            time.sleep(0.05)
+
+    def _verdict(self, name: str, verdict: str, seconds: float) -> None:
+        line = f"{name}: {verdict}, {seconds:.0f} s"
+        print(line, flush=True)
+        with (self.place / "verdicts.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+@dataclass(eq=False)
+class Started:
+    """A running command."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    began: float
+    interrupted: bool = False
+
+    def interrupt(self) -> None:
+        """Ask it to save its work and to end, once."""
+        if not self.interrupted and self.process.poll() is None:
+            self.interrupted = True
+            self.process.send_signal(signal.SIGTERM)
+
+
+def collect(config: OfflineConfig) -> Path:
+    """Put what came out into <folder>/collected.tgz: all but weights and what was kept of each target.
+
+    Unpacked in a checkout (`tar -xzf collected.tgz`), its outputs/ lie where figures, claims and reports look.
+    """
+    place = Path(config.folder).absolute() / "work"
+    require(place.is_dir(), f"folder = {config.folder} has no work/. Use do=work first.")
+    path = place.parent / "collected.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for file in sorted(p for p in place.rglob("*") if p.is_file()):
+            if not {"checkpoints", "tokens"} & set(file.parts) and not file.name.endswith(".lock"):
+                archive.add(file, file.relative_to(place))
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    return path

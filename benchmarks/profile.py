@@ -1,0 +1,68 @@
+"""Where the time of a training step goes, by part of the model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.subjects import Subject, Task, words
+
+PARTS: Mapping[str, str] = {
+    "loss": r"LinearCrossEntropy|nll_loss|log_softmax|logsumexp",
+    "optimizer, clipping": r"Optimizer\.|_fused_adamw|_foreach",
+    "attention": r"scaled_dot_product|key_bias_attention|native_attention|softmax|bmm|flash_attention",
+    "linear layers": r"addmm|aten::mm\b|AddmmBackward|MmBackward",
+}
+"""Name of a part -> operators that belong to it, with all that they call. The first that fits is taken."""
+REST = "norms, activations, embeddings, copies"
+
+
+def profile_step(subject: Subject, task: Task) -> dict[str, float]:
+    """Share of each part in one training step's time on the CPU, largest first; they add up to 1.
+
+    Args:
+        subject: what is measured.
+        task: its tokens.
+    """
+    # Its library reports each start and stop on standard error otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from torch.profiler import ProfilerActivity, profile
+
+    ids = words(task.batch, task.length + 1, subject.setup.vocab_size).to(subject.setup.device)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    subject.module.to(subject.setup.device)
+    subject.train_step(inputs, targets)  # allocates the optimizer's state
+    # Without acc_events some versions of torch warn, which a caller may have made an error.
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+        subject.train_step(inputs, targets)
+    microseconds: dict[str, float] = {}
+    for event in found.events():
+        part = _part(event)
+        microseconds[part] = microseconds.get(part, 0.0) + event.self_cpu_time_total
+    subject.release()
+    total = sum(microseconds.values())
+    return dict(sorted(((part, us / total) for part, us in microseconds.items()), key=lambda item: -item[1]))
+
+
+def _part(event: Any) -> str:
+    """The part that an operator, or the outermost one that called it, belongs to."""
+    chain = []
+    while event is not None:
+        chain.append(str(event.name))
+        event = event.cpu_parent
+    for name in reversed(chain):
+        for part, pattern in PARTS.items():
+            if re.search(pattern, name):
+                return part
+    return REST
+
+
+def profile_table(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown, one column per subject."""
+    parts = list(dict.fromkeys(part for share in shares.values() for part in share))
+    lines = [f"| part of the step | {' | '.join(shares)} |", f"| --- |{' --: |' * len(shares)}"]
+    for part in parts:
+        lines.append(f"| {part} | {' | '.join(f'{share.get(part, 0):.0%}' for share in shares.values())} |")
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""What the tests of backends share: a scheme with parameters of some size, and a pass through a backend."""
+
+import torch
+
+from alibi_lm.attention import Backends
+from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
+
+
+def scheme_of(name: str, num_heads: int, **settings: object) -> PositionScheme:
+    scheme = POSITIONS[name](**settings).build(PositionShape(num_heads * 8, 8, num_heads, 2, 64, 64))
+    with torch.no_grad():
+        for parameter in scheme.parameters():
+            parameter.mul_(5)
+    return scheme
+
+
+def attend(backend, scheme, q, k, v, positions=None, window=None, dropout=0.0) -> torch.Tensor:
+    """A pass through a backend, or through the one of a name and what it falls back on; queries come last."""
+    if isinstance(backend, str):
+        backend = Backends(backend, "test")
+    k_pos = torch.arange(k.shape[2], device=k.device) if positions is None else positions
+    q_pos, span = k_pos[len(k_pos) - q.shape[2] :], int(k_pos[-1] - k_pos[0])
+    if isinstance(backend, Backends):
+        return backend.prepare(scheme, q_pos, k_pos, span, window, q.dtype, dropout)(q, k, v)
+    return backend(q, k, v, backend.prepare(scheme, q_pos, k_pos, span, window, q.dtype), None, dropout)
+
+
+def draw(batch: int, heads: int, length: int, dim: int, size: float = 1.0) -> list[torch.Tensor]:
+    """q, k, v and a gradient, (B, H, T, K), as a model has them: views of one tensor, tokens before heads."""
+    torch.manual_seed(length + dim)
+    return list((torch.randn(batch, length, 4, heads, dim) * size).permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def run(backend, scheme, length: int, dtype: torch.dtype, window: int | None = None) -> list[torch.Tensor]:
+    """Output, and gradients of q, k, v and the scheme's parameters; the same draw for every dtype."""
+    q, k, v, grad = (x.bfloat16().to(dtype) for x in draw(2, scheme.shape.num_heads, length, 8))
+    leaves = [x.requires_grad_() for x in (q, k, v)] + list(scheme.parameters())
+    out = attend(backend, scheme, q, k, v, window=window)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def assert_within(actual: list[torch.Tensor], expected: list[torch.Tensor], budget: float) -> None:
+    """Every tensor within `budget` of the largest entry of its expectation, or of the largest gradient."""
+    scale = max(float(e.abs().max()) for e in expected[1:])
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.shape == theirs.shape
+        error = float((mine.double() - theirs.double()).abs().max())
+        assert error <= budget * max(scale, float(theirs.abs().max()))

@@ -1,0 +1,125 @@
+"""CoPE against a construction written out pair by pair in float64, and against the authors' code."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alibi_lm.attention import Backends
+from alibi_lm.model.transformer import KeyValueCache
+from alibi_lm.positions.base import PositionShape
+from alibi_lm.positions.cope import Cope, CopeConfig
+
+
+def cope(table: torch.Tensor, num_heads: int, **settings) -> Cope:
+    """A scheme with the table (num_positions, head_dim), in float64."""
+    positions, head_dim = table.shape
+    shape = PositionShape(num_heads * head_dim, head_dim, num_heads, 2, 64, 64)
+    scheme = CopeConfig(num_positions=positions, **settings).build(shape).double()
+    with torch.no_grad():
+        scheme.table.copy_(table)
+    return scheme
+
+
+def written_out(q, k, table, scaled: bool) -> torch.Tensor:
+    """(H, T, K), (H, T, K), (P, K) -> (H, T, T) biases: gates are added up one by one, from the query back."""
+    heads, length, dim = q.shape
+    bias = torch.zeros(heads, length, length, dtype=torch.float64)
+    for h in range(heads):
+        for i in range(length):
+            count = 0.0
+            for j in range(i, -1, -1):
+                count += 1 / (1 + math.exp(-float(q[h, i] @ k[h, j]) / math.sqrt(dim)))
+                place = min(count, len(table) - 1)
+                below, share = math.floor(place), place - math.floor(place)
+                above = min(below + 1, len(table) - 1)
+                term = (1 - share) * float(q[h, i] @ table[below]) + share * float(q[h, i] @ table[above])
+                bias[h, i, j] = term / math.sqrt(dim) if scaled else term
+    return bias
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("num_positions", [2, 5, 30])
+def test_bias_is_the_papers_formula(scaled, num_positions):
+    q, k = torch.randn(2, 3, 20, 8, dtype=torch.float64)
+    table = torch.randn(num_positions, 8, dtype=torch.float64)
+    bias = cope(table, 3, scaled_term=scaled).content_bias(
+        q[None], k[None], None, torch.arange(20), torch.arange(20)
+    )
+    visible = torch.ones(20, 20).tril().bool()
+    expected = written_out(q, k, table, scaled)
+    torch.testing.assert_close(bias[0][:, visible], expected[:, visible], rtol=1e-12, atol=1e-12)
+    assert torch.isfinite(bias).all()
+
+
+@pytest.fixture
+def golden() -> dict[str, torch.Tensor]:
+    folder = os.environ.get("ALIBI_LM_GOLDEN_DIR")
+    path = Path(folder or "") / "schemes" / "cope.npz"
+    if not folder or not path.exists():
+        pytest.skip("ALIBI_LM_GOLDEN_DIR names no folder with schemes/cope.npz")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype == np.float64}
+
+
+@pytest.mark.parametrize(("scaled", "kind"), [(True, "default"), (False, "nodiv")])
+def test_scores_equal_the_authors(golden, scaled, kind):
+    q, k = golden["q"], golden["k"]
+    heads, length, dim = q.shape
+    positions = torch.arange(length)
+    bias = cope(golden["emb"].T, heads, scaled_term=scaled).content_bias(
+        q[None], k[None], None, positions, positions
+    )
+    scores = (q @ k.mT * dim**-0.5 + bias[0]).masked_fill(positions > positions[:, None], -math.inf)
+    torch.testing.assert_close(scores, golden[f"scores_{kind}"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+def test_outputs_and_gradients_equal_the_authors(golden, backend, dtype, budget):
+    q, k, v = (golden[name][None].to(dtype).requires_grad_() for name in "qkv")
+    scheme = cope(golden["emb"].T, q.shape[1]).to(dtype)
+    positions = torch.arange(q.shape[2])
+    attend = Backends(backend, "cope").prepare(scheme, positions, positions, len(positions) - 1, None, dtype, 0.0)
+    out = attend(q, k, v)
+    torch.testing.assert_close(out[0].double(), golden["out_default"], rtol=0, atol=budget)
+    grads = torch.autograd.grad(out, (q, k, scheme.table), golden["cot"][None].to(dtype))
+    for mine, theirs in zip(grads, (golden["grad_q"], golden["grad_k"], golden["grad_emb"].T), strict=True):
+        torch.testing.assert_close(mine.squeeze(0).double(), theirs, rtol=0, atol=20 * budget)
+
+
+def test_each_layer_counts_for_itself(tiny_model):
+    model = tiny_model("cope")
+    assert [name for name, _ in model.positions.named_parameters()] == ["0.table", "1.table"]
+    tokens = torch.randint(0, 50, (1, 9))
+    before = model(tokens)
+    with torch.no_grad():
+        model.schemes[1].table.normal_()
+    assert not torch.allclose(model(tokens), before, atol=1e-3)
+
+
+def test_it_starts_as_no_positions_at_all(tiny_model):
+    tokens = torch.randint(0, 50, (1, 30))
+    torch.testing.assert_close(tiny_model("cope")(tokens), tiny_model("none")(tokens), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_decoding_token_by_token(tiny_model, backend):
+    model, tokens, cache = (
+        tiny_model("cope", backend, num_positions=4),
+        torch.randint(0, 50, (2, 20)),
+        KeyValueCache(),
+    )
+    with torch.no_grad():
+        for scheme in model.schemes:
+            scheme.table.normal_()
+        steps = [model(token, cache=cache) for token in tokens.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match=r"position\.num_positions = 1"):
+        CopeConfig(num_positions=1)
