@@ -74,7 +74,7 @@ publish: $(STAMP)  ## copy the experiment's results, small enough to commit, to 
 	$(BIN)/python scripts/publish.py experiment=$(EXPERIMENT) $(ARGS)
 
 bench: $(STAMP)  ## speed and memory per scheme, backend and length
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python scripts/bench.py $(ARGS)
 
 status: $(STAMP)  ## the experiment's runs: finished, running, failed, missing
 	$(BIN)/python scripts/sweep_status.py experiment=$(EXPERIMENT) $(ARGS)

@@ -151,7 +151,7 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
 def analyse_and_draw(config: EvaluateConfig) -> None:
     """Compute each view, write its data, then its figure."""
     from alibi_lm.evaluate.sweep import analyse
-    from alibi_lm.study.analysis_figures import draw_analysis
+    from alibi_lm.study.figures import draw_analysis
 
     for path in analyse(config):
         drawn = draw_analysis(path)
@@ -228,15 +228,21 @@ def study(experiment: str, overrides: list[str]) -> int:
     Raises:
         ValueError: a measurement that is no script, or settings that it does not know.
     """
+    from alibi_lm.study import commands
+
     chosen = [o for o in overrides if o.startswith("measurements=")]
     shared = [o for o in overrides if o.startswith(("device=", "threads="))]
     steps: list[tuple[str, Callable[[], int | None]]] = []
     steps.append((shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)))
     for line in compose([f"experiment={experiment}", *chosen]).measurements:
-        steps.append((line, _measurement(experiment, line, shared)))
-    benchmark = ["bench=outputs/bench/results.jsonl"] if any(n.startswith("bench") for n, _ in steps) else []
-    for name, own in (("claims", []), ("compare_paper", []), ("report", []), ("publish", benchmark)):
-        steps.append((name, partial(_child, name, [f"experiment={experiment}", *own])))
+        steps.append((line, measurement(experiment, line, shared)))
+    bench = "outputs/bench/results.jsonl" if any(line.startswith("bench") for line, _ in steps) else None
+    steps += [
+        ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
+        ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
+        ("report", partial(commands.report, commands.ReportConfig(experiment))),
+        ("publish", partial(commands.publish_results, commands.PublishConfig(experiment, bench=bench))),
+    ]
     lost = []
     for name, work in steps:
         print(f"\n== {name}", flush=True)
@@ -306,8 +312,17 @@ def _evaluated(experiment: str) -> set[tuple[str | None, int | None]]:
     return {(row.run, row.inference_length) for row in rows}
 
 
-def _measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
-    """One of an experiment's `measurements` as work to do; its settings are checked now."""
+def measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
+    """One of an experiment's `measurements` as work to do; its settings are checked at once.
+
+    Args:
+        experiment: its name.
+        line: evaluate, analyse or bench, and settings of that command.
+        shared: further settings.
+
+    Raises:
+        ValueError: another command, or settings that it does not know.
+    """
     name, *arguments = shlex.split(line) or [""]
     if name == "bench":
         return partial(_child, name, [*arguments, *shared])

@@ -1,1 +1,1 @@
-"""Speed and memory of every position scheme and of other libraries, side by side: `python -m benchmarks`."""
+"""Speed and memory of every position scheme and of other libraries, side by side: `scripts/bench.py`."""

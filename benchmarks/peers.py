@@ -11,8 +11,9 @@ import math
 import multiprocessing
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm.model.transformer import ModelConfig
-from benchmarks.subjects import CannotRun, Implementation, Kind, Loss, Setup, Subject, Task
+from benchmarks.subjects import CannotRun, Implementation, Kind, Setup, Subject, Task
 
 
 @dataclass(kw_only=True)
@@ -149,23 +150,28 @@ def peers(setup: Setup, flush_denormals: bool) -> Iterator[Subject | str]:
                 parameters=sum(p.numel() for p in module.parameters()),
                 setup=setup,
                 module=module,
-                loss=loss,
+                loss=partial(loss, module),
                 optimizer=torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True),
             )
 
 
-def _x_transformers(
-    sizes: ModelConfig, vocab_size: int, longest: int
-) -> Iterator[tuple[str, str, nn.Module, Loss]]:
+Found = tuple[str, str, nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]
+"""Library, scheme, model, and (model, inputs, targets) -> loss."""
+
+
+def _x_transformers(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator[Found]:
     """x-transformers with its fused attention on, which is faster than its default."""
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-    schemes: dict[str, tuple[bool, dict[str, Any]]] = {
-        "alibi": (False, {"alibi_pos_bias": True, "alibi_num_heads": sizes.num_heads}),
-        "rotary": (False, {"rotary_pos_emb": True}),
-        "learned": (True, {}),
+    def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return model(inputs)  # it predicts each input from those before it, one target fewer than we do
+
+    schemes: dict[str, dict[str, Any]] = {
+        "alibi": {"alibi_pos_bias": True, "alibi_num_heads": sizes.num_heads},
+        "rotary": {"rotary_pos_emb": True},
+        "learned": {},
     }
-    for position, (absolute, settings) in schemes.items():
+    for position, settings in schemes.items():
         decoder = Decoder(
             dim=sizes.model_dim,
             depth=sizes.num_layers,
@@ -175,29 +181,26 @@ def _x_transformers(
             attn_flash=True,
             **settings,
         )
-        model = AutoregressiveWrapper(
-            TransformerWrapper(
-                num_tokens=vocab_size,
-                max_seq_len=longest,
-                use_abs_pos_emb=absolute,
-                tie_embedding=True,
-                attn_layers=decoder,
-            )
+        model = TransformerWrapper(
+            num_tokens=vocab_size,
+            max_seq_len=longest,
+            use_abs_pos_emb=position == "learned",
+            tie_embedding=True,
+            attn_layers=decoder,
         )
-
-        def loss(inputs: Tensor, targets: Tensor, model: nn.Module = model) -> Tensor:
-            # It predicts each input from those before it, one target fewer than we do.
-            return model(inputs)
-
-        yield "x-transformers", position, model, loss
+        yield "x-transformers", position, AutoregressiveWrapper(model), loss
 
 
-def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator[tuple[str, str, nn.Module, Loss]]:
+def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator[Found]:
     """Hugging Face's ALiBi models and its rotary one, with the attention that it chooses by default."""
     import transformers as hf
 
+    def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return model(input_ids=inputs, labels=inputs, use_cache=False).loss
+
     dim, layers, heads = sizes.model_dim, sizes.num_layers, sizes.num_heads
     bloom = hf.BloomConfig(vocab_size=vocab_size, hidden_size=dim, n_layer=layers, n_head=heads)
+    yield "transformers BLOOM", "alibi", hf.BloomForCausalLM(bloom), loss
     mpt = hf.MptConfig(
         vocab_size=vocab_size,
         d_model=dim,
@@ -206,6 +209,7 @@ def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator
         expansion_ratio=math.ceil(sizes.ffn_dim / dim),
         max_seq_len=longest,
     )
+    yield "transformers MPT", "alibi", hf.MptForCausalLM(mpt), loss
     neox = hf.GPTNeoXConfig(
         vocab_size=vocab_size,
         hidden_size=dim,
@@ -216,14 +220,4 @@ def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator
         max_position_embeddings=longest,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
     )
-    for implementation, position, make in (
-        ("transformers BLOOM", "alibi", lambda: hf.BloomForCausalLM(bloom)),
-        ("transformers MPT", "alibi", lambda: hf.MptForCausalLM(mpt)),
-        ("transformers GPT-NeoX", "rotary", lambda: hf.GPTNeoXForCausalLM(neox)),
-    ):
-        model = make()
-
-        def loss(inputs: Tensor, targets: Tensor, model: nn.Module = model) -> Tensor:
-            return model(input_ids=inputs, labels=inputs, use_cache=False).loss
-
-        yield implementation, position, model, loss
+    yield "transformers GPT-NeoX", "rotary", hf.GPTNeoXForCausalLM(neox), loss

@@ -3,9 +3,17 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from alibi_lm.cli import command
 
-from benchmarks.run import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmark is not part of the package
+
+from benchmarks.run import BenchConfig, bench
+
+
+@command(BenchConfig)
+def main(config: BenchConfig) -> None:
+    bench(config)
+
 
 if __name__ == "__main__":
     main()

@@ -1,17 +1,13 @@
 """Redraw figures and tables from result files alone: python scripts/figures.py experiment=quick [paper=true]."""
 
-import sys
-
-from alibi_lm.study.command import FOLDER, main, parse, study_folder
-from alibi_lm.study.figures import draw
+from alibi_lm.cli import command
+from alibi_lm.study.commands import FiguresConfig, figures
 
 
-def task(arguments: list[str]) -> None:
-    """Draw; with paper=true the paper's curves are dotted beside ours, with strict=true unfairness is an error."""
-    settings = parse(arguments, FOLDER | {"paper": False, "strict": False}, {})
-    for path in draw(study_folder(settings), settings["paper"], settings["strict"]):
-        print(path)
+@command(FiguresConfig)
+def main(config: FiguresConfig) -> None:
+    figures(config)
 
 
 if __name__ == "__main__":
-    sys.exit(main(task))
+    main()

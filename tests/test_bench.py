@@ -18,7 +18,7 @@ from alibi_lm.settings import parse
 from benchmarks import report
 from benchmarks.measure import PAIRS, Contest, measure, ratio
 from benchmarks.peers import PeerProcess, peers
-from benchmarks.run import BenchConfig, bench, main
+from benchmarks.run import BenchConfig, bench
 from benchmarks.subjects import CannotRun, Implementation, Setup, Task, flops_per_token, ours, words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,10 +275,8 @@ def test_a_run_writes_the_documented_fields_and_shows_them_again(tmp_path, capsy
             assert row["eval_ratio"] == 1 and row["train_ratio"] in (1, None)
     assert "ratio to none" in printed and str(path) in printed
 
-    with pytest.raises(SystemExit) as end:
-        main([f"show={path}"])
+    assert bench(parse(BenchConfig, [f"show={path}"])) == rows
     shown = capsys.readouterr().out
-    assert end.value.code == 0
     table, short = shown.strip().split("\n\n| implementation | train 16 | eval 16 | of matmul 16 |", 1)
     assert "length 16" in table and table in printed
     assert [line.split(" | ")[0] for line in short.splitlines()[2:]] == [
@@ -317,11 +315,11 @@ def test_models_are_those_of_the_project():
     [
         ("length=[3]", "length"),
         ("lengths=[1]", "lengths hold 1. Use whole numbers from 2"),
-        ("eval_lengths=[10000000000]", "eval_lengths"),
+        ("eval_lengths=[2000000]", "lengths hold 2000000"),
         ("lengths=[] eval_lengths=[]", r"lengths = \[\]"),
-        ("tokens=0", "tokens = 0. Use a whole number from 2"),
+        ("tokens=0", "tokens = 0. Use a whole number >= 2"),
         ("threads=100000", "threads = 100000"),
-        ("vocab_size=1", "vocab_size = 1. Use a whole number from 8"),
+        ("vocab_size=1", "vocab_size = 1. Use a whole number >= 8"),
         ("positions=[albi]", r"positions = \['albi'\]. Allowed: none, sinusoidal"),
         ("backends=[]", "backends = "),
         ("model=huge", "model = 'huge'. Allowed: auto, small"),
@@ -333,30 +331,22 @@ def test_models_are_those_of_the_project():
         (f"show={ROOT / 'constraints.txt'}", "that make bench wrote"),
     ],
 )
-def test_mistakes_end_in_a_short_message(argument, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(argument.split())
-    error = capsys.readouterr().err
-    assert end.value.code == 1 and "Traceback" not in error and error.count("\n") < 5
+def test_mistakes_are_told_before_any_work(argument, message):
     with pytest.raises(ValueError, match=message):
         bench(parse(BenchConfig, argument.split()))
 
 
 def test_a_profile_gives_each_part_its_share(capsys):
-    arguments = [*TINY, "profile=true", "lengths=[32]", "backends=[eager,sdpa]", "tokens=512", "vocab_size=512"]
+    arguments = [*TINY, "profile=true", "lengths=[32]", "positions=[none]", "backends=[sdpa]", "tokens=64"]
     assert bench(parse(BenchConfig, arguments)) == []
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert lines[0].split(" | ")[1:3] == ["ours none (eager)", "ours alibi (eager)"]
-    shares = {cells[0].strip("| "): [int(c.strip(" |%")) for c in cells[1:]] for cells in map(_cells, lines[2:])}
-    for part in ("loss", "attention", "linear layers", "optimizer, clipping"):
-        assert len(shares[part]) == 4 and all(share > 0 for share in shares[part]), shares
-    assert all(97 <= sum(column) <= 103 for column in zip(*shares.values(), strict=True))
+    title, _, *lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert title == "| part of the step | ours none (sdpa) |"
+    shares = {part.strip("| "): int(share.strip(" |%")) for part, share in (line.split(" | ") for line in lines)}
+    assert {"loss", "attention", "linear layers", "optimizer, clipping"} < set(shares)
+    assert 97 <= sum(shares.values()) <= 103 and list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
-def _cells(line):
-    return line.split(" | ")
-
-
+@pytest.mark.slow
 def test_every_subject_computes_a_language_models_loss():
     """Peers included, where they are installed: near log V on random tokens, with gradients everywhere."""
     pytest.importorskip("transformers")
@@ -406,10 +396,3 @@ def test_peers_take_turns_with_us_from_a_process_of_their_own():
         process._process.kill()
         with pytest.raises(RuntimeError, match=r"ended with status -9.*peers=false"):
             bloom.seconds("eval", Task(1, 4))
-
-
-def test_help_lists_the_settings(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["--help"])
-    out = capsys.readouterr().out
-    assert end.value.code == 0 and "eval_lengths=" in out and "seconds=270.0" in out

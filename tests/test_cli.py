@@ -113,7 +113,10 @@ def test_a_failing_job_hides_no_other(place, script):
         "train.py", "-m", *TRAIN, "position=alibi", "output_dir=deep", "seed=8",
         "model.num_heads=2,5,4", ok=False,
     )  # fmt: skip
-    assert "model.num_heads = 5" in done.stderr and "does not divide" in done.stderr
+    told = done.stderr.split("1 of the jobs failed:")[1]
+    assert told.strip().startswith("job 1 (model.num_heads=5): error: model.num_heads = 5 does not divide")
+    # The reason once, and the job by what it differs in from the others.
+    assert done.stderr.count("does not divide") == 1 and "seed=8" not in told
     assert (place / "deep" / "finished.json").exists()
 
 

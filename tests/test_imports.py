@@ -35,11 +35,17 @@ NEVER = {
 }
 """What reads results, and what tells of them, knows no model."""
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-LONG: dict[str, str] = {}
+LONG = {
+    "alibi_lm/checkpoint.py": "what is written, what is checked and what may be read belong together",
+    "alibi_lm/train.py": "a whole run, readable from top to bottom",
+    "alibi_lm/evaluate/sweep.py": "one planner for curves and views",
+    "alibi_lm/study/figures.py": "every figure, by one engine",
+}
 """Files of more than 450 lines, and the reason for it."""
 
 
-ONE_ROOM = {"trainer": "train", "checkpoint_format": "checkpoint", "bench": "benchmarks"}
+ONE_ROOM = {"identity": "runs"}
+"""Files that are one room together."""
 
 
 def room_of(path: Path) -> str:
@@ -67,7 +73,7 @@ def rooms(names: list[str]) -> set[str]:
 
 
 def test_every_room_has_a_floor():
-    assert {room_of(f) for f in FILES} - {"__init__"} <= set(FLOOR)
+    assert {room_of(f) for f in FILES} - {"__init__"} == set(FLOOR)
 
 
 def test_imports_go_down():

@@ -58,15 +58,22 @@ def logs(place: Path) -> str:
     return "".join(p.read_text() for p in (place / "outputs/smoke/multirun/.submitit").glob("*/*_log.out"))
 
 
-def test_failures_are_known_where_the_results_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result that comes back from another process, however often, counts once."""
+def test_failures_are_known_where_the_results_arrive(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A result that comes back from another process, however often, counts once, by what was swept."""
     monkeypatch.setattr(cli, "_failures", [])
-    sent = pickle.dumps(cli._Failure("job 3 (seed=1): error"))
-    assert cli.exit_status() == 0
+    arguments = ["-m", "steps=2", "seed=1,2", "+position.scaling=choice(yarn,ntk)"]
+    sent = pickle.dumps(cli._Failure(3, ("steps=2", "seed=1", "+position.scaling=ntk"), "error: no such thing"))
+    monkeypatch.setattr(cli, "_failures", [])
+    assert cli._tell_failures(arguments) == 0
     for _ in range(2):
         pickle.loads(sent)
-    assert cli._failures == ["job 3 (seed=1): error"]
-    assert cli.exit_status() == 1
+    assert cli._tell_failures(arguments) == 1
+    printed = capsys.readouterr().err
+    assert printed.split("\n", 1)[1] == (
+        "1 of the jobs failed:\n  job 3 (seed=1, +position.scaling=ntk): error: no such thing\n"
+    )
 
 
 @pytest.mark.slow

@@ -1,106 +1,85 @@
 """A whole study from one command: runs, curves, further measurements, claims, report, published folder."""
 
-import copy
 import json
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from alibi_lm.experiment import compose
-from alibi_lm.settings import parse
-from benchmarks.run import BenchConfig
+from alibi_lm.experiment import compose, measurement, study
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml"))
+TEXT = ["experiment=smoke", "data=wikitext2", "data.path=text", "tokenizer=word", "threads=1", "device=cpu"]
 
 
-@pytest.fixture(params=EXPERIMENTS)
-def experiment(request):
-    """Name and measurements of each experiment."""
-    return request.param, compose([f"experiment={request.param}"]).measurements
-
-
-@pytest.fixture
-def evaluation_configs(experiment):
-    """Hydra as scripts/evaluate.py and scripts/analyse.py set it up, and afterwards as it was."""
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-
-    from alibi_lm.config import register
-    from alibi_lm.evaluate.analysis import AnalyseConfig
-
-    store = ConfigStore.instance()
-    before = copy.deepcopy(store.repo)
-    register(plain="tracking")
-    store.store(name="base_analyse", node=AnalyseConfig)
-    with initialize_config_dir(str(ROOT / "configs" / "evaluation"), version_base="1.3"):
-        yield
-    store.repo = before
-
-
-def test_every_measurement_is_a_command_that_its_script_accepts(experiment, evaluation_configs):
-    from hydra import compose as hydra_compose
-
-    from alibi_lm.config import to_config
-
-    experiment_name, lines = experiment
-    for line in lines:
-        name, *arguments = shlex.split(line)
-        if name == "bench":
-            parse(BenchConfig, arguments)
-        else:
-            to_config(hydra_compose(name, [f"experiment={experiment_name}", *arguments]))
-
-
-def run(place: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *arguments],
-        cwd=place, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_measurement_is_a_command_with_settings_that_it_knows(experiment):
+    for line in compose([f"experiment={experiment}"]).measurements:
+        assert callable(measurement(experiment, line, ["device=cpu"]))
 
 
 @pytest.mark.parametrize(
-    "measurements, words",
+    ("measurements", "words"),
     [
         ("['frobnicate split=test']", "Allowed: evaluate, analyse, bench"),
-        ("['analyse view=position', '']", "''"),
+        ("['analyse view=position','']", "''"),
+        ("['evaluate split=test','evaluate lengths=[0]']", "lengths"),
     ],
 )
-def test_a_measurement_that_is_no_script_is_refused_before_any_work(tmp_path, measurements, words):
-    done = run(tmp_path, "study.py", "experiment=smoke", f"measurements={measurements}")
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+def test_a_wrong_measurement_is_refused_before_any_work(tmp_path, monkeypatch, measurements, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        study("smoke", [f"measurements={measurements}"])
+    assert words in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_bad_run_takes_no_other_with_it(tmp_path, write_text, command):
+    """Training of the second run fails; the first is evaluated and drawn, and is not trained a second time."""
+    write_text(tmp_path / "text")
+    sweeps = ["position=none", "position=sinusoidal model.model_dim=5 model.num_heads=1"]
+    arguments = [*TEXT, "steps=2", "runs_at_once=2", f"study={json.dumps(sweeps)}"]
+    for again in (False, True):
+        done = command(tmp_path, "reproduce.py", *arguments)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "2 runs, 2 at a time" in done.stdout and "Traceback" not in done.stderr
+        assert "of 2 runs, these failed: sinusoidal_L16_s1_" in done.stderr
+        assert "model.model_dim = 5" in done.stderr
+        assert ("already finished" in done.stdout) == again
+        output = tmp_path / "outputs" / "smoke" / "extrapolation"
+        rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+        assert [(row["position"], row["inference_length"]) for row in rows if row["run"]] == [
+            ("none", 16),
+            ("none", 32),
+        ]
+        assert (output / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
-def test_the_gpu_study_from_one_command_at_toy_size(tmp_path, write_text):
-    """`wt103_small` with a model that a CPU trains in seconds: some of its runs, all of its measurements."""
+def test_the_gpu_study_from_one_command_at_toy_size(tmp_path, write_text, command):
+    """`wt103_gpu` with a model that a CPU trains in seconds: some of its runs, all of its measurements."""
     text = write_text(tmp_path / "text")
     for path in text.glob("*.tokens"):
         path.write_text(path.read_text() * (20 if "train" in path.name else 8))
     toy = [
         "data.path=text", "device=cpu", "threads=1", "tracking=jsonl", "steps=2", "tokens_per_step=3072",
+        "compile=false",
         "model.num_layers=1", "model.model_dim=16", "model.num_heads=2", "model.ffn_dim=32", "model.dropout=0",
         "model.adaptive_cutoffs=[8,14]", "evaluation.tokens_per_forward=15512",
         "evaluation.lengths=[512,1012,3072,15512]",
     ]  # fmt: skip
-    planned = compose(["experiment=wt103_small"]).measurements
-    # All of its measurements, with the benchmark at the size of a test.
-    small = "bench seconds=1 model=small lengths=[16] eval_lengths=[] positions=[alibi] peers=false"
-    lines = [small if line.startswith("bench") else line for line in planned]
-    assert small in lines
+    lines = compose(["experiment=wt103_gpu"]).measurements
+    # Beside all of its measurements one of each other kind, at the size of a test.
+    lines += ["evaluate mode=sliding stride=512 runs=outputs/wt103_gpu/runs/*_L512_s*"]
+    lines += ["analyse view=decomposition lengths=[1012] stride=64 runs=outputs/wt103_gpu/runs/alibi_L512_s*"]
+    lines += ["bench seconds=1 lengths=[16] eval_lengths=[] positions=[alibi] peers=false"]
     sweeps = ["position=alibi,learned train_length=512", "position=alibi train_length=512 seed=2"]
     sweeps += ["position=sinusoidal train_length=3072"]
     chosen = [f"study={json.dumps(sweeps)}", f"measurements={json.dumps(lines)}"]
-    command = ["experiment=wt103_small", *toy, *chosen]
-    done = run(tmp_path, "study.py", *command)
+    done = command(tmp_path, "study.py", "experiment=wt103_gpu", *toy, *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    published = tmp_path / "docs" / "results" / "wt103_small"
+    published = tmp_path / "docs" / "results" / "wt103_gpu"
     rows = [json.loads(line) for line in (published / "results.jsonl").read_text().splitlines()]
     runs = {row["run"] for row in rows} - {None}
     assert len(runs) == 4 and all((published / "runs" / name / "finished.json").is_file() for name in runs)
@@ -113,7 +92,7 @@ def test_the_gpu_study_from_one_command_at_toy_size(tmp_path, write_text):
             and r["split"] == split
             and r["mode"] == "nonoverlapping"
         ]
-        assert sorted(alibi) == [512, 1012, 3072, 15512]
+        assert sorted(alibi) == ([512, 1012, 3072, 15512] if split == "validation" else [512, 3072, 15512])
     learned = [r for r in rows if r["position"] == "learned" and r["inference_length"] > 512]
     assert learned and all(r["nats"] is None and "512 positions" in r["reason"] for r in learned)
     assert {r["stride"] for r in rows if r["mode"] == "sliding"} == {512}
@@ -122,5 +101,5 @@ def test_the_gpu_study_from_one_command_at_toy_size(tmp_path, write_text):
         assert (published / "analysis" / f"{view}.json").is_file()
         assert (published / "analysis" / f"{view}.png").read_bytes().startswith(b"\x89PNG")
     assert (published / "bench.jsonl").is_file() and (published / "extrapolation.png").is_file()
-    assert (tmp_path / "outputs/wt103_small/extrapolation/report.html").is_file()
+    assert (tmp_path / "outputs/wt103_gpu/extrapolation/report.html").is_file()
     assert sum(path.stat().st_size for path in published.rglob("*")) < 2**24

@@ -214,13 +214,14 @@ def identify(name: str, split: str, counts: Mapping[str, Any], texts: Mapping[st
     if name not in ORIGINALS:
         return None
     title, original = f"{TITLES[name]} {'training' if split == 'train' else split} split", ORIGINALS[name][split]
+    same_count = counts["words"] == original.words
     different = f"not the original {title}"
     if original.sha256 is not None:
         if counts["text_sha256"] != original.sha256:
             return different
     elif not _beside_originals(name, texts) or counts["lines"] != original.lines:
-        return f"{different} ({counts['words']:,} words, not {original.words:,})"
-    if counts["words"] != original.words:
+        return different + ("" if same_count else f" ({counts['words']:,} words, not {original.words:,})")
+    if not same_count:
         if name == "wikitext2":
             return f"{different} ({counts['words']:,} words, not {original.words:,})"
         raise ValueError(

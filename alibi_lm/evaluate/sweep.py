@@ -365,11 +365,16 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
         "position": run.config.position.name,
         "train_length": run.config.train_length,
         "seed": run.config.seed,
-        "changes": {f"position.{name}": value for name, value in config.position.items()},
+        "changes": changes_of(config),
         "run_id": run.run_id,
         "folder": str(run.folder),
         "extra": extra,
     }
+
+
+def changes_of(config: EvaluateConfig) -> dict[str, Any]:
+    """Settings that are changed for the test, as rows name them."""
+    return {f"position.{name}": value for name, value in config.position.items()}
 
 
 def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
@@ -529,19 +534,16 @@ def _group(opened: list[OpenRun]) -> views.Group:
 
 def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
     """One curve of a view."""
-    first, seeds = opened[0].plan, len(opened) > 1
-    labels = [run.plan.name + "".join(f"+{k}={v}" for k, v in sorted(config.position.items())) for run in opened]
-    plain = f"{group.position}_L{group.train_length}_s{first.config.seed}"
     found = {
         "position": group.position,
         "train_length": group.train_length,
-        "variant": labels[0].removeprefix(plain).lstrip("_"),
         "corpus": opened[0].stream.hash,
         "tokens": group.num_tokens,
         "documents": len(group.documents),
-        "runs": labels,
-        "interval": "seeds and documents" if seeds else "documents, given this seed",
-        "points": _points(config, view, first.settings.lengths, group),
+        "runs": group.labels,
+        "changes": changes_of(config),
+        "interval": "seeds and documents" if len(opened) > 1 else "documents, given this seed",
+        "points": _points(config, view, opened[0].plan.settings.lengths, group),
     }
     return found | ({"note": group.note} if group.note else {})
 

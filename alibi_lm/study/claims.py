@@ -1,4 +1,4 @@
-"""The paper's claims against result rows: HOLDS, FAILS, NOT SETTLED or NOT RUN, with the numbers."""
+"""The paper's claims against results: HOLDS, FAILS, NOT SETTLED or NOT RUN, with the numbers."""
 
 from __future__ import annotations
 
@@ -6,19 +6,69 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.results.curves import View, curves
-from alibi_lm.results.rows import ResultRow, RowKey
-from alibi_lm.study.analysis_data import Analysis
-from alibi_lm.study.claim_files import Claim, ClaimFile, Side, length_of
+from alibi_lm.results.curves import View, curves, point_of, view_of
+from alibi_lm.results.documents import DocumentSums, read_documents
+from alibi_lm.results.rows import ResultRow, RowKey, read_rows
+from alibi_lm.study.analysis import Analysis, read_analysis
+from alibi_lm.study.compare import Measured, Verdict, judge, measure, overall, power_note
 from alibi_lm.study.fairness import Difference
-from alibi_lm.study.records import RunRecord
-from alibi_lm.study.settle import Measured, Verdict, judge, measure, overall
-from alibi_lm.study.tables import escape
+from alibi_lm.study.paper_claims import CLAIMS, Claim, Side
+from alibi_lm.study.records import RunRecord, find_records, recipes
+from alibi_lm.study.tables import Table, escape
+
+NUMBERS_NOTE = (
+    "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a claim "
+    "asks about several lengths). One seed says nothing about another training run: a comparison of two schemes "
+    "is then not settled, and a scheme compared with itself is judged for that seed alone. How many seeds would "
+    "settle a claim is an estimate from the few that there are."
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that claims are judged by; `read_evidence` gathers it, the same for every command."""
+
+    rows: Sequence[ResultRow]
+    records: Mapping[str, RunRecord] = field(default_factory=dict)
+    documents: Mapping[RowKey, DocumentSums] = field(default_factory=dict)
+    bench: Sequence[Mapping[str, Any]] = ()
+    """Rows of the benchmark."""
+    decomposition: Analysis | None = None
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Recipes of the runs."""
+        return recipes(self.rows, self.records) if self.records else {}
+
+
+def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
+    """Everything at hand about the results of a folder.
+
+    Args:
+        folder: holds `results.jsonl`; document sums, run folders and analyses are found from there.
+        bench: rows of the benchmark; None: those published with the results, else the last ones measured here.
+
+    Raises:
+        ValueError: no results, or a damaged file.
+    """
+    rows = read_rows(folder / "results.jsonl")
+    published = folder / "bench.jsonl"
+    last = Path("outputs") / "bench" / "results.jsonl"
+    chosen = bench or (published if published.is_file() else last)
+    # Published results hold their analyses; those of an experiment lie beside its results.
+    analyses = [parent / "analysis" / "decomposition.json" for parent in (folder, folder.parent)]
+    return Evidence(
+        rows,
+        find_records(rows, folder),
+        read_documents(folder),
+        read_bench(chosen),
+        next((read_analysis(path) for path in analyses if path.is_file()), None),
+    )
 
 
 @dataclass(frozen=True)
@@ -50,59 +100,79 @@ class Judged:
 
 
 Pair = tuple[str, list[ResultRow], list[ResultRow]]
-"""What is compared, in words, and the rows of both sides, one a run."""
+"""What is compared, in words, and the rows of both sides, one per run."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What claims are judged by."""
+def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, list[Judged]]:
+    """Judge every claim of the paper: title of a group -> its claims.
 
-    rows: Sequence[ResultRow]
-    records: Mapping[str, RunRecord]
-    summaries: Mapping[RowKey, Any]
-    bench: Sequence[Mapping[str, Any]] = ()
-    """Rows of the benchmark."""
-    decomposition: Analysis | None = None
+    Args:
+        evidence: the results.
+        min_seeds: overrides what each claim asks for; with 1, comparisons of single runs get a verdict, which is
+            then about these runs and not about the schemes.
+    """
+    return {
+        group: [judge_claim(claim, evidence, min_seeds) for claim in claims] for group, claims in CLAIMS.items()
+    }
 
 
 def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:
-    """Judge one claim.
-
-    Args:
-        claim: the statement.
-        evidence: the results.
-        min_seeds: overrides what the claim asks for; with 1, comparisons of single runs get a verdict, which is
-            then about these runs and not about the schemes.
-    """
-    if claim.not_measured is not None:
+    """Judge one claim; arguments as in `judge_claims`."""
+    if claim.left is None:
         return Judged(claim, "NOT RUN", [], claim.not_measured)
     if claim.measure is not None:
         return _judge_speed(claim, evidence.bench)
-    if claim.part is not None:
-        needed = claim.seeds_needed if min_seeds is None else min_seeds
-        return _judge_part(claim, evidence.decomposition, needed)
-    assert claim.left is not None and claim.right is not None
     needed = claim.seeds_needed if min_seeds is None else min_seeds
+    if claim.part is not None:
+        return _judge_part(claim, evidence.decomposition, needed)
     found, missing = _pairs(claim, evidence)
-    measured = [(what, measure(a, b, evidence.summaries, len(found))) for what, a, b in found]
     instances = [
-        Instance(what, judge(value, claim.relation, claim.factor, needed), _numbers(value, needed))
-        for what, value in measured
+        _instance(what, measure(a, b, evidence.documents, len(found)), claim, needed) for what, a, b in found
     ]
     verdict = overall([instance.verdict for instance in instances])
     if not instances:
         return Judged(claim, verdict, [], missing)
     # A claim about certain lengths, or about all, is not confirmed at those that were left out.
     note = f"not run: {missing}" if missing and claim.train_lengths else ""
-    lengths = {what.partition(",")[0] for what, _ in measured}
+    lengths = {what.partition(",")[0] for what, _, _ in found}
     if len(lengths) < claim.min_lengths:
         note = f"{claim.min_lengths} training lengths needed"
     return Judged(claim, "NOT SETTLED" if note and verdict == "HOLDS" else verdict, instances, note)
 
 
-def judge_all(files: Iterable[ClaimFile], evidence: Evidence, min_seeds: int | None = None) -> list[list[Judged]]:
-    """Judge every claim of every file."""
-    return [[judge_claim(claim, evidence, min_seeds) for claim in file.claims] for file in files]
+def _instance(what: str, measured: Measured, claim: Claim, needed: int) -> Instance:
+    verdict = judge(measured, claim.relation, claim.factor, needed)
+    numbers = f"{measured.ratio} ({measured.over})"
+    if measured.seeds < needed:
+        numbers += f", {needed} seeds needed"
+    elif verdict == "NOT SETTLED":
+        numbers += f", {power_note(measured, claim.relation, claim.factor)}"
+    return Instance(what, verdict, numbers)
+
+
+def claims_tables(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Table]:
+    """Title of a group -> its table: verdict, claim, numbers, source."""
+    tables = {}
+    for group, results in judged.items():
+        body = []
+        for item in results:
+            numbers = [f"{i.what}: {i.numbers}, {i.verdict}" for i in item.instances]
+            cell = "\n".join(text for text in [*numbers, item.note] if text)
+            body.append([item.verdict, item.claim.statement, cell, item.claim.source])
+        tables[group] = Table(["verdict", "claim", "numbers", "source"], body, words=4)
+    return tables
+
+
+def claims_markdown(judged: Mapping[str, Sequence[Judged]], unfair: Sequence[Difference]) -> str:
+    """`claims.md`."""
+    parts = ["# The paper's claims and these results\n"]
+    serious = [item for item in unfair if item.matters]
+    if serious:
+        parts.append("**The runs differ in more than the scheme**, so no verdict below is about schemes alone:\n")
+        parts.append("".join(f"- {escape(item.sentence)}\n" for item in serious))
+    for group, table in claims_tables(judged).items():
+        parts += [f"## {escape(group)}\n", table.markdown()]
+    return "\n".join([*parts, NUMBERS_NOTE + "\n"])
 
 
 def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -126,68 +196,26 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_summaries_if_any(folder: Path) -> Mapping[RowKey, Any]:
-    """Document sums beside the results, where they were written.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = folder / "summary.npz"
-    if not path.is_file():
-        return {}
-    from alibi_lm.results.documents import read_summaries
-
-    return read_summaries(path)
-
-
-def claims_markdown(
-    files: Sequence[ClaimFile], judged: Sequence[Sequence[Judged]], unfair: Sequence[Difference]
-) -> str:
-    """`claims.md`."""
-    parts = ["# The paper's claims and these results\n"]
-    serious = [item for item in unfair if item.matters]
-    if serious:
-        parts.append("**The runs differ in more than the scheme**, so no verdict below is about schemes alone:\n")
-        parts.append("".join(f"- {escape(item.sentence)}\n" for item in serious))
-    for file, results in zip(files, judged, strict=True):
-        parts.append(f"## {escape(file.title)}\n")
-        lines = ["| verdict | claim | numbers | source |", "| --- | --- | --- | --- |"]
-        for item in results:
-            numbers = [f"{i.what}: {i.numbers}, {i.verdict}" for i in item.instances]
-            cell = "<br>".join(escape(text) for text in [*numbers, item.note] if text)
-            lines.append(
-                f"| {item.verdict} | {escape(item.claim.statement)} | {cell} | {escape(item.claim.source)} |"
-            )
-        parts.append("\n".join(lines) + "\n")
-    parts.append(
-        "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a "
-        "claim asks about several lengths). One seed says nothing about another training run: a comparison of two "
-        "schemes is then not settled, and a scheme compared with itself is judged for that seed alone.\n"
-    )
-    return "\n".join(parts)
-
-
 def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Pair], str]:
     """The measurements that the claim is about, or why there are none."""
     left, right = claim.left, claim.right
     assert left is not None and right is not None
     found: list[Pair] = []
     reasons = []
-    for length in claim.train_lengths or _training_lengths(claim, evidence.rows):
-        left_rows, left_missing = _runs(left, length, evidence)
-        right_rows, right_missing = _runs(right, length, evidence)
+    words = evidence.words
+    for length in claim.train_lengths or _training_lengths(left, right, evidence.rows):
+        left_rows, left_missing = _runs(left, length, evidence, words)
+        right_rows, right_missing = _runs(right, length, evidence, words)
         if left_missing or right_missing:
             reasons += [text for text in (left_missing, right_missing) if text]
             continue
         left_at, right_at = _at(left, length, left_rows), _at(right, length, right_rows)
         if not left_at or not right_at:
-            reasons.append(f"L={length}: not evaluated at {right.at if left_at else left.at}")
+            reasons.append(f"L={length}: not evaluated at {right.words if left_at else left.words}")
         for i, j in itertools.product(left_at, right_at):
-            if len(left_at) > 1 and len(right_at) > 1 and i != j:
-                continue  # both sides speak of every length: each with itself
             a = [row for row in left_rows if row.inference_length == i]
             b = [row for row in right_rows if row.inference_length == j]
-            refused = [row.reason for row in (*a, *b) if row.loss is None]
+            refused = [row.reason for row in (*a, *b) if point_of(row) is None]
             if refused:
                 reasons.append(f"L={length}: {refused[0]}")
             elif len({(row.corpus, row.tokens) for row in (*a, *b)}) > 1:
@@ -200,45 +228,47 @@ def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Pair], str]:
 
 def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:
     """Inference lengths that a side means: those with values, else those that were refused."""
-    usable = [row.inference_length or 0 for row in rows if row.loss is not None]
+    usable = [row.inference_length or 0 for row in rows if point_of(row) is not None]
     return side.lengths(length, usable) or side.lengths(length, [row.inference_length or 0 for row in rows])
 
 
-def _training_lengths(claim: Claim, rows: Iterable[ResultRow]) -> list[int]:
-    """Values of L: a claim may speak of L/2 and 2L only, so L need not be a training length itself."""
+def _training_lengths(left: Side, right: Side, rows: Sequence[ResultRow]) -> list[int]:
+    """Values of L: a claim may speak of L/2 only, so L need not be a training length itself."""
     trained = {row.train_length for row in rows if row.train_length is not None}
-    sides = [side for side in (claim.left, claim.right) if side is not None and "L" in side.train]
-    return sorted({round(n / length_of(side.train, 1)) for side in sides for n in trained} or trained)
+    return sorted({round(n / side.train) for side in (left, right) for n in trained})
 
 
-def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow], str]:
+def _runs(side: Side, length: int, evidence: Evidence, words: Mapping[str, str]) -> tuple[list[ResultRow], str]:
     """Rows of the runs that a side means where L is `length`; none, and why, where it means no one set of runs."""
-    train = length_of(side.train, length)
-    view = View(side.split, side.mode, side.stride)
+    train = side.train * length
+    view = View("validation", "nonoverlapping" if side.stride is None else "sliding", side.stride)
     rows = [
         row
         for row in evidence.rows
         if row.run is not None
-        and (row.position, float(row.train_length or 0)) == (side.position, train)
-        and View(row.split, row.mode, row.stride) == view
-        and all(evidence.records[row.run].config.get(key, _UNSET) == v for key, v in side.where.items())
+        and row.position == side.position
+        and math.isclose(row.train_length or 0, train)
+        and view_of(row) == view
+        and all(_setting(evidence, row.run, key) == value for key, value in side.where.items())
     ]
     what = f"{side.position} trained at {train:g}"
     if not rows:
         settings = "".join(f", {key}={value}" for key, value in side.where.items())
         return [], f"no {what}{settings}, {view.title}"
-    found = curves(rows, view)
+    found = curves(rows, view, words)
     if len(found) > 1:
         # Runs with the experiment's own settings are meant, unless the claim says which.
         own = {run for curve in found if not curve.variant for run in curve.seeds}
-        rows = [row for row in rows if row.run in own]
+        rows = [row for row in rows if row.run in own and not row.changes]
         if not rows or side.where:
             variants = ", ".join(sorted(curve.variant or "as in the experiment" for curve in found))
             return [], f"several variants of {what}: {variants}"
     return rows, ""
 
 
-_UNSET = object()
+def _setting(evidence: Evidence, run: str, key: str) -> Any:
+    record = evidence.records.get(run)
+    return None if record is None else record.config.get(key)
 
 
 def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
@@ -254,10 +284,8 @@ def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
     for key, speeds in groups.items():
         if claim.left.position in speeds and claim.right.position in speeds:
             value = math.log(speeds[claim.left.position] / speeds[claim.right.position])
-            measured = Measured(value, value, value, 1, "one benchmark")
-            verdict = judge(measured, claim.relation, claim.factor, 1)
-            what = f"length {key[4]}, {key[2]}, {key[0]}"
-            instances.append(Instance(what, verdict, f"{math.exp(value):.3f}"))
+            verdict = judge(Measured(value, value, value, 1, ""), claim.relation, claim.factor, 1)
+            instances.append(Instance(f"length {key[4]}, {key[2]}, {key[0]}", verdict, f"{math.exp(value):.3f}"))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)
 
@@ -266,7 +294,9 @@ def _judge_part(claim: Claim, decomposition: Analysis | None, needed: int) -> Ju
     """A part of what changes the loss beyond L, at every length that was taken apart."""
     assert claim.left is not None and claim.part is not None
     side, instances = claim.left, []
-    for series in decomposition.series if decomposition is not None and decomposition.split == side.split else []:
+    for series in (
+        decomposition.series if decomposition is not None and decomposition.split == "validation" else []
+    ):
         # Variants stand beside the experiment's own settings only where both were analysed.
         if series.position != side.position or series.variant:
             continue
@@ -279,14 +309,7 @@ def _judge_part(claim: Claim, decomposition: Analysis | None, needed: int) -> Ju
             over = f"{seeds} seeds and {series.documents} documents" if seeds > 1 else "one seed"
             measured = Measured(part["nats"], part["low"], part["high"], seeds, over)
             verdict = judge(measured, claim.relation, claim.factor, needed)
-            what = f"L={series.train_length}, from L to {length}"
-            instances.append(Instance(what, verdict, _numbers(measured, needed)))
+            numbers = f"{measured.ratio} ({over})" + (f", {needed} seeds needed" if seeds < needed else "")
+            instances.append(Instance(f"L={series.train_length}, from L to {length}", verdict, numbers))
     note = "" if instances else "needs analyse.py view=decomposition of such runs"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)
-
-
-def _numbers(measured: Measured, needed: int) -> str:
-    text = f"{measured.ratio} ({measured.over})"
-    if measured.seeds < needed:
-        return f"{text}, {needed} seeds needed"
-    return text

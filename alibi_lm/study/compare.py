@@ -1,56 +1,226 @@
-"""Is A better than B? Two sets of runs, paired by document and by seed, at several inference lengths."""
+"""Whether a difference between two sets of runs is settled: the interval around it, and the answer.
+
+Everything is left minus right: in mean nats per token, whose exp is the factor of perplexity, or in the metric
+itself. With document sums at hand the interval is over seeds and documents, else over seeds alone (a t test, and
+then for this text only). The one judgement "is A better than B" is made here, for claims and `compare_runs.py`.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from alibi_lm.results.curves import View, curves, views
+from alibi_lm.results.curves import View, curves, point_of, view_of, views
+from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
-from alibi_lm.results.statistics import Interval, as_perplexity, paired_difference, verdict
+from alibi_lm.results.statistics import ONE_SEED, paired_difference, seeds_to_settle
 from alibi_lm.study.style import look
 
-ANSWERS = {"yes": "YES", "no": "NO", "not settled": "NOT SETTLED"}
+Verdict = Literal["HOLDS", "FAILS", "NOT SETTLED", "NOT RUN"]
+VERDICTS: tuple[Verdict, ...] = ("HOLDS", "FAILS", "NOT SETTLED", "NOT RUN")
+LEVEL = 0.95
+ONE_SEED_MARGIN = 0.005
+"""Nats by which one seed without document sums must clear the bound. The paper's own curves move by 0.05 of 18
+(0.003) between neighbouring lengths, from where window borders fall."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is known of A against B at one inference length."""
+class Measured:
+    """A difference of means and the interval around it; no interval with one seed and no document sums."""
 
-    inference_length: int
-    answer: str
-    """YES (A is better), NO (B is), NOT SETTLED, or NOT RUN."""
-    difference: Interval | None
-    """A minus B in nats per token."""
-    note: str
+    estimate: float
+    low: float | None
+    high: float | None
+    seeds: int
+    """Seeds on the side that has fewer, or of the pairs."""
+    over: str
+    """What the interval is over, in words; where there is none, why."""
+    seed_variance: float = 0.0
+    """Between seeds, or between pairs of them; 0 with one seed."""
+    document_variance: float = 0.0
+    """The part of the squared error that more seeds do not shrink."""
+    comparisons: int = 1
 
     @property
-    def line(self) -> str:
-        """For a terminal."""
-        head = f"{self.inference_length:>8}  {self.answer:<11}"
-        if self.difference is None:
-            return f"{head}  {self.note}"
-        ratio = as_perplexity(self.difference)
-        text = (
-            f"{head}  {self.difference.estimate:+.4f} [{self.difference.low:+.4f}, {self.difference.high:+.4f}] "
-            f"nats, perplexity x {ratio.estimate:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
+    def ratio(self) -> str:
+        """For people: `1.950 [1.902, 1.999]`, perplexity left over right."""
+        text = f"{_exp(self.estimate):.3f}"
+        if self.low is None or self.high is None:
+            return text
+        return f"{text} [{_exp(self.low):.3f}, {_exp(self.high):.3f}]"
+
+
+def measure(
+    left: Sequence[ResultRow],
+    right: Sequence[ResultRow],
+    documents: Mapping[RowKey, DocumentSums],
+    comparisons: int = 1,
+) -> Measured:
+    """Left minus right, in mean nats per token (for other metrics: in the metric).
+
+    Args:
+        left: rows with values, one per seed.
+        right: likewise; runs of the same seed are paired.
+        documents: sums by row key, where there are any.
+        comparisons: how many differences are judged together (each interval is widened for it).
+    """
+    found = _over_documents(left, right, documents, comparisons)
+    if isinstance(found, Measured):
+        return found
+    from scipy import stats
+
+    a, b = _by_seed(left), _by_seed(right)
+    common = [seed for seed in a if seed in b]
+    level = 1 - (1 - LEVEL) / comparisons
+    if len(common) >= 2:
+        pairs = np.array([a[seed] - b[seed] for seed in common])
+        center, variance, count = float(pairs.mean()), float(pairs.var(ddof=1)), len(common)
+        over = f"{count} seeds, paired"
+    elif min(len(a), len(b)) >= 2:
+        sides = [np.array(list(side.values())) for side in (a, b)]
+        center, variance = float(sides[0].mean() - sides[1].mean()), float(sum(side.var(ddof=1) for side in sides))
+        count, over = min(map(len, sides)), f"{len(a)} and {len(b)} seeds"
+    else:
+        one = {seed: a[seed] - b[seed] for seed in common} or {None: _mean(a.values()) - _mean(b.values())}
+        seed, estimate = next(iter(one.items()))
+        which = "one seed" if seed is None else f"seed {seed} alone"
+        return Measured(estimate, None, None, 1, f"{which}; {found}", comparisons=comparisons)
+    if variance <= 1e-24:  # no spread at all: the interval is a point
+        low, high = center, center
+    elif len(common) >= 2:
+        low, high = stats.t.interval(level, count - 1, center, math.sqrt(variance / count))
+    else:
+        low, high = stats.ttest_ind(*sides, equal_var=False).confidence_interval(level)
+    return Measured(center, float(low), float(high), count, f"{over}; {found}", variance, 0.0, comparisons)
+
+
+def judge(measured: Measured, relation: str, factor: float, min_seeds: int) -> Verdict:
+    """The verdict on "left over right is `relation` `factor`".
+
+    Args:
+        measured: the difference, in nats.
+        relation: `below`, `above` or `within` (between 1 / factor and factor).
+        factor: of perplexity, positive; above 1 for `within`.
+        min_seeds: with fewer nothing is settled.
+    """
+    if measured.seeds < min_seeds:
+        return "NOT SETTLED"
+    low, high = measured.low, measured.high
+    if low is None or high is None:
+        low, high = measured.estimate - ONE_SEED_MARGIN, measured.estimate + ONE_SEED_MARGIN
+    bound = math.log(factor)
+    if relation == "within":
+        inside, outside = -bound <= low and high <= bound, high < -bound or low > bound
+    elif relation == "below":
+        inside, outside = high < bound, low > bound
+    else:
+        inside, outside = low > bound, high < bound
+    return "HOLDS" if inside else "FAILS" if outside else "NOT SETTLED"
+
+
+def overall(verdicts: Sequence[Verdict]) -> Verdict:
+    """A claim over several lengths fails where one fails, and holds where all that were run do."""
+    for verdict in ("FAILS", "NOT SETTLED", "HOLDS"):
+        if verdict in verdicts:
+            return verdict
+    return "NOT RUN"
+
+
+def power_note(measured: Measured, relation: str, factor: float) -> str:
+    """How many seeds would settle it, in words; an estimate from the scatter of the seeds that there are."""
+    if measured.seeds < 2 or measured.low is None:
+        return "needs 2 seeds or more to see how seeds differ"
+    bound = math.log(factor)
+    bounds = [-bound, bound] if relation == "within" else [bound]
+    gap = min(abs(measured.estimate - b) for b in bounds)
+    level = 1 - (1 - LEVEL) / measured.comparisons
+    seeds = seeds_to_settle(gap, measured.seed_variance, measured.document_variance, level)
+    if seeds is None:
+        return "estimate: more seeds would not settle it, as the documents alone leave it open or it is too close"
+    # With the seeds at hand an estimate of no more than these would say that it is settled already.
+    return f"estimate: about {max(seeds, measured.seeds + 1)} seeds would settle it, if mean and scatter stay"
+
+
+def is_better(
+    a: Sequence[ResultRow],
+    b: Sequence[ResultRow],
+    documents: Mapping[RowKey, DocumentSums],
+    lengths: Sequence[int],
+) -> list[str]:
+    """Whether A is better than B at each inference length, all lengths judged together; a line for each.
+
+    Args:
+        a: rows of A's runs, from `select`.
+        b: rows of B's.
+        documents: document sums by row key.
+        lengths: inference lengths; intervals are widened for their number.
+
+    Returns:
+        Lines with YES (A is better), NO (B is), NOT SETTLED, or NOT RUN. One seed settles nothing about schemes.
+
+    Raises:
+        ValueError: A and B were scored on different texts.
+    """
+    lines = []
+    for length in lengths:
+        answer, measured, note = answer_at(a, b, documents, length, len(lengths))
+        head = f"{length:>8}  {answer:<11}"
+        if measured is not None:
+            ends = f" [{measured.low:+.4f}, {measured.high:+.4f}]" if measured.low is not None else ""
+            if view_of(a[0]).metric == "perplexity":
+                head += f"  {measured.estimate:+.4f}{ends} nats, perplexity x {measured.ratio}"
+            else:
+                head += f"  {measured.estimate:+.4f}{ends} {a[0].metric}"
+        lines.append(f"{head}  ({note})" if measured is not None else f"{head}  {note}")
+    return lines
+
+
+def answer_at(
+    a: Sequence[ResultRow],
+    b: Sequence[ResultRow],
+    documents: Mapping[RowKey, DocumentSums],
+    length: int,
+    comparisons: int,
+) -> tuple[str, Measured | None, str]:
+    """The answer at one length, the difference A minus B, and what the reader must know beside it."""
+    sides = [[row for row in side if row.inference_length == length] for side in (a, b)]
+    for side, name in zip(sides, "AB", strict=True):
+        refused = [row.reason for row in side if point_of(row) is None]
+        if refused or not side:
+            note = f"{name} has no value: {refused[0] if refused else 'not evaluated there'}"
+            return "NOT RUN", None, note
+    texts = {row.corpus for side in sides for row in side}
+    if len(texts) > 1:
+        hashes = ", ".join(sorted(text or "unknown" for text in texts))
+        raise ValueError(
+            f"A and B were scored on different texts at length {length} ({hashes}); evaluate both on the same one"
         )
-        return f"{text}  ({self.note})" if self.note else text
+    measured = measure(sides[0], sides[1], documents, comparisons)
+    relation = "above" if view_of(sides[0][0]).higher_is_better else "below"
+    verdict = judge(measured, relation, 1.0, 2)
+    note = measured.over
+    if verdict == "NOT SETTLED":
+        note += "; " + power_note(measured, relation, 1.0)
+    return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, note
 
 
-def select(rows: Sequence[ResultRow], pattern: str, view: View, name: str) -> list[ResultRow]:
+def select(
+    rows: Sequence[ResultRow], pattern: str, view: View, name: str, words: Mapping[str, str] | None = None
+) -> list[ResultRow]:
     """Rows of the runs that a pattern means, which must be seeds of each other.
 
     Args:
-        rows: of one study.
+        rows: of one experiment.
         pattern: a run's name or a glob of names (`alibi_L64_s*`); of a path only the last part counts.
-        view: split, mode and stride.
+        view: split, mode, stride, task and metric.
         name: of the setting, for messages.
+        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
 
     Raises:
         ValueError: no such run, or runs that differ in more than their seed.
@@ -58,41 +228,18 @@ def select(rows: Sequence[ResultRow], pattern: str, view: View, name: str) -> li
     glob = PurePath(pattern).name
     named = {row.run for row in rows if row.run is not None}
     wanted = {run for run in named if run == glob or fnmatch.fnmatchcase(PurePath(run).name, glob)}
-    found = [row for row in rows if row.run in wanted and View(row.split, row.mode, row.stride) == view]
+    found = [row for row in rows if row.run in wanted and view_of(row) == view]
     if not found:
         known = "; ".join(known_view.title for known_view in views([r for r in rows if r.run in wanted]))
         reason = f"its runs have {known} only" if known else f"runs here: {', '.join(sorted(named)) or 'none'}"
         raise ValueError(f"{name} = {pattern} has no results for {view.title}; {reason}")
-    groups = curves(found, view)
+    groups = curves(found, view, words)
     if len(groups) > 1:
         kinds = ", ".join(f"{c.position} L={c.train_length} {c.variant}".strip() for c in groups)
         raise ValueError(
             f"{name} = {pattern} means runs that are not seeds of each other ({kinds}); name one kind"
         )
     return found
-
-
-def compare_runs(
-    a: Sequence[ResultRow],
-    b: Sequence[ResultRow],
-    summaries: Mapping[RowKey, Any],
-    lengths: Sequence[int],
-) -> list[Answer]:
-    """Whether A is better than B at each length, all lengths judged together.
-
-    Args:
-        a: rows of A's runs, from `select`.
-        b: rows of B's.
-        summaries: document sums by row key.
-        lengths: inference lengths; intervals are widened for their number.
-
-    Returns:
-        An answer a length. One seed settles nothing about schemes.
-
-    Raises:
-        ValueError: A and B were scored on different texts.
-    """
-    return [_answer(a, b, summaries, length, len(lengths)) for length in lengths]
 
 
 def common_lengths(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> list[int]:
@@ -107,41 +254,50 @@ def title(rows: Sequence[ResultRow]) -> str:
     return f"{look(rows[0].position).name} trained at {rows[0].train_length} (seeds {seeds})"
 
 
-def _answer(
-    a: Sequence[ResultRow],
-    b: Sequence[ResultRow],
-    summaries: Mapping[RowKey, Any],
-    length: int,
+def _over_documents(
+    left: Sequence[ResultRow],
+    right: Sequence[ResultRow],
+    documents: Mapping[RowKey, DocumentSums],
     comparisons: int,
-) -> Answer:
-    sides = [[row for row in side if row.inference_length == length] for side in (a, b)]
-    for side, name in zip(sides, "AB", strict=True):
-        refused = [row.reason for row in side if row.loss is None]
-        if refused or not side:
-            note = f"{name} has no value: {refused[0] if refused else 'not evaluated there'}"
-            return Answer(length, "NOT RUN", None, note)
-    missing = sorted({str(row.run) for side in sides for row in side if row.key not in summaries})
-    if missing:
-        note = f"no document sums of {', '.join(missing)} in summary.npz; evaluate again"
-        return Answer(length, "NOT RUN", None, note)
-    texts = {row.corpus for side in sides for row in side}
-    sums = [[summaries[row.key] for row in side] for side in sides]
-    tokens = sums[0][0].document_tokens
-    if len(texts) > 1 or any(not np.array_equal(tokens, s.document_tokens) for side in sums for s in side):
-        hashes = ", ".join(sorted(text or "unknown" for text in texts))
-        raise ValueError(
-            f"A and B were scored on different texts at length {length} ({hashes}); evaluate both on the same one"
-        )
-    seeds = [[row.seed for row in side] for side in sides]
-    known = all(seed is not None for side in seeds for seed in side)
-    nats_a, nats_b = (np.stack([s.document_nats for s in side]) for side in sums)
-    found = paired_difference(
-        nats_a,
-        nats_b,
-        tokens,
-        comparisons=comparisons,
-        seeds_a=[s for s in seeds[0] if s is not None] if known else None,
-        seeds_b=[s for s in seeds[1] if s is not None] if known else None,
-    )
-    notes = [found.kind, found.note.strip("; ")]
-    return Answer(length, ANSWERS[verdict(found)], found, "; ".join(note for note in notes if note))
+) -> Measured | str:
+    """The difference over seeds and documents, or why there is none over documents."""
+    rows = [*left, *right]
+    if any(row.key not in documents for row in rows):
+        return "no sums per document"
+    seeds = [[row.seed for row in side if row.seed is not None] for side in (left, right)]
+    if sum(map(len, seeds)) < len(rows) or any(len(set(side)) < len(side) for side in seeds):
+        return "seeds are unknown or come twice"
+    parts = [[documents[row.key] for row in side] for side in (left, right)]
+    tokens = parts[0][0].tokens
+    if any(not np.array_equal(tokens, part.tokens) for side in parts for part in side):
+        return "other documents on the two sides"
+    if np.count_nonzero(tokens) < 2:
+        return "the text is one document, which does not show how documents differ"
+    try:
+        a, b = (np.stack([part.nats for part in side]) for side in parts)
+        found = paired_difference(a, b, tokens, LEVEL, comparisons, *seeds)
+    except ValueError as error:  # seeds that agree exactly
+        return str(error).partition(".")[0]
+    common = set(seeds[0]) & set(seeds[1])
+    count = len(common) if len(common) >= 2 else min(map(len, seeds))
+    count = 1 if found.kind == ONE_SEED else count
+    over = f"{count} seeds and {len(tokens)} documents" if count > 1 else f"{len(tokens)} documents, one seed"
+    over += f"; {found.note}" if found.note else ""
+    spread = (found.seed_variance, found.document_variance)
+    return Measured(found.estimate, found.low, found.high, count, over, *spread, comparisons)
+
+
+def _by_seed(rows: Sequence[ResultRow]) -> dict[int | str | None, float]:
+    """What each row measured, by seed; by run, where a seed is unknown or comes twice."""
+    seeds = [row.seed for row in rows]
+    unique = None not in seeds and len(set(seeds)) == len(seeds)
+    points = ((row, point_of(row)) for row in rows)
+    return {row.seed if unique else row.run: value for row, value in points if value is not None}
+
+
+def _mean(values: object) -> float:
+    return float(np.mean(list(values)))  # type: ignore[call-overload]
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 50 else math.inf

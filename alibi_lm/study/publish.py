@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from alibi_lm.results.rows import read_rows
-from alibi_lm.study.analysis_figures import draw_analysis
-from alibi_lm.study.figures import draw
+from alibi_lm.results.documents import DOCUMENTS_FILE, SUMMARY_FILE, upsert_documents
+from alibi_lm.results.rows import read_rows, write_csv, write_rows
+from alibi_lm.study.figures import draw, draw_analysis
 from alibi_lm.study.records import RUN_FILES, find_records
 
-RESULT_FILES = ("results.jsonl", "results.csv", "summary.npz", "claims.md", "paper.md")
+RESULT_FILES = (DOCUMENTS_FILE, SUMMARY_FILE, "claims.md", "paper.md")
 LARGEST = 16 * 2**20
 """Bytes of a file that may be published."""
 
@@ -24,7 +25,8 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
     """Copy results, analyses and what each run says of itself, and draw them there.
 
     Weights, checkpoints and per-token results stay where they are. Of absolute paths in what runs say, only the
-    last part is published: the others tell of somebody's machine and nothing of the run.
+    last part is published: the others tell of somebody's machine and nothing of the run. Results of an earlier
+    version are published in the form of this one.
 
     Args:
         folder: of an experiment's `results.jsonl`; analyses are looked for in `../analysis`.
@@ -38,7 +40,8 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
         ValueError: no or damaged results, a run without its folder, a file above 16 MiB, or a target that holds
             something else.
     """
-    records = find_records(read_rows(folder / "results.jsonl"), folder)
+    rows = read_rows(folder / "results.jsonl")
+    records = find_records(rows, folder)
     if target.exists() and any(target.iterdir()) and not (target / "results.jsonl").is_file():
         raise ValueError(f"target = {target} holds something other than published results. Name another folder.")
     sources = {Path(name): folder / name for name in RESULT_FILES}
@@ -67,11 +70,21 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
             shutil.copyfile(path, beside / name)
             if path.name in ("config.yaml", "corpus.json"):
                 (beside / name).write_text(_without_folders(path.read_text(encoding="utf-8")), encoding="utf-8")
+        # Rows as they are written now, whatever version wrote them; of a folder, its name is enough.
+        named = [replace(row, folder=row.folder and PurePath(row.folder).name) for row in rows]
+        write_csv(beside / "results.csv", write_rows(beside / "results.jsonl", named))
+        if (beside / SUMMARY_FILE).is_file():
+            upsert_documents(beside / DOCUMENTS_FILE, [])  # takes over what the older file holds
+            (beside / SUMMARY_FILE).unlink()
+            (beside / f".{DOCUMENTS_FILE}.lock").unlink(missing_ok=True)
         draw(beside)
         for path in sorted((beside / "analysis").glob("*.json")):
             draw_analysis(path)
+            path.with_suffix(".svg").unlink()  # the PNG is enough to look at
         for part in ("runs", "analysis"):
             shutil.rmtree(target / part, ignore_errors=True)
+        for old in [target / SUMMARY_FILE, *target.glob("extrapolation*.png"), *target.glob("extrapolation*.svg")]:
+            old.unlink(missing_ok=True)
         written = sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
         for name in written:
             (target / name).parent.mkdir(parents=True, exist_ok=True)

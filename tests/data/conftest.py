@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from alibi_lm.data.sources import TOKENS_FILES, DataConfig
+from alibi_lm.data.text import DataConfig
+from alibi_lm.data.wikitext import TOKENS_FILES
 
 TRAIN = """\
  \n\

@@ -1,12 +1,14 @@
+"""Preparing and opening: exact streams, hashes that stand for text and tokenizer, damage, interruption, locks."""
+
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alibi_lm.data import encode, preparation, storage
-from alibi_lm.data.corpus import Corpus, open_prepared, prepare, report, verify
-from alibi_lm.data.sources import DataConfig
+from alibi_lm import files
+from alibi_lm.data import corpus as module
+from alibi_lm.data.corpus import open_corpus, prepare, report, verify
+from alibi_lm.data.text import SPLITS, DataConfig
 from alibi_lm.data.tokenizers import BPEConfig, Tokenizer, TokenizerConfig, WordConfig
 
 from .conftest import TEST, TRAIN, VALIDATION
@@ -25,14 +28,21 @@ TEXTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 KINDS: dict[str, TokenizerConfig] = {"word": WordConfig(), "bpe": BPEConfig(vocab_size=300)}
 
 
+def file_of(config: DataConfig, name: str) -> Path:
+    return Path(config.path or "") / f"wiki.{name}.tokens"
+
+
 def times(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+# -- what streams hold -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streams_hold_the_text_and_its_counts(kind: str, config: DataConfig):
     corpus = prepare(config, KINDS[kind])
-    assert list(corpus.manifest["splits"]) == ["train", "validation", "test"]
+    assert list(corpus.manifest["splits"]) == list(SPLITS)
     for split, text in TEXTS.items():
         stream = corpus.split(split)
         assert stream.tokens.dtype == np.uint16 and stream.num_tokens == len(stream.tokens)
@@ -50,9 +60,10 @@ def test_streams_hold_the_text_and_its_counts(kind: str, config: DataConfig):
 
 
 def test_documents_are_the_articles(config: DataConfig):
-    word = prepare(config, WordConfig()).split("train")
-    title = prepare(config, WordConfig()).tokenizer.encode_lines(["= Second ="])[:-1]
+    corpus = prepare(config, WordConfig())
+    word = corpus.split("train")
     assert len(word.documents) == 2
+    title = corpus.tokenizer.encode("= Second =")
     assert word.tokens[word.documents[1] :][:3].tolist() == title.tolist()
     corpus = prepare(config, BPEConfig(vocab_size=300))
     bpe = corpus.split("train")
@@ -60,29 +71,103 @@ def test_documents_are_the_articles(config: DataConfig):
     assert corpus.tokenizer.decode(bpe.tokens[bpe.documents[1] :]).startswith(" = Second = \n")
 
 
+def test_a_byte_order_mark_changes_no_count_and_no_hash(config: DataConfig, tmp_path: Path):
+    plain = prepare(config, WordConfig())
+    for name in ("train", "valid", "test"):
+        file_of(config, name).write_bytes(b"\xef\xbb\xbf" + file_of(config, name).read_bytes())
+    marked = prepare(replace(config, cache_dir=str(tmp_path / "marked")), WordConfig())
+    assert (marked.hash, marked.tokenizer.hash) == (plain.hash, plain.tokenizer.hash)
+    for split in SPLITS:
+        one, other = plain.split(split), marked.split(split)
+        assert (one.sha256, one.text_sha256, one.words) == (other.sha256, other.text_sha256, other.words)
+    verify(marked)
+
+
+def test_one_document_is_said_to_give_no_intervals(config: DataConfig):
+    file_of(config, "valid").write_text("words without\na heading\n")
+    corpus = prepare(config, WordConfig())
+    remark = corpus.manifest["splits"]["validation"]["remark"]
+    assert remark.startswith("1 document: no intervals") and "` = Title = ` between blank lines" in remark
+    assert remark in report(corpus) and "2 lines, 1 document\n" in report(corpus)
+    assert corpus.manifest["splits"]["train"]["remark"] is None
+
+
+def test_articles_are_found_where_blank_lines_were_removed(config: DataConfig):
+    for name in ("train", "valid", "test"):
+        lines = [line for line in file_of(config, name).read_text().splitlines(True) if line.strip()]
+        file_of(config, name).write_text("".join(lines).replace(" = 1 henry", " 1 henry") + " = Last = \n end \n")
+    corpus = prepare(config, WordConfig())
+    assert [len(corpus.split(split).documents) for split in SPLITS] == [3, 2, 2]
+
+
+def test_other_texts_are_named_in_manifest_and_report(config: DataConfig):
+    corpus = prepare(config, WordConfig())
+    assert corpus.name == "WikiText-103 (not the original: train, validation, test)"
+    words = corpus.split("train").words
+    identity = f"not the original WikiText-103 training split ({words} words, not 103,227,021)"
+    assert corpus.manifest["splits"]["train"]["identity"] == identity
+    for part in (identity, corpus.hash, corpus.tokenizer.hash, "2 documents", corpus.split("test").text_sha256):
+        assert part in report(corpus)
+
+
+@pytest.mark.skipif("ALIBI_LM_DATA_DIR" not in os.environ, reason="ALIBI_LM_DATA_DIR is not set")
+def test_real_evaluation_splits_have_their_known_counts(tmp_path: Path):
+    shutil.copytree(Path(os.environ["ALIBI_LM_DATA_DIR"]) / "wikitext-103", tmp_path / "text")
+    valid = tmp_path / "text" / "wiki.valid.tokens"
+    valid.chmod(0o600)
+    valid.write_bytes(b"\xef\xbb\xbf" + valid.read_bytes())
+    config = DataConfig("wikitext103", str(tmp_path / "text"), str(tmp_path))
+    corpus = prepare(config, WordConfig().train([["the , of"]]), ("validation", "test"))
+    for split, words in (("validation", 217_646), ("test", 245_569)):
+        stream = corpus.split(split)
+        assert stream.num_tokens == stream.words == words and len(stream.documents) == 60
+        assert corpus.manifest["splits"][split]["identity"] == f"the original WikiText-103 {split} split"
+    assert corpus.name == "WikiText-103"
+    bpe = prepare(config, BPEConfig(vocab_size=300).train([["the"]]), ("validation",)).split("validation")
+    assert (bpe.words, bpe.bytes) == (217_646, 1_142_309)
+
+
+# -- what a text is known by -----------------------------------------------------------------------------------
+
+
 def test_the_second_time_nothing_is_written_or_read_again(config: DataConfig, monkeypatch: pytest.MonkeyPatch):
     first = prepare(config, WordConfig())
     before = times(Path(config.cache_dir))
-    monkeypatch.setattr(encode, "encode_split", None)
-    monkeypatch.setattr(encode, "training_lines", None)
+    monkeypatch.setattr(module, "encode_split", None)
+    monkeypatch.setattr(WordConfig, "train", None)
     second = prepare(config, WordConfig())
     assert times(Path(config.cache_dir)) == before
     assert (second.hash, second.manifest) == (first.hash, first.manifest)
 
 
-def test_hashes_stand_for_text_and_tokenizer(config: DataConfig, tmp_path: Path):
+def test_hashes_stand_for_text_and_tokenizer_not_for_a_place(config: DataConfig, tmp_path: Path):
     word = prepare(config, WordConfig())
     bpe = prepare(config, BPEConfig(vocab_size=300))
     assert len({word.hash, bpe.hash, *(s.hash for s in word.streams.values())}) == 5
-    # Elsewhere, from another cache, or with only one split open: the same text has the same hash.
+    # Elsewhere and from another cache, all of it or one split: the same text has the same hashes.
     shutil.copytree(config.path or "", tmp_path / "copy")
     moved = DataConfig("wikitext103", str(tmp_path / "copy"), str(tmp_path / "cache2"))
+    again = prepare(moved, WordConfig())
+    assert (again.hash, again.tokenizer.hash) == (word.hash, word.tokenizer.hash)
+    assert [again.split(s).sha256 for s in SPLITS] == [word.split(s).sha256 for s in SPLITS]
     alone = prepare(moved, word.tokenizer, ("validation",))
     assert (alone.hash, alone.split("validation").hash) == (word.hash, word.split("validation").hash)
-    (tmp_path / "copy" / "wiki.valid.tokens").write_text(" the mat \n")
     shutil.rmtree(tmp_path / "cache2")
+    (tmp_path / "copy" / "wiki.valid.tokens").write_text(" the mat \n")
     other = prepare(moved, word.tokenizer, ("validation",))
     assert other.hash != word.hash and other.split("validation").hash != word.split("validation").hash
+
+
+def test_prepared_streams_are_found_however_the_place_is_spelled(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = prepare(config, WordConfig()).folder
+    (tmp_path / "link").symlink_to("text")
+    for path in ("text", "text/", "link", "./link/../text/"):
+        assert prepare(replace(config, path=path), WordConfig()).folder == folder
+    shutil.rmtree("text")
+    assert prepare(replace(config, path="text/"), WordConfig()).folder == folder, "streams outlive their source"
 
 
 def test_tokenizers_never_share_streams(config: DataConfig):
@@ -91,13 +176,12 @@ def test_tokenizers_never_share_streams(config: DataConfig):
     own = prepare(config, WordConfig())
     assert prepare(config, own.tokenizer).folder == own.folder, "a run's own tokenizer finds its streams"
     with pytest.raises(ValueError, match="was encoded with another tokenizer"):
-        open_prepared(own.folder, ["train"], prepare(config, BPEConfig(vocab_size=300)).tokenizer)
+        open_corpus(own.folder, ["train"], prepare(config, BPEConfig(vocab_size=300)).tokenizer)
 
 
 def test_a_foreign_dictionary_needs_only_the_evaluated_split(config: DataConfig, tmp_path: Path):
-    folder = Path(config.path or "")
-    (folder / "wiki.train.tokens").unlink()
-    (folder / "wiki.test.tokens").unlink()
+    file_of(config, "train").unlink()
+    file_of(config, "test").unlink()
     (tmp_path / "dict.txt").write_text("the 9\ndog 2\n")
     corpus = prepare(config, Tokenizer.from_fairseq_dictionary(tmp_path / "dict.txt"), ("validation",))
     assert corpus.split("validation").tokens.tolist() == [2, 3, 3, 3, 3, 2, 2, 4, 3, 3, 3, 4, 5, 2, 2]
@@ -108,21 +192,63 @@ def test_a_foreign_dictionary_needs_only_the_evaluated_split(config: DataConfig,
         prepare(config, WordConfig(), ("validation",))
 
 
+class Letters:
+    """Another code base's tokenizer: a letter is a token, and so is a line end."""
+
+    kind, hash, vocab_size, start_id, document_end_id, unknown_id = "letters", "5" * 64, 0x110000, 10, None, None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([ord(letter) for letter in text], dtype=np.int32)
+
+    def encode_blocks(self, blocks: list[list[str]]) -> list[np.ndarray]:
+        return [self.encode("".join(f"{line}\n" for line in lines)) for lines in blocks]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def save(self, path: Path) -> None:
+        Path(path).write_text("letters")
+
+
+def test_a_foreign_tokenizer_is_enough_to_prepare_and_open_a_text(config: DataConfig):
+    corpus = prepare(config, Letters())
+    assert corpus.tokenizer.decode(corpus.split("test").tokens) == TEST
+    assert corpus.split("test").tokens.dtype == np.int32
+    again = open_corpus(corpus.folder, ("test",), Letters())
+    assert again.split("test").hash == corpus.split("test").hash
+    verify(corpus)
+
+
 def test_splits_may_be_added_later(config: DataConfig):
-    prepare(config, WordConfig(), ("validation",))
     before = prepare(config, WordConfig(), ("validation",)).hash
     corpus = prepare(config, WordConfig(), ("test", "train"))
     assert sorted(corpus.streams) == ["test", "train"] and corpus.hash == before
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_changed_source_is_an_error(split: str, config: DataConfig):
+def test_opening_needs_neither_text_nor_lock(config: DataConfig):
+    prepared = prepare(config, WordConfig(), ("train", "validation"))
+    shutil.rmtree(config.path or "")
+    shutil.rmtree(prepared.folder.parent / ".lock", ignore_errors=True)
+    corpus = open_corpus(prepared.folder, ("train", "validation"))
+    assert (corpus.hash, corpus.tokenizer.hash) == (prepared.hash, prepared.tokenizer.hash)
+    for split in ("train", "validation"):
+        assert np.array_equal(corpus.split(split).tokens, prepared.split(split).tokens)
+    with pytest.raises(ValueError, match=r"has no stream of test; it has train, validation"):
+        open_corpus(prepared.folder)
+    with pytest.raises(ValueError, match=r"holds no finished streams .*make data"):
+        open_corpus(prepared.folder.parent)
+
+
+# -- change and damage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_a_changed_source_is_an_error(name: str, config: DataConfig):
     corpus = prepare(config, WordConfig())
-    path = Path(config.path or "") / {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens"}[split]
-    content = path.read_bytes()
+    path = file_of(config, name)
     os.utime(path)
     prepare(config, WordConfig())  # touched, not changed
-    path.write_bytes(content.replace(b"the dog", b"the cow"))
+    path.write_bytes(path.read_bytes().replace(b"the dog", b"the cow"))
     with pytest.raises(ValueError, match=f"{path.name} has changed since it was prepared. Delete .*wikitext103-"):
         prepare(config, WordConfig())
     path.unlink()
@@ -131,7 +257,7 @@ def test_a_changed_source_is_an_error(split: str, config: DataConfig):
 
 def test_an_evaluation_text_that_changed_before_its_turn_is_noticed(config: DataConfig):
     prepare(config, WordConfig(), ("train",))
-    (Path(config.path or "") / "wiki.valid.tokens").write_text(" other \n")
+    file_of(config, "valid").write_text(" other \n")
     with pytest.raises(ValueError, match="the validation text has changed since"):
         prepare(config, WordConfig())
 
@@ -146,9 +272,24 @@ def flip(path: Path) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["train.bin", "train.documents.npy", "../word8.json"])
-def test_damaged_files_are_errors_that_say_what_to_delete(
+def cut(path: Path) -> None:
+    path.write_text(path.read_text()[:-20])
+
+
+def of_another_format(path: Path) -> None:
+    path.write_text('{"format": 999}')
+
+
+def without_fields(path: Path) -> None:
+    path.write_text('{"format": 1, "texts": {}, "tokenizers": {"word8": []}, "splits": {"train": []}}')
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(n, d) for n in ("train.bin", "train.documents.npy", "../word8.json") for d in (truncate, flip, Path.unlink)]
+    + [(n, d) for n in ("manifest.json", "../source.json") for d in (cut, of_another_format, without_fields)],
+)
+def test_damage_is_an_error_that_says_what_to_delete(
     name: str, damage: Callable[[Path], None], config: DataConfig
 ):
     corpus = prepare(config, WordConfig())
@@ -160,44 +301,30 @@ def test_damaged_files_are_errors_that_say_what_to_delete(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "../source.json"])
-def test_a_damaged_manifest_is_an_error_and_a_missing_one_means_not_prepared(name: str, config: DataConfig):
-    path = prepare(config, WordConfig()).folder / name
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=r"cannot be read .* Delete .* to prepare it anew"):
-        prepare(config, WordConfig())
-    path.write_text('{"format": 999}')
-    with pytest.raises(ValueError, match="is not of format 1"):
-        prepare(config, WordConfig())
-    path.unlink()
+def test_a_missing_manifest_means_not_prepared(name: str, config: DataConfig):
+    (prepare(config, WordConfig()).folder / name).unlink()
     verify(prepare(config, WordConfig()))
 
 
-def test_small_changes_in_large_files_are_for_verify(config: DataConfig, monkeypatch: pytest.MonkeyPatch):
-    text = Path(config.path or "") / "wiki.train.tokens"
-    text.write_text(TRAIN * 2000)
-    monkeypatch.setattr(storage, "SAMPLES", 2)
-    monkeypatch.setattr(storage, "SAMPLE_BYTES", 1000)
+@pytest.mark.parametrize("what", ["tokens", "text"])
+def test_small_changes_in_large_files_are_for_verify(
+    what: str, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    file_of(config, "train").write_text(TRAIN * 2000)
+    monkeypatch.setattr(files, "SAMPLES", 2)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 1000)
     corpus = prepare(config, WordConfig())
     verify(corpus)
-    path = corpus.folder / "train.bin"
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(ValueError, match=r"train\.bin has changed since it was written"):
-        verify(prepare(config, WordConfig()))
+    path = corpus.folder / "train.bin" if what == "tokens" else file_of(config, "train")
+    before = path.stat().st_mtime_ns
+    flip(path)
+    os.utime(path, ns=(before, before))
+    again = prepare(config, WordConfig())  # the samples do not see it
+    with pytest.raises(ValueError, match=rf"{path.name} has changed since it was (written|prepared)"):
+        verify(again)
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Stop at the n-th file that would take its name."""
-    real, count = os.replace, [0]
-
-    def replace_or_stop(source: str, target: str) -> None:
-        count[0] += 1
-        if count[0] == number:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(storage.os, "replace", replace_or_stop)
+# -- interruption and locks ------------------------------------------------------------------------------------
 
 
 def believed(config: DataConfig) -> list[str]:
@@ -207,18 +334,26 @@ def believed(config: DataConfig) -> list[str]:
 
 def test_an_interruption_at_any_file_leaves_nothing_half_done(config: DataConfig, tmp_path: Path):
     whole = prepare(replace(config, cache_dir=str(tmp_path / "whole")), WordConfig())
-    stopped = 0
+    real, stopped = os.replace, 0
     for number in range(1, 40):
         trial = replace(config, cache_dir=str(tmp_path / f"trial{number}"))
+        count = [0]
+
+        def replace_or_stop(source: str, target: str, count: list[int] = count, last: int = number) -> None:
+            count[0] += 1
+            if count[0] == last:
+                raise KeyboardInterrupt
+            real(source, target)
+
         with pytest.MonkeyPatch.context() as patch:
-            interrupt_at(patch, number)
+            patch.setattr(files.os, "replace", replace_or_stop)
             try:
                 prepare(trial, WordConfig())
                 break
             except KeyboardInterrupt:
                 stopped += 1
         for split in believed(trial):
-            stream = open_prepared(next(Path(trial.cache_dir).glob("*/tokens-*")), [split]).split(split)
+            stream = open_corpus(next(Path(trial.cache_dir).glob("*/tokens-*")), [split]).split(split)
             assert np.array_equal(stream.tokens, whole.split(split).tokens)
         assert not list(Path(trial.cache_dir).rglob("*.tmp"))
         again = prepare(trial, WordConfig())
@@ -227,108 +362,72 @@ def test_an_interruption_at_any_file_leaves_nothing_half_done(config: DataConfig
     assert stopped >= 12
 
 
+PROCESS = """\
+import sys, time
+from alibi_lm.data import corpus
+from alibi_lm.data.text import DataConfig
+from alibi_lm.data.tokenizers import Tokenizer, WordConfig
+encode_split, encode_blocks, made = corpus.encode_split, Tokenizer.encode_blocks, []
+def counted(source, split, *rest):
+    made.append(split)
+    return encode_split(source, split, *rest)
+def slow(self, blocks):
+    if made[-1] == "validation":
+        print("encoding", flush=True)
+        time.sleep(float(sys.argv[3]))
+    return encode_blocks(self, blocks)
+corpus.encode_split, Tokenizer.encode_blocks = counted, slow
+if sys.argv[4] == "wait":
+    sys.stdin.readline()
+prepared = corpus.prepare(DataConfig("wikitext103", sys.argv[1], sys.argv[2]), WordConfig())
+print(len(made), prepared.hash)
+"""
+
+
+def process(config: DataConfig, seconds: float, wait: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROCESS, config.path or "", config.cache_dir, str(seconds), wait]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def test_a_killed_process_leaves_nothing_believed_and_nothing_behind(config: DataConfig):
-    code = (
-        "import sys, time\n"
-        "from alibi_lm.data import encode, preparation\n"
-        "from alibi_lm.data.corpus import prepare\n"
-        "from alibi_lm.data.sources import DataConfig\n"
-        "from alibi_lm.data.tokenizers import WordConfig, Tokenizer\n"
-        "real = Tokenizer.encode_blocks\n"
-        "def slow(self, blocks):\n"
-        "    if len(blocks[0]) == 5:  # the validation text\n"
-        "        print('encoding', flush=True)\n"
-        "        time.sleep(60)\n"
-        "    return real(self, blocks)\n"
-        "Tokenizer.encode_blocks = slow\n"
-        "prepare(DataConfig('wikitext103', sys.argv[1], sys.argv[2]), WordConfig())\n"
-    )
-    command = [sys.executable, "-c", code, config.path or "", config.cache_dir]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "encoding\n"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    with process(config, 60) as running:
+        assert running.stdout is not None and running.stdout.readline() == "encoding\n"
+        running.send_signal(signal.SIGKILL)
+        running.wait()
     cache = Path(config.cache_dir)
     assert believed(config) == ["train"] and list(cache.rglob("validation.bin.*.tmp"))
     verify(prepare(config, WordConfig()))
-    assert believed(config) == ["train", "validation", "test"] and not list(cache.rglob("*.tmp"))
+    assert believed(config) == list(SPLITS) and not list(cache.rglob("*.tmp"))
 
 
 def test_two_processes_prepare_once(config: DataConfig):
-    code = (
-        "import sys, time\n"
-        "from alibi_lm.data import preparation\n"
-        "from alibi_lm.data.corpus import prepare\n"
-        "from alibi_lm.data.sources import DataConfig\n"
-        "from alibi_lm.data.tokenizers import WordConfig\n"
-        "real, made = preparation.encode.encode_split, []\n"
-        "def counted(source, split, *rest):\n"
-        "    made.append(split)\n"
-        "    time.sleep(0.3)\n"
-        "    return real(source, split, *rest)\n"
-        "preparation.encode.encode_split = counted\n"
-        "print('ready', flush=True)\n"
-        "sys.stdin.readline()\n"
-        "corpus = prepare(DataConfig('wikitext103', sys.argv[1], sys.argv[2]), WordConfig())\n"
-        "print(len(made), corpus.hash)\n"
-    )
-    command = [sys.executable, "-c", code, config.path or "", config.cache_dir]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    assert all(process.stdout and process.stdout.readline() == "ready\n" for process in running)
-    for process in running:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate()[0].split() for process in running]
+    running = [process(config, 0.5, "wait") for _ in range(2)]
+    outputs = []
+    for one in running:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    for one in running:
+        outputs.append(one.communicate()[0].removeprefix("encoding\n").split())
     assert sum(int(count) for count, _ in outputs) == 3 and outputs[0][1] == outputs[1][1]
 
 
-def test_a_folder_that_cannot_be_written_is_named(config: DataConfig, tmp_path: Path):
+# -- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file", "loop", "~nobody-of-this-name/cache"])
+def test_a_folder_that_cannot_be_written_is_named(place: str, config: DataConfig, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"data\.cache_dir = .*/file"):
-        prepare(replace(config, cache_dir=str(tmp_path / "file")), WordConfig())
-    with pytest.raises(ValueError, match=r"split = 'valid'\. Allowed: train, validation, test"):
-        prepare(config, WordConfig(), ("valid",))
+    (tmp_path / "loop").symlink_to("loop")
+    cache = place if place.startswith("~") else str(tmp_path / place)
+    with pytest.raises(ValueError, match=rf"data\.cache_dir = {cache}: the streams could not be prepared there"):
+        prepare(dataclasses.replace(config, cache_dir=cache), WordConfig())
 
 
 def test_bad_text_stops_before_the_long_work(config: DataConfig, monkeypatch: pytest.MonkeyPatch):
-    (Path(config.path or "") / "wiki.valid.tokens").write_bytes(b"\xff\n")
-    monkeypatch.setattr(preparation.SourceFolder, "train", None)
+    file_of(config, "valid").write_bytes(b"\xff\n")
+    monkeypatch.setattr(WordConfig, "train", None)
     with pytest.raises(ValueError, match="line 1 is not UTF-8"):
         prepare(config, WordConfig())
-
-
-def test_other_texts_are_named_in_manifest_and_report(config: DataConfig):
-    corpus: Corpus = prepare(config, WordConfig())
-    assert corpus.name == "WikiText-103 (not the original: train, validation, test)"
-    identity = corpus.manifest["splits"]["train"]["identity"]
-    assert (
-        identity
-        == f"not the original WikiText-103 training split ({corpus.split('train').words} words, not 103,227,021)"
-    )
-    text = report(corpus)
-    for part in (identity, corpus.hash, corpus.tokenizer.hash, "2 documents", corpus.split("test").text_sha256):
-        assert part in text
-
-
-def test_prepared_streams_open_fast(config: DataConfig):
-    prepare(config, WordConfig())
-    start = time.perf_counter()
-    prepare(config, WordConfig())
-    assert time.perf_counter() - start < 2
-
-
-@pytest.mark.skipif("ALIBI_LM_DATA_DIR" not in os.environ, reason="ALIBI_LM_DATA_DIR is not set")
-def test_real_evaluation_splits_have_their_known_counts(tmp_path: Path):
-    folder = Path(os.environ["ALIBI_LM_DATA_DIR"]) / "wikitext-103"
-    config = DataConfig("wikitext103", str(folder), str(tmp_path))
-    tokenizer = WordConfig().train([["the , of"]])
-    corpus = prepare(config, tokenizer, ("validation", "test"))
-    for split, words in (("validation", 217_646), ("test", 245_569)):
-        stream = corpus.split(split)
-        assert stream.num_tokens == stream.words == words and len(stream.documents) == 60
-        assert corpus.manifest["splits"][split]["identity"] == f"the original WikiText-103 {split} split"
-    assert corpus.name == "WikiText-103"
-    bpe = prepare(config, BPEConfig(vocab_size=300).train([["the"]]), ("validation",)).split("validation")
-    assert (bpe.words, bpe.bytes) == (217_646, 1_142_309)
+    with pytest.raises(ValueError, match=r"split = 'valid'\. Allowed: train, validation, test"):
+        prepare(config, WordConfig(), ("valid",))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,22 +23,28 @@ from .conftest import TEST, TRAIN, VALIDATION
 
 REPOSITORY = "Salesforce/wikitext"
 COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
-PREPARE = """\
-import json
-import sys
-import time
+DRIVER = """\
+# Prepares as it is told, a line of JSON at a time, in one process: importing `datasets` takes seconds.
+import json, os, sys, time
 import datasets
+from huggingface_hub import constants
 from alibi_lm.data.corpus import prepare
-from alibi_lm.data.sources import DataConfig
+from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import WordConfig
-started = time.perf_counter()
-try:
-    corpus = prepare(DataConfig(sys.argv[1], cache_dir=sys.argv[2]), WordConfig())
-except ValueError as error:
-    sys.exit(f"ValueError: {error}")
-finally:
-    print("seconds", time.perf_counter() - started, file=sys.stderr)
-print(json.dumps({s: [v.words, v.bytes, v.text_sha256, len(v.documents)] for s, v in corpus.streams.items()}))
+for line in sys.stdin:
+    task = json.loads(line)
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = task["offline"]
+    if task["as_nobody"] and os.geteuid() == 0:
+        os.seteuid(65534)
+    started = time.perf_counter()
+    try:
+        corpus = prepare(DataConfig("wikitext103", cache_dir=task["cache"]), WordConfig())
+        answer = {s: [v.words, v.bytes, v.text_sha256, len(v.documents)] for s, v in corpus.streams.items()}
+    except ValueError as error:
+        answer = str(error)
+    if os.geteuid() != os.getuid():
+        os.seteuid(os.getuid())
+    print(json.dumps([answer, time.perf_counter() - started]), flush=True)
 """
 
 
@@ -66,8 +73,8 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, config: str, texts: dict[str, str], folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int, config: str, texts: dict[str, str], folder: Path) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.files["README.md"] = CARD.format(config=config).encode()
@@ -75,10 +82,6 @@ class Hub(ThreadingHTTPServer):
             path = folder / "part.parquet"
             pq.write_table(pa.table({"text": rows(text)}), path)
             self.files[f"{config}/{split}-00000-of-00001.parquet"] = path.read_bytes()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -146,91 +149,127 @@ def serving(server: Hub) -> Iterator[Hub]:
         server.server_close()
 
 
-def run(
-    name: str, cache: Path, home: Path, endpoint: str, offline: bool = False
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Prepare in a process of its own (the libraries read the environment at import); and its seconds."""
-    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
-    environment |= {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "1" if offline else "0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PREPARE, name, str(cache)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    seconds = [float(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("seconds ")]
-    assert len(seconds) == 1, done.stderr
-    return done, seconds[0]
+class Preparing:
+    """The process that prepares, told to take `endpoint` for the hub."""
 
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("wikitext103", "wikitext-103-v1"),
-        pytest.param("wikitext2", "wikitext-2-v1", marks=pytest.mark.slow),
-    ],
-)
-def test_text_comes_from_the_hub_then_from_its_cache(name: str, config: str, tmp_path: Path):
-    texts = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-    with serving(Hub(config, texts, tmp_path)) as hub:
-        done, _ = run(name, tmp_path / "streams", tmp_path / "home", hub.url)
-        assert done.returncode == 0, done.stderr
-        assert any(path.endswith(".parquet") for path in hub.requests)
-        asked = len(hub.requests)
-        # Line for line and byte for byte what the original files hold, blank lines included.
-        expected = {
-            split: [
-                len(text.split()) + text.count("\n"),
-                len(text.encode()),
-                hashlib.sha256(text.encode()).hexdigest(),
-                2 if split == "train" else 1,
-            ]
-            for split, text in texts.items()
+    def __init__(self, endpoint: str, home: Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+        environment |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
         }
-        assert json.loads(done.stdout) == expected
-        again, _ = run(name, tmp_path / "streams", tmp_path / "home", hub.url)
-        assert json.loads(again.stdout) == expected and len(hub.requests) == asked
-    # The hub is gone; other streams are prepared from the cache of `datasets`, at once.
-    cached, seconds = run(name, tmp_path / "other", tmp_path / "home", hub.url)
-    assert cached.returncode == 0, cached.stderr
-    assert json.loads(cached.stdout) == expected and seconds < 15
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __call__(self, cache: Path, offline: bool = False, as_nobody: bool = False) -> tuple[Any, float]:
+        """Counts of the splits, or the error's message; and the seconds that it took."""
+        task = {"cache": str(cache), "offline": offline, "as_nobody": as_nobody}
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return tuple(json.loads(self.process.stdout.readline()))
 
 
-def assert_helpful(done: subprocess.CompletedProcess[str], cause: str) -> None:
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    for part in (cause, "data.path=<folder>", "data=python_stdlib", "wikitext-103-v1"):
-        assert part in done.stderr
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def preparing(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preparing]:
+    running = Preparing(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("home"))
+    with running.process:
+        yield running
+        running.process.kill()
+
+
+TEXTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+# Line for line and byte for byte what the original files hold, blank lines included.
+EXPECTED = {
+    split: [
+        len(text.split()) + text.count("\n"),
+        len(text.encode()),
+        hashlib.sha256(text.encode()).hexdigest(),
+        2 if split == "train" else 1,
+    ]
+    for split, text in TEXTS.items()
+}
+
+
+def assert_helpful(message: Any, *causes: str) -> None:
+    for part in (*causes, "data.path=<folder>", "data=python_stdlib", "wikitext-103-v1"):
+        assert part in message
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_without_a_network_the_error_is_quick_and_names_the_ways_out(offline: bool, tmp_path: Path):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        done, seconds = run("wikitext103", tmp_path / "streams", tmp_path / "home", endpoint, offline)
-    assert_helpful(done, "HF_HUB_OFFLINE is set" if offline else "does not answer")
+def test_without_a_network_the_error_is_quick_and_names_the_ways_out(
+    offline: bool, preparing: Preparing, tmp_path: Path
+):
+    message, seconds = preparing(tmp_path / "streams", offline=offline)
+    assert_helpful(message, "HF_HUB_OFFLINE is set" if offline else "does not answer")
     assert seconds < 15, "left to itself, datasets tries again for 24 s"
 
 
-def test_a_server_that_never_answers_is_given_up_soon(tmp_path: Path):
+def test_a_server_that_never_answers_is_given_up_soon(port: int, preparing: Preparing, tmp_path: Path):
     with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        silent.bind(("127.0.0.1", port))
         silent.listen(8)
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        done, seconds = run("wikitext103", tmp_path / "streams", tmp_path / "home", endpoint)
-    assert_helpful(done, "does not answer")
+        message, seconds = preparing(tmp_path / "streams")
+    assert_helpful(message, "does not answer")
     assert seconds < 15
 
 
-def test_a_hub_without_the_text_is_reported(tmp_path: Path):
-    with serving(Hub("another-config", {"train": TRAIN}, tmp_path)) as hub:
-        done, _ = run("wikitext103", tmp_path / "streams", tmp_path / "home", hub.url)
-    assert_helpful(done, "could not be had from the hub")
+def test_a_hub_without_the_text_is_reported(port: int, preparing: Preparing, tmp_path: Path):
+    with serving(Hub(port, "another-config", {"train": TRAIN}, tmp_path)):
+        message, _ = preparing(tmp_path / "streams")
+    assert_helpful(message, "could not be had from the hub")
+
+
+def test_text_comes_from_the_hub_then_from_its_cache(port: int, tmp_path: Path):
+    home = tmp_path / "home"
+    preparing = Preparing(f"http://127.0.0.1:{port}", home)
+    with preparing.process:
+        with serving(Hub(port, "wikitext-103-v1", {**TEXTS, "train": "\ufeff" + TRAIN}, tmp_path)) as hub:
+            assert preparing(tmp_path / "streams")[0] == EXPECTED
+            assert any(path.endswith(".parquet") for path in hub.requests)
+            asked = len(hub.requests)
+            assert preparing(tmp_path / "streams")[0] == EXPECTED and len(hub.requests) == asked
+        # The hub is gone; other streams are prepared from the cache of `datasets`, at once.
+        found, seconds = preparing(tmp_path / "other")
+        assert found == EXPECTED and seconds < 15
+        a_cache_of_others(preparing, home, tmp_path)
+        preparing.process.kill()
+
+
+def a_cache_of_others(preparing: Preparing, home: Path, folder: Path) -> None:
+    """A cache that can be read but not written is used as it is; where it lacks the text, the error names it."""
+    streams = [folder / f"streams{k}" for k in range(1, 4)]
+    for path in streams:
+        path.mkdir()
+        path.chmod(0o777)
+    for path in [folder, *folder.parents][:3]:
+        path.chmod(path.stat().st_mode | 0o055)  # so that a user without rights comes as far as this
+    for path in [home, *home.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        for offline in (True, False):
+            assert preparing(streams[offline], offline=offline, as_nobody=True)[0] == EXPECTED
+        for path in home.rglob("*.arrow"):
+            path.unlink()
+        message, _ = preparing(folder / "streams3", offline=True, as_nobody=True)
+        assert_helpful(message, f"its cache {home}", "Permission denied", "HF_DATASETS_CACHE")
+    finally:
+        for path in [home, *home.rglob("*")]:
+            path.chmod(0o755)

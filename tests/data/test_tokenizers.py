@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alibi_lm.data.tokenizers import (
@@ -77,23 +79,25 @@ def test_word_file_alone_gives_the_same_ids(word: Tokenizer, tmp_path: Path):
         assert alone.encode(line).ids == word.encode_lines([line]).tolist()
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), max_size=8))
-def test_bpe_gives_any_text_back_exactly(bpe_lines: list[str]):
-    tokenizer = _cached_bpe()
-    ids = tokenizer.encode_lines(bpe_lines)
-    assert tokenizer.decode(ids) == "".join(line + "\n" for line in bpe_lines)
-    by_line = [id for line in bpe_lines for id in tokenizer.encode_lines([line])]
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), max_size=8))
+def test_bpe_gives_any_text_back_exactly(bpe: Tokenizer, lines: list[str]):
+    ids = bpe.encode_lines(lines)
+    assert bpe.decode(ids) == "".join(line + "\n" for line in lines)
+    by_line = [id for line in lines for id in bpe.encode_lines([line])]
     assert ids.tolist() == by_line, "ids depend on how the text is cut in blocks"
 
 
-_BPE: list[Tokenizer] = []
-
-
-def _cached_bpe() -> Tokenizer:
-    if not _BPE:
-        _BPE.append(BPEConfig(vocab_size=300).train([LINES]))
-    return _BPE[0]
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_a_text_is_encoded_as_it_stands(kind: str, request: pytest.FixtureRequest):
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    line = tokenizer.encode_lines(["the cat"]).tolist()
+    assert tokenizer.encode("the cat\n").tolist() == line
+    assert tokenizer.encode("the cat").tolist() == line[:-1] or kind == "bpe"
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    assert tokenizer.encode("the cat\nthe cat\n").tolist() == line * 2
+    assert tokenizer.encode("").tolist() == []
+    assert tokenizer.encode("a").dtype == np.int32
 
 
 def test_bpe_treats_the_end_of_text_in_a_text_as_text(bpe: Tokenizer, tmp_path: Path):
@@ -111,27 +115,23 @@ def test_bpe_merges_and_respects_its_size(bpe: Tokenizer):
     assert BPEConfig(vocab_size=5000).train([["ab"]]).vocab_size < 300
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_training_is_the_same_in_another_process(name: str):
+def test_training_is_the_same_in_another_process():
     code = (
         "import sys; from alibi_lm.data.tokenizers import TOKENIZERS\n"
         "lines = sys.stdin.read().split('\\n')\n"
-        f"print(TOKENIZERS[{name!r}]().train([lines]).hash)"
+        "print(*(config().train([lines]).hash for config in TOKENIZERS.values()))"
     )
-    text = "\n".join(f"{k % 17} word{k % 91} {'x' * (k % 13)}é" for k in range(3000))
-    hashes = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            input=text,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONUTF8": "1"},
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(hashes) == 1
+    text = "\n".join(f"{k % 17} word{k % 91} {'x' * (k % 13)}\u00e9" for k in range(3000))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=text,
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert done.stdout.split() == [config().train([text.split("\n")]).hash for config in TOKENIZERS.values()]
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
@@ -145,23 +145,43 @@ def test_saved_tokenizer_is_the_same(kind: str, request: pytest.FixtureRequest, 
     assert loaded.encode_lines(LINES).tolist() == tokenizer.encode_lines(LINES).tolist()
 
 
-def test_files_that_are_no_tokenizers_of_ours_are_refused(word: Tokenizer, tmp_path: Path):
+def changed(part: str, **values: Any) -> Callable[[dict[str, Any]], bytes]:
+    def change(content: dict[str, Any]) -> bytes:
+        place = content["model"]["vocab"] if part == "vocab" else content["model"]
+        place.update(values)
+        return json.dumps(content).encode()
+
+    return change
+
+
+def swapped(content: dict[str, Any]) -> bytes:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<pad>"], vocabulary["the"] = vocabulary["the"], vocabulary["<pad>"]
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("word", changed("vocab", the=999), "without gaps"),
+        ("word", swapped, "<pad> must have id 1"),
+        ("word", changed("model", type="Unigram"), "cannot be used as tokenizer"),
+        ("bpe", changed("model", continuing_subword_prefix="x"), "continuing_subword_prefix"),
+        ("bpe", lambda c: [c["model"].pop("continuing_subword_prefix"), json.dumps(c).encode()][1], "cannot be"),
+        ("bpe", changed("model", merges=[["no", "such"]]), "cannot be used as tokenizer"),
+        ("word", lambda content: b"\x80\x04not json", "cannot be used as tokenizer"),
+        ("word", lambda content: b"[1]", "cannot be used as tokenizer"),
+    ],
+)
+def test_files_that_are_no_tokenizers_of_ours_are_refused(
+    kind: str, change: Callable[[Any], bytes], message: str, request: pytest.FixtureRequest, tmp_path: Path
+):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(ValueError, match="There is no tokenizer file"):
         Tokenizer.load(path)
-    word.save(path)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    for change, message in (
-        ({"the": 999}, "without gaps"),
-        ({"<pad>": vocabulary["the"], "the": 1}, "<pad> must have id 1"),
-    ):
-        content["model"]["vocab"] = vocabulary | change
-        path.write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(ValueError, match=message):
-            Tokenizer.load(path)
-    path.write_bytes(b"\x80\x04not json")
-    with pytest.raises(ValueError, match="cannot be used as tokenizer"):
+    request.getfixturevalue(kind).save(path)
+    path.write_bytes(change(json.loads(path.read_text(encoding="utf-8"))))
+    with pytest.raises(ValueError, match=message):
         Tokenizer.load(path)
 
 
@@ -170,6 +190,8 @@ def test_fairseq_dictionary_gives_line_i_the_id_4_plus_i(tmp_path: Path):
     path.write_text("the 10\nÄ 7\n@-@ 7\nmadeupword0000 0\n", encoding="utf-8")
     tokenizer = Tokenizer.from_fairseq_dictionary(path)
     assert tokenizer.vocab_size == 8
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Tokenizer.from_fairseq_dictionary(path).hash == tokenizer.hash, "a byte order mark is no part of a word"
     assert tokenizer.encode_lines(["Ä @-@ the never <unk> madeupword0000"]).tolist() == [5, 6, 4, 3, 3, 7, 2]
     assert tokenizer.hash == word_tokenizer(["the", "Ä", "@-@", "madeupword0000"]).hash
 
@@ -196,11 +218,18 @@ def test_malformed_dictionaries_are_refused(content: bytes, message: str, tmp_pa
         Tokenizer.from_fairseq_dictionary(tmp_path / "other.txt")
 
 
-def test_settings_are_checked():
-    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size = 256\. It must be 257 or more"):
+@pytest.mark.parametrize("number", [10**6 + 1, 10**9, 10**20, 0, -1])
+def test_sizes_out_of_range_are_refused_before_anything_is_allocated(number: int):
+    with pytest.raises(ValueError, match=rf"tokenizer\.vocab_size = {number}\. Allowed: 257 .* to 1,000,000"):
+        BPEConfig(vocab_size=number)
+    with pytest.raises(ValueError, match=rf"tokenizer\.pad_to_multiple = {number}\. Allowed: 1 .* to 1,000,000"):
+        WordConfig(pad_to_multiple=number)
+
+
+def test_the_bounds_of_sizes():
+    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size = 256\."):
         BPEConfig(vocab_size=256)
-    with pytest.raises(ValueError, match=r"tokenizer\.pad_to_multiple = 0"):
-        WordConfig(pad_to_multiple=0)
+    assert BPEConfig(vocab_size=10**6).train([["a b"]]).vocab_size < 300, "a small text gives fewer"
     with pytest.raises(ValueError, match="has no words"):
         WordConfig().train([["", " "], ["<unk>"]])
 

@@ -1,9 +1,12 @@
 """Training batches and scoring windows against their definitions, on streams small enough to write down."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-from alibi_lm.data.windows import TrainingBatches, scoring_batches, scoring_windows
+from alibi_lm.data.windows import TrainingBatches, positions_in_window, scoring_batches, scoring_windows
 
 START = 99
 
@@ -63,6 +66,7 @@ def test_every_target_is_scored_once_with_the_context_of_the_definition(num_toke
     step = stride or length
     tokens = stream(num_tokens)
     context = {}
+    positions = positions_in_window(num_tokens, length, stride)
     for batch in scoring_batches(tokens, START, length, stride, tokens_per_forward=3 * length):
         assert batch.input_ids.shape == batch.target_ids.shape
         assert batch.input_ids.shape[1] <= length
@@ -76,6 +80,13 @@ def test_every_target_is_scored_once_with_the_context_of_the_definition(num_toke
         k = target // step
         first = max(0, k * step - (length - step))
         assert inputs == [START if t == 0 else t - 1 for t in range(first, target + 1)]
+        assert positions[target] == len(inputs)
+
+
+def test_windows_are_cut_without_torch():
+    """Result files are read on machines without it."""
+    code = "import sys; sys.modules['torch'] = None\nfrom alibi_lm.data import corpus, windows\n"
+    subprocess.run([sys.executable, "-c", code + "print(windows.scoring_windows(7, 3, None))"], check=True)
 
 
 def test_counts_of_the_paper():

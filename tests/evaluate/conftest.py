@@ -24,14 +24,22 @@ def _text(lines: int, seed: int) -> str:
 
 @pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory) -> Path:
-    """A folder with outputs/smoke/runs of alibi (two seeds) and learned, each a few steps long."""
+    """A folder with outputs/smoke/runs of alibi (two seeds) and learned, each a few steps long.
+
+    outputs/other/runs has one of rotary.
+    """
     from alibi_lm.experiment import compose
     from alibi_lm.train import train
 
     place = tmp_path_factory.mktemp("runs")
     for split, lines, seed in (("train", 200, 0), ("valid", 24, 1), ("test", 12, 2)):
         (place / f"wiki.{split}.tokens").write_text(_text(lines, seed))
-    for position, seed in (("alibi", 1), ("alibi", 2), ("learned", 1)):
+    for position, seed, experiment in (
+        ("alibi", 1, "smoke"),
+        ("alibi", 2, "smoke"),
+        ("learned", 1, "smoke"),
+        ("rotary", 1, "other"),
+    ):
         config = compose(
             [
                 "experiment=smoke", f"position={position}", f"seed={seed}", f"train_length={TRAIN_LENGTH}",
@@ -40,5 +48,5 @@ def trained_runs(tmp_path_factory) -> Path:
                 "evaluation.lengths=[4,8,16,24]", "device=cpu", "threads=1",
             ]
         )  # fmt: skip
-        train(config, place / "outputs" / "smoke" / "runs" / f"{position}_L{TRAIN_LENGTH}_s{seed}")
+        train(config, place / "outputs" / experiment / "runs" / f"{position}_L{TRAIN_LENGTH}_s{seed}")
     return place

@@ -1,24 +1,15 @@
-"""Views against sums by hand, and the whole command on trained runs."""
+"""Views against sums by hand."""
 
-import json
-import math
-import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from alibi_lm.evaluate.analysis import SETTINGS, AnalyseConfig, analyse
 
-import alibi_lm.evaluate.passes as passes_module
-from alibi_lm.config import EvaluateConfig
-from alibi_lm.distributed import World
-from alibi_lm.evaluate import sweep, views
-from alibi_lm.evaluate.passes import Passes
-from alibi_lm.results.documents import change_sums, interval_ends, position_curve, positions_in_window
+from alibi_lm.evaluate import views
+from alibi_lm.evaluate.passes import Passes, positions_in_window
+from alibi_lm.evaluate.views import change_sums, curve_edges, interval_ends, position_curve
 from alibi_lm.results.statistics import mean_nats_interval
-from alibi_lm.study.analysis_data import read_analysis
-from alibi_lm.study.analysis_figures import draw_analysis
-from alibi_lm.study.analysis_tables import markdown
+from alibi_lm.tasks.text import TextTask
 
 N, L = 400, 16
 DOCUMENTS = np.array([0, 90, 200, 310])
@@ -32,9 +23,10 @@ def group(tiny_model):
     for seed in range(2):
         model = tiny_model("sinusoidal", "sdpa", train_length=L)
         model.vocabulary.embedding.data.mul_(1 + seed)
+        model.label = f"run_s{seed + 1}"
         models.append(model)
-    made = [Passes(lambda _, m=m: m, tokens, 7) for m in models]
-    return views.Group("sinusoidal", L, ["run_s1", "run_s2"], made, DOCUMENTS)
+    text = TextTask(tokens, 7, documents=DOCUMENTS)
+    return views.Group("sinusoidal", L, [Passes(model, text) for model in models])
 
 
 def nats_of(group, length, stride=None):
@@ -117,7 +109,7 @@ def test_last_takes_the_end_of_whole_windows(group, count):
         chosen = [t for t in range(N // length * length) if t % length >= length - count]
         assert point["targets"] == len(chosen)
         assert point["nats"] == pytest.approx(nats_of(group, length)[:, chosen].mean(), rel=1e-9)
-    assert "less than one window" in points[2]["reason"]
+    assert points[2]["reason"] == "the split has 400 tokens: no window of 500 is full"
     assert ("longer than the window" in points[3].get("reason", "")) == (count == 5)
 
 
@@ -139,132 +131,42 @@ def test_one_document_has_no_interval(group):
     assert point["nats"] == 1.5 and point["low"] is None
 
 
-# --- the command ---------------------------------------------------------------------------------
+def test_one_document_is_told_of():
+    text = TextTask(np.arange(50), 7, documents=np.array([0]))
+    assert "one document" in views.Group("alibi", L, [Passes(None, text)]).note
+    text = TextTask(np.arange(50), 7, documents=np.array([0, 20]))
+    assert views.Group("alibi", L, [Passes(None, text)]).note == ""
 
 
-@pytest.fixture(scope="module")
-def analysed(trained_runs, tmp_path_factory):
-    """Every view of the trained runs, after an evaluation."""
-    place = tmp_path_factory.mktemp("analysed")
-    shutil.copytree(trained_runs / "outputs", place / "outputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        list(sweep.evaluate(EvaluateConfig(experiment="smoke", device="cpu", threads=1), World()))
-        scored = []
-        patch.setattr(
-            passes_module,
-            "score_tokens",
-            lambda *a, original=passes_module.score_tokens, **k: scored.append(a[3:5]) or original(*a, **k),
+@pytest.mark.parametrize("length", [401, 10**10])
+def test_no_view_has_a_point_at_a_length_that_the_text_does_not_have(group, length):
+    found = {
+        "perplexity": views.perplexity(group, [16, length], 4),
+        "position": views.position(group, [16, length]),
+        "last": views.last(group, [16, length], 4),
+        "documents": views.documents(group, [16, length]),
+        "fixed": views.fixed(group, [16, length], 7),
+        "decomposition": views.decomposition(group, [32, length], 4),
+    }
+    for view, points in found.items():
+        beyond = [p for p in points if p.get("length", p.get("context")) == length]
+        rest = [p for p in points if p not in beyond]
+        assert all(p["reason"] == f"the split has 400 tokens: no window of {length:,} is full" for p in beyond), (
+            view
         )
-        files = list(
-            analyse(
-                AnalyseConfig(view="all", experiment="smoke", stride=2, every=3, last=2, device="cpu", threads=1)
-            )
-        )
-        for file in files:
-            draw_analysis(file)
-        first = len(scored)
-        list(analyse(AnalyseConfig(view="decomposition", experiment="smoke", stride=2, device="cpu", threads=1)))
-        assert len(scored) == first  # the second time nothing is left to compute
-    assert (8, None) not in scored[:1]  # what the evaluation had computed is used
-    return place / "outputs" / "smoke" / "analysis"
+        assert beyond and rest and all("reason" not in p for p in rest), view
+    assert found["fixed"][0]["targets"] == len(range(15, 400, 7))
 
 
-def test_every_view_is_written_with_figure_and_table(analysed):
-    names = {path.name for path in analysed.iterdir()}
-    assert names == {f"{view}.{kind}" for view in SETTINGS for kind in ("json", "png", "svg", "md")}
-    for view in SETTINGS:
-        assert (analysed / f"{view}.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (analysed / f"{view}.svg").read_text()
+def test_positions_count_the_tokens_that_a_target_is_predicted_from():
+    assert positions_in_window(7, 3).tolist() == [1, 2, 3, 1, 2, 3, 1]
+    assert positions_in_window(7, 4, 2).tolist() == [1, 2, 3, 4, 3, 4, 3]
+    assert positions_in_window(6, 4, 1).tolist() == [1, 2, 3, 4, 4, 4]
 
 
-def test_seeds_of_a_scheme_are_one_curve(analysed):
-    found = read_analysis(analysed / "perplexity.json")
-    assert [(s.position, s.runs) for s in found.series] == [
-        ("alibi", ["alibi_L8_s1", "alibi_L8_s2"]),
-        ("learned", ["learned_L8_s1"]),
-    ]
-    assert found.same_text and found.series[0].documents == 6
-
-
-def test_values_are_those_of_the_evaluation(analysed):
-    rows = [
-        json.loads(line) for line in (analysed.parent / "extrapolation" / "results.jsonl").read_text().splitlines()
-    ]
-    nats = {(r["run"], r["inference_length"]): r["nats"] for r in rows if r["run"]}
-    for series in read_analysis(analysed / "perplexity.json").series:
-        for point in series.points:
-            if point["mode"] == "nonoverlapping" and point["nats"] is not None:
-                for run, mean in point["by_run"].items():
-                    assert mean == pytest.approx(nats[run, point["length"]] / series.tokens, rel=1e-9)
-
-
-def test_a_scheme_without_positions_says_why(analysed):
-    for view in SETTINGS:
-        learned = read_analysis(analysed / f"{view}.json").series[1]
-        refused = [p for p in learned.points if p.get("reason")]
-        assert refused
-        for point in refused:
-            assert "stride" in point["reason"] or point["reason"] == "position=learned has 8 positions"
-        assert "position=learned has 8 positions" in (analysed / f"{view}.md").read_text() or view == "position"
-
-
-def test_the_decomposition_table_has_nats_and_factors(analysed):
-    (row,) = [
-        line
-        for line in markdown(analysed / "decomposition.json").splitlines()
-        if line.startswith("| ALiBi | 8 | 16")
-    ]
-    terms = [cell.split() for cell in row.strip("| ").split(" | ")[3:]]
-    total = float(terms[3][0])
-    assert sum(float(cell[0]) for cell in terms[:3]) == pytest.approx(total, abs=2e-4)
-    assert float(terms[3][-1].removeprefix("x")) == pytest.approx(math.exp(total), rel=2e-3)
-
-
-def test_figures_are_the_same_bytes_from_the_same_data(analysed, tmp_path):
-    for view in ("position", "decomposition"):
-        shutil.copy(analysed / f"{view}.json", tmp_path)
-        draw_analysis(tmp_path / f"{view}.json")
-        for kind in ("png", "svg", "md"):
-            assert (tmp_path / f"{view}.{kind}").read_bytes() == (analysed / f"{view}.{kind}").read_bytes()
-
-
-def test_texts_that_differ_are_marked(analysed, tmp_path):
-    content = json.loads((analysed / "last.json").read_text())
-    content["series"][0]["corpus"] = "other"
-    (tmp_path / "last.json").write_text(json.dumps(content))
-    draw_analysis(tmp_path / "last.json")
-    assert "NOT THE SAME TEXT" in (tmp_path / "last.md").read_text()
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"view": "last"}'])
-def test_damaged_data_is_named(tmp_path, content):
-    (tmp_path / "last.json").write_text(content)
-    with pytest.raises(ValueError, match=r"last\.json is no analysis"):
-        draw_analysis(tmp_path / "last.json")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"view": "positions"}, "view = 'positions'. Allowed: perplexity, position"),
-        (
-            {"view": "position", "stride": 4},
-            "stride = 4 has no effect with view=position. It belongs to view=perp",
-        ),
-        ({"view": "last", "contexts": [4]}, "contexts = .4. has no effect with view=last"),
-        ({"view": "fixed", "every": 0}, "every = 0. Use a whole number >= 1"),
-        ({"view": "offset", "offsets": [-1]}, "offsets = .-1.. Use whole numbers >= 0"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        AnalyseConfig(**settings)
-
-
-def test_a_view_of_a_part_of_the_targets_says_so(analysed):
-    for view in ("fixed", "offset"):
-        found = read_analysis(analysed / f"{view}.json")
-        (scored,) = {p["targets"] for one in found.series for p in one.points if p.get("targets")}
-        assert f"{scored:,} of {found.series[0].tokens:,} tokens scored in " in found.provenance
-    assert "scored" not in read_analysis(analysed / "position.json").provenance
+@pytest.mark.parametrize(("length", "trained"), [(5, 8), (8, 8), (100, 8), (3, 100), (1, 1), (16384, 512)])
+def test_bins_of_the_curve_cover_the_window_and_end_at_the_trained_length(length, trained):
+    edges = curve_edges(length, trained)
+    assert edges[0] == 1 and edges[-1] == length + 1 and (np.diff(edges) > 0).all()
+    assert length <= trained or trained + 1 in edges
+    assert (np.diff(edges) <= np.maximum(1, 0.2 * edges[:-1] + 1)).all()

@@ -5,21 +5,21 @@ import json
 import math
 import os
 import runpy
-import subprocess
-import sys
-from collections import OrderedDict
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from alibi_lm import load_run
-from alibi_lm.attention import ATTENTION
 from alibi_lm.config import load_config
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.interop.fairseq import ImportConfig, import_fairseq
+
+from .conftest import VOCAB
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "import_fairseq.py"
 IDS = torch.tensor([2, 5, 39, 9, 10, 21, 22, 0, 1, 38, 11, 2, 30])
@@ -30,78 +30,98 @@ def run_import(path: Path, make: Any, position: str = "alibi", **more: Any) -> P
     return import_fairseq(ImportConfig(str(path), str(make.dictionary), position, str(folder), **more))
 
 
-# -- equal to fairseq ------------------------------------------------------------------------------------------
+@torch.no_grad()
+def log_probs(model: Any) -> torch.Tensor:
+    """Of every word after every prefix of IDS: (T, V)."""
+    words = torch.arange(VOCAB)[:, None].expand(VOCAB, len(IDS))
+    return model.log_prob(IDS.expand(VOCAB, len(IDS)), words).T
 
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"decoder_attention_heads": 4},
-    {"decoder_attention_heads": 3},
-    {"adaptive_softmax_cutoff": "12", "adaptive_input_cutoff": "12"},
-    {
-        "adaptive_softmax_cutoff": "3,4,30",
-        "adaptive_input_cutoff": "3,4,30",
-        "adaptive_softmax_factor": 2.0,
-        "adaptive_input_factor": 2.0,
-    },
-    {"no_decoder_final_norm": False},
-    {"no_scale_embedding": True},
-]
+
+# -- equal to fairseq ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", ["alibi", "sinusoidal"])
-@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(f"{k[-12:]}={v}" for k, v in s.items()))
-@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"decoder_attention_heads": 4},
+        {"decoder_attention_heads": 3},
+        {"adaptive_softmax_cutoff": "12", "adaptive_input_cutoff": "12"},
+        {
+            "adaptive_softmax_cutoff": "3,4,30",
+            "adaptive_input_cutoff": "3,4,30",
+            "adaptive_softmax_factor": 2.0,
+            "adaptive_input_factor": 2.0,
+        },
+        {"no_decoder_final_norm": False},
+        {"no_scale_embedding": True},
+    ],
+    ids=lambda s: "-".join(f"{k[-12:]}={v}" for k, v in s.items()) or "as-is",
+)
 def test_log_probs(
     make: Any, reference: Callable[..., torch.Tensor], settings: dict[str, Any], position: str
 ) -> None:
     path, tensors, values = make(**settings)
-    folder = run_import(path, make, position)
+    model = load_run(run_import(path, make, position), len(IDS))
     expected = reference(tensors, values, position, IDS)
-    for attention in ATTENTION:
-        model = load_run(folder, len(IDS), attention=attention)
-        assert not model.training
-        hidden = model.hidden(IDS[None])[0]
-        log_probs = model.vocabulary.log_probs(hidden)
-        torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=1e-5)
-    exact = load_run(folder, len(IDS), attention="eager").double()
-    log_prob = exact.log_prob(IDS[None, :-1], IDS[None, 1:])[0]
-    torch.testing.assert_close(log_prob, expected[:-1].gather(1, IDS[1:, None])[:, 0], rtol=0, atol=1e-10)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(log_probs(model).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_probs(model.double()), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@torch.no_grad()
-def test_half_precision_becomes_float32(
-    make: Any, reference: Callable[..., torch.Tensor], dtype: torch.dtype
+def old_names(content: dict[str, Any]) -> None:
+    del content["args"].no_decoder_final_norm
+    content["args"].no_tie_adaptive_proj = False
+
+
+def model_as_namespace(content: dict[str, Any]) -> None:
+    content["cfg"]["model"] = argparse.Namespace(**content["cfg"]["model"])
+
+
+def references(content: dict[str, Any]) -> None:
+    content["cfg"]["model"]["tokens_per_sample"] = "${task.tokens_per_sample}"
+    content["cfg"]["task"] = {"tokens_per_sample": 16}
+
+
+def numpy_values(content: dict[str, Any]) -> None:
+    """As training loops leave them: in settings, in counters, in states that an import does not need."""
+    model = content["cfg"]["model"]
+    model.update(decoder_layers=np.int64(2), dropout=np.float32(0.25), adaptive_input=np.bool_(True))
+    model.update(adaptive_softmax_cutoff=np.array([10, 22]), activation_fn=np.str_("relu"))
+    content["cfg"]["common"]["seed"] = np.array(7, dtype=">i2")
+    content["extra_state"].update(best=np.float64(4.3), table=np.asfortranarray(np.ones((2, 3), np.complex64)))
+    content["optimizer_history"][-1]["num_updates"] = np.int32(286_000)
+    content["extra_state"]["nested"] = [{"a": (np.uint8(3), np.zeros(0))}]
+
+
+@pytest.mark.parametrize(
+    ("edit", "how"),
+    [
+        (None, {"as_args": True}),
+        (old_names, {"as_args": True, "drop": ("tie_adaptive_proj", "layernorm_embedding")}),
+        (model_as_namespace, {}),
+        (references, {}),
+        (numpy_values, {}),
+        (numpy_values, {"zip_format": False}),
+        (None, {"zip_format": False}),
+        (None, {"dtype": torch.float16}),
+        (None, {"dtype": torch.bfloat16}),
+    ],
+)
+def test_other_forms_of_the_same_checkpoint(
+    make: Any, reference: Callable[..., torch.Tensor], edit: Callable[[Any], None] | None, how: dict[str, Any]
 ) -> None:
-    path, tensors, values = make(dtype=dtype)
-    model = load_run(run_import(path, make), attention="eager")
+    path, tensors, values = make(edit=edit, **how)
+    folder = run_import(path, make)
+    model = load_run(folder, attention="eager")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    log_probs = model.vocabulary.log_probs(model.hidden(IDS[None])[0])
-    torch.testing.assert_close(log_probs.double(), reference(tensors, values, "alibi", IDS), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("form", ["args", "old names", "model as Namespace", "old torch", "references"])
-@torch.no_grad()
-def test_other_forms_of_the_same_checkpoint(make: Any, reference: Callable[..., torch.Tensor], form: str) -> None:
-    def edit(content: dict[str, Any]) -> None:
-        if form == "old names":
-            del content["args"].no_decoder_final_norm
-            content["args"].no_tie_adaptive_proj = False
-        if form == "model as Namespace":
-            content["cfg"]["model"] = argparse.Namespace(**content["cfg"]["model"])
-        if form == "references":
-            content["cfg"]["model"]["tokens_per_sample"] = "${task.tokens_per_sample}"
-            content["cfg"]["task"] = {"tokens_per_sample": 16}
-
-    path, tensors, values = make(
-        as_args=form in ("args", "old names"),
-        edit=edit,
-        drop=("tie_adaptive_proj", "layernorm_embedding") if form == "old names" else (),
-        zip_format=form != "old torch",
-    )
-    model = load_run(run_import(path, make), attention="eager")
-    log_probs = model.vocabulary.log_probs(model.hidden(IDS[None])[0])
-    torch.testing.assert_close(log_probs.double(), reference(tensors, values, "alibi", IDS), rtol=0, atol=1e-5)
+    expected = reference(tensors, values, "alibi", IDS)
+    torch.testing.assert_close(log_probs(model).double(), expected, rtol=0, atol=1e-5)
+    config = load_config(folder)
+    assert (config.seed, config.steps, config.model.num_layers) == (7, 286_000, 2)
+    assert config.model.dropout == (0.25 if edit is numpy_values else 0.3)
+    assert json.loads((folder / "finished.json").read_text())["best_validation_loss"] == 4.3 * math.log(2)
 
 
 # -- the run folder --------------------------------------------------------------------------------------------
@@ -157,6 +177,17 @@ def test_an_imported_run_is_replaced_only_when_asked(make: Any) -> None:
     path, _, _ = make(decoder_layers=1)
     assert run_import(path, make, overwrite=True) == folder
     assert load_config(folder).model.num_layers == 1
+
+
+def test_the_weights_of_another_import_are_refused(make: Any) -> None:
+    """They fit: a sinusoidal and an ALiBi model have the same tensors."""
+    path, _, _ = make()
+    sinusoidal = run_import(path, make, "sinusoidal").rename(make.folder / "sinusoidal")
+    alibi = run_import(path, make)
+    shutil.rmtree(alibi / "checkpoints")
+    shutil.copytree(sinusoidal / "checkpoints", alibi / "checkpoints")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        load_run(alibi)
 
 
 def test_other_folders_are_never_touched(make: Any) -> None:
@@ -267,38 +298,63 @@ def test_a_dictionary_of_another_size_is_refused(make: Any) -> None:
         run_import(path, make)
 
 
-class Payload:
-    """Unpickled, it would make a file."""
+class Call:
+    """Pickled, it calls a function with arguments when it is read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
+        return self.call
 
 
-@pytest.mark.parametrize("place", ["args", "extra_state", "inside the Namespace"])
-def test_nothing_in_a_checkpoint_is_executed(make: Any, place: str) -> None:
-    payload = Payload(make.folder / "executed")
+def scalar(*arguments: Any) -> Call:
+    return Call(np.float64(1).__reduce__()[0], *arguments)
 
-    def edit(content: dict[str, Any]) -> None:
-        if place == "inside the Namespace":
-            content["args"] = argparse.Namespace(x=payload)
-        else:
-            content[place] = payload
 
-    path, _, _ = make(edit=edit)
-    with pytest.raises(ValueError, match=r"object of class posix\.mkdir"):
+def array_of(*state: Any) -> Any:
+    """An array that is given this state when it is read."""
+
+    class Forged:
+        def __reduce__(self) -> tuple[Any, ...]:
+            function, arguments, _ = np.zeros(1).__reduce__()
+            return function, arguments, state
+
+    return Forged()
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lambda mkdir: mkdir, r"object of class posix\.mkdir"),
+        (lambda mkdir: argparse.Namespace(x=mkdir), r"object of class posix\.mkdir"),
+        (lambda mkdir: np.array([mkdir], dtype=object), r"object of class (posix\.mkdir|numpy dtype 'O8')"),
+        (lambda mkdir: np.array([1], dtype=object), r"object of class numpy dtype 'O8'"),
+        (lambda mkdir: np.array([(1, 2)], dtype="i4,i4"), r"object of class numpy dtype 'V8'"),
+        (lambda mkdir: np.datetime64(1, "s"), r"object of class numpy dtype 'M8'"),
+        (lambda mkdir: scalar(np.dtype("f8"), mkdir), r"object of class posix\.mkdir"),
+        (lambda mkdir: scalar(np.dtype("f8"), b"short"), "no readable torch checkpoint"),
+        (lambda mkdir: scalar(np.dtype("f8"), [1]), "no readable torch checkpoint"),
+        (lambda mkdir: scalar("f8", bytes(8)), "no readable torch checkpoint"),
+        (lambda mkdir: array_of(1, (1 << 40,), np.dtype("f8"), False, bytes(8)), "no readable torch checkpoint"),
+        (lambda mkdir: array_of(1, (2,), np.dtype("f8"), False, [1.0, 2.0]), "no readable torch checkpoint"),
+        (lambda mkdir: Call(np.load, "weights.npy"), r"object of class numpy"),
+        (lambda mkdir: Call(bytes, 1 << 50), "no readable torch checkpoint"),
+        (lambda mkdir: Call(np.dtype, mkdir), r"object of class posix\.mkdir"),
+        (lambda mkdir: Path("x"), r"object of class pathlib"),
+    ],
+)
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_nothing_in_a_checkpoint_is_executed(
+    make: Any, forge: Callable[[Any], Any], message: str, zip_format: bool
+) -> None:
+    made = make.folder / "executed"
+    path, _, _ = make(
+        edit=lambda content: content.update(task_state=forge(Call(os.mkdir, str(made)))), zip_format=zip_format
+    )
+    with pytest.raises(ValueError, match=message):
         run_import(path, make)
-    assert not payload.path.exists()
-
-
-def test_other_classes_are_refused_even_if_harmless(make: Any) -> None:
-    path, _, _ = make(edit=lambda content: content.update(extra_state=Path("x")))
-    with pytest.raises(ValueError, match=r"object of class pathlib"):
-        run_import(path, make)
-    path, _, _ = make(edit=lambda content: content.update(extra_state=OrderedDict(best=1.0)))
-    assert run_import(path, make)
+    assert not made.exists() and not (make.folder / "run").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"PK\x03\x04 cut short", b"<html>not found</html>"])
@@ -319,49 +375,38 @@ def test_a_checkpoint_that_was_cut_short(make: Any) -> None:
 # -- the script ------------------------------------------------------------------------------------------------
 
 
-def test_the_script_imports(make: Any) -> None:
+def script(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT))["main"](arguments)
+    return end.value.code
+
+
+def test_the_script_imports(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path, _, _ = make()
     folder = make.folder / "a = run [1]"
     settings = [f"checkpoint={path}", f"dictionary={make.dictionary}", f"output_dir={folder}"]
-    done = script_process(*settings, "position=alibi")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert str(folder) in done.stdout
+    assert script(*settings, "position=alibi") == 0
+    out, err = capsys.readouterr()
+    assert str(folder) in out and err == ""
     assert load_run(folder).num_parameters() > 0
 
 
-def test_the_script_ends_in_words_not_in_a_traceback(make: Any) -> None:
-    done = script_process("checkpoint=a", "dictionary=b", f"output_dir={make.folder / 'run'}", "position=alibi")
-    assert done.returncode == 1
-    assert (
-        done.stderr
-        == "error: dictionary = b: there is no such file. Give the dict.txt of the checkpoint's data.\n"
-    )
-    assert not (make.folder / "run").exists()
-
-
-def script_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
-    )
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        (
-            ["checkpoint=a", "dictionary=b", "output_dir=c", "position=rotary"],
-            "position = 'rotary'. Allowed: alibi,",
-        ),
-        (["checkpoint=a", "dictionary=b", "output_dir=c"], "missing: position=..."),
-        (["checkpoint=a", "dictionary=b", "output_dir=c", "positions=x"], "'positions=x' is not understood"),
-        (["alibi"], "'alibi' is not understood"),
-        (["checkpoint=a", "dictionary=b", "output_dir=c", "position=alibi", "overwrite=1"], "overwrite = '1'"),
+        ({}, "error: dictionary = b: there is no such file. Give the dict.txt of the checkpoint's data.\n"),
+        ({"position": "rotary"}, "error: position = 'rotary'. Allowed: alibi, sinusoidal."),
+        ({"position": None}, "error: missing: position=..."),
+        ({"positions": "x"}, "error: 'positions=x' is no setting here."),
+        ({"overwrite": "maybe"}, "error: overwrite = maybe. Use true or false."),
+        ({"checkpoint": ""}, "error: checkpoint is empty."),
     ],
 )
-def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runpy.run_path(str(SCRIPT))["main"](arguments) == 1
+def test_mistakes_end_in_words(
+    changes: dict[str, str | None], message: str, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"checkpoint": "a", "dictionary": "b", "position": "alibi", "output_dir": f"{make.folder}/run"}
+    arguments = [f"{name}={value}" for name, value in (settings | changes).items() if value is not None]
+    assert script(*arguments) == 1
     assert message in capsys.readouterr().err
+    assert not (make.folder / "run").exists()

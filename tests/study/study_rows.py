@@ -1,9 +1,11 @@
 """Hand-made result rows for the tests of studies."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import math
-import subprocess
-import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alibi_lm.results.rows import ResultRow, write_rows
@@ -55,9 +57,16 @@ def curve(position, values, **changes):
     return [row(position, length, value, **changes) for length, value in values.items()]
 
 
-def unigram(perplexity=500.0):
+def accuracy(position, length, value, items=200, **changes):
+    """A row of a task whose metric is accuracy; value None makes it a refused one."""
+    task = dict(task="copy", metric="accuracy", mode="items", nats=None, perplexity=None, word_perplexity=None)
+    reason = None if value is not None else "positions end at 64"
+    return replace(row(position, length, **changes), **task, value=value, n=items, reason=reason)
+
+
+def unigram(perplexity=500.0, **changes):
     """The baseline's row."""
-    return row("unigram", None, perplexity, run=None, train_length=None, seed=None)
+    return row("unigram", None, perplexity, run=None, train_length=None, seed=None, **changes)
 
 
 SHAPES = {
@@ -90,10 +99,41 @@ def write_run(folder, name, config="", finished=None, environment=None, corpus=N
             (place / file).write_text(json.dumps(value))
 
 
-def run_script(name, *arguments, cwd=None):
-    """Run a script of the repository as a user would."""
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+@dataclass
+class Done:
+    """How a script ended and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def real_config(position, **changes):
+    """The config.yaml of a run that training really wrote, with changes by dotted name (`__` for the dot)."""
+    import yaml
+
+    config = yaml.safe_load((ROOT / f"docs/results/quick/runs/{position}_L64_s1/config.yaml").read_text())
+    for name, value in changes.items():
+        place, *parts = config, *name.split("__")
+        for part in parts[:-1]:
+            place = place[part]
+        place[parts[-1]] = value
+    return yaml.safe_dump(config)
+
+
+def run_script(name, *arguments, cwd="."):
+    """Run a script of the repository as a user would, in this process."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / "scripts" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
+        try:
+            module.main(list(arguments))
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def paper_rows():

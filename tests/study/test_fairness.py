@@ -1,56 +1,67 @@
 """Every difference other than the scheme is found, and what the scheme itself brings is not held against it."""
 
 import pytest
-from study_rows import row, write_run
+from study_rows import real_config, row, write_run
 
 from alibi_lm.study.fairness import differences
-from alibi_lm.study.records import find_records, flatten, run_of
+from alibi_lm.study.records import find_records, flatten, recipes
 
-BASE = """
-position: {name: POSITION, learned_slopes: false}
-model: {num_layers: 4, model_dim: 128}
-optimizer: {name: adamw, lr: 0.002}
-tracking: {name: jsonl}
-train_length: 64
-steps: 600
-seed: 1
-device: cpu
-"""
 FINISHED = {"tokens_seen": 2_457_600, "num_parameters": 1_000_000, "corpus": "c0ffee"}
 ENVIRONMENT = {"commit": "abc1234", "dirty": False, "torch": "2.13", "python": "3.11", "device": "cpu"}
+SCHEMES = ("alibi", "sinusoidal", "rotary", "t5")
 
 
-def found(tmp_path, config=None, finished=None, environment=None, rows=None):
+@pytest.fixture
+def found(tmp_path):
     """Differences between four equal runs, the last of which is changed."""
-    rows = rows or [row(position) for position in ("alibi", "sinusoidal", "rotary", "t5")]
-    for index, item in enumerate(rows):
-        last = index == len(rows) - 1
-        text = BASE.replace("POSITION", item.position)
-        for old, new in (config or {}).items() if last else ():
-            assert old in text
-            text = text.replace(old, new)
-        write_run(
-            tmp_path / "runs",
-            run_of(item.run),
-            text,
-            FINISHED | (finished or {} if last else {}),
-            ENVIRONMENT | (environment or {} if last else {}),
-        )
-    return differences(rows, tmp_path / "extrapolation")
+
+    def compare(config=None, finished=None, environment=None, rows=None):
+        rows = rows or [row(position) for position in SCHEMES]
+        for index, item in enumerate(rows):
+            last = index == len(rows) - 1
+            write_run(
+                tmp_path / "runs",
+                item.run,
+                real_config(item.position, **(config or {} if last else {})),
+                FINISHED | (finished or {} if last else {}),
+                ENVIRONMENT | (environment or {} if last else {}),
+            )
+        return differences(rows, tmp_path / "extrapolation")
+
+    return compare
 
 
-def test_equal_runs_of_different_schemes_and_seeds_differ_in_nothing(tmp_path):
-    assert found(tmp_path) == []
-    assert found(tmp_path, config={"seed: 1": "seed: 7", "device: cpu": "device: cuda", "jsonl": "wandb"}) == []
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(seed=7, device="cpu", log_every=3, threads=2, keep_last=9, tracking__name="jsonl"),
+        dict(measurements=["analyse view=last"], study=["position=alibi"]),
+        dict(data__cache_dir="elsewhere", experiment="other", evaluation__lengths=[16], output_dir="x"),
+    ],
+    ids=["equal", "machine", "further measurements", "places"],
+)
+def test_what_no_result_depends_on_is_no_difference(found, changes):
+    assert found(config=changes) == []
+
+
+def test_the_place_of_the_text_is_no_difference(tmp_path):
+    rows = [row(position) for position in SCHEMES[:2]]
+    for item, place in zip(rows, ("text", "text/"), strict=True):
+        data = dict(data__name="wikitext2", data__path=place)
+        write_run(tmp_path / "runs", item.run, real_config(item.position, **data))
+    assert all(record.readable for record in find_records(rows, tmp_path / "extrapolation").values())
+    assert differences(rows, tmp_path / "extrapolation") == []
 
 
 @pytest.mark.parametrize(
     "change, what, matters",
     [
-        (dict(config={"lr: 0.002": "lr: 0.001"}), "optimizer.lr", True),
-        (dict(config={"steps: 600": "steps: 601"}), "steps", True),
-        (dict(config={"num_layers: 4": "num_layers: 5"}), "model.num_layers", True),
-        (dict(config={"steps: 600": "steps: 600\ncompile: true"}), "compile", False),
+        (dict(config=dict(optimizer__lr=0.001)), "optimizer.lr", True),
+        (dict(config=dict(steps=601)), "steps", True),
+        (dict(config=dict(model__num_layers=5)), "model.num_layers", True),
+        (dict(config=dict(compile=True)), "compile", False),
+        (dict(config=dict(attention__name="eager")), "attention.name", False),
         (dict(finished={"tokens_seen": 2_400_000}), "tokens seen in training", True),
         (dict(finished={"num_parameters": 1_008_192}), "parameters", False),
         (dict(finished={"num_parameters": 1_100_000}), "parameters", True),
@@ -62,10 +73,22 @@ def test_equal_runs_of_different_schemes_and_seeds_differ_in_nothing(tmp_path):
         (dict(rows=[row(), row("t5", commit="fff")]), "commit of the evaluation", True),
     ],
 )
-def test_each_difference_is_listed_with_its_runs(tmp_path, change, what, matters):
-    (item,) = found(tmp_path, **change)
+def test_each_difference_is_listed_with_its_runs(found, change, what, matters):
+    (item,) = found(**change)
     assert (item.what, item.matters) == (what, matters)
     assert item.sentence.startswith(what + ": ") and "t5_L64_s1" in item.sentence
+
+
+def test_a_config_of_another_version_is_compared_in_all_its_settings_and_that_is_said(found, tmp_path):
+    found()
+    path = tmp_path / "runs" / "t5_L64_s1" / "config.yaml"
+    path.write_text(path.read_text() + "dialect: old\n")
+    items = differences([row(position) for position in SCHEMES], tmp_path / "extrapolation")
+    assert {item.what: item.matters for item in items} == {
+        "dialect": True,
+        "all settings compared, also those without effect": False,
+    }
+    assert "config.yaml of another version in t5_L64_s1" in items[1].sentence
 
 
 def test_views_measured_at_different_times_are_no_difference(tmp_path):
@@ -78,20 +101,20 @@ def test_views_measured_at_different_times_are_no_difference(tmp_path):
     assert item.matters
 
 
-def test_several_differences_come_with_those_that_matter_first(tmp_path):
-    items = found(tmp_path, config={"lr: 0.002": "lr: 0.1"}, environment={"torch": "2.6"})
+def test_several_differences_come_with_those_that_matter_first(found):
+    items = found(config=dict(optimizer__lr=0.1), environment={"torch": "2.6"})
     assert [item.matters for item in items] == [True, False]
-    assert items[0].sentence == "optimizer.lr: 0.002 in 3 runs; 0.1 in t5_L64_s1"
+    assert items[0].sentence == "optimizer.lr: 0.003 in 3 runs; 0.1 in t5_L64_s1"
 
 
 def test_runs_without_a_config_are_named_not_passed_over(tmp_path):
-    write_run(tmp_path / "runs", "alibi_L64_s1", BASE)
+    write_run(tmp_path / "runs", "alibi_L64_s1", real_config("alibi"))
     (item,) = differences([row(), row("t5")], tmp_path / "extrapolation")
     assert item.sentence == "settings not compared: no config.yaml at hand in t5_L64_s1" and not item.matters
 
 
 def test_run_folders_are_found_beside_and_below_the_results(tmp_path):
-    rows = [row(), row("t5"), row("none", suffix="+scaling=yarn")]
+    rows = [row(), row("t5"), row("none", changes={"position.scaling": "yarn"})]
     write_run(tmp_path / "runs", "alibi_L64_s1", "steps: 1")
     write_run(tmp_path / "extrapolation" / "runs", "t5_L64_s1", "steps: 2")
     write_run(tmp_path / "runs", "none_L64_s1", "steps: 3")
@@ -105,7 +128,7 @@ def test_a_damaged_run_folder_is_a_clear_error(tmp_path):
         differences([row()], tmp_path / "extrapolation")
     write_run(tmp_path / "runs", "alibi_L64_s1", "a: 1")
     (tmp_path / "runs" / "alibi_L64_s1" / "finished.json").write_text("{")
-    with pytest.raises(ValueError, match=r"finished\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"finished\.json"):
         differences([row()], tmp_path / "extrapolation")
 
 
@@ -117,9 +140,35 @@ def test_flatten_keeps_lists_whole():
     "way, other, matters",
     [("checkpoint", "last", True), ("precision", "bfloat16", True), ("attention", "eager", False)],
 )
-def test_rows_that_were_computed_in_another_way_are_named(tmp_path, way, other, matters):
+def test_rows_that_were_computed_in_another_way_are_named(way, other, matters, found):
     usual = {"checkpoint": "best", "precision": "float32", "attention": "sdpa"}
     rows = [row("alibi", extra=usual), row("rotary", extra=usual | {way: other}), row("t5")]
-    (difference,) = found(tmp_path, rows=rows)
+    (difference,) = found(rows=rows)
     assert difference.what == f"{way} of the evaluation" and difference.matters is matters
     assert difference.values == {usual[way]: ["alibi_L64_s1"], other: ["rotary_L64_s1"]}
+
+
+def test_seeds_of_one_recipe_share_its_words_and_others_differ_in_words(tmp_path):
+    made = {
+        "alibi_L64_s1": {},
+        "alibi_L64_s2": dict(seed=2, measurements=["analyse view=last"], data__cache_dir="elsewhere", keep_last=3),
+        "alibi_L64_s3_0f3a9c21": dict(seed=3, evaluation__lengths=[16]),
+        "alibi_L64_s1_a1f069d5": dict(position__learned_slopes=True),
+        "alibi_L64_s2_a1f069d5": dict(position__learned_slopes=True, seed=2),
+        "alibi_L64_s1_bbbbbbbb": dict(optimizer__lr=0.002, clip_norm=0.0, model__activation="relu"),
+    }
+    for name, changes in made.items():
+        write_run(tmp_path / "runs", name, real_config("alibi", **changes))
+    rows = [row(run=name, seed=int(name[11])) for name in made]
+    found = recipes(rows, find_records(rows, tmp_path / "extrapolation"))
+    assert list(found.values()).count("") == 3 and found["alibi_L64_s3_0f3a9c21"] == ""
+    assert found["alibi_L64_s1_a1f069d5"] == found["alibi_L64_s2_a1f069d5"] == "learned_slopes"
+    assert found["alibi_L64_s1_bbbbbbbb"] == "clip_norm 0, activation=relu, lr 0.002"
+
+
+def test_another_training_text_is_another_recipe(tmp_path):
+    for name, corpus in (("alibi_L64_s1", "c0ffee"), ("alibi_L64_s2", "c0ffee"), ("alibi_L64_s3", "facade")):
+        write_run(tmp_path / "runs", name, real_config("alibi", seed=int(name[-1])), {"corpus": corpus})
+    rows = [row(seed=seed) for seed in (1, 2, 3)]
+    words = recipes(rows, find_records(rows, tmp_path / "extrapolation"))
+    assert words == {"alibi_L64_s1": "", "alibi_L64_s2": "", "alibi_L64_s3": "training text 2"}

@@ -1,12 +1,13 @@
+"""Python's standard library as a text, and the settings of all texts."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 
-from alibi_lm.data import stdlib
-from alibi_lm.data.stdlib import StandardLibrarySource, split_of_file
-from alibi_lm.data.text import SPLITS
+from alibi_lm.data import text
+from alibi_lm.data.text import SPLITS, DataConfig, StandardLibrarySource, split_of_file
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +16,9 @@ def source() -> StandardLibrarySource:
 
 
 def test_splits_are_disjoint_and_hold_whole_files(source: StandardLibrarySource):
-    parts = [set(source.files(split)) for split in SPLITS]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-    assert all(split_of_file(name) == split for split in SPLITS for name in source.files(split))
+    parts = [set(source.files[split]) for split in SPLITS]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+    assert all(split_of_file(name) == split for split in SPLITS for name in source.files[split])
     assert {"os.py", "json/decoder.py", "ast.py"} <= set.union(*parts)
     sizes = [source.size(split) or 0 for split in SPLITS]
     assert 0.9 < sizes[0] / sum(sizes) < 0.99
@@ -31,23 +32,17 @@ def test_split_of_a_file_is_fixed():
     assert shares == pytest.approx([1920, 40, 40], abs=20)
 
 
-def test_what_is_not_working_code_is_left_out(source: StandardLibrarySource):
-    folders = {part for split in SPLITS for name in source.files(split) for part in name.split("/")[:-1]}
-    assert not folders & {"site-packages", "test", "tests", "__pycache__", "lib2to3", "idlelib", "ensurepip"}
-    assert all(name.endswith(".py") for split in SPLITS for name in source.files(split))
-
-
 def test_a_document_is_a_file_with_its_exact_text(source: StandardLibrarySource):
     documents: list[list[str]] = []
     for passage in source.passages("validation"):
         if passage.starts_document:
             documents.append([])
         documents[-1] += passage.lines
-    names = source.files("validation")
+    names = source.files["validation"]
     assert len(documents) == len(names)
     for name, lines in zip(names[:5], documents[:5], strict=True):
-        text = (source.folder / name).read_text(encoding="utf-8").removeprefix("\ufeff")
-        assert "\n".join(lines) + "\n" == text.removesuffix("\n") + "\n"
+        content = (source.folder / name).read_text(encoding="utf-8").removeprefix("\ufeff")
+        assert "\n".join(lines) + "\n" == content.removesuffix("\n") + "\n"
 
 
 def test_identity_is_the_text_not_the_moment(source: StandardLibrarySource):
@@ -65,7 +60,7 @@ def library(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def test_a_stripped_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ValueError, match=r"has no os\.py, so .* zipped or stripped\. Use .*data\.path"):
         StandardLibrarySource()
     library(tmp_path, {"os.py": b"x = 1\n"})
@@ -73,14 +68,28 @@ def test_a_stripped_library_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         StandardLibrarySource()
 
 
-def test_undecodable_and_empty_files_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    files = {f"m{k}.py": f"a = {k}\r\n".encode() for k in range(200)}
-    files |= {"os.py": b"pass\n", "bad.py": b"# \xff\n", "empty.py": b"\n", "bom.py": b"\xef\xbb\xbfb = 1\n"}
-    files |= {"tests/t.py": b"no\n", "site-packages/p.py": b"no\n", "data.txt": b"no\n"}
-    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(library(tmp_path, files))})
-    monkeypatch.setattr(stdlib, "LEAST_CHARACTERS", 1)
+def test_what_is_no_working_code_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    taken = {f"m{k}.py": f"a = {k}\r\n".encode() for k in range(200)}
+    taken |= {"os.py": b"pass\n", "bom.py": b"\xef\xbb\xbfb = 1\n", "json/x.py": b"pass\n"}
+    left = {"bad.py": b"# \xff\n", "empty.py": b"\n", "data.txt": b"no\n", "_sysconfigdata_x.py": b"no\n"}
+    left |= {f"{folder}/p.py": b"no\n" for folder in ("tests", "site-packages", "__pycache__", "idlelib")}
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(library(tmp_path, taken | left))})
+    monkeypatch.setattr(text, "LEAST_CHARACTERS", 1)
     source = StandardLibrarySource()
-    found = {name for split in SPLITS for name in source.files(split)}
-    assert found == {f"m{k}.py" for k in range(200)} | {"os.py", "bom.py"}
+    assert {name for split in SPLITS for name in source.files[split]} == set(taken)
     lines = {line for split in SPLITS for passage in source.passages(split) for line in passage.lines}
     assert "a = 7" in lines and "b = 1" in lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "ptb"}, r"data\.name = 'ptb'\. Allowed: python_stdlib, wikitext2, wikitext103"),
+        ({"path": "x"}, r"data\.path = x has no effect with data=python_stdlib"),
+        ({"name": "wikitext2", "path": " "}, r"data\.path is empty"),
+        ({"cache_dir": ""}, r"data\.cache_dir is empty"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, str], message: str):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)

@@ -1,0 +1,187 @@
+"""The study's commands: their settings, and what each does with them. All read files only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from alibi_lm.files import write_text
+from alibi_lm.results.curves import View
+from alibi_lm.settings import require
+from alibi_lm.study.claims import claims_markdown, judge_claims, read_evidence
+from alibi_lm.study.compare import common_lengths, is_better, select, title
+from alibi_lm.study.fairness import differences
+from alibi_lm.study.figures import draw
+from alibi_lm.study.paper import comparison_markdown
+from alibi_lm.study.publish import publish
+from alibi_lm.study.report import write_report
+
+
+@dataclass
+class StudyConfig:
+    """What all study commands share: which results."""
+
+    experiment: str = "quick"
+    """The experiment; its results lie in outputs/<experiment>/extrapolation."""
+    folder: str | None = None
+    """The folder that holds results.jsonl, in place of an experiment's."""
+
+    @property
+    def results(self) -> Path:
+        """The folder that holds `results.jsonl`.
+
+        Raises:
+            ValueError: there is no such folder or it has no results.
+        """
+        named = self.folder is not None
+        folder = Path(self.folder or Path("outputs") / self.experiment / "extrapolation")
+        how = "" if named else f"; make eval-extrapolation EXPERIMENT={self.experiment} writes it"
+        require(
+            (folder / "results.jsonl").is_file(),
+            f"{folder / 'results.jsonl'} does not exist{how}. Or give folder=<folder of results>.",
+        )
+        return folder
+
+
+@dataclass
+class FiguresConfig(StudyConfig):
+    """Settings of `scripts/figures.py`."""
+
+    paper: bool = False
+    """Dot the paper's curves beside ours, where it has the same scheme and training length."""
+    strict: bool = False
+    """Refuse to draw runs that differ in more than the scheme."""
+
+
+def figures(config: FiguresConfig) -> None:
+    """Redraw figures and tables, and print their paths."""
+    for path in draw(config.results, config.paper, config.strict):
+        print(path)
+
+
+@dataclass
+class ClaimsConfig(StudyConfig):
+    """Settings of `scripts/claims.py`."""
+
+    bench: str | None = None
+    """Rows of the benchmark; null: those published with the results, else outputs/bench/results.jsonl."""
+    min_seeds: int = 0
+    """Seeds from which a claim gets a verdict; 0: what each claim asks for."""
+
+
+def claims(config: ClaimsConfig) -> None:
+    """Print a line per claim and write claims.md; the exit status does not depend on the verdicts."""
+    require(config.min_seeds >= 0, f"min_seeds = {config.min_seeds}. Use 0 for what each claim asks, or a number.")
+    folder = config.results
+    evidence = read_evidence(folder, _path(config.bench))
+    unfair = differences(evidence.rows, folder)
+    judged = judge_claims(evidence, config.min_seeds or None)
+    for results in judged.values():
+        for item in results:
+            print(item.line)
+    for difference in unfair:
+        if difference.matters:
+            print(f"NOT A FAIR COMPARISON: {difference.sentence}")
+    write_text(folder / "claims.md", claims_markdown(judged, unfair))
+    print(folder / "claims.md")
+
+
+@dataclass
+class ComparePaperConfig(StudyConfig):
+    """Settings of `scripts/compare_paper.py`."""
+
+    near: float = 0.0
+    """Share by which an inference length of the paper may differ from ours, 0 to 0.1."""
+    draw: bool = False
+    """Redraw the figures with the paper's curves dotted."""
+
+
+def compare_paper(config: ComparePaperConfig) -> None:
+    """Print our results beside the paper's and write them as paper.md."""
+    require(0 <= config.near <= 0.1, f"near = {config.near}. Use a share from 0 to 0.1, such as 0.02.")
+    folder = config.results
+    evidence = read_evidence(folder)
+    text = comparison_markdown(evidence.rows, evidence.records, config.near, evidence.words)
+    write_text(folder / "paper.md", text)
+    print(text)
+    for path in draw(folder, with_paper=True) if config.draw else []:
+        print(path)
+
+
+@dataclass
+class CompareRunsConfig(StudyConfig):
+    """Settings of `scripts/compare_runs.py`."""
+
+    a: str = MISSING
+    """A run's name, or a glob of its seeds, such as 'alibi_L64_s*'."""
+    b: str = MISSING
+    """The same, of what it is compared with."""
+    lengths: list[int] = field(default_factory=list)
+    """Inference lengths; empty: all that both have."""
+    split: str = "validation"
+    mode: str | None = None
+    """nonoverlapping, sliding or items; null: sliding where a stride is given."""
+    stride: int | None = None
+    task: str = "text"
+    metric: str = "perplexity"
+    strict: bool = False
+    """Refuse runs that differ in more than the scheme."""
+
+
+def compare_runs(config: CompareRunsConfig) -> None:
+    """Print whether A is better than B, a line per inference length."""
+    require(
+        all(n > 0 for n in config.lengths), f"lengths = {config.lengths}. Use whole numbers such as '[64,128]'."
+    )
+    folder = config.results
+    evidence = read_evidence(folder)
+    mode = config.mode or ("nonoverlapping" if config.stride is None else "sliding")
+    view = View(config.split, mode, config.stride, config.task, config.metric)
+    a, b = (select(evidence.rows, getattr(config, name), view, name, evidence.words) for name in ("a", "b"))
+    unfair = [item for item in differences([*a, *b], folder) if item.matters]
+    if unfair and config.strict:
+        raise ValueError("strict = true, and the runs differ in: " + "; ".join(item.sentence for item in unfair))
+    print(
+        f"A: {title(a)}\nB: {title(b)}\nIs A better than B? {view.title}; A minus B, all lengths at 95% together"
+    )
+    for line in is_better(a, b, evidence.documents, config.lengths or common_lengths(a, b)):
+        print(line)
+    for item in unfair:
+        print(f"NOT A FAIR COMPARISON: {item.sentence}")
+
+
+@dataclass
+class ReportConfig(StudyConfig):
+    """Settings of `scripts/report.py`."""
+
+    bench: str | None = None
+    """As in `scripts/claims.py`."""
+
+
+def report(config: ReportConfig) -> None:
+    """Write report.html in the folder of the results and print its path."""
+    print(write_report(config.results, _path(config.bench)))
+
+
+@dataclass
+class PublishConfig(StudyConfig):
+    """Settings of `scripts/publish.py`."""
+
+    target: str | None = None
+    """Where to; null: docs/results/<experiment>."""
+    bench: str | None = None
+    """A benchmark's rows, published with the results."""
+
+
+def publish_results(config: PublishConfig) -> None:
+    """Copy results, without weights, to a folder to commit, and print its size."""
+    target = Path(config.target or Path("docs") / "results" / config.experiment)
+    written = publish(config.results, target, _path(config.bench))
+    size = sum(path.stat().st_size for path in written)
+    print(f"{target}: {len(written)} files, {size / 2**20:.1f} MiB")
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)

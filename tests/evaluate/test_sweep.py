@@ -1,0 +1,385 @@
+"""Evaluation and analysis of trained runs: what they share, and what one bad run does to the others."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+import alibi_lm.evaluate.passes as passes_module
+from alibi_lm import checkpoint
+from alibi_lm.attention import chosen_backend
+from alibi_lm.evaluate import sweep
+from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
+from alibi_lm.evaluate.sweep import FailedRuns, analyse, describe, evaluate
+from alibi_lm.results.documents import read_documents
+from alibi_lm.results.rows import read_rows
+
+
+@pytest.fixture
+def place(trained_runs, tmp_path, monkeypatch):
+    """The experiment's folder, in the current folder, with three finished runs."""
+    shutil.copytree(trained_runs / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs" / "smoke"
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Labels of the passes that are really made."""
+    made = []
+
+    def record(*arguments, original=passes_module.score, **more):
+        made.append(more.get("progress"))
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(passes_module, "score", record)
+    return made
+
+
+def settings(**changes):
+    return EvaluateConfig(**{"experiment": "smoke", "device": "cpu", "threads": 1} | changes)
+
+
+def rows_of(**changes):
+    return [row for row in evaluate(settings(**changes)) if row.run is not None]
+
+
+# --- shared passes -------------------------------------------------------------------------------
+
+
+def test_an_analysis_computes_nothing_that_the_evaluation_stored(place, scored):
+    rows_of()
+    assert len(scored) == 10  # two seeds of alibi at four lengths; learned has two of them
+    rows_of(mode="sliding", stride=2)
+    scored.clear()
+    list(analyse(settings(view="perplexity", stride=2)))
+    list(analyse(settings(view="position")))
+    assert scored == []
+
+
+def test_an_evaluation_computes_nothing_that_an_analysis_stored(place, scored):
+    list(analyse(settings(view="all", stride=2, every=3, last=2)))
+    views = len(scored)
+    assert views > 20
+    first = rows_of()
+    assert len(scored) == views and len(first) == 12
+    list(analyse(settings(view="decomposition", stride=2)))
+    assert len(scored) == views
+    assert rows_of() == first
+
+
+def test_the_backend_is_that_of_the_model_and_auto_is_no_other_one(place, scored):
+    row = rows_of(lengths=[8])[0]
+    assert row.extra["attention"] == chosen_backend("auto")
+    scored.clear()
+    rows_of(lengths=[8], attention=row.extra["attention"])
+    assert scored == []
+    other = rows_of(lengths=[8], attention="eager")[0]
+    assert len(scored) == 3 and other.extra["attention"] == "eager"
+    rows_of(lengths=[8])  # results of both backends are kept
+    assert len(scored) == 3
+
+
+def test_a_checkpoint_is_read_once_for_all_lengths(place, monkeypatch):
+    read = []
+
+    def record(path, original=checkpoint.sha256_of):
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", record)
+    rows_of()
+    assert read.count("weights.safetensors") == 3
+
+
+def test_another_precision_and_another_text_are_scored_anew(place, scored, tmp_path):
+    runs = str(place / "runs" / "alibi_L8_s1")
+    (first,) = rows_of(runs=runs, lengths=[8])
+    (other,) = rows_of(runs=runs, lengths=[8], precision="bfloat16")
+    assert len(scored) == 2 and other.extra["precision"] == "bfloat16" and other.nats != first.nats
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "wiki.valid.tokens").write_text(" \n = A = \n \n w1 w2 w3 \n \n = B = \n \n w4 w5 w6 \n")
+    data = EvaluateData(path=str(text), cache_dir=str(tmp_path / "cache"))
+    (other,) = rows_of(runs=runs, lengths=[8], data=data)
+    assert len(scored) == 3 and other.tokens < first.tokens
+    assert len(read_rows(place / "extrapolation" / "results.jsonl")) == 3  # both texts, and the baseline of one
+
+
+def test_changes_for_the_test_are_a_field_of_the_row(place, scored):
+    changes = {"scaling": "linear", "factor": 2.0}
+    (plain,), (changed,) = (rows_of(experiment="other", lengths=[8], position=p) for p in ({}, changes))
+    assert changed.run == plain.run == "rotary_L8_s1" and plain.changes == {}
+    assert changed.changes == {"position.scaling": "linear", "position.factor": 2.0}
+    assert changed.nats != plain.nats and len(scored) == 2
+    assert "rotary_L8_s1 position.factor=2.0 position.scaling=linear at 8: perplexity" in describe(changed)
+    assert {row.key for row in read_rows("outputs/other/extrapolation/results.jsonl")} > {plain.key, changed.key}
+    (file,) = analyse(settings(experiment="other", view="position", position=changes))
+    (series,) = json.loads(file.read_text())["series"]
+    assert series["changes"] == changed.changes and series["runs"] == ["rotary_L8_s1"]
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def test_rows_have_what_they_depend_on_and_their_sums_per_document(place):
+    rows_of()
+    rows_of(lengths=[8], mode="sliding", stride=4)
+    rows = {row.key: row for row in read_rows(place / "extrapolation" / "results.jsonl") if row.run}
+    valued = {key for key, row in rows.items() if row.nats is not None}
+    sums = read_documents(place / "extrapolation")
+    assert set(sums) == valued and len(rows) == 15 and len(valued) == 13
+    for key, row in rows.items():
+        assert (row.task, row.metric, row.n, row.value) == ("text", "perplexity", row.tokens, row.perplexity)
+        assert row.folder == f"outputs/smoke/runs/{row.run}" and len(row.run_id) == 12 and row.changes == {}
+        assert {"checkpoint": "best", "precision": "float32", "documents": 6}.items() <= row.extra.items()
+        if key in valued:
+            assert sums[key].nats.sum() == pytest.approx(row.nats, abs=1e-5) and len(sums[key].nats) == 6
+            assert sums[key].tokens.sum() == row.tokens
+        else:
+            assert row.reason == "position=learned has 8 positions"
+    assert len({row.run_id for row in rows.values()}) == 3
+    assert (place / "extrapolation" / "results.csv").exists()
+
+
+def test_values_of_views_are_those_of_the_evaluation(place):
+    nats = {(row.run, row.inference_length): row.nats for row in rows_of()}
+    (file,) = analyse(settings(view="perplexity", stride=2))
+    found = json.loads(file.read_text())
+    assert [(s["position"], s["runs"]) for s in found["series"]] == [
+        ("alibi", ["alibi_L8_s1", "alibi_L8_s2"]),
+        ("learned", ["learned_L8_s1"]),
+    ]
+    for series in found["series"]:
+        for point in series["points"]:
+            if point["mode"] == "nonoverlapping" and point["nats"] is not None:
+                for run, mean in point["by_run"].items():
+                    assert mean == pytest.approx(nats[run, point["length"]] / series["tokens"], rel=1e-9)
+    learned = [p for p in found["series"][1]["points"] if p["nats"] is None and p["length"] > 8]
+    assert {p["reason"] for p in learned} == {"position=learned has 8 positions"}
+
+
+def test_each_view_is_a_file(place):
+    files = list(
+        analyse(settings(view="all", stride=2, every=3, last=2, runs=str(place / "runs" / "learned_L8_s1")))
+    )
+    assert [file.name for file in files] == [f"{view}.json" for view in VIEWS]
+    for file in files:
+        (series,) = json.loads(file.read_text())["series"]
+        assert series["points"] and series["documents"] == 6
+        assert any(p.get("reason") for p in series["points"]), file.name
+
+
+def test_one_baseline_for_each_text(place, tmp_path, trained_runs):
+    other = tmp_path / "other"
+    shutil.copytree(place / "runs" / "alibi_L8_s2", other / "alibi_L8_s2")
+    text = tmp_path / "text"
+    text.mkdir()
+    for split in ("train", "valid", "test"):
+        lines = (trained_runs / f"wiki.{split}.tokens").read_text().split("\n")
+        (text / f"wiki.{split}.tokens").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
+    config = other / "alibi_L8_s2" / "config.yaml"
+    config.write_text(config.read_text().replace(f"path: {trained_runs}\n", f"path: {text}\n"))
+    output = str(tmp_path / "results")
+    rows_of(runs=str(place / "runs" / "alibi_L8_s1"), lengths=[8], output_dir=output)
+    rows_of(runs=str(other / "alibi_L8_s2"), lengths=[4], output_dir=output)
+    rows = read_rows(tmp_path / "results" / "results.jsonl")
+    baselines = {row.corpus: row.perplexity for row in rows if row.run is None}
+    assert set(baselines) == {row.corpus for row in rows if row.run} and len(set(baselines.values())) == 2
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "sliding", "stride": 4}])
+def test_a_length_that_the_text_does_not_have_is_no_measured_point(place, scored, mode):
+    runs = str(place / "runs" / "alibi_L8_s1")
+    short, long = rows_of(runs=runs, lengths=[8, 10**9], **mode)
+    assert short.value and long.value is long.nats is None and len(scored) == 1
+    assert long.reason == f"the split has {short.tokens:,} tokens: no window of 1,000,000,000 is full"
+    assert "not evaluated, the split has" in describe(long)
+    assert set(read_documents(place / "extrapolation")) == {short.key}
+
+
+def test_a_text_of_one_document_says_why_there_are_no_intervals(place, tmp_path):
+    (tmp_path / "wiki.valid.tokens").write_text("\n".join(f" w{k % 7} w{k % 5} w3 " for k in range(20)) + "\n")
+    data = EvaluateData(path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    runs = str(place / "runs" / "alibi_L8_s1")
+    (row,) = rows_of(runs=runs, lengths=[8], data=data)
+    assert row.extra["documents"] == 1 and "one document" in row.extra["note"]
+    (file,) = analyse(settings(runs=runs, view="position", data=data))
+    assert "one document" in json.loads(file.read_text())["series"][0]["note"]
+
+
+# --- one bad run among others --------------------------------------------------------------------
+
+
+def damage(folder):
+    for path in (folder / "checkpoints").rglob("weights.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+
+
+def swap(folder):
+    other = folder.parent / "alibi_L8_s2"
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(other / "checkpoints", folder / "checkpoints")
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def bad_config(folder):
+    (folder / "config.yaml").write_text("steps: [")
+
+
+@pytest.mark.parametrize("harm", [damage, swap, no_tokenizer, bad_config])
+def test_a_bad_run_stops_no_other_and_is_told_of_at_the_end(place, harm):
+    harm(place / "runs" / "alibi_L8_s1")
+    rows = []
+    with pytest.raises(FailedRuns, match="1 of 3 runs could not be evaluated; the others were") as failed:
+        rows.extend(evaluate(settings(lengths=[4, 8])))
+    assert list(failed.value.failures) == ["alibi_L8_s1"] and "alibi_L8_s1: " in str(failed.value)
+    assert {row.run for row in rows} == {None, "alibi_L8_s2", "learned_L8_s1"}
+    assert {row.run for row in read_rows(place / "extrapolation" / "results.jsonl")} == {row.run for row in rows}
+    assert (place / "extrapolation" / "results.csv").exists()
+    files = []
+    with pytest.raises(FailedRuns):
+        files.extend(analyse(settings(view="position")))
+    assert [s["runs"] for s in json.loads(files[0].read_text())["series"]] == [["alibi_L8_s2"], ["learned_L8_s1"]]
+    with pytest.raises(ValueError) as alone:
+        rows_of(runs=str(place / "runs" / "alibi_L8_s1"))
+    assert not isinstance(alone.value, FailedRuns)
+
+
+def test_weights_that_lack_the_recorded_validation_loss_are_refused_before_a_row_is_written(place, monkeypatch):
+    """Also where nothing else tells: a run of an earlier version, whose files name no run."""
+    folder = place / "runs" / "alibi_L8_s1"
+    done = json.loads((folder / "finished.json").read_text())
+    done["best_validation_loss"] += 0.01
+    for path in (folder / "finished.json", folder / "checkpoints" / "best.json"):
+        content = json.loads(path.read_text()) | {"best_validation_loss": done["best_validation_loss"]}
+        path.write_text(json.dumps(content))
+    monkeypatch.setattr("alibi_lm.runs.require_own_files", lambda *_: None)
+    with pytest.raises(ValueError, match=r"recorded \d.*not the weights of this run"):
+        rows_of(runs=str(folder))
+    assert not (place / "extrapolation" / "results.jsonl").exists()
+    rows_of(runs=str(folder), lengths=[4])  # nothing to compare with at another length
+    rows_of(runs=str(folder), lengths=[8], split="test")
+
+
+def test_a_diverged_run_keeps_its_nats_and_has_no_perplexity(place, monkeypatch):
+    def scaled(*arguments, original=passes_module.score, **more):
+        found = original(*arguments, **more)
+        return found._replace(nats=found.nats * np.float32(1000))
+
+    monkeypatch.setattr(passes_module, "score", scaled)
+    monkeypatch.setattr(sweep, "_check_validation", lambda *_: None)
+    rows = rows_of(lengths=[8])
+    assert len(rows) == 3
+    for row in rows:
+        assert row.loss > 1000 and row.perplexity is row.value is row.word_perplexity is None
+        assert row.reason == f"exp({row.loss:.6g}) is too large for a number"
+        assert f"{row.loss:.4f} nats per token, no perplexity, exp(" in describe(row)
+    assert len(read_documents(place / "extrapolation")) == 3
+
+
+def test_lines_without_blanks_have_a_perplexity_and_no_word_perplexity(place, monkeypatch):
+    def few_words(*arguments, original=sweep.open_corpus):
+        corpus = original(*arguments)
+        corpus.split("validation").words = 1
+        return corpus
+
+    monkeypatch.setattr(sweep, "open_corpus", few_words)
+    rows = list(evaluate(settings(lengths=[8])))
+    assert {row.position for row in rows} == {"unigram", "alibi", "learned"}
+    for row in rows:
+        assert row.value == row.perplexity == pytest.approx(math.exp(row.nats / row.tokens))
+        assert row.nats > 710 and row.word_perplexity is None
+        assert row.reason.startswith("word_perplexity is null: exp(")
+
+
+# --- two runs of one name ------------------------------------------------------------------------
+
+
+def test_two_folders_of_one_name_are_refused_naming_both(place, tmp_path, scored):
+    shutil.copytree(place / "runs" / "alibi_L8_s1", tmp_path / "expB" / "runs" / "alibi_L8_s1")
+    shutil.copytree(place / "runs" / "alibi_L8_s1", tmp_path / "expA" / "runs" / "alibi_L8_s1")
+    for action in (evaluate, analyse):
+        view = "curve" if action is evaluate else "position"
+        with pytest.raises(ValueError, match="expA/runs/alibi_L8_s1 and expB/runs/alibi_L8_s1 have one name"):
+            list(action(settings(runs="exp*/runs/*", view=view)))
+    assert scored == []
+
+
+def test_rows_of_another_run_of_the_same_name_are_refused_before_work(place, tmp_path, scored):
+    other = tmp_path / "other" / "alibi_L8_s1"
+    other.parent.mkdir()
+    (place / "runs" / "alibi_L8_s2").rename(other)
+    output = str(tmp_path / "results")
+    first = rows_of(runs=str(place / "runs" / "alibi_L8_s1"), lengths=[8], output_dir=output)
+    before = (tmp_path / "results" / "results.jsonl").read_bytes()
+    scored.clear()
+    with pytest.raises(ValueError, match=r"rows of .*smoke/runs/alibi_L8_s1 .*other/alibi_L8_s1 .*another run"):
+        rows_of(runs=str(other), lengths=[4], output_dir=output)
+    assert scored == [] and (tmp_path / "results" / "results.jsonl").read_bytes() == before
+    # The same run in a folder that was moved is no other one, and a run trained anew replaces its old rows.
+    moved = tmp_path / "moved" / "alibi_L8_s1"
+    moved.parent.mkdir()
+    (place / "runs" / "alibi_L8_s1").rename(moved)
+    assert [r.nats for r in rows_of(runs=str(moved), lengths=[8], output_dir=output)] == [r.nats for r in first]
+    shutil.rmtree(moved)
+    other.rename(moved)
+    (again,) = rows_of(runs=str(moved), lengths=[4], output_dir=output)
+    rows = [row for row in read_rows(tmp_path / "results" / "results.jsonl") if row.run]
+    assert [(row.run_id, row.inference_length) for row in rows] == [(again.run_id, 4)]
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"view": "positions"}, "view = 'positions'. Allowed: curve, perplexity, position"),
+        (
+            {"view": "position", "stride": 4},
+            "stride = 4 has no effect with view=position. It belongs to view=curve",
+        ),
+        (
+            {"view": "last", "contexts": [4]},
+            "contexts = [4] has no effect with view=last. It belongs to view=fixed",
+        ),
+        ({"view": "perplexity", "mode": "sliding"}, "mode = sliding has no effect with view=perplexity"),
+        ({"every": 3}, "every = 3 has no effect with view=curve. It belongs to view=fixed, offset"),
+        ({"view": "fixed", "every": 0}, "every = 0. Use a whole number >= 1"),
+        ({"view": "offset", "offsets": [-1]}, "offsets = [-1]. Use whole numbers >= 0"),
+        ({"lengths": []}, "lengths = []. Name some, quoted: 'lengths=[64,128]'"),
+        ({"view": "fixed", "contexts": []}, "contexts = []. Name some"),
+        ({"view": "offset", "offsets": []}, "offsets = []. Name some"),
+        ({"lengths": [8, 0]}, "lengths = [8, 0]. Use whole numbers >= 1"),
+        ({"runs": ""}, "runs is empty"),
+        ({"output_dir": " "}, "output_dir is empty"),
+        ({"checkpoint": "step:x"}, "checkpoint = 'step:x'. Allowed: best, last, step:<number>"),
+        ({"split": "train"}, "split = 'train'. Allowed: validation, test"),
+        ({"mode": "items"}, "mode = 'items'. Allowed: nonoverlapping, sliding"),
+        ({"threads": 0}, "threads = 0"),
+        ({"tokens_per_forward": 0}, "tokens_per_forward = 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        EvaluateConfig(**changes)
+    assert message in str(error.value)
+
+
+def test_each_command_has_its_own_views():
+    with pytest.raises(ValueError, match=r"view = position is a view of scripts/analyse\.py"):
+        next(evaluate(EvaluateConfig(view="position")))
+    with pytest.raises(ValueError, match=r"view = curve is what scripts/evaluate\.py computes"):
+        next(analyse(EvaluateConfig()))
+
+
+def test_every_setting_is_used_by_a_view():
+    names = {field.name for field in dataclasses.fields(EvaluateConfig)}
+    assert {name for known in VIEWS.values() for name in known} <= names
