@@ -126,17 +126,31 @@ class CheckpointStore:
         return self._first_whole([(step, path) for step, path in self._candidates() if step == best])
 
     def get(self, which: str) -> Checkpoint:
-        """The best or the last whole checkpoint.
+        """The best or the last whole checkpoint, or that of a step.
+
+        Args:
+            which: `best`, `last` or `step:<number>`.
 
         Raises:
             ValueError: another word, or there is no such checkpoint.
         """
-        require(which in ("best", "last"), f"checkpoint = {which!r} is not known. Use best or last.")
-        checkpoint = self.best() if which == "best" else self.latest()
+        step = re.fullmatch(r"step:(\d+)", which)
+        require(
+            which in ("best", "last") or step is not None,
+            f"checkpoint = {which!r} is not known. Use best, last or step:<number>.",
+        )
+        if step is not None:
+            checkpoint = self._first_whole([(n, path) for n, path in self._candidates() if n == int(step[1])])
+        else:
+            checkpoint = self.best() if which == "best" else self.latest()
         if checkpoint is None:
-            other = " Use checkpoint=last." if which == "best" and self.steps() else ""
+            steps = ", ".join(map(str, self.steps()))
+            other = " Use checkpoint=last." if which == "best" and steps else ""
+            if step is not None:
+                other = f" It has those of steps {steps}." if steps else ""
+            what = f"{which} checkpoint" if step is None else f"checkpoint of step {step[1]}"
             raise ValueError(
-                f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} "
+                f"checkpoint = {which}: {self.folder} holds no whole {what}.{other} "
                 "Give the training command again to write one."
             )
         return checkpoint

@@ -5,7 +5,10 @@ A dataclass owns names, types, defaults and meaning; the YAML files under config
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,13 +293,26 @@ def load_config(run_folder: Path) -> TrainConfig:
     path = run_folder / "config.yaml"
     require(path.is_file(), f"{run_folder} is no run folder: it has no config.yaml.")
     try:
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
-    require(isinstance(settings, dict), f"{path} holds no settings.")
+    try:
+        return copy.deepcopy(_parse(text))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(text: str) -> TrainConfig:
+    """The config in the text of a config.yaml; kept, because each look at a run folder reads it again."""
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except Exception as error:
+        raise ValueError(f"is not readable YAML: {error}") from error
+    require(isinstance(settings, dict), "holds no settings.")
     # A saved config is resolved; resolving it again would let a foreign file read the user's environment.
-    require("${" not in str(settings), f"{path} holds an interpolation, ${{...}}. Write the value itself there.")
+    require("${" not in str(settings), "holds an interpolation, ${...}. Write the value itself there.")
     try:
         return from_dict(settings)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"cannot be used: {error}") from error

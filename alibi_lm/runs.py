@@ -299,7 +299,7 @@ def load_run(
         folder: the run folder.
         inference_length: longest sequence it will be given, >= 1; schemes with automatic scaling depend on it.
             None: the training length.
-        checkpoint: `best` (lowest validation loss) or `last`.
+        checkpoint: `best` (lowest validation loss), `last` or `step:<number>`.
         attention: backend; they differ by float32 rounding.
         device: where to put the model: cpu, cuda or cuda:<index>.
         position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from alibi_lm.config import EvaluateConfig
 from alibi_lm.distributed import World
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.positions import POSITIONS

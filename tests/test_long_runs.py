@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import alibi_lm.train
-from alibi_lm.config import EvaluateConfig
 from alibi_lm.distributed import World
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.tracking import JsonlConfig

@@ -55,7 +55,7 @@ def train_until_stopped(config, folder: Path, asked: bool) -> None:
 
 def main() -> None:
     from alibi_lm import distributed
-    from alibi_lm.config import EvaluateConfig
+    from alibi_lm.evaluate.config import EvaluateConfig
     from alibi_lm.evaluate.sweep import evaluate
     from alibi_lm.experiment import compose
     from alibi_lm.tracking import JsonlConfig

@@ -252,7 +252,9 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
         ValueError: see `plan`.
         FailedRuns: at the end, where some of several runs could not be evaluated.
     """
-    require(config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve.")
+    require(
+        config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve."
+    )
     world = world or World()
     device = runtime.start(config.device, world.local_rank, config.threads)
     runs, failures = plan(config)
@@ -373,8 +375,9 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
 
 
 def changes_of(config: EvaluateConfig) -> dict[str, Any]:
-    """Settings that are changed for the test, as rows name them."""
-    return {f"position.{name}": value for name, value in config.position.items()}
+    """What is changed for the test, as rows name it: settings of the scheme, and the step of a checkpoint."""
+    changes = {f"position.{name}": value for name, value in config.position.items()}
+    return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
 
 def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
@@ -465,7 +468,9 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
         ValueError: no runs, missing text, or a setting out of range.
         FailedRuns: at the end, where some of several runs could not be analysed.
     """
-    require(config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view.")
+    require(
+        config.view != "curve", "view = curve is what scripts/evaluate.py computes. Use that, or another view."
+    )
     device = runtime.start(config.device, threads=config.threads)
     runs, failures = plan(config)
     total = len(runs) + len(failures)

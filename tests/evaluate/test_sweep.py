@@ -122,6 +122,15 @@ def test_changes_for_the_test_are_a_field_of_the_row(place, scored):
     assert series["changes"] == changed.changes and series["runs"] == ["rotary_L8_s1"]
 
 
+def test_an_earlier_checkpoint_has_rows_of_its_own(place, trained_runs):
+    runs = str(place / "runs" / "alibi_L8_s1")
+    (best,) = rows_of(runs=runs, lengths=[8])
+    (same,) = rows_of(runs=runs, lengths=[8], checkpoint="step:4")
+    assert same.changes == {"checkpoint": "step:4"} and same.key != best.key and same.nats == best.nats
+    with pytest.raises(ValueError, match=r"no whole checkpoint of step 3\. It has those of steps 4\."):
+        rows_of(runs=runs, checkpoint="step:3")
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ pytest.importorskip("wandb_workspaces", reason="needs pip install alibi_lm[dashb
 
 from study_rows import curve
 
-from alibi_lm.config import EvaluateConfig
+from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.sweep import log_curve
 from alibi_lm.experiment import compose
 from alibi_lm.results.rows import write_rows
