@@ -20,7 +20,6 @@ FLOORS = [
     {"attention", "data", "results", "checkpoint", "tracking"},
     {"model", "tasks"},
     {"config"},
-    {"identity"},
     {"runs"},
     {"evaluate", "interop", "study"},
     {"train", "benchmarks"},
