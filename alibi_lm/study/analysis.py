@@ -49,6 +49,8 @@ class Series:
     """What tells it from others of its scheme and length, in words; empty for the experiment's own settings."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings changed for the test."""
+    note: str = ""
+    """What the reader must know of it, such as why it has no intervals."""
 
     @property
     def name(self) -> str:
@@ -88,6 +90,7 @@ class Analysis:
                 "intervals" if own else "intervals of the difference from the training length, paired by document,"
             )
             parts.append(f"95% {what} over {over}")
+        parts += sorted({s.note for s in self.series if s.note})
         parts.append(f"commit {self.commit[:10]}" if self.commit else "no commit")
         return "; ".join(parts)
 
