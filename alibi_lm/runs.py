@@ -107,7 +107,7 @@ def require_readable(config: TrainConfig) -> None:
         try:
             again = load_config(Path(place))
         except ValueError as error:
-            reason = " ".join(str(error).replace(f"{Path(place) / CONFIG_FILE}: ", "").split())
+            reason = " ".join(str(error).replace(f"{Path(place) / CONFIG_FILE} ", "").split())
             raise ValueError(
                 f"These settings could not be read back from a run's {CONFIG_FILE}: {reason}. "
                 "Choose an entry of a group by its name alone (position=<name>, not position.name=<name>)."

@@ -123,10 +123,10 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     world = distributed.start(config.device)
     try:
         device = runtime.start(config.device, world.local_rank, config.threads)
-        runs.require_readable(config)
         if not world.is_main:
             done = distributed.gather_objects(None, world)[0]
             return _train(config, folder, world, device) if done is None else done
+        runs.require_readable(config)
         if config.overwrite:
             runs.delete_run(folder)
         with RunLock(folder):

@@ -417,6 +417,34 @@ def test_settings_that_could_not_be_read_back_are_refused_before_the_first_step(
         assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("[Errno 11] Resource temporarily unavailable", "ulimit -u"),
+        ("g++ not found", r"C\+\+ compiler .*Install one"),
+    ],
+)
+def test_what_stops_the_compiler_is_named(
+    tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch, reason: str, advice: str
+) -> None:
+    import torch
+
+    from alibi_lm.train import train
+
+    failure = type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})
+
+    def compile(function: Any, **options: Any) -> Any:
+        def failing(*args: Any) -> Any:
+            raise failure(reason)
+
+        return failing
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(ValueError, match=f"compile = true, .*\n.*{advice}.*compile=false") as caught:
+        train(composed(*SETTINGS, *corpus, "compile=true"), tmp_path / "run")
+    assert ("Install" in str(caught.value)) == ("g++" in reason)
+
+
 def test_a_full_disk_at_the_start_names_the_folder(
     tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

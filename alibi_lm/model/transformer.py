@@ -324,12 +324,11 @@ class CompiledNats:
                 raise
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             advice = "It needs a C++ compiler (g++ or clang++, named by CXX if it is not g++). Install one"
-            if any(
-                said in str(error) for said in ("temporarily unavailable", "start new thread", "allocate memory")
-            ):
+            limits = ("temporarily unavailable", "start new thread", "allocate memory")
+            if any(limit in str(error) for limit in limits):
                 advice = "The system let it start no more processes or threads: raise that limit (ulimit -u)"
             raise ValueError(
-                f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n{advice}, or use "
-                "compile=false."
+                f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n"
+                f"{advice}, or use compile=false."
             ) from error
         return model.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
