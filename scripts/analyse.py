@@ -1,4 +1,4 @@
-"""Look inside an extrapolation curve: python scripts/analyse.py experiment=quick view=position (or last, all, ...)."""
+"""Look inside an extrapolation curve: python scripts/analyse.py experiment=quick view=position."""
 
 from alibi_lm.cli import hydra_command
 from alibi_lm.evaluate.config import EvaluateConfig
