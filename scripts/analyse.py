@@ -1,4 +1,4 @@
-"""Look inside an extrapolation curve: python scripts/analyse.py experiment=quick view=position."""
+"""Look inside an extrapolation curve (see docs/evaluation.md): python scripts/analyse.py view=position."""
 
 from alibi_lm.cli import hydra_command
 from alibi_lm.evaluate.config import EvaluateConfig
