@@ -234,7 +234,7 @@ def test_nothing_there(store: CheckpointStore) -> None:
     for which in ("best", "last"):
         with pytest.raises(ValueError, match=f"checkpoint = {which}: .*checkpoints holds no whole"):
             store.get(which)
-    with pytest.raises(ValueError, match=r"checkpoint = 'first' is not known\. Use best or last"):
+    with pytest.raises(ValueError, match=r"checkpoint = 'first' is not known\. Use best, last or step"):
         store.get("first")
     store.save(1, nn.Linear(1, 1), None, {})
     with pytest.raises(ValueError, match="Use checkpoint=last"):

@@ -180,7 +180,7 @@ def test_folder_names_read_the_same_word() -> None:
         ({"inference_length": 8.0}, "inference_length = 8.0"),
         ({"inference_length": True}, "inference_length = True"),
         ({"inference_length": "8"}, "inference_length = '8'"),
-        ({"checkpoint": "newest"}, "checkpoint = 'newest' is not known. Use best or last"),
+        ({"checkpoint": "newest"}, "checkpoint = 'newest' is not known. Use best, last or step:<number>"),
         ({"attention": "flash"}, "attention = 'flash'. Allowed: auto"),
         ({"device": "gpu"}, "device = 'gpu'. Use cpu"),
         ({"device": "cuda:77"}, r"device = cuda:77, but torch finds \d+ CUDA devices"),
