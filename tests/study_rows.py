@@ -10,7 +10,7 @@ from pathlib import Path
 
 from alibi_lm.results.rows import ResultRow, write_rows
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TOKENS = 10_000
 WORDS = 8_000
 
