@@ -51,7 +51,8 @@ def draw_errors(
         seeds: runs that score every document.
         noise: standard deviation of the seed effect over that of the mean over documents.
         interaction: of the seed x document effect over that of the document effect.
-        documents: law of the document effects, see `unit_draws`; `runs` that of the seed effects.
+        documents: law of the document effects, see `unit_draws`.
+        runs: law of the seed effects.
     """
     replicates = len(tokens)
     document = unit_draws(rng, (replicates, 1, DOCUMENTS), documents)

@@ -244,7 +244,7 @@ def _over_documents(
         return "the text is one document, which does not show how documents differ"
     try:
         a, b = (np.stack([documents[row.key].nats for row in side]) for side in (left, right))
-        found = paired_difference(a, b, tokens, *seeds, LEVEL, comparisons)
+        found = paired_difference(a, b, tokens, seeds[0], seeds[1], LEVEL, comparisons)
     except ValueError as error:  # seeds that agree exactly
         return str(error).partition(".")[0]
     common = set(seeds[0]) & set(seeds[1])

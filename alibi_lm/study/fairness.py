@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.study.records import NAMED, RunRecord, find_records
+from alibi_lm.study.records import NAMED, RunRecord, find_records, show
 
 SMALL_PARAMETERS = 0.02
 """A scheme's own parameters (a table of positions, a bias per head) are part of it; more is a difference."""
@@ -86,7 +86,7 @@ def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
         settings = {name: getattr(record, attribute) for name, record in known.items()}
         for key in sorted({key for values in settings.values() for key in values}):
             if key.partition(".")[0] not in NAMED:
-                values = {name: _show(own.get(key, "unset")) for name, own in settings.items()}
+                values = {name: show(own.get(key, "unset")) for name, own in settings.items()}
                 found += _compare(key, values, matters)
     if not readable:
         old = sorted(name for name, record in known.items() if not record.readable)
@@ -103,7 +103,7 @@ def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
     env = {name: record.environment for name, record in records.items() if record.environment}
     found += _compare("commit of the training", {n: _commit(e) for n, e in env.items()}, True)
     for key in ("torch", "python", "device"):
-        found += _compare(f"environment: {key}", {n: _show(e.get(key)) for n, e in env.items()}, False)
+        found += _compare(f"environment: {key}", {n: show(e.get(key)) for n, e in env.items()}, False)
     unknown = sorted(set(records) - set(known))
     if unknown and len(records) > 1:
         found.append(Difference("settings not compared", {"no config.yaml at hand": unknown}, False))
@@ -134,10 +134,6 @@ def _compare(what: str, values: Mapping[Any, str], matters: bool) -> list[Differ
         return []
     ordered = dict(sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0])))
     return [Difference(what, {value: sorted(runs) for value, runs in ordered.items()}, matters)]
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 def _short(text: Any) -> str:

@@ -54,3 +54,8 @@ def look(position: str) -> Look:
         _MARKERS[digest[1] % len(_MARKERS)],
         _DASHES[digest[2] % len(_DASHES)],
     )
+
+
+def label(position: str, variant: str = "") -> str:
+    """A scheme's name, with the variant where there is one."""
+    return look(position).name + (f" ({variant})" if variant else "")

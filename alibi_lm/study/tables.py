@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, 
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.analysis import TERM_NAMES, TITLES, Analysis, Series
 from alibi_lm.study.fairness import Difference
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label
+
+_BOLD = re.compile(r"\*\*(.+)\*\*")
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,14 @@ def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] |
     reasons: list[str] = []
     body = []
     for curve in found:
-        name = look(curve.position).name + (f" ({curve.variant})" if curve.variant else "")
-        cells = [_cell(curve, n, reasons) for n in lengths]
-        body.append([name, str(curve.train_length), _seeds(curve), *cells])
+        head = [label(curve.position, curve.variant), str(curve.train_length), _seeds(curve)]
+        body.append(head + [_cell(curve, n, reasons) for n in lengths])
     for name, value in sorted(baselines(rows, view).items()):
         body.append([f"{name} baseline", "", "", *(f"{value:.2f}" for _ in lengths)])
-    ratio = (
-        ["In brackets: ratio to the value at the training length (bold)."] if view.metric == "perplexity" else []
-    )
-    return Table(["scheme", "trained at", "runs", *map(str, lengths)], body, 3, _numbered(reasons) + ratio)
+    notes = _numbered(reasons)
+    if view.metric == "perplexity":
+        notes.append("In brackets: ratio to the value at the training length (bold).")
+    return Table(["scheme", "trained at", "runs", *map(str, lengths)], body, 3, notes)
 
 
 def provenance(rows: Iterable[ResultRow], view: View) -> str:
@@ -156,14 +158,12 @@ def _grid(found: Analysis) -> Table:
             else:
                 row[point[_COLUMN.get(found.view, "length")]] = _analysis_cell(found.view, series, point, reasons)
     columns = sorted({column for row in cells.values() for column in row})
-    modes = any(mode for _, _, mode in cells)
     heads = [f"to {c}" if found.view == "position" else str(c) for c in columns]
+    windows = ["windows"] if any(mode for _, _, mode in cells) else []
     body = [
-        [name, trained, *([mode] if modes else []), *(row.get(c, "") for c in columns)]
-        for (name, trained, mode), row in cells.items()
+        [*head[: 2 + len(windows)], *(row.get(column, "") for column in columns)] for head, row in cells.items()
     ]
-    notes = _numbered(reasons)
-    return Table(["scheme", "trained at", *(["windows"] if modes else []), *heads], body, 1, notes)
+    return Table(["scheme", "trained at", *windows, *heads], body, 1, _numbered(reasons))
 
 
 def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons: list[str]) -> str:
@@ -220,21 +220,16 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def _markdown_cell(cell: str) -> str:
-    if _is_bold(cell):
-        return f"**{escape(cell[2:-2])}**"
+    if bold := _BOLD.fullmatch(cell):
+        return f"**{escape(bold[1])}**"
     return "<br>".join(escape(line, keep="[]") for line in cell.split("\n"))
 
 
 def _html_cell(tag: str, cell: str, words: bool) -> str:
+    bold = _BOLD.fullmatch(cell)
+    text = "<br>".join(html.escape(line) for line in (bold[1] if bold else cell).split("\n"))
     kind = ' class="word"' if words else ""
-    if _is_bold(cell):
-        return f"<{tag}{kind}><strong>{html.escape(cell[2:-2])}</strong></{tag}>"
-    text = "<br>".join(html.escape(line) for line in cell.split("\n"))
-    return f"<{tag}{kind}>{text}</{tag}>"
-
-
-def _is_bold(cell: str) -> bool:
-    return len(cell) > 4 and cell.startswith("**") and cell.endswith("**")
+    return f"<{tag}{kind}>{f'<strong>{text}</strong>' if bold else text}</{tag}>"
 
 
 def _refer(reason: str, reasons: list[str]) -> str:
