@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ TITLES = {
     "decomposition": "Why the loss changes beyond the trained length",
     "offset": "Change of the loss when all positions are shifted",
 }
+AT = {"fixed": "context", "offset": "offset"}
+"""What the points of a view stand at, where it is not the inference length."""
 TERM_NAMES = {
     "early_tokens": "early tokens",
     "positions_beyond": "positions beyond L",
@@ -31,6 +34,11 @@ TERM_NAMES = {
     "total": "total",
 }
 """Parts of the decomposition, as people read them."""
+
+
+def perplexity(nats: float) -> float:
+    """Its exp, or that of 700 where it is too large for a number."""
+    return math.exp(min(nats, 700))
 
 
 @dataclass(frozen=True)

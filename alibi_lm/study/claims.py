@@ -17,7 +17,7 @@ from alibi_lm.results.documents import DocumentSums, read_documents
 from alibi_lm.results.rows import ResultRow, RowKey, read_rows
 from alibi_lm.study.analysis import Analysis, read_analysis
 from alibi_lm.study.compare import Measured, Verdict, judge, measure, overall, power_note
-from alibi_lm.study.fairness import Difference
+from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper_claims import CLAIMS, Claim, Side
 from alibi_lm.study.records import RunRecord, find_records, recipes
 from alibi_lm.study.tables import Table, escape
@@ -45,6 +45,11 @@ class Evidence:
     def words(self) -> dict[str, str]:
         """Recipes of the runs."""
         return recipes(self.rows, self.records) if self.records else {}
+
+    @functools.cached_property
+    def unfair(self) -> list[Difference]:
+        """Differences between the runs other than the scheme."""
+        return differences(self.rows, self.records)
 
     def setting(self, run: str, key: str) -> Any:
         """A setting of a run by dotted name; None where it is unknown."""

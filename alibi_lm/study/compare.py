@@ -127,13 +127,13 @@ def is_better(
     documents: Mapping[RowKey, DocumentSums],
     lengths: Sequence[int],
 ) -> list[str]:
-    """Whether A is better than B at each inference length, all lengths judged together; a line for each.
+    """Whether A is better than B at each inference length, all judged together (intervals are widened for it).
 
     Args:
         a: rows of A's runs, from `select`.
         b: rows of B's.
         documents: document sums by row key.
-        lengths: inference lengths; intervals are widened for their number.
+        lengths: inference lengths.
 
     Returns:
         Lines with YES (A is better), NO (B is), NOT SETTLED, or NOT RUN. One seed settles nothing about schemes.
@@ -188,9 +188,9 @@ def select(
     Args:
         rows: of one experiment.
         pattern: a run's name or a glob of names (`alibi_L64_s*`); of a path only the last part counts.
-        view: split, mode, stride, task and metric.
+        view: which of the rows.
         name: of the setting, for messages.
-        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
+        words: recipes of the runs.
 
     Raises:
         ValueError: no such run, or runs that differ in more than their seed.

@@ -139,13 +139,8 @@ def find(
 ) -> list[PaperValue]:
     """The paper's WikiText-103 values for one measurement, one for each table that has it.
 
-    Args:
-        position: scheme.
-        train_length: tokens in a training sequence.
-        inference_length: tokens in a window.
-        view: split, mode and stride.
-        near: accept the nearest inference length within this share (0.02: two per cent) where the exact one
-            is missing; the paper's values move by 0.05 or so from one length to the next.
+    `near` accepts the nearest inference length within this share (0.02: two per cent) where the exact one is
+    missing; the paper's values move by 0.05 or so from one length to the next.
     """
     same = _of_curve(position, train_length, view)
     off = {length: abs(length / inference_length - 1) for length in same}
@@ -178,13 +173,7 @@ def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
 def compare(
     rows: Sequence[ResultRow], near: float = 0.0, words: Mapping[str, str] | None = None
 ) -> list[Comparison]:
-    """Our values beside the paper's, wherever it has one. Ours are per word, whatever the tokenizer.
-
-    Args:
-        rows: of one experiment.
-        near: as in `find`.
-        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
-    """
+    """Ours beside the paper's, wherever it has a value (`near`: see `find`); per word, whatever the tokenizer."""
     per_word = [counted for row in rows if row.task == "text" and (counted := _per_word(row)) is not None]
     found = []
     for view in views(per_word):

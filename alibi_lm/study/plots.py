@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import whole_file
-from alibi_lm.study.style import Look, look
+from alibi_lm.study.style import look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,11 +58,6 @@ class Line:
     """The point at its training length, where that is not the panel's."""
     ends: bool = False
     """Whether the scheme has no value beyond its last point."""
-
-    @property
-    def look(self) -> Look:
-        """Colour, marker, dashes."""
-        return look(self.position)
 
 
 @dataclass(frozen=True)
@@ -116,9 +111,9 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
         shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.05 if line in spans else 0.0
         _draw(axis, panel, line, wider, 0.0 if panel.symlog else shift)
         if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
-            labels.append(Label(line.x[-1], line.y[-1], line.name, line.look.color, line.note))
+            labels.append(Label(line.x[-1], line.y[-1], line.name, look(line.position).color, line.note))
     for line in panel.dotted:
-        axis.plot(line.x, line.y, color=line.look.color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
+        axis.plot(line.x, line.y, color=look(line.position).color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
     if panel.zero:
         axis.axhline(0, color="#999999", linewidth=0.9, zorder=1)
     _levels(axis, panel, labels)
@@ -167,7 +162,7 @@ def hidden_under(lines: Sequence[Line], limits: tuple[float, float], log_y: bool
 
 
 def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> None:
-    style = line.look
+    style = look(line.position)
     x = [v * 2**shift for v in line.x]
     faint = line.stray
     dashes: dict[str, Any] = {"dashes": style.dashes} if style.dashes and not wider else {}
@@ -347,21 +342,16 @@ def note_lines(note: str) -> list[str]:
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
     """Places at least `gap` apart in [0, 1], in the same order, as near as can be to the wanted ones (rising).
 
-    Groups that touch are centred on the mean of what their members wanted, as in isotonic regression. More places
-    than there is room for go beyond 1.
+    Groups that touch are centred on the mean of what their members wanted. More places than there is room for go
+    beyond 1.
     """
-    groups: list[list[float]] = []  # mean of (wanted - index * gap), size
-    for index, value in enumerate(wanted):
-        groups.append([value - index * gap, 1.0])
-        while len(groups) > 1 and groups[-2][0] >= groups[-1][0]:
-            mean, size = groups.pop()
-            groups[-1] = [
-                (groups[-1][0] * groups[-1][1] + mean * size) / (groups[-1][1] + size),
-                groups[-1][1] + size,
-            ]
-    flat = [mean for mean, size in groups for _ in range(int(size))]
-    top = 1 - (len(flat) - 1) * gap
-    return [max(0.0, min(mean, top)) + index * gap for index, mean in enumerate(flat)]
+    from scipy.optimize import isotonic_regression
+
+    if not wanted:
+        return []
+    steps = isotonic_regression([value - index * gap for index, value in enumerate(wanted)]).x
+    top = 1 - (len(wanted) - 1) * gap
+    return [max(0.0, min(float(step), top)) + index * gap for index, step in enumerate(steps)]
 
 
 Cell = Panel | Callable[["Axes"], None] | None

@@ -13,8 +13,6 @@ from alibi_lm.results.curves import by_name
 from alibi_lm.results.rows import ResultRow
 
 RUN_FILES = ("config.yaml", "environment.json", "corpus.json", "finished.json")
-NAMED = ("position", "train_length", "seed")
-"""Settings that every figure, table and claim names: they are what is compared."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, view_of, views
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.study.analysis import TERM_NAMES, TITLES, Analysis, Series
+from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.style import label
 
@@ -120,8 +120,6 @@ def _seeds(curve: Curve) -> str:
     return " and ".join([*parts, *([f"{unknown} without a seed"] if unknown else [])])
 
 
-_COLUMN = {"fixed": "context", "offset": "offset"}
-"""What the columns of a view are, where they are not lengths."""
 _NOTES = {
     "perplexity": "Perplexity per token; in brackets its ratio to that at the training length.",
     "position": "Mean nats per token of the positions of each doubling, from the shortest windows that reach it.",
@@ -156,7 +154,7 @@ def _grid(found: Analysis) -> Table:
                 if point["nats"] is not None:  # shorter windows come first and have more targets
                     row |= _octaves(point["curve"]) | row
             else:
-                row[point[_COLUMN.get(found.view, "length")]] = _analysis_cell(found.view, series, point, reasons)
+                row[point[AT.get(found.view, "length")]] = _analysis_cell(found.view, series, point, reasons)
     columns = sorted({column for row in cells.values() for column in row})
     heads = [f"to {c}" if found.view == "position" else str(c) for c in columns]
     windows = ["windows"] if any(mode for _, _, mode in cells) else []
@@ -179,10 +177,10 @@ def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons:
     if view == "offset":
         return f"{point['nats']:+.4f} ({point['largest']:.1g})"
     change = point.get("difference")
-    if change is None or change["low"] is None or change["from"] == point.get(_COLUMN.get(view, "length")):
-        return f"{_exp(point['nats']):.2f}"
-    ends = f"{_exp(change['low']):.3f}-{_exp(change['high']):.3f}"
-    return f"{_exp(point['nats']):.2f} ({_exp(change['nats']):.3f}, {ends})"
+    if change is None or change["low"] is None or change["from"] == point.get(AT.get(view, "length")):
+        return f"{perplexity(point['nats']):.2f}"
+    ends = f"{perplexity(change['low']):.3f}-{perplexity(change['high']):.3f}"
+    return f"{perplexity(point['nats']):.2f} ({perplexity(change['nats']):.3f}, {ends})"
 
 
 def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:
@@ -206,7 +204,7 @@ def _decomposition(found: Analysis) -> Table:
                     row.append(f"- {_refer(point.get('reason') or term['reason'], reasons)}")
                     continue
                 interval = "" if term["low"] is None else f" [{term['low']:+.4f}, {term['high']:+.4f}]"
-                row.append(f"{term['nats']:+.4f}{interval}, x{_exp(term['nats']):.3g}")
+                row.append(f"{term['nats']:+.4f}{interval}, x{perplexity(term['nats']):.3g}")
             body.append(row)
     return Table(["scheme", "trained at", "length", *TERM_NAMES.values()], body, 1, _numbered(reasons))
 
@@ -240,10 +238,6 @@ def _refer(reason: str, reasons: list[str]) -> str:
 
 def _numbered(reasons: Sequence[str]) -> list[str]:
     return [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700))
 
 
 def _short(text: str | None) -> str:

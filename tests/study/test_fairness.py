@@ -3,12 +3,16 @@
 import pytest
 from study_rows import real_config, row, write_run
 
-from alibi_lm.study.fairness import differences
-from alibi_lm.study.records import find_records, flatten, recipes
+from alibi_lm.study import fairness
+from alibi_lm.study.records import find_records, recipes
 
 FINISHED = {"tokens_seen": 2_457_600, "num_parameters": 1_000_000, "corpus": "c0ffee"}
 ENVIRONMENT = {"commit": "abc1234", "dirty": False, "torch": "2.13", "python": "3.11", "device": "cpu"}
 SCHEMES = ("alibi", "sinusoidal", "rotary", "t5")
+
+
+def differences(rows, folder):
+    return fairness.differences(rows, find_records(rows, folder))
 
 
 @pytest.fixture
@@ -38,20 +42,12 @@ def found(tmp_path):
         dict(seed=7, device="cpu", log_every=3, threads=2, keep_last=9, tracking__name="jsonl"),
         dict(measurements=["analyse view=last"], study=["position=alibi"]),
         dict(data__cache_dir="elsewhere", experiment="other", evaluation__lengths=[16], output_dir="x"),
+        dict(data__path="text/"),
     ],
-    ids=["equal", "machine", "further measurements", "places"],
+    ids=["equal", "machine", "further measurements", "places", "place of the text"],
 )
 def test_what_no_result_depends_on_is_no_difference(found, changes):
     assert found(config=changes) == []
-
-
-def test_the_place_of_the_text_is_no_difference(tmp_path):
-    rows = [row(position) for position in SCHEMES[:2]]
-    for item, place in zip(rows, ("text", "text/"), strict=True):
-        data = dict(data__name="wikitext2", data__path=place)
-        write_run(tmp_path / "runs", item.run, real_config(item.position, **data))
-    assert all(record.readable for record in find_records(rows, tmp_path / "extrapolation").values())
-    assert differences(rows, tmp_path / "extrapolation") == []
 
 
 @pytest.mark.parametrize(
@@ -130,10 +126,6 @@ def test_a_damaged_run_folder_is_a_clear_error(tmp_path):
     (tmp_path / "runs" / "alibi_L64_s1" / "finished.json").write_text("{")
     with pytest.raises(ValueError, match=r"finished\.json"):
         differences([row()], tmp_path / "extrapolation")
-
-
-def test_flatten_keeps_lists_whole():
-    assert flatten({"a": {"b": [1, {"c": 2}], "d": None}, "e": 1}) == {"a.b": [1, {"c": 2}], "a.d": None, "e": 1}
 
 
 @pytest.mark.parametrize(
