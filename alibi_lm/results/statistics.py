@@ -259,9 +259,13 @@ def seeds_to_settle(gap: float, seed_variance: float, document_variance: float, 
         critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(30.0), level))
         return bool(gap >= (critical + float(stats.norm.ppf(0.8))) * np.sqrt(variance))
 
-    counts = range(2, 10_001)
-    found = bisect.bisect_left(counts, True, key=enough)
-    return counts[found] if found < len(counts) else None
+    high = 2
+    while not enough(high):
+        high *= 2
+        if high > 10_000:
+            return None
+    between = range(max(2, high // 2), high)
+    return between.start + bisect.bisect_left(between, True, key=enough)
 
 
 def wilson_interval(share: float, trials: int) -> tuple[float, float]:

@@ -57,10 +57,10 @@ class Evidence:
 
 
 def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
-    """Everything at hand about the results of a folder.
+    """Everything at hand about the results of a folder: sums per document, run folders and analyses too.
 
     Args:
-        folder: holds `results.jsonl`; document sums, run folders and analyses are found from there.
+        folder: holds `results.jsonl`.
         bench: rows of the benchmark; None: those published with the results, else the last ones measured here.
 
     Raises:
@@ -116,14 +116,10 @@ Pair = tuple[str, list[ResultRow], list[ResultRow]]
 def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, list[Judged]]:
     """Judge every claim of the paper: title of a group -> its claims.
 
-    Args:
-        evidence: the results.
-        min_seeds: overrides what each claim asks for; with 1, comparisons of single runs get a verdict, which is
-            then about these runs and not about the schemes.
+    `min_seeds` overrides what each claim asks for; with 1, comparisons of single runs get a verdict, which is then
+    about these runs and not about the schemes.
     """
-    return {
-        group: [judge_claim(claim, evidence, min_seeds) for claim in claims] for group, claims in CLAIMS.items()
-    }
+    return {title: [judge_claim(claim, evidence, min_seeds) for claim in group] for title, group in CLAIMS.items()}
 
 
 def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:

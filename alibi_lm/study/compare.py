@@ -21,7 +21,7 @@ from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
 from alibi_lm.results.statistics import paired_difference, seeds_to_settle
 from alibi_lm.study.paper_claims import Relation
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label
 
 Verdict = Literal["HOLDS", "FAILS", "NOT SETTLED", "NOT RUN"]
 VERDICTS: tuple[Verdict, ...] = ("HOLDS", "FAILS", "NOT SETTLED", "NOT RUN")
@@ -221,7 +221,7 @@ def common_lengths(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> list[int]:
 def title(rows: Sequence[ResultRow]) -> str:
     """Name of one side: scheme, training length, seeds."""
     seeds = ", ".join(sorted({"?" if row.seed is None else str(row.seed) for row in rows}))
-    return f"{look(rows[0].position).name} trained at {rows[0].train_length} (seeds {seeds})"
+    return f"{label(rows[0].position)} trained at {rows[0].train_length} (seeds {seeds})"
 
 
 def _over_documents(

@@ -23,7 +23,7 @@ from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper import paper_curves
 from alibi_lm.study.plots import Line, Panel, build, fits, save
 from alibi_lm.study.records import find_records, recipes
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label
 from alibi_lm.study.tables import markdown, provenance
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def missing(found: Sequence[Curve]) -> list[str]:
     lines = []
     for reason, points in reasons.items():
         names = list(
-            dict.fromkeys(_name(c, several) + (f" ({c.variant})" if c.variant else "") for c, _ in points)
+            dict.fromkeys(label(c.position, c.variant, c.train_length if several else None) for c, _ in points)
         )
         who = ", ".join(names) if len(names) <= 3 else f"{len(names)} curves"
         lengths = sorted({length for _, length in points})
@@ -206,7 +206,7 @@ def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
     elsewhere = curve.train_length in curve.losses and curve.train_length != train_length
     return Line(
         curve.position,
-        _name(curve, guest or train_length is None),
+        label(curve.position, length=curve.train_length if guest or train_length is None else None),
         [float(n) for n in x],
         y,
         "; ".join(notes),
@@ -217,10 +217,6 @@ def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
         (curve.train_length, curve.value(curve.train_length)) if elsewhere else None,
         ends,
     )
-
-
-def _name(curve: Curve, with_length: bool) -> str:
-    return look(curve.position).name + (f" L={curve.train_length}" if with_length else "")
 
 
 def _range(found: Sequence[Curve]) -> float:

@@ -75,11 +75,8 @@ class Panel:
     """Of the y axis; None: room for all lines and dots, and whiskers as far as they leave the lines readable."""
     ticks: list[float] = field(default_factory=list)
     """Of the x axis; empty: the training length times powers of two."""
-    symlog: bool = False
-    """An x axis that has a 0."""
-    markers: bool = True
     band: bool = False
-    """Fill between low and high; for a panel with one line that has them."""
+    """Fill between low and high, without markers; for a panel with one line that has them."""
     levels: dict[str, float] = field(default_factory=dict)
     """Horizontal lines by name, such as `unigram` or `unigram (name of its text)`."""
     dotted: list[Line] = field(default_factory=list)
@@ -87,6 +84,7 @@ class Panel:
     behind: list[Line] = field(default_factory=list)
     """Other lines, thin and grey."""
     zero: bool = False
+    """Changes against one at x = 0: both axes have a 0, and that of y is marked."""
 
 
 def draw_panel(axis: Axes, panel: Panel) -> None:
@@ -109,7 +107,7 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
     step = min(1.0, 2 / max([*under, 1]))  # however many lie upon each other, the lowest is not too wide
     for line, wider in zip(ordered, (count * step for count in under), strict=True):
         shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.05 if line in spans else 0.0
-        _draw(axis, panel, line, wider, 0.0 if panel.symlog else shift)
+        _draw(axis, panel, line, wider, 0.0 if panel.zero else shift)
         if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
             labels.append(Label(line.x[-1], line.y[-1], line.name, look(line.position).color, line.note))
     for line in panel.dotted:
@@ -172,8 +170,8 @@ def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> N
         color=style.color,
         linewidth=(1.2 if faint else 1.9) + 3 * wider,
         alpha=0.55 if wider else 1,
-        marker=style.marker if panel.markers else "",
-        markevery=spaced(line.x) if not panel.symlog else None,
+        marker="" if panel.band else style.marker,
+        markevery=spaced(line.x) if not panel.zero else None,
         markersize=(6.4 if style.marker in "XP*" else 5.2) + 4 * wider,
         markeredgewidth=1.1 if faint else 0.6,
         markerfacecolor="white" if faint else style.color,
@@ -223,7 +221,7 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
 
     places = sorted({x for line in [*lines, *panel.behind] for x in line.x})
     trained = panel.trained
-    if panel.symlog:
+    if panel.zero:
         axis.set_xscale("symlog", base=2, linthresh=places[1] if len(places) > 1 else 1)
         ticks = places
     else:
@@ -236,7 +234,7 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))
-    if trained is not None and (panel.symlog or axis.get_xlim()[0] <= trained <= axis.get_xlim()[1]):
+    if trained is not None and (panel.zero or axis.get_xlim()[0] <= trained <= axis.get_xlim()[1]):
         axis.axvline(trained, color="#999999", linewidth=0.9, dashes=(3, 2), zorder=1)
 
 

@@ -25,17 +25,13 @@ LARGEST = 16 * 2**20
 def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]:
     """Copy results, analyses and what each run says of itself, and draw them there.
 
-    Weights, checkpoints and per-token results stay where they are. Of absolute paths in what runs say, only the
-    last part is published: the others tell of somebody's machine and nothing of the run. Results of an earlier
-    version are published in the form of this one.
+    Weights, checkpoints and per-token results stay where they are. Of absolute paths only the last part is
+    published: the others tell of somebody's machine. Results of an earlier version get the form of this one.
 
     Args:
         folder: of an experiment's `results.jsonl`; analyses are looked for beside it and in it.
         target: replaced as a whole; files that no publication wrote, such as a README, stay.
         bench: result rows of a benchmark that belong to it, published as `bench.jsonl`.
-
-    Returns:
-        What was written, sorted.
 
     Raises:
         ValueError: no or damaged results, a run without its folder, a file above 16 MiB, or a target that holds

@@ -56,6 +56,7 @@ def look(position: str) -> Look:
     )
 
 
-def label(position: str, variant: str = "") -> str:
-    """A scheme's name, with the variant where there is one."""
-    return look(position).name + (f" ({variant})" if variant else "")
+def label(position: str, variant: str = "", length: int | None = None) -> str:
+    """A scheme's name, with the training length and the variant where they are given."""
+    name = look(position).name + (f" L={length}" if length else "")
+    return f"{name} ({variant})" if variant else name

@@ -13,7 +13,7 @@ from alibi_lm.files import write_text
 from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, read_analysis
 from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
 from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save, say
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label, look
 from alibi_lm.study.tables import analysis_markdown
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def view_panels(found: Analysis) -> list[Panel]:
         panel = functools.partial(Panel, lines=lines, trained=length, x_label=x_label)
         if found.view == "offset":
             y_label = "change of the mean loss, nats per token"
-            panels.append(panel(title=title, y_label=y_label, symlog=True, zero=True))
+            panels.append(panel(title=title, y_label=y_label, zero=True))
             continue
         values = [v for line in lines for v in line.y] or [1.0]
         span = max(values) / min(values)
@@ -132,7 +132,6 @@ def position_panels(found: Analysis) -> list[Panel]:
             y_label="nats per token",
             trained=series.train_length,
             limits=(min(values) - room, max(values) + room),
-            markers=False,
             band=True,
             behind=[other for _, other in lines if other is not line],
         )
@@ -148,7 +147,7 @@ def _view_line(
     known = any(low < high for low, high in ends)
     return Line(
         series.position,
-        look(series.position).name + (f" L={series.train_length}" if guest else ""),
+        label(series.position, length=series.train_length if guest else None),
         [float(p[at]) for p in points],
         [unit(p["nats"]) for p in points],
         series.variant,

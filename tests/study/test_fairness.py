@@ -42,12 +42,20 @@ def found(tmp_path):
         dict(seed=7, device="cpu", log_every=3, threads=2, keep_last=9, tracking__name="jsonl"),
         dict(measurements=["analyse view=last"], study=["position=alibi"]),
         dict(data__cache_dir="elsewhere", experiment="other", evaluation__lengths=[16], output_dir="x"),
-        dict(data__path="text/"),
     ],
-    ids=["equal", "machine", "further measurements", "places", "place of the text"],
+    ids=["equal", "machine", "further measurements", "places"],
 )
 def test_what_no_result_depends_on_is_no_difference(found, changes):
     assert found(config=changes) == []
+
+
+def test_the_place_of_the_text_is_no_difference(tmp_path):
+    rows = [row(position) for position in SCHEMES[:2]]
+    for item, place in zip(rows, ("text", "text/"), strict=True):
+        data = dict(data__name="wikitext2", data__path=place)
+        write_run(tmp_path / "runs", item.run, real_config(item.position, **data))
+    assert all(record.readable for record in find_records(rows, tmp_path / "extrapolation").values())
+    assert differences(rows, tmp_path / "extrapolation") == []
 
 
 @pytest.mark.parametrize(
