@@ -73,8 +73,6 @@ class Panel:
     log_y: bool = False
     limits: tuple[float, float] | None = None
     """Of the y axis; None: room for all lines and dots, and whiskers as far as they leave the lines readable."""
-    ticks: list[float] = field(default_factory=list)
-    """Of the x axis; empty: the training length times powers of two."""
     band: bool = False
     """Fill between low and high, without markers; for a panel with one line that has them."""
     levels: dict[str, float] = field(default_factory=dict)
@@ -230,7 +228,7 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
         pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
         axis.set_xlim(places[0] / pad, places[-1] * pad)
-        ticks = panel.ticks or length_ticks(places[0], places[-1], trained or places[0])
+        ticks = length_ticks(places[0], places[-1], trained or places[0])
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))

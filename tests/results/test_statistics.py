@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -287,13 +289,15 @@ def test_the_simulated_interval_is_the_library_interval(seeds, comparisons):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0], ids=["small", "equal", "large"])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0, 10.0])
 def test_95_percent_intervals_cover_93_to_98(seeds, noise):
-    for interaction in coverage.INTERACTION:
-        for documents in ("normal", "skewed"):
-            share = coverage.interval_coverage(10_000, seeds, noise, interaction, documents)
-            assert 0.93 <= share <= 0.98, (interaction, documents)
+    widest = 0.99 if seeds == 2 else 0.98
+    for interaction, documents in itertools.product(coverage.INTERACTION, ("normal", "skewed")):
+        share = coverage.interval_coverage(10_000, seeds, noise, interaction, documents)
+        assert 0.93 <= share <= widest, (interaction, documents)
+        # normal errors: never less than 95%, to within three standard errors of the simulation
+        assert documents == "skewed" or share >= 0.95 - 3 * 0.0022, interaction
 
 
 @pytest.mark.slow
@@ -312,10 +316,3 @@ def test_equal_schemes_get_a_verdict_in_at_most_5_percent_of_families(seeds, cor
     limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / families)
     for noise in (0.1, 1.0, 10.0):
         assert coverage.family_false_positives(families, seeds, noise, 0.1, correlation) <= limit, noise
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0, 10.0])
-def test_one_question_is_answered_wrongly_in_at_most_5_percent(seeds, noise):
-    assert 1 - coverage.interval_coverage(20_000, seeds, noise, 0.1) <= 0.05 + 3 * 0.00154
