@@ -207,7 +207,10 @@ def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Pair], str]:
     assert left is not None and right is not None
     found: list[Pair] = []
     reasons = []
-    for length in claim.train_lengths or _training_lengths(left, right, evidence.rows):
+    # A claim may speak of L/2 only, so L need not be a training length itself.
+    trained = {row.train_length for row in evidence.rows if row.train_length is not None}
+    known = sorted({round(n / side.train) for side in (left, right) for n in trained})
+    for length in claim.train_lengths or known:
         left_rows, left_missing = _runs(left, length, evidence)
         right_rows, right_missing = _runs(right, length, evidence)
         if left_missing or right_missing:
@@ -234,12 +237,6 @@ def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:
     """Inference lengths that a side means: those with values, else those that were refused."""
     usable = [row.inference_length or 0 for row in rows if point_of(row) is not None]
     return side.lengths(length, usable) or side.lengths(length, [row.inference_length or 0 for row in rows])
-
-
-def _training_lengths(left: Side, right: Side, rows: Sequence[ResultRow]) -> list[int]:
-    """Values of L: a claim may speak of L/2 only, so L need not be a training length itself."""
-    trained = {row.train_length for row in rows if row.train_length is not None}
-    return sorted({round(n / side.train) for side in (left, right) for n in trained})
 
 
 def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow], str]:

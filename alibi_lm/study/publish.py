@@ -7,7 +7,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
 
 import yaml
 
@@ -94,15 +93,13 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
 def _without_folders(text: str) -> str:
     """YAML or JSON with each absolute path cut to its last part."""
     found: list[str] = []
-
-    def collect(value: Any) -> None:
+    values = [yaml.safe_load(text)]
+    while values:
+        value = values.pop()
         if isinstance(value, dict | list):
-            for part in value.values() if isinstance(value, dict) else value:
-                collect(part)
+            values += value.values() if isinstance(value, dict) else value
         elif isinstance(value, str) and PurePath(value).is_absolute():
             found.append(value)
-
-    collect(yaml.safe_load(text))
     for value in sorted(found, key=len, reverse=True):
         text = text.replace(value, PurePath(value).name)
     return text

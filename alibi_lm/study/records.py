@@ -12,6 +12,9 @@ from alibi_lm.files import read_json
 from alibi_lm.results.curves import by_name
 from alibi_lm.results.rows import ResultRow
 
+TEXT = "training text"
+NAMED = ("position.name", "train_length", "seed")
+"""Settings that a curve goes by, or its seeds."""
 RUN_FILES = ("config.yaml", "environment.json", "corpus.json", "finished.json")
 
 
@@ -112,7 +115,13 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
     found: dict[str, str] = {}
     for members in groups.values():
         readable = all(record.readable for record in members)
-        facts = {record.name: _facts(record, readable) for record in members}
+        facts = {
+            record.name: {
+                k: v for k, v in (record.settings if readable else record.config).items() if k not in NAMED
+            }
+            | {TEXT: record.training_text}
+            for record in members
+        }
         kinds: dict[str, list[str]] = {}
         for run, known in facts.items():
             kinds.setdefault(repr(sorted(known.items())), []).append(run)
@@ -131,17 +140,6 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
             words = ", ".join(_words(_short(key, varying), known.get(key)) for key in changed)
             found |= dict.fromkeys(runs, words)
     return found
-
-
-TEXT = "training text"
-
-
-def _facts(record: RunRecord, readable: bool) -> dict[str, Any]:
-    """What makes a recipe: everything that results depend on but the seed, scheme and training length."""
-    left_out = ("position.name", "train_length", "seed")
-    settings = record.settings if readable else record.config
-    facts = {key: value for key, value in settings.items() if key not in left_out}
-    return facts | {TEXT: record.training_text}
 
 
 def _short(key: str, others: Sequence[str]) -> str:
