@@ -144,17 +144,9 @@ def paper_rows():
     found = {}
     for value in paper_values():
         if value.position and value.corpus == "wikitext103":
+            window = dict(mode=value.mode, stride=value.stride, split=value.split)
             count = COUNTS[value.split]
-            made = row(
-                value.position,
-                value.inference_length,
-                value.perplexity,
-                train=value.train_length,
-                mode=value.mode,
-                stride=value.stride,
-                split=value.split,
-                tokens=count,
-                words=count,
-            )
+            lengths = dict(length=value.inference_length, train=value.train_length)
+            made = row(value.position, perplexity=value.perplexity, tokens=count, words=count, **lengths, **window)
             found.setdefault(made.key, made)
     return list(found.values())

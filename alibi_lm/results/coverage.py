@@ -91,13 +91,7 @@ def unpaired_coverage(replicates: int, seeds: tuple[int, int], noise: float) -> 
 
 
 def family_false_positives(
-    replicates: int,
-    seeds: int,
-    noise: float,
-    interaction: float,
-    correlation: float,
-    documents: str = "normal",
-    lengths: int = FAMILY,
+    replicates: int, seeds: int, noise: float, interaction: float, correlation: float, documents: str = "normal"
 ) -> float:
     """Share of families of equal schemes in which some length gets a verdict of "yes" or "no"."""
     rng = np.random.default_rng([seeds, int(10 * noise), int(10 * interaction), int(100 * correlation)])
@@ -106,39 +100,12 @@ def family_false_positives(
         tokens = draw_tokens(rng, min(1000, replicates - start))
         shared = draw_errors(rng, tokens, seeds, noise, interaction, documents)
         found = np.zeros(len(tokens), dtype=bool)
-        for _ in range(lengths):
+        for _ in range(FAMILY):
             own = draw_errors(rng, tokens, seeds, noise, interaction, documents)
             parts = variance_parts(np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own, tokens)
-            found |= np.abs(parts.estimate) > half_width(parts, seeds, 1 - 0.05 / lengths)
+            found |= np.abs(parts.estimate) > half_width(parts, seeds, 1 - 0.05 / FAMILY)
         wrong += int(found.sum())
     return wrong / replicates
-
-
-def satterthwaite_coverage(replicates: int, seeds: int, noise: float) -> float:
-    """For comparison: t with Satterthwaite's degrees of freedom on the same variance."""
-    from scipy import stats
-
-    rng = np.random.default_rng([seeds, int(10 * noise), 1, 0])
-    tokens = draw_tokens(rng, replicates)
-    parts = variance_parts(draw_errors(rng, tokens, seeds, noise, 0.1), tokens)
-    variance = parts.seed + parts.document
-    df = variance**2 / (parts.seed**2 / (seeds - 1) + parts.document**2 / parts.document_df)
-    return float((np.abs(parts.estimate) <= stats.t.ppf(0.975, df) * np.sqrt(variance)).mean())
-
-
-def bootstrap_coverage(replicates: int, seeds: int, noise: float, resamples: int = 400) -> float:
-    """For comparison: percentiles of a bootstrap that draws seeds and documents with replacement."""
-    rng = np.random.default_rng([seeds, int(10 * noise), 1, 0])
-    tokens = draw_tokens(rng, replicates)
-    nats = draw_errors(rng, tokens, seeds, noise, 0.1)
-    held = 0
-    for scores, counts in zip(nats, tokens, strict=True):
-        documents = rng.multinomial(DOCUMENTS, np.full(DOCUMENTS, 1 / DOCUMENTS), size=resamples)
-        runs = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-        means = ((runs @ scores) * documents).sum(1) / (documents @ counts)
-        low, high = np.quantile(means, [0.025, 0.975])
-        held += low <= 0 <= high
-    return held / replicates
 
 
 def tables(replicates: int) -> Iterator[str]:
@@ -158,11 +125,6 @@ def tables(replicates: int) -> Iterator[str]:
     for seeds, law, interaction in product((2, 3, 5), ("normal", "skewed"), INTERACTION):
         cells = [interval_coverage(replicates, seeds, n, interaction, law) for n in SEED_NOISE]
         yield row(f"{seeds}, {law}, {interaction:g}", cells)
-    yield "\nOther methods on such data (normal, interaction 0.1; the bootstrap with a tenth of the replicates):\n"
-    yield from head("seeds, method", SEED_NOISE)
-    for seeds in (3, 5):
-        yield row(f"{seeds}, Satterthwaite", [satterthwaite_coverage(replicates, seeds, n) for n in SEED_NOISE])
-        yield row(f"{seeds}, bootstrap", [bootstrap_coverage(replicates // 10, seeds, n) for n in SEED_NOISE])
     yield "\nSeed effects that are not normal (normal documents, interaction 0.1):\n"
     yield from head("seeds, seed effects", SEED_NOISE)
     for seeds, law in product((3, 5), ("uniform", "skewed")):

@@ -18,7 +18,7 @@ _HASH = re.compile(r"[0-9a-f]{6,}")
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class View:
     """Rows that are comparable at all: same split, mode, stride, task and metric."""
 
@@ -42,11 +42,6 @@ class View:
         """For file names: `validation_sliding32`."""
         task = "" if self.task == "text" else f"{self.task}_{self.metric}_"
         return f"{task}{self.split}_{self.mode}{'' if self.stride is None else self.stride}"
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether more of the metric is better, as of an accuracy."""
-        return self.metric != "perplexity"
 
 
 @dataclass(frozen=True)
@@ -96,19 +91,12 @@ class Curve:
 def views(rows: Iterable[ResultRow]) -> list[View]:
     """The views of these rows; text first, validation before other splits, nonoverlapping before sliding."""
     found = {view_of(row) for row in rows if row.run is not None}
-    return sorted(
-        found,
-        key=lambda v: (
-            v.task != "text",
-            v.task,
-            v.metric,
-            v.split != "validation",
-            v.split,
-            v.mode != "nonoverlapping",
-            v.mode,
-            v.stride or 0,
-        ),
-    )
+
+    def order(view: View) -> tuple[object, ...]:
+        usual = (view.split != "validation", view.split, view.mode != "nonoverlapping", view.mode)
+        return (view.task != "text", view.task, view.metric, *usual, view.stride or 0)
+
+    return sorted(found, key=order)
 
 
 def view_of(row: ResultRow) -> View:
@@ -122,8 +110,8 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
     Args:
         rows: of one experiment.
         view: which of them.
-        recipes: run -> the words that tell its settings from those of the experiment, as
-            `alibi_lm.study.records.recipes` makes them; a run that is not in it goes by its name.
+        recipes: run -> the words that tell its settings from those of the experiment, from
+            `alibi_lm.study.records.recipes`; a run that is not in it goes by its name.
     """
     chosen = [row for row in rows if row.run is not None and view_of(row) == view]
     texts = text_names(chosen)

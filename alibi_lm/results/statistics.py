@@ -11,58 +11,42 @@ Formula, with a seeds s, D documents d, x_sd nats and t_d tokens:
     document part  = sum_d e_d^2 - sum_sd (e_sd - e_d)^2 / (a (a - 1)), at least 0,
                      with 1 / sum_d h_d^2 - 1 degrees of freedom
     half width     = critical value(share of the seed part) * sqrt(seed part + document part)
-The seed part already holds the interaction of seeds with documents, hence the subtraction. sum_d e_d^2 is the
-delete-one jackknife of a ratio; 1 / sum_d h_d^2 is the number of equally long documents worth the same. With
-documents of one length both parts are those of the balanced two-way analysis of variance.
+The seed part already holds the interaction of seeds with documents, hence the subtraction.
 
-Source: Behrens (1929) and Fisher (1935) for the critical value. docs/statistics.md has the measured coverage,
-scripts/coverage.py measures it again.
+Source: Behrens (1929) and Fisher (1935) for the critical value. docs/statistics.md has the reason for each term
+and the measured coverage; scripts/coverage.py measures it again.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-Kind = Literal["seeds and documents", "one seed: conditional on that seed"]
-Verdict = Literal["yes", "no", "not settled"]
-
-BOTH: Kind = "seeds and documents"
-ONE_SEED: Kind = "one seed: conditional on that seed"
+ONE_SEED = "one seed: conditional on that seed"
+BOTH = "seeds and documents"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the interval around it.
-
-    Attributes:
-        estimate: mean nats per token, or a difference of two; perplexity or a ratio of two after `as_perplexity`.
-        low: lower end, in the unit of the estimate.
-        high: upper end.
-        level: share of such intervals that hold the true value, in (0, 1); of families of `comparisons` intervals.
-        kind: what the interval is over. With one seed it says nothing about another training run.
-        note: what the reader must know beside it; empty where there is nothing.
-        comparisons: number of differences judged together, each interval widened for it.
-        unit: of the three numbers.
-        seed_variance: variance between seeds (of their differences, where seeds are paired), in nats squared; 0
-            with one seed.
-        document_variance: the documents' part of the squared error, which more seeds do not shrink.
-    """
+    """An estimate with the interval around it, in nats per token."""
 
     estimate: float
+    """A mean, or a difference of two."""
     low: float
     high: float
-    level: float
-    kind: Kind
-    note: str = ""
-    comparisons: int = 1
-    unit: Literal["nats", "perplexity"] = "nats"
-    seed_variance: float = 0.0
-    document_variance: float = 0.0
+    kind: str
+    """What the interval is over: `BOTH`, or `ONE_SEED`, which says nothing about another training run."""
+    note: str
+    """What was left out; empty otherwise."""
+    seed_variance: float
+    """Between seeds (of their differences, where seeds are paired), in nats squared; 0 with one seed."""
+    document_variance: float
+    """The documents' part of the squared error, which more seeds do not shrink."""
 
 
 class VarianceParts(NamedTuple):
@@ -97,24 +81,11 @@ def per_document_sums(
         sums (documents,) float64 in nats; counts (documents,) int64, 0 where nothing was scored.
 
     Raises:
-        ValueError: starts that are not rising from 0 within the stream, other shapes, or a scored value that is
-            not finite.
+        ValueError: a scored value that is not finite.
     """
-    starts, count = np.asarray(document_starts), len(nats_per_token)
-    used = np.ones(count, dtype=bool) if scored is None else np.asarray(scored)
-    if np.ndim(nats_per_token) != 1 or used.shape != (count,) or used.dtype != bool:
-        raise ValueError(
-            f"nats_per_token has shape {np.shape(nats_per_token)}, scored has {used.shape} of {used.dtype}; they "
-            "are (tokens,), a number and a bool for each."
-        )
-    if starts.ndim != 1 or not len(starts) or not np.issubdtype(starts.dtype, np.integer):
-        raise ValueError(f"document_starts = {starts}; they are (documents,) integers, at least one.")
-    starts = starts.astype(np.int64)
-    if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= count:
-        raise ValueError(
-            f"document_starts = {starts[0]} ... {starts[-1]} for {count} tokens; they start at 0, rise, and stay "
-            "below the number of tokens. Give what stands before the first title to the first document."
-        )
+    starts = np.asarray(document_starts, dtype=np.int64)
+    used = np.ones(len(nats_per_token), dtype=bool) if scored is None else scored
+    assert len(starts) and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(nats_per_token)
     counts = np.add.reduceat(used, starts, dtype=np.int64)
     sums = np.add.reduceat(np.where(used, nats_per_token, 0), starts, dtype=np.float64)
     if not np.isfinite(sums).all():
@@ -156,9 +127,7 @@ def variance_parts(nats: np.ndarray, tokens: np.ndarray) -> VarianceParts:
 def critical_value(share: np.ndarray, seed_df: np.ndarray, document_df: np.ndarray, level: float) -> np.ndarray:
     """What the standard error is multiplied by: the Behrens-Fisher value.
 
-    It is the quantile of sqrt(share) T_seed + sqrt(1 - share) T_document with T independent t variables. For
-    normal errors it covered `level` or more, to within the simulation's error, wherever we measured: also far out
-    in the tail and with two seeds.
+    It is the quantile of sqrt(share) T_seed + sqrt(1 - share) T_document with T independent t variables.
 
     Args:
         share: seed part / (seed part + document part), in [0, 1]; any shape, as are the next two.
@@ -205,12 +174,9 @@ def mean_nats_interval(nats: np.ndarray, tokens: np.ndarray, level: float = 0.95
     """Mean nats per token over documents and seeds, each token with the same weight.
 
     Args:
-        nats: (seeds, documents), sums of nats of the same documents under each seed. (documents,) is one seed.
+        nats: (seeds, documents), sums of nats of the same documents under each seed.
         tokens: (documents,), tokens in each sum. Documents without tokens are left out, which the note says.
         level: in (0, 1).
-
-    Returns:
-        The interval, over seeds and documents with two or more seeds; else conditional on the one seed.
 
     Raises:
         ValueError: fewer than two documents, other shapes, values that are not finite, negative tokens, or two
@@ -225,10 +191,10 @@ def paired_difference(
     nats_a: np.ndarray,
     nats_b: np.ndarray,
     tokens: np.ndarray,
+    seeds_a: Sequence[int],
+    seeds_b: Sequence[int],
     level: float = 0.95,
     comparisons: int = 1,
-    seeds_a: Sequence[int] | None = None,
-    seeds_b: Sequence[int] | None = None,
 ) -> Interval:
     """A minus B in mean nats per token, paired by document and, where it can be, by seed. Negative: A is better.
 
@@ -237,27 +203,27 @@ def paired_difference(
     samples of their own. Documents are always paired.
 
     Args:
-        nats_a: (seeds of A, documents), sums of nats per document; (documents,) is one seed.
+        nats_a: (seeds of A, documents), sums of nats per document.
         nats_b: (seeds of B, documents), of the same documents.
         tokens: (documents,), the same for both.
+        seeds_a: seed of each row of nats_a, all different.
+        seeds_b: of nats_b.
         level: in (0, 1), of the whole family of `comparisons`.
         comparisons: how many differences are judged together, usually the number of lengths asked; each interval
             is then at level 1 - (1 - level) / comparisons (Bonferroni).
-        seeds_a: seed of each row of nats_a. None for both: rows are the same seeds when there are equally many.
-        seeds_b: of nats_b.
 
     Raises:
-        ValueError: as `mean_nats_interval`; other documents in A and B; seeds given for one side only, or twice.
+        ValueError: as `mean_nats_interval`; other documents in A and B.
     """
     a, counts, note = _checked(nats_a, tokens, "nats_a")
     b, _, _ = _checked(nats_b, tokens, "nats_b")
-    names_a, names_b = _seed_names(seeds_a, seeds_b, len(a), len(b))
-    common = [name for name in names_a if name in set(names_b)]
-    if len(common) >= min(2, len(a), len(b)) and common:
+    rows_a, rows_b = dict(zip(seeds_a, a, strict=True)), dict(zip(seeds_b, b, strict=True))
+    assert len(rows_a) == len(a) and len(rows_b) == len(b)
+    common = [seed for seed in rows_a if seed in rows_b]
+    if len(common) >= min(2, len(a), len(b)):
         if left := len(a) + len(b) - 2 * len(common):
             note += f"; {left} runs left out: their seed is not in both"
-        pairs = [a[names_a.index(name)] - b[names_b.index(name)] for name in common]
-        parts = variance_parts(np.stack(pairs), counts)
+        parts = variance_parts(np.stack([rows_a[seed] - rows_b[seed] for seed in common]), counts)
         return _interval(parts, len(common), level, comparisons, note)
     note += "; seeds not paired: fewer than two in common"
     part_a, part_b = variance_parts(a, counts), variance_parts(b, counts)
@@ -267,46 +233,18 @@ def paired_difference(
     return _interval(parts, min(len(a), len(b)), level, comparisons, note)
 
 
-def verdict(difference: Interval) -> Verdict:
-    """Whether A is better than B, from `paired_difference`.
-
-    Returns:
-        "yes": the whole interval of A minus B is below 0. "no": above 0, B is better. "not settled": 0 is inside,
-        or there is one seed only, which says nothing about schemes.
-
-    Raises:
-        ValueError: an interval that is not in nats.
-    """
-    if difference.unit != "nats":
-        raise ValueError(f"unit = {difference.unit}: a verdict takes the difference in nats.")
-    if difference.kind == ONE_SEED:
-        return "not settled"
-    if difference.high < 0:
-        return "yes"
-    return "no" if difference.low > 0 else "not settled"
-
-
-def seeds_to_settle(
-    gap: float,
-    seed_variance: float,
-    document_variance: float,
-    level: float = 0.95,
-    power: float = 0.8,
-    document_df: float = 30.0,
-) -> int | None:
+def seeds_to_settle(gap: float, seed_variance: float, document_variance: float, level: float = 0.95) -> int | None:
     """An estimate of how many seeds would settle a difference, if it and the scatter are as seen so far.
 
-    With that many seeds about `power` of repeated experiments would have an interval that leaves out the bound.
-    Formula: the least a >= 2 with gap >= (critical value + z_power) * sqrt(seed_variance / a + document_variance),
-    z the normal quantile. What was seen of few seeds is itself uncertain, so take it as an order of magnitude.
+    With that many seeds about four of five such experiments would have an interval that leaves out the bound.
+    Formula: the least a >= 2 with gap >= (critical value + z) * sqrt(seed_variance / a + document_variance), where
+    z is the normal quantile of 0.8. Few seeds say little of their variance: take it as an order of magnitude.
 
     Args:
         gap: distance between the estimate and the bound that it must clear, in nats; not negative.
         seed_variance: between seeds, in nats squared.
         document_variance: of the documents' part of the error, which more seeds do not shrink.
         level: of each interval, in (0, 1).
-        power: share of such experiments that would be settled, in (0, 1).
-        document_df: degrees of freedom of the documents' part.
 
     Returns:
         Seeds, 2 to 10,000; None where that many would not do.
@@ -318,60 +256,40 @@ def seeds_to_settle(
         if variance == 0:
             return gap > 0
         share = np.asarray(seed_variance / seeds / variance)
-        critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(document_df), level))
-        return gap >= (critical + float(stats.norm.ppf(power))) * np.sqrt(variance)
+        critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(30.0), level))
+        return bool(gap >= (critical + float(stats.norm.ppf(0.8))) * np.sqrt(variance))
 
-    low, high = 1, 2
+    high = 2
     while not enough(high):
-        low, high = high, 2 * high
+        high *= 2
         if high > 10_000:
             return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    between = range(max(2, high // 2), high)
+    return between.start + bisect.bisect_left(between, True, key=enough)
 
 
-def wilson_interval(share: float, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a share such as an accuracy, from independent trials.
+def wilson_interval(share: float, trials: int) -> tuple[float, float]:
+    """The 95% interval of a share such as an accuracy, from independent trials.
 
     Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference".
 
     Args:
         share: successes over trials, in [0, 1].
         trials: 1 or more.
-        level: two-sided, in (0, 1).
     """
     from scipy import stats
 
-    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
+    z2 = float(stats.norm.ppf(0.975)) ** 2
     center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = np.sqrt(z2 * (share * (1 - share) + z2 / (4 * trials)) / trials) / (1 + z2 / trials)
     return max(0.0, float(center - half)), min(1.0, float(center + half))
-
-
-def as_perplexity(interval: Interval) -> Interval:
-    """Exp of the estimate and of both ends: a mean becomes a perplexity, a difference a ratio A / B of two.
-
-    Ends too large for a float become infinite. Coverage is unchanged, as exp is rising.
-    """
-    if interval.unit != "nats":
-        raise ValueError(f"unit = {interval.unit}; it is in perplexity already.")
-    with np.errstate(over="ignore"):
-        estimate, low, high = (float(np.exp(v)) for v in (interval.estimate, interval.low, interval.high))
-    return replace(interval, estimate=estimate, low=low, high=high, unit="perplexity")
 
 
 def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, note: str) -> Interval:
     """The interval of parts of shape (); `seeds` is the smaller number on either side."""
     from scipy import stats
 
-    if not 0 < level < 1:
-        raise ValueError(f"level = {level}; it is between 0 and 1, for example 0.95.")
-    if comparisons < 1:
-        raise ValueError(
-            f"comparisons = {comparisons}; it is the number of differences judged together, 1 or more."
-        )
+    assert 0 < level < 1 and comparisons >= 1
     each = 1 - (1 - level) / comparisons
     if seeds < 2:
         document = parts.documents_seen
@@ -387,34 +305,15 @@ def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, 
         estimate,
         estimate - half,
         estimate + half,
-        level,
         ONE_SEED if seeds < 2 else BOTH,
         note.removeprefix("; "),
-        comparisons,
         seed_variance=float(parts.seed) * seeds,
         document_variance=float(document),
     )
 
 
-def _seed_names(
-    seeds_a: Sequence[int] | None, seeds_b: Sequence[int] | None, count_a: int, count_b: int
-) -> tuple[list[int], list[int]]:
-    if seeds_a is None and seeds_b is None:
-        if count_a == count_b:
-            return list(range(count_a)), list(range(count_b))
-        return list(range(count_a)), list(range(-count_b, 0))
-    if seeds_a is None or seeds_b is None:
-        raise ValueError("Give seeds_a and seeds_b, or neither.")
-    for name, seeds, count in (("seeds_a", seeds_a, count_a), ("seeds_b", seeds_b, count_b)):
-        if len(seeds) != count or len(set(seeds)) != count:
-            raise ValueError(f"{name} = {list(seeds)}; it names each of {count} rows with a seed of its own.")
-    return list(seeds_a), list(seeds_b)
-
-
 def _checked(nats: np.ndarray, tokens: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, str]:
     scores, counts = np.asarray(nats, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-    if scores.ndim == 1:
-        scores = scores[None]
     if counts.ndim != 1 or scores.ndim != 2 or scores.shape[1] != len(counts) or not len(scores):
         raise ValueError(
             f"{name} has shape {np.shape(nats)} and tokens {np.shape(tokens)}; they are (seeds, documents) and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from alibi_lm.files import read_json
 from alibi_lm.results.curves import variant_of
 from alibi_lm.results.rows import ResultRow, split_label
 from alibi_lm.study.records import find_records, recipes
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label
 
 TITLES = {
     "perplexity": "Perplexity by inference length, with intervals",
@@ -24,6 +25,8 @@ TITLES = {
     "decomposition": "Why the loss changes beyond the trained length",
     "offset": "Change of the loss when all positions are shifted",
 }
+AT = {"fixed": "context", "offset": "offset"}
+"""What the points of a view stand at, where it is not the inference length."""
 TERM_NAMES = {
     "early_tokens": "early tokens",
     "positions_beyond": "positions beyond L",
@@ -31,6 +34,11 @@ TERM_NAMES = {
     "total": "total",
 }
 """Parts of the decomposition, as people read them."""
+
+
+def perplexity(nats: float) -> float:
+    """Its exp, or that of 700 where it is too large for a number."""
+    return math.exp(min(nats, 700))
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Series:
     @property
     def name(self) -> str:
         """Name of the scheme, and of the variant where there is one."""
-        return look(self.position).name + (f" ({self.variant})" if self.variant else "")
+        return label(self.position, self.variant)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,6 @@ class Analysis:
     @property
     def provenance(self) -> str:
         """One line: text, counts, what the intervals are over or why there are none, commit."""
-        seeds = Counter(len(s.runs) for s in self.series)
         parts = [f"{self.split} split of {', '.join(sorted(set(self.corpora.values())))}"]
         if self.same_text:
             tokens, documents = f"{self.series[0].tokens:,} tokens", f"{self.series[0].documents:,} documents"
@@ -84,12 +91,11 @@ class Analysis:
         if max(s.documents for s in self.series) < 2:
             parts.append("no intervals: they are over documents, and this text is a single one")
         else:
-            over = "documents, given the one seed" if max(seeds) == 1 else "documents and seeds"
-            own = self.view in ("decomposition", "documents", "offset")
-            what = (
-                "intervals" if own else "intervals of the difference from the training length, paired by document,"
-            )
-            parts.append(f"95% {what} over {over}")
+            one_seed = max(len(s.runs) for s in self.series) == 1
+            what = "95% intervals"
+            if self.view not in ("decomposition", "documents", "offset"):
+                what += " of the difference from the training length, paired by document,"
+            parts.append(f"{what} over documents" + (", given the one seed" if one_seed else " and seeds"))
         parts += sorted({s.note for s in self.series if s.note})
         parts.append(f"commit {self.commit[:10]}" if self.commit else "no commit")
         return "; ".join(parts)
@@ -110,14 +116,8 @@ def read_analysis(path: str | Path) -> Analysis:
     try:
         content = read_json(path)
         series = [Series(**{f.name: s[f.name] for f in fields(Series) if f.name in s}) for s in content["series"]]
-        found = Analysis(
-            content["view"],
-            content["experiment"],
-            content["split"],
-            content["corpora"],
-            content["commit"],
-            _tell_apart(series, path.parent, content["corpora"]),
-        )
+        told = {f.name: content[f.name] for f in fields(Analysis)}
+        found = Analysis(**told | {"series": _tell_apart(series, path.parent, content["corpora"])})
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Run scripts/analyse.py first.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

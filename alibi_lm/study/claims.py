@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from alibi_lm.results.documents import DocumentSums, read_documents
 from alibi_lm.results.rows import ResultRow, RowKey, read_rows
 from alibi_lm.study.analysis import Analysis, read_analysis
 from alibi_lm.study.compare import Measured, Verdict, judge, measure, overall, power_note
-from alibi_lm.study.fairness import Difference
+from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper_claims import CLAIMS, Claim, Side
 from alibi_lm.study.records import RunRecord, find_records, recipes
 from alibi_lm.study.tables import Table, escape
@@ -40,17 +41,26 @@ class Evidence:
     """Rows of the benchmark."""
     decomposition: Analysis | None = None
 
-    @property
+    @functools.cached_property
     def words(self) -> dict[str, str]:
         """Recipes of the runs."""
         return recipes(self.rows, self.records) if self.records else {}
 
+    @functools.cached_property
+    def unfair(self) -> list[Difference]:
+        """Differences between the runs other than the scheme."""
+        return differences(self.rows, self.records)
+
+    def setting(self, run: str, key: str) -> Any:
+        """A setting of a run by dotted name; None where it is unknown."""
+        return self.records[run].config.get(key) if run in self.records else None
+
 
 def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
-    """Everything at hand about the results of a folder.
+    """Everything at hand about the results of a folder: sums per document, run folders and analyses too.
 
     Args:
-        folder: holds `results.jsonl`; document sums, run folders and analyses are found from there.
+        folder: holds `results.jsonl`.
         bench: rows of the benchmark; None: those published with the results, else the last ones measured here.
 
     Raises:
@@ -106,14 +116,10 @@ Pair = tuple[str, list[ResultRow], list[ResultRow]]
 def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, list[Judged]]:
     """Judge every claim of the paper: title of a group -> its claims.
 
-    Args:
-        evidence: the results.
-        min_seeds: overrides what each claim asks for; with 1, comparisons of single runs get a verdict, which is
-            then about these runs and not about the schemes.
+    `min_seeds` overrides what each claim asks for; with 1, comparisons of single runs get a verdict, which is then
+    about these runs and not about the schemes.
     """
-    return {
-        group: [judge_claim(claim, evidence, min_seeds) for claim in claims] for group, claims in CLAIMS.items()
-    }
+    return {title: [judge_claim(claim, evidence, min_seeds) for claim in group] for title, group in CLAIMS.items()}
 
 
 def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:
@@ -126,9 +132,14 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
     if claim.part is not None:
         return _judge_part(claim, evidence.decomposition, needed)
     found, missing = _pairs(claim, evidence)
-    instances = [
-        _instance(what, measure(a, b, evidence.documents, len(found)), claim, needed) for what, a, b in found
-    ]
+    instances = []
+    for what, a, b in found:
+        measured = measure(a, b, evidence.documents, len(found))
+        instance = _instance(what, measured, claim, needed)
+        if measured.seeds >= needed and instance.verdict == "NOT SETTLED":
+            note = power_note(measured, claim.relation, claim.factor)
+            instance = replace(instance, numbers=f"{instance.numbers}, {note}")
+        instances.append(instance)
     verdict = overall([instance.verdict for instance in instances])
     if not instances:
         return Judged(claim, verdict, [], missing)
@@ -141,13 +152,9 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
 
 
 def _instance(what: str, measured: Measured, claim: Claim, needed: int) -> Instance:
-    verdict = judge(measured, claim.relation, claim.factor, needed)
-    numbers = f"{measured.ratio} ({measured.over})"
-    if measured.seeds < needed:
-        numbers += f", {needed} seeds needed"
-    elif verdict == "NOT SETTLED":
-        numbers += f", {power_note(measured, claim.relation, claim.factor)}"
-    return Instance(what, verdict, numbers)
+    numbers = f"{measured.ratio} ({measured.over})" if measured.over else measured.ratio
+    numbers += f", {needed} seeds needed" if measured.seeds < needed else ""
+    return Instance(what, judge(measured, claim.relation, claim.factor, needed), numbers)
 
 
 def claims_tables(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Table]:
@@ -182,17 +189,15 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: a line that is no JSON object.
     """
     file = Path(path)
-    if not file.is_file():
-        return []
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(
+        file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], start=1
+    ):
         try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from None
-        if row is not None and not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}: expected a JSON object")
-        rows += [row] if row else []
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}, line {number} is no JSON object: {error}") from None
     return rows
 
 
@@ -202,10 +207,12 @@ def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Pair], str]:
     assert left is not None and right is not None
     found: list[Pair] = []
     reasons = []
-    words = evidence.words
-    for length in claim.train_lengths or _training_lengths(left, right, evidence.rows):
-        left_rows, left_missing = _runs(left, length, evidence, words)
-        right_rows, right_missing = _runs(right, length, evidence, words)
+    # A claim may speak of L/2 only, so L need not be a training length itself.
+    trained = {row.train_length for row in evidence.rows if row.train_length is not None}
+    known = sorted({round(n / side.train) for side in (left, right) for n in trained})
+    for length in claim.train_lengths or known:
+        left_rows, left_missing = _runs(left, length, evidence)
+        right_rows, right_missing = _runs(right, length, evidence)
         if left_missing or right_missing:
             reasons += [text for text in (left_missing, right_missing) if text]
             continue
@@ -232,13 +239,7 @@ def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:
     return side.lengths(length, usable) or side.lengths(length, [row.inference_length or 0 for row in rows])
 
 
-def _training_lengths(left: Side, right: Side, rows: Sequence[ResultRow]) -> list[int]:
-    """Values of L: a claim may speak of L/2 only, so L need not be a training length itself."""
-    trained = {row.train_length for row in rows if row.train_length is not None}
-    return sorted({round(n / side.train) for side in (left, right) for n in trained})
-
-
-def _runs(side: Side, length: int, evidence: Evidence, words: Mapping[str, str]) -> tuple[list[ResultRow], str]:
+def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow], str]:
     """Rows of the runs that a side means where L is `length`; none, and why, where it means no one set of runs."""
     train = side.train * length
     view = View("validation", "nonoverlapping" if side.stride is None else "sliding", side.stride)
@@ -249,13 +250,13 @@ def _runs(side: Side, length: int, evidence: Evidence, words: Mapping[str, str])
         and row.position == side.position
         and math.isclose(row.train_length or 0, train)
         and view_of(row) == view
-        and all(_setting(evidence, row.run, key) == value for key, value in side.where.items())
+        and all(evidence.setting(row.run, key) == value for key, value in side.where.items())
     ]
     what = f"{side.position} trained at {train:g}"
     if not rows:
         settings = "".join(f", {key}={value}" for key, value in side.where.items())
         return [], f"no {what}{settings}, {view.title}"
-    found = curves(rows, view, words)
+    found = curves(rows, view, evidence.words)
     if len(found) > 1:
         # Runs with the experiment's own settings are meant, unless the claim says which.
         own = {run for curve in found if not curve.variant for run in curve.seeds}
@@ -264,11 +265,6 @@ def _runs(side: Side, length: int, evidence: Evidence, words: Mapping[str, str])
             variants = ", ".join(sorted(curve.variant or "as in the experiment" for curve in found))
             return [], f"several variants of {what}: {variants}"
     return rows, ""
-
-
-def _setting(evidence: Evidence, run: str, key: str) -> Any:
-    record = evidence.records.get(run)
-    return None if record is None else record.config.get(key)
 
 
 def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
@@ -294,22 +290,20 @@ def _judge_part(claim: Claim, decomposition: Analysis | None, needed: int) -> Ju
     """A part of what changes the loss beyond L, at every length that was taken apart."""
     assert claim.left is not None and claim.part is not None
     side, instances = claim.left, []
-    for series in (
-        decomposition.series if decomposition is not None and decomposition.split == "validation" else []
-    ):
+    on_validation = decomposition is not None and decomposition.split == "validation"
+    for series in decomposition.series if decomposition is not None and on_validation else []:
         # Variants stand beside the experiment's own settings only where both were analysed.
         if series.position != side.position or series.variant:
             continue
-        known = [int(point["length"]) for point in series.points]
-        for length in side.lengths(series.train_length, known):
-            part = series.points[known.index(length)].get(claim.part)
+        points = {int(point["length"]): point.get(claim.part) for point in series.points}
+        for length in side.lengths(series.train_length, points):
+            part = points[length]
             if part is None:
                 continue  # refused there
             seeds = len(series.runs)
             over = f"{seeds} seeds and {series.documents} documents" if seeds > 1 else "one seed"
             measured = Measured(part["nats"], part["low"], part["high"], seeds, over)
-            verdict = judge(measured, claim.relation, claim.factor, needed)
-            numbers = f"{measured.ratio} ({over})" + (f", {needed} seeds needed" if seeds < needed else "")
-            instances.append(Instance(f"L={series.train_length}, from L to {length}", verdict, numbers))
+            what = f"L={series.train_length}, from L to {length}"
+            instances.append(_instance(what, measured, claim, needed))
     note = "" if instances else "needs analyse.py view=decomposition of such runs"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

@@ -30,18 +30,11 @@ class StudyConfig:
 
     @property
     def results(self) -> Path:
-        """The folder that holds `results.jsonl`.
-
-        Raises:
-            ValueError: there is no such folder or it has no results.
-        """
-        named = self.folder is not None
+        """The folder that holds `results.jsonl`; ValueError where there is none."""
         folder = Path(self.folder or Path("outputs") / self.experiment / "extrapolation")
-        how = "" if named else f"; make eval-extrapolation EXPERIMENT={self.experiment} writes it"
-        require(
-            (folder / "results.jsonl").is_file(),
-            f"{folder / 'results.jsonl'} does not exist{how}. Or give folder=<folder of results>.",
-        )
+        how = "" if self.folder else f"; make eval-extrapolation EXPERIMENT={self.experiment} writes it"
+        file = folder / "results.jsonl"
+        require(file.is_file(), f"{file} does not exist{how}. Or give folder=<folder of results>.")
         return folder
 
 
@@ -76,15 +69,14 @@ def claims(config: ClaimsConfig) -> None:
     require(config.min_seeds >= 0, f"min_seeds = {config.min_seeds}. Use 0 for what each claim asks, or a number.")
     folder = config.results
     evidence = read_evidence(folder, _path(config.bench))
-    unfair = differences(evidence.rows, folder)
     judged = judge_claims(evidence, config.min_seeds or None)
     for results in judged.values():
         for item in results:
             print(item.line)
-    for difference in unfair:
+    for difference in evidence.unfair:
         if difference.matters:
             print(f"NOT A FAIR COMPARISON: {difference.sentence}")
-    write_text(folder / "claims.md", claims_markdown(judged, unfair))
+    write_text(folder / "claims.md", claims_markdown(judged, evidence.unfair))
     print(folder / "claims.md")
 
 
@@ -140,7 +132,7 @@ def compare_runs(config: CompareRunsConfig) -> None:
     mode = config.mode or ("nonoverlapping" if config.stride is None else "sliding")
     view = View(config.split, mode, config.stride, config.task, config.metric)
     a, b = (select(evidence.rows, getattr(config, name), view, name, evidence.words) for name in ("a", "b"))
-    unfair = [item for item in differences([*a, *b], folder) if item.matters]
+    unfair = [item for item in differences([*a, *b], evidence.records) if item.matters]
     if unfair and config.strict:
         raise ValueError("strict = true, and the runs differ in: " + "; ".join(item.sentence for item in unfair))
     print(

@@ -19,8 +19,9 @@ import numpy as np
 from alibi_lm.results.curves import View, curves, point_of, view_of, views
 from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
-from alibi_lm.results.statistics import ONE_SEED, paired_difference, seeds_to_settle
-from alibi_lm.study.style import look
+from alibi_lm.results.statistics import paired_difference, seeds_to_settle
+from alibi_lm.study.paper_claims import Relation
+from alibi_lm.study.style import label
 
 Verdict = Literal["HOLDS", "FAILS", "NOT SETTLED", "NOT RUN"]
 VERDICTS: tuple[Verdict, ...] = ("HOLDS", "FAILS", "NOT SETTLED", "NOT RUN")
@@ -42,9 +43,8 @@ class Measured:
     over: str
     """What the interval is over, in words; where there is none, why."""
     seed_variance: float = 0.0
-    """Between seeds, or between pairs of them; 0 with one seed."""
     document_variance: float = 0.0
-    """The part of the squared error that more seeds do not shrink."""
+    """As in `alibi_lm.results.statistics.Interval`."""
     comparisons: int = 1
 
     @property
@@ -71,36 +71,10 @@ def measure(
         comparisons: how many differences are judged together (each interval is widened for it).
     """
     found = _over_documents(left, right, documents, comparisons)
-    if isinstance(found, Measured):
-        return found
-    from scipy import stats
-
-    a, b = _by_seed(left), _by_seed(right)
-    common = [seed for seed in a if seed in b]
-    level = 1 - (1 - LEVEL) / comparisons
-    if len(common) >= 2:
-        pairs = np.array([a[seed] - b[seed] for seed in common])
-        center, variance, count = float(pairs.mean()), float(pairs.var(ddof=1)), len(common)
-        over = f"{count} seeds, paired"
-    elif min(len(a), len(b)) >= 2:
-        sides = [np.array(list(side.values())) for side in (a, b)]
-        center, variance = float(sides[0].mean() - sides[1].mean()), float(sum(side.var(ddof=1) for side in sides))
-        count, over = min(map(len, sides)), f"{len(a)} and {len(b)} seeds"
-    else:
-        one = {seed: a[seed] - b[seed] for seed in common} or {None: _mean(a.values()) - _mean(b.values())}
-        seed, estimate = next(iter(one.items()))
-        which = "one seed" if seed is None else f"seed {seed} alone"
-        return Measured(estimate, None, None, 1, f"{which}; {found}", comparisons=comparisons)
-    if variance <= 1e-24:  # no spread at all: the interval is a point
-        low, high = center, center
-    elif len(common) >= 2:
-        low, high = stats.t.interval(level, count - 1, center, math.sqrt(variance / count))
-    else:
-        low, high = stats.ttest_ind(*sides, equal_var=False).confidence_interval(level)
-    return Measured(center, float(low), float(high), count, f"{over}; {found}", variance, 0.0, comparisons)
+    return found if isinstance(found, Measured) else _over_seeds(left, right, comparisons, found)
 
 
-def judge(measured: Measured, relation: str, factor: float, min_seeds: int) -> Verdict:
+def judge(measured: Measured, relation: Relation, factor: float, min_seeds: int) -> Verdict:
     """The verdict on "left over right is `relation` `factor`".
 
     Args:
@@ -132,7 +106,7 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
     return "NOT RUN"
 
 
-def power_note(measured: Measured, relation: str, factor: float) -> str:
+def power_note(measured: Measured, relation: Relation, factor: float) -> str:
     """How many seeds would settle it, in words; an estimate from the scatter of the seeds that there are."""
     if measured.seeds < 2 or measured.low is None:
         return "needs 2 seeds or more to see how seeds differ"
@@ -153,13 +127,13 @@ def is_better(
     documents: Mapping[RowKey, DocumentSums],
     lengths: Sequence[int],
 ) -> list[str]:
-    """Whether A is better than B at each inference length, all lengths judged together; a line for each.
+    """Whether A is better than B at each inference length, all judged together (intervals are widened for it).
 
     Args:
         a: rows of A's runs, from `select`.
         b: rows of B's.
         documents: document sums by row key.
-        lengths: inference lengths; intervals are widened for their number.
+        lengths: inference lengths.
 
     Returns:
         Lines with YES (A is better), NO (B is), NOT SETTLED, or NOT RUN. One seed settles nothing about schemes.
@@ -170,14 +144,13 @@ def is_better(
     lines = []
     for length in lengths:
         answer, measured, note = answer_at(a, b, documents, length, len(lengths))
-        head = f"{length:>8}  {answer:<11}"
-        if measured is not None:
-            ends = f" [{measured.low:+.4f}, {measured.high:+.4f}]" if measured.low is not None else ""
-            if view_of(a[0]).metric == "perplexity":
-                head += f"  {measured.estimate:+.4f}{ends} nats, perplexity x {measured.ratio}"
-            else:
-                head += f"  {measured.estimate:+.4f}{ends} {a[0].metric}"
-        lines.append(f"{head}  ({note})" if measured is not None else f"{head}  {note}")
+        if measured is None:
+            lines.append(f"{length:>8}  {answer:<11}  {note}")
+            continue
+        ends = f" [{measured.low:+.4f}, {measured.high:+.4f}]" if measured.low is not None else ""
+        text = a[0].metric == "perplexity"
+        unit = f"nats, perplexity x {measured.ratio}" if text else a[0].metric
+        lines.append(f"{length:>8}  {answer:<11}  {measured.estimate:+.4f}{ends} {unit}  ({note})")
     return lines
 
 
@@ -191,10 +164,9 @@ def answer_at(
     """The answer at one length, the difference A minus B, and what the reader must know beside it."""
     sides = [[row for row in side if row.inference_length == length] for side in (a, b)]
     for side, name in zip(sides, "AB", strict=True):
-        refused = [row.reason for row in side if point_of(row) is None]
-        if refused or not side:
-            note = f"{name} has no value: {refused[0] if refused else 'not evaluated there'}"
-            return "NOT RUN", None, note
+        refused = [row.reason for row in side if point_of(row) is None] if side else ["not evaluated there"]
+        if refused:
+            return "NOT RUN", None, f"{name} has no value: {refused[0]}"
     texts = {row.corpus for side in sides for row in side}
     if len(texts) > 1:
         hashes = ", ".join(sorted(text or "unknown" for text in texts))
@@ -202,12 +174,10 @@ def answer_at(
             f"A and B were scored on different texts at length {length} ({hashes}); evaluate both on the same one"
         )
     measured = measure(sides[0], sides[1], documents, comparisons)
-    relation = "above" if view_of(sides[0][0]).higher_is_better else "below"
+    relation: Relation = "below" if a[0].metric == "perplexity" else "above"
     verdict = judge(measured, relation, 1.0, 2)
-    note = measured.over
-    if verdict == "NOT SETTLED":
-        note += "; " + power_note(measured, relation, 1.0)
-    return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, note
+    note = f"; {power_note(measured, relation, 1.0)}" if verdict == "NOT SETTLED" else ""
+    return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, measured.over + note
 
 
 def select(
@@ -218,9 +188,9 @@ def select(
     Args:
         rows: of one experiment.
         pattern: a run's name or a glob of names (`alibi_L64_s*`); of a path only the last part counts.
-        view: split, mode, stride, task and metric.
+        view: which of the rows.
         name: of the setting, for messages.
-        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
+        words: recipes of the runs.
 
     Raises:
         ValueError: no such run, or runs that differ in more than their seed.
@@ -251,7 +221,7 @@ def common_lengths(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> list[int]:
 def title(rows: Sequence[ResultRow]) -> str:
     """Name of one side: scheme, training length, seeds."""
     seeds = ", ".join(sorted({"?" if row.seed is None else str(row.seed) for row in rows}))
-    return f"{look(rows[0].position).name} trained at {rows[0].train_length} (seeds {seeds})"
+    return f"{label(rows[0].position)} trained at {rows[0].train_length} (seeds {seeds})"
 
 
 def _over_documents(
@@ -267,24 +237,46 @@ def _over_documents(
     seeds = [[row.seed for row in side if row.seed is not None] for side in (left, right)]
     if sum(map(len, seeds)) < len(rows) or any(len(set(side)) < len(side) for side in seeds):
         return "seeds are unknown or come twice"
-    parts = [[documents[row.key] for row in side] for side in (left, right)]
-    tokens = parts[0][0].tokens
-    if any(not np.array_equal(tokens, part.tokens) for side in parts for part in side):
+    tokens = documents[rows[0].key].tokens
+    if any(not np.array_equal(tokens, documents[row.key].tokens) for row in rows):
         return "other documents on the two sides"
     if np.count_nonzero(tokens) < 2:
         return "the text is one document, which does not show how documents differ"
     try:
-        a, b = (np.stack([part.nats for part in side]) for side in parts)
-        found = paired_difference(a, b, tokens, LEVEL, comparisons, *seeds)
+        a, b = (np.stack([documents[row.key].nats for row in side]) for side in (left, right))
+        found = paired_difference(a, b, tokens, seeds[0], seeds[1], LEVEL, comparisons)
     except ValueError as error:  # seeds that agree exactly
         return str(error).partition(".")[0]
     common = set(seeds[0]) & set(seeds[1])
     count = len(common) if len(common) >= 2 else min(map(len, seeds))
-    count = 1 if found.kind == ONE_SEED else count
     over = f"{count} seeds and {len(tokens)} documents" if count > 1 else f"{len(tokens)} documents, one seed"
     over += f"; {found.note}" if found.note else ""
     spread = (found.seed_variance, found.document_variance)
     return Measured(found.estimate, found.low, found.high, count, over, *spread, comparisons)
+
+
+def _over_seeds(left: Sequence[ResultRow], right: Sequence[ResultRow], comparisons: int, why: str) -> Measured:
+    """A t test over seeds: of pairs where two or more seeds are common to both sides, else Welch's."""
+    from scipy import stats
+
+    a, b = _by_seed(left), _by_seed(right)
+    common = [seed for seed in a if seed in b]
+    if min(len(a), len(b)) < 2:
+        if common:
+            estimate, which = a[common[0]] - b[common[0]], f"seed {common[0]} alone"
+        else:
+            estimate, which = float(np.mean([*a.values()]) - np.mean([*b.values()])), "one seed"
+        return Measured(estimate, None, None, 1, f"{which}; {why}", comparisons=comparisons)
+    paired = len(common) >= 2
+    x, y = (np.array([side[seed] for seed in (common if paired else side)]) for side in (a, b))
+    over = f"{len(x)} seeds, paired" if paired else f"{len(x)} and {len(y)} seeds"
+    variance = float((x - y).var(ddof=1) if paired else x.var(ddof=1) + y.var(ddof=1))
+    center = float(x.mean() - y.mean())
+    low, high = center, center
+    if variance > 1e-24:  # else no spread at all
+        test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
+        low, high = map(float, test.confidence_interval(1 - (1 - LEVEL) / comparisons))
+    return Measured(center, low, high, min(len(x), len(y)), f"{over}; {why}", variance, 0.0, comparisons)
 
 
 def _by_seed(rows: Sequence[ResultRow]) -> dict[int | str | None, float]:
@@ -293,10 +285,6 @@ def _by_seed(rows: Sequence[ResultRow]) -> dict[int | str | None, float]:
     unique = None not in seeds and len(set(seeds)) == len(seeds)
     points = ((row, point_of(row)) for row in rows)
     return {row.seed if unique else row.run: value for row, value in points if value is not None}
-
-
-def _mean(values: object) -> float:
-    return float(np.mean(list(values)))  # type: ignore[call-overload]
 
 
 def _exp(nats: float) -> float:

@@ -7,13 +7,12 @@ Which settings can, each config field says itself (`alibi_lm.settings`).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.study.records import NAMED, RunRecord, find_records
+from alibi_lm.study.records import RunRecord, show
 
 SMALL_PARAMETERS = 0.02
 """A scheme's own parameters (a table of positions, a bias per head) are part of it; more is a difference."""
@@ -35,31 +34,24 @@ class Difference:
     @property
     def sentence(self) -> str:
         """For people: `optimizer.lr: 0.002 in 5 runs, 0.001 in rotary_L64_s1`."""
-        parts = []
-        for value, runs in self.values.items():
-            named = ", ".join(runs) if len(runs) <= 2 else f"{len(runs)} runs"
-            parts.append(f"{value} in {named}")
-        return f"{self.what}: " + "; ".join(parts)
+        named = {v: ", ".join(runs) if len(runs) <= 2 else f"{len(runs)} runs" for v, runs in self.values.items()}
+        return f"{self.what}: " + "; ".join(f"{value} in {runs}" for value, runs in named.items())
 
 
-def differences(rows: Sequence[ResultRow], folder: str | os.PathLike[str]) -> list[Difference]:
+def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list[Difference]:
     """All differences between the runs of these rows, those that matter first.
 
     Args:
         rows: of one study.
-        folder: where its `results.jsonl` is; the run folders are found from there.
-
-    Raises:
-        ValueError: a run folder's file is damaged.
+        records: of its runs, from `alibi_lm.study.records.find_records`.
     """
     own = [row for row in rows if row.run is not None]
-    records = find_records(own, folder)
-    found = [*_of_rows(own), *_of_records(records)]
+    runs = {row.run for row in own}
+    found = [*_of_rows(own), *_of_records({run: records[run] for run in records if run in runs})]
     return sorted(found, key=lambda item: (not item.matters, item.what))
 
 
-def _of_rows(rows: Iterable[ResultRow]) -> list[Difference]:
-    rows = list(rows)
+def _of_rows(rows: Sequence[ResultRow]) -> list[Difference]:
     found = []
     for split in sorted({row.split for row in rows if row.task == "text"}):
         part = [row for row in rows if row.split == split and row.task == "text"]
@@ -85,8 +77,8 @@ def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
     for attribute, matters in (("settings", True), ("rounding", False)) if readable else (("config", True),):
         settings = {name: getattr(record, attribute) for name, record in known.items()}
         for key in sorted({key for values in settings.values() for key in values}):
-            if key.partition(".")[0] not in NAMED:
-                values = {name: _show(own.get(key, "unset")) for name, own in settings.items()}
+            if key.partition(".")[0] not in ("position", "train_length", "seed"):  # what is compared
+                values = {name: show(own.get(key, "unset")) for name, own in settings.items()}
                 found += _compare(key, values, matters)
     if not readable:
         old = sorted(name for name, record in known.items() if not record.readable)
@@ -94,16 +86,13 @@ def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
         found.append(Difference(what, {"config.yaml of another version": old}, False))
     found += _compare_counts(records, "num_parameters", "parameters", SMALL_PARAMETERS)
     found += _compare_counts(records, "tokens_seen", "tokens seen in training", SMALL_TOKENS)
-    done = {name: record for name, record in records.items() if record.finished}
-    found += _compare(
-        "training text (hash)",
-        {n: _short(r.training_text) for n, r in done.items() if r.training_text},
-        True,
-    )
+    trained_on = {name: record.training_text for name, record in records.items() if record.finished}
+    hashes = {name: _short(text) for name, text in trained_on.items() if text}
+    found += _compare("training text (hash)", hashes, True)
     env = {name: record.environment for name, record in records.items() if record.environment}
     found += _compare("commit of the training", {n: _commit(e) for n, e in env.items()}, True)
     for key in ("torch", "python", "device"):
-        found += _compare(f"environment: {key}", {n: _show(e.get(key)) for n, e in env.items()}, False)
+        found += _compare(f"environment: {key}", {n: show(e.get(key)) for n, e in env.items()}, False)
     unknown = sorted(set(records) - set(known))
     if unknown and len(records) > 1:
         found.append(Difference("settings not compared", {"no config.yaml at hand": unknown}, False))
@@ -111,33 +100,21 @@ def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
 
 
 def _compare_counts(records: Mapping[str, RunRecord], key: str, what: str, small: float) -> list[Difference]:
-    counts = {
-        name: int(record.finished[key])
-        for name, record in records.items()
-        if isinstance(record.finished.get(key), int | float)
-    }
-    if not counts:
-        return []
-    matters = max(counts.values()) > min(counts.values()) * (1 + small)
+    numbers = {name: record.finished.get(key) for name, record in records.items()}
+    counts = {name: int(number) for name, number in numbers.items() if isinstance(number, int | float)}
+    matters = max(counts.values(), default=0) > min(counts.values(), default=0) * (1 + small)
     return _compare(what, {name: f"{count:,}" for name, count in counts.items()}, matters)
 
 
 def _compare(what: str, values: Mapping[Any, str], matters: bool) -> list[Difference]:
     """One difference, or none; keys are runs, or pairs that begin with a run."""
-    by_value: dict[str, list[str]] = {}
+    by_value: dict[str, set[str]] = {}
     for key, value in values.items():
-        runs = by_value.setdefault(value, [])
-        name = key[0] if isinstance(key, tuple) else key
-        if name not in runs:
-            runs.append(name)
+        by_value.setdefault(value, set()).add(key[0] if isinstance(key, tuple) else key)
     if len(by_value) < 2:
         return []
-    ordered = dict(sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0])))
-    return [Difference(what, {value: sorted(runs) for value, runs in ordered.items()}, matters)]
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
+    ordered = sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [Difference(what, {value: sorted(runs) for value, runs in ordered}, matters)]
 
 
 def _short(text: Any) -> str:

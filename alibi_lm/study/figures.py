@@ -23,7 +23,7 @@ from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper import paper_curves
 from alibi_lm.study.plots import Line, Panel, build, fits, save
 from alibi_lm.study.records import find_records, recipes
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label
 from alibi_lm.study.tables import markdown, provenance
 
 if TYPE_CHECKING:
@@ -46,9 +46,6 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
         with_paper: draw the paper's curves dotted where it has the same scheme and training length.
         strict: refuse to draw runs that differ in more than the scheme.
 
-    Returns:
-        The files written.
-
     Raises:
         ValueError: no rows, damaged rows, or `strict` and an unfair comparison.
     """
@@ -57,11 +54,11 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     found = views(rows)
     if not found:
         raise ValueError(f"{folder / 'results.jsonl'} holds no row of a run; evaluate at least one run first")
-    unfair = differences(rows, folder)
+    records = find_records(rows, folder)
+    unfair, words = differences(rows, records), recipes(rows, records)
     if strict and any(item.matters for item in unfair):
         lines = "\n".join(f"  {item.sentence}" for item in unfair if item.matters)
         raise ValueError(f"strict = true, and the runs differ in more than the scheme:\n{lines}")
-    words = recipes(rows, find_records(rows, folder))
     written = []
     for index, view in enumerate(found):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
@@ -81,40 +78,28 @@ def curve_figure(
     unfair: Sequence[Difference] = (),
     with_paper: bool = False,
 ) -> Figure:
-    """The figure of one view.
-
-    Args:
-        rows: of one experiment.
-        view: which of them.
-        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
-        unfair: differences to mark.
-        with_paper: add the paper's curves, dotted.
-    """
+    """The figure of one view; `words` are the recipes of the runs, `unfair` the differences to mark."""
     found = curves(rows, view, words)
     base = baselines(rows, view)
     cells: list[list[Panel | None]] = []
     for train_length, members in split_into_panels(found):
         dotted = paper_curves(members, view) if with_paper else []
         cells.append(curve_panels(members, train_length, base, dotted))
-    few = max((len(line.x) for pair in cells for p in pair if p for line in p.lines), default=0) <= 2
-    if len(cells) == 1:
-        layout: list[list[Any]] = [[cell for cell in cells[0] if cell is not None]]
-    else:
-        layout = []
-        for start in range(0, len(cells), 3):
-            part = cells[start : start + 3]
-            layout += [list(row) for row in zip(*part, strict=True) if any(row)]
+    layout: list[list[Any]] = [[cell for cell in cells[0] if cell]] if len(cells) == 1 else []
+    for start in range(0, len(cells), 3) if len(cells) > 1 else ():
+        layout += [list(row) for row in zip(*cells[start : start + 3], strict=True) if any(row)]
+    panels = [panel for pair in cells for panel in pair if panel]
     marks = [f"NOT A FAIR COMPARISON: {item.sentence}" for item in unfair if item.matters]
     remarks = missing(found)
-    if any(line.ring for pair in cells for p in pair if p for line in p.lines):
+    if any(line.ring for panel in panels for line in panel.lines):
         remarks.append("Ring: the length that a curve was trained at.")
-    shown = {name for pair in cells for panel in pair if panel for name in panel.levels}
+    shown = {name for panel in panels for name in panel.levels}
     remarks += [
         f"Out of range: {name} baseline, {value:.4g}." for name, value in base.items() if name not in shown
     ]
     what = "Perplexity" if view.metric == "perplexity" else f"{view.metric.capitalize()} of {view.task}"
     origin = f"{view.title}; {provenance(rows, view)}"
-    size = (2.4 if few else 3.6, 3.1)
+    size = (3.6 if any(len(line.x) > 2 for panel in panels for line in panel.lines) else 2.4, 3.1)
     return build(f"{what} by inference length", layout, origin, remarks, marks, size)
 
 
@@ -143,7 +128,7 @@ def curve_panels(
 ) -> list[Panel | None]:
     """The whole range of these curves and, where it helps, a close-up beside it."""
     drawn = [curve for curve in found if curve.lengths]
-    metric = found[0].metric if found else "perplexity"
+    metric = found[0].metric
     every = {n for curve in drawn for n in curve.lengths}
     lines = [_line(curve, train_length, every) for curve in drawn]
     trained = f"trained at {train_length}" if train_length is not None else "several training lengths"
@@ -175,7 +160,7 @@ def close_up(found: Sequence[Curve]) -> tuple[float, float] | None:
     }
     best = min(min(values) for values in near.values())
     company = [curve for curve in found if min(near[id(curve)]) <= COMPANY * best]
-    low = min(_singles(company))
+    low = min(c.shown(v) for c in company for runs in c.losses.values() for v in runs.values())
     high = max(v for curve in company for v in near[id(curve)] if v <= COMPANY * best) * 1.06
     values = [curve.value(n) for curve in found for n in curve.lengths]
     if math.log(high / low) > 0.6 * math.log(max(values) / min(values)):
@@ -193,7 +178,9 @@ def missing(found: Sequence[Curve]) -> list[str]:
     several = len({curve.train_length for curve in found}) > 1
     lines = []
     for reason, points in reasons.items():
-        names = list(dict.fromkeys(_name(curve, several) for curve, _ in points))
+        names = list(
+            dict.fromkeys(label(c.position, c.variant, c.train_length if several else None) for c, _ in points)
+        )
         who = ", ".join(names) if len(names) <= 3 else f"{len(names)} curves"
         lengths = sorted({length for _, length in points})
         at = f"from {lengths[0]} on" if len(lengths) > 2 else "at " + " and ".join(map(str, lengths))
@@ -219,7 +206,7 @@ def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
     elsewhere = curve.train_length in curve.losses and curve.train_length != train_length
     return Line(
         curve.position,
-        _name(curve, guest or train_length is None, False),
+        label(curve.position, length=curve.train_length if guest or train_length is None else None),
         [float(n) for n in x],
         y,
         "; ".join(notes),
@@ -230,15 +217,6 @@ def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
         (curve.train_length, curve.value(curve.train_length)) if elsewhere else None,
         ends,
     )
-
-
-def _name(curve: Curve, with_length: bool, with_variant: bool = True) -> str:
-    name = look(curve.position).name + (f" L={curve.train_length}" if with_length else "")
-    return f"{name} ({curve.variant})" if with_variant and curve.variant else name
-
-
-def _singles(found: Sequence[Curve]) -> list[float]:
-    return [curve.shown(v) for curve in found for runs in curve.losses.values() for v in runs.values()]
 
 
 def _range(found: Sequence[Curve]) -> float:

@@ -17,8 +17,8 @@ from typing import Any
 
 from alibi_lm.results.curves import Curve, View, curves, views
 from alibi_lm.results.rows import ResultRow, perplexity_of
-from alibi_lm.study.records import RunRecord
-from alibi_lm.study.style import look
+from alibi_lm.study.records import RunRecord, show
+from alibi_lm.study.style import label
 from alibi_lm.study.tables import Table
 
 TOKENS = {"validation": 217_646, "test": 245_569}
@@ -47,8 +47,6 @@ SETTINGS: dict[str, Any] = {
     "steps": STEPS,
 }
 """The paper's settings of the WikiText-103 models, by their names here."""
-
-
 PAPER_LENGTH = 512
 """Training length of the paper's curves (Table 2): the one at which it has all four schemes."""
 NEAR = 0.15
@@ -80,20 +78,44 @@ class PaperValue:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our value beside the paper's for the same scheme, lengths, mode and split."""
+    """Our value beside the paper's for one scheme and inference length."""
 
     view: View
     curve: Curve
+    """Ours."""
     inference_length: int
-    ours: float
-    """Per word, mean over seeds of the loss per word."""
-    our_ratio: float | None
-    """To our value at the training length."""
-    paper: float
-    paper_ratio: float | None
-    paper_length: int
-    """Differs from `inference_length` only where near lengths were asked for."""
-    tables: tuple[int, ...]
+    values: list[PaperValue]
+    """The paper's, one for each table that has it; of a length near ours where that was asked for."""
+    base: float | None
+    """The paper's perplexity at its training length."""
+
+    @property
+    def ours(self) -> float:
+        """Our perplexity, of the mean over seeds of the loss."""
+        return self.curve.value(self.inference_length)
+
+    @property
+    def our_ratio(self) -> float | None:
+        """Ours over that at our training length."""
+        return self.curve.ratio(self.inference_length)
+
+    @property
+    def paper(self) -> float:
+        """The paper's perplexity."""
+        assert self.values[0].perplexity is not None
+        return self.values[0].perplexity
+
+    @property
+    def paper_ratio(self) -> float | None:
+        """The paper's over that at its training length."""
+        return self.paper / self.base if self.base else None
+
+    @property
+    def directions(self) -> tuple[str, str]:
+        """`worse`, `flat` or `better` than at the training length: the paper's, and ours."""
+        paper, ours = self.paper_ratio, self.our_ratio
+        assert paper is not None and ours is not None
+        return direction(paper), direction(ours)
 
 
 @functools.cache
@@ -102,21 +124,14 @@ def paper_values() -> tuple[PaperValue, ...]:
     found = []
     tables = importlib.resources.files("alibi_lm.study") / "paper_tables"
     for file in sorted(tables.iterdir(), key=lambda entry: entry.name):
-        match = re.fullmatch(r"table_(\d+)\.csv", file.name)
-        if match is None:
-            continue
-        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
-            found.append(
-                PaperValue(
-                    table=int(match[1]),
-                    train_length=int(row.pop("train_length") or 0) or None,
-                    inference_length=int(row.pop("inference_length") or 0) or None,
-                    stride=int(row.pop("stride") or 0) or None,
-                    perplexity=float(row.pop("perplexity") or "nan"),
-                    **row,
-                )
-            )
-    return tuple(v if v.perplexity == v.perplexity else replace(v, perplexity=None) for v in found)
+        if match := re.fullmatch(r"table_(\d+)\.csv", file.name):
+            for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+                values: dict[str, Any] = dict(row)
+                for name in ("train_length", "inference_length", "stride"):
+                    values[name] = int(row[name]) if row[name] else None
+                values["perplexity"] = float(row["perplexity"]) if row["perplexity"] else None
+                found.append(PaperValue(table=int(match[1]), **values))
+    return tuple(found)
 
 
 def find(
@@ -124,44 +139,32 @@ def find(
 ) -> list[PaperValue]:
     """The paper's WikiText-103 values for one measurement, one for each table that has it.
 
-    Args:
-        position: scheme.
-        train_length: tokens in a training sequence.
-        inference_length: tokens in a window.
-        view: split, mode and stride.
-        near: accept the nearest inference length within this share (0.02: two per cent) where the exact one
-            is missing; the paper's values move by 0.05 or so from one length to the next.
+    `near` accepts the nearest inference length within this share (0.02: two per cent) where the exact one is
+    missing; the paper's values move by 0.05 or so from one length to the next.
     """
-    same = [
-        value
-        for value in paper_values()
-        if value.corpus == "wikitext103"
-        and (value.position, value.train_length) == (position, train_length)
-        and (value.mode, value.stride, value.split) == (view.mode, view.stride, view.split)
-        and value.inference_length is not None
-        and value.perplexity is not None
-    ]
-    off = {value.inference_length: abs(value.inference_length / inference_length - 1) for value in same}  # type: ignore[operator]
+    same = _of_curve(position, train_length, view)
+    off = {length: abs(length / inference_length - 1) for length in same}
     best = min(off, key=lambda length: (off[length], length), default=None)
-    if best is None or off[best] > near:
-        return []
-    return [value for value in same if value.inference_length == best]
+    return [] if best is None or off[best] > near else same[best]
+
+
+def _of_curve(position: str, train_length: int, view: View) -> dict[int, list[PaperValue]]:
+    """The paper's perplexities on WikiText-103 by inference length."""
+    wanted = (position, train_length, view.mode, view.stride, view.split, "wikitext103")
+    found: dict[int, list[PaperValue]] = {}
+    for v in paper_values():
+        if (v.position, v.train_length, v.mode, v.stride, v.split, v.corpus) == wanted:
+            if v.inference_length is not None and v.perplexity is not None:
+                found.setdefault(v.inference_length, []).append(v)
+    return found
 
 
 def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
     """The paper's curves of the same schemes and training lengths, where it has two points or more."""
     found = []
     for position, train_length in sorted({(c.position, c.train_length) for c in ours}):
-        losses: dict[int, dict[str, float]] = {}
-        for value in paper_values():
-            same = (value.position, value.train_length, value.corpus) == (
-                position,
-                train_length,
-                "wikitext103",
-            )
-            if same and View(value.split, value.mode, value.stride) == view:
-                if value.inference_length is not None and value.perplexity is not None:
-                    losses.setdefault(value.inference_length, {})["paper"] = math.log(value.perplexity)
+        values = _of_curve(position, train_length, view)
+        losses = {n: {"paper": math.log(v[-1].perplexity or math.nan)} for n, v in values.items()}
         if len(losses) > 1:
             found.append(Curve(position, train_length, "paper", losses))
     return found
@@ -170,38 +173,15 @@ def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
 def compare(
     rows: Sequence[ResultRow], near: float = 0.0, words: Mapping[str, str] | None = None
 ) -> list[Comparison]:
-    """Our values beside the paper's, wherever it has one. Ours are per word, whatever the tokenizer.
-
-    Args:
-        rows: of one experiment.
-        near: as in `find`.
-        words: recipes of the runs, see `alibi_lm.study.records.recipes`.
-    """
+    """Ours beside the paper's, wherever it has a value (`near`: see `find`); per word, whatever the tokenizer."""
     per_word = [counted for row in rows if row.task == "text" and (counted := _per_word(row)) is not None]
     found = []
     for view in views(per_word):
         for curve in curves(per_word, view, words):
             own = find(curve.position, curve.train_length, curve.train_length, view)
             for length in curve.lengths:
-                values = find(curve.position, curve.train_length, length, view, near)
-                if not values:
-                    continue
-                paper = values[0].perplexity
-                base = own[0].perplexity if own else None
-                assert paper is not None
-                found.append(
-                    Comparison(
-                        view,
-                        curve,
-                        length,
-                        curve.value(length),
-                        curve.ratio(length),
-                        paper,
-                        paper / base if base else None,
-                        values[0].inference_length or length,
-                        tuple(sorted({value.table for value in values})),
-                    )
-                )
+                if values := find(curve.position, curve.train_length, length, view, near):
+                    found.append(Comparison(view, curve, length, values, own[0].perplexity if own else None))
     return found
 
 
@@ -225,20 +205,20 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
             found.append(f"text: {split} has {counts} words, the paper's {expected or 0:,}")
     if any(row.words is not None and row.words != row.tokens for row in texts):
         found.append("text: tokens are not words; our perplexities below are per word all the same")
-    trained_on = {_training_text(record) for record in records.values()}
-    found += [f"training text: {text}" for text in sorted(filter(None, trained_on))]
+    trained_on = {str(record.train_split.get("identity")) for record in records.values()}
+    found += [f"training text: {text}" for text in sorted(trained_on) if text.startswith("not ")]
     known = [record for record in records.values() if record.config]
     if len(known) < len(records):
         found.append(f"unknown: {len(records) - len(known)} runs have no config.yaml at hand")
     for key, expected in SETTINGS.items():
-        values = {_show(r.config[key]) for r in known if key in r.config and r.config[key] != expected}
+        values = {show(r.config[key]) for r in known if key in r.config and r.config[key] != expected}
         if values:
-            found.append(f"{key} = {' or '.join(sorted(values))}, the paper's {_show(expected)}")
+            found.append(f"{key} = {' or '.join(sorted(values))}, the paper's {show(expected)}")
     shares = sorted({share for record in known if (share := _budget(record)) is not None})
     if shares and (min(shares) < 0.99 or max(shares) > 1.01):
         span = f"{shares[0]:.2%}" if len(shares) == 1 else f"{shares[0]:.2%} to {shares[-1]:.2%}"
         found.append(f"budget: {span} of the paper's training tokens")
-    elif len([r for r in known if _budget(r) is None]):
+    elif any(_budget(record) is None for record in known):
         found.append("budget: tokens seen in training are not recorded for every run")
     return found
 
@@ -269,11 +249,12 @@ def comparison_markdown(
         parts.append("The paper has no number for any of these schemes, lengths, modes and splits.\n")
     else:
         parts.append("Ratio: to the value at the training length. Ours: mean over seeds of the loss per word.\n")
-    if table := shapes_table(shapes(rows, words)):
+    if of_shape := shapes(rows, words):
         parts.append(
             "## Shapes\n\nPerplexity over that at the training length, at multiples of it; validation, "
-            f"nonoverlapping windows. Paper: Table 2. Within {FLAT:.0%} of 1 counts as flat.\n\n{table.markdown()}"
+            f"nonoverlapping windows. Paper: Table 2. Within {FLAT:.0%} of 1 counts as flat.\n"
         )
+        parts.append(shapes_table(of_shape).markdown())
     return "\n".join(parts)
 
 
@@ -282,16 +263,16 @@ def comparison_table(items: Sequence[Comparison]) -> Table:
     body = []
     for item in items:
         curve = item.curve
-        tested = str(item.inference_length)
-        if item.paper_length != item.inference_length:
-            tested += f" (paper: {item.paper_length})"
+        tested, paper_length = str(item.inference_length), item.values[0].inference_length
+        if paper_length != item.inference_length:
+            tested += f" (paper: {paper_length})"
         body.append(
             [
-                look(curve.position).name + (f" ({curve.variant})" if curve.variant else ""),
+                label(curve.position, curve.variant),
                 str(curve.train_length),
                 tested,
                 f"{item.paper:.2f}",
-                ", ".join(map(str, item.tables)),
+                ", ".join(map(str, sorted({value.table for value in item.values}))),
                 f"{item.ours:.2f}",
                 str(len(curve.losses[item.inference_length])),
                 f"{item.ours - item.paper:+.2f}",
@@ -303,33 +284,13 @@ def comparison_table(items: Sequence[Comparison]) -> Table:
     return Table(header, body)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One scheme at one multiple of its training length."""
-
-    position: str
-    train_length: int
-    factor: int
-    """Inference length over training length, of ours."""
-    paper_length: int
-    """The paper's inference length, nearest to the same multiple of its training length."""
-    paper: float
-    """Perplexity over that at the training length."""
-    ours: float
-
-    @property
-    def same(self) -> bool:
-        """Whether both get worse, both stay as they are, or both get better."""
-        return direction(self.paper) == direction(self.ours)
-
-
 def direction(ratio: float) -> str:
     """`worse`, `flat` or `better`, of a perplexity over that at the training length."""
     return "flat" if abs(ratio - 1) <= FLAT else "worse" if ratio > 1 else "better"
 
 
-def shapes(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) -> list[Shape]:
-    """Every power-of-two multiple that was evaluated and that the paper has, by scheme.
+def shapes(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) -> list[Comparison]:
+    """Every power-of-two multiple that was evaluated and that the paper has at L = 512, by scheme.
 
     Levels of perplexity depend on text, model and budget; what a smaller study can confirm is in which direction a
     scheme goes past its training length, and roughly how fast.
@@ -337,45 +298,31 @@ def shapes(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) ->
     found = []
     for curve in curves(rows, VIEW, words):
         own = find(curve.position, PAPER_LENGTH, PAPER_LENGTH, VIEW)
-        if curve.variant or not own or own[0].perplexity is None:
-            continue
-        for length in curve.lengths:
+        for length in curve.lengths if own and not curve.variant else []:
             factor, rest = divmod(length, curve.train_length)
-            if rest or factor < 2 or factor & (factor - 1):
+            if rest or factor < 2 or factor & (factor - 1) or curve.ratio(length) is None:
                 continue
-            ours = curve.ratio(length)
-            values = find(curve.position, PAPER_LENGTH, factor * PAPER_LENGTH, VIEW, NEAR)
-            if ours is None or not values:
-                continue
-            value = values[0]
-            assert value.perplexity is not None and value.inference_length is not None
-            ratio = value.perplexity / own[0].perplexity
-            found.append(Shape(curve.position, curve.train_length, factor, value.inference_length, ratio, ours))
+            if values := find(curve.position, PAPER_LENGTH, factor * PAPER_LENGTH, VIEW, NEAR):
+                found.append(Comparison(VIEW, curve, length, values, own[0].perplexity))
     return found
 
 
-def shapes_table(found: Iterable[Shape]) -> Table | None:
-    """Paper, ours, and whether the direction is the same; None where there is nothing to compare."""
+def shapes_table(found: Iterable[Comparison]) -> Table:
+    """Ratios to the training length, paper's and ours, and whether they go in the same direction."""
     body = []
     for shape in found:
-        paper, ours = direction(shape.paper), direction(shape.ours)
+        paper, ours = shape.directions
+        length = shape.curve.train_length
         body.append(
             [
-                look(shape.position).name,
-                f"{shape.factor} L",
-                f"{shape.paper:.3f} ({shape.paper_length:,})",
-                f"{shape.ours:.3f} (L = {shape.train_length})",
-                f"yes: {ours}" if shape.same else f"no: {paper}, {ours}",
+                label(shape.curve.position),
+                f"{shape.inference_length // length} L",
+                f"{_ratio(shape.paper_ratio)} ({shape.values[0].inference_length:,})",
+                f"{_ratio(shape.our_ratio)} (L = {length})",
+                f"yes: {ours}" if paper == ours else f"no: {paper}, {ours}",
             ]
         )
-    header = ["scheme", "tested at", f"paper (L = {PAPER_LENGTH}, at)", "ours", "same direction?"]
-    return Table(header, body) if body else None
-
-
-def _training_text(record: RunRecord) -> str | None:
-    """What a run was trained on, where its record says that it was not WikiText-103's own training split."""
-    identity = ((record.corpus.get("splits") or {}).get("train") or {}).get("identity")
-    return identity if identity and identity.startswith("not ") else None
+    return Table(["scheme", "tested at", f"paper (L = {PAPER_LENGTH}, at)", "ours", "same direction?"], body)
 
 
 def _budget(record: RunRecord) -> float | None:
@@ -388,7 +335,3 @@ def _budget(record: RunRecord) -> float | None:
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import whole_file
-from alibi_lm.study.style import Look, look
+from alibi_lm.study.style import look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,11 +59,6 @@ class Line:
     ends: bool = False
     """Whether the scheme has no value beyond its last point."""
 
-    @property
-    def look(self) -> Look:
-        """Colour, marker, dashes."""
-        return look(self.position)
-
 
 @dataclass(frozen=True)
 class Panel:
@@ -78,13 +73,8 @@ class Panel:
     log_y: bool = False
     limits: tuple[float, float] | None = None
     """Of the y axis; None: room for all lines and dots, and whiskers as far as they leave the lines readable."""
-    ticks: list[float] = field(default_factory=list)
-    """Of the x axis; empty: the training length times powers of two."""
-    symlog: bool = False
-    """An x axis that has a 0."""
-    markers: bool = True
     band: bool = False
-    """Fill between low and high; for a panel with one line that has them."""
+    """Fill between low and high, without markers; for a panel with one line that has them."""
     levels: dict[str, float] = field(default_factory=dict)
     """Horizontal lines by name, such as `unigram` or `unigram (name of its text)`."""
     dotted: list[Line] = field(default_factory=list)
@@ -92,6 +82,7 @@ class Panel:
     behind: list[Line] = field(default_factory=list)
     """Other lines, thin and grey."""
     zero: bool = False
+    """Changes against one at x = 0: both axes have a 0, and that of y is marked."""
 
 
 def draw_panel(axis: Axes, panel: Panel) -> None:
@@ -114,11 +105,11 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
     step = min(1.0, 2 / max([*under, 1]))  # however many lie upon each other, the lowest is not too wide
     for line, wider in zip(ordered, (count * step for count in under), strict=True):
         shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.05 if line in spans else 0.0
-        _draw(axis, panel, line, wider, 0.0 if panel.symlog else shift)
+        _draw(axis, panel, line, wider, 0.0 if panel.zero else shift)
         if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
-            labels.append(Label(line.x[-1], line.y[-1], line.name, line.look.color, line.note))
+            labels.append(Label(line.x[-1], line.y[-1], line.name, look(line.position).color, line.note))
     for line in panel.dotted:
-        axis.plot(line.x, line.y, color=line.look.color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
+        axis.plot(line.x, line.y, color=look(line.position).color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
     if panel.zero:
         axis.axhline(0, color="#999999", linewidth=0.9, zorder=1)
     _levels(axis, panel, labels)
@@ -167,7 +158,7 @@ def hidden_under(lines: Sequence[Line], limits: tuple[float, float], log_y: bool
 
 
 def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> None:
-    style = line.look
+    style = look(line.position)
     x = [v * 2**shift for v in line.x]
     faint = line.stray
     dashes: dict[str, Any] = {"dashes": style.dashes} if style.dashes and not wider else {}
@@ -177,8 +168,8 @@ def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> N
         color=style.color,
         linewidth=(1.2 if faint else 1.9) + 3 * wider,
         alpha=0.55 if wider else 1,
-        marker=style.marker if panel.markers else "",
-        markevery=spaced(line.x) if not panel.symlog else None,
+        marker="" if panel.band else style.marker,
+        markevery=spaced(line.x) if not panel.zero else None,
         markersize=(6.4 if style.marker in "XP*" else 5.2) + 4 * wider,
         markeredgewidth=1.1 if faint else 0.6,
         markerfacecolor="white" if faint else style.color,
@@ -228,7 +219,7 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
 
     places = sorted({x for line in [*lines, *panel.behind] for x in line.x})
     trained = panel.trained
-    if panel.symlog:
+    if panel.zero:
         axis.set_xscale("symlog", base=2, linthresh=places[1] if len(places) > 1 else 1)
         ticks = places
     else:
@@ -237,11 +228,11 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
         pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
         axis.set_xlim(places[0] / pad, places[-1] * pad)
-        ticks = panel.ticks or length_ticks(places[0], places[-1], trained or places[0])
+        ticks = length_ticks(places[0], places[-1], trained or places[0])
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))
-    if trained is not None and (panel.symlog or axis.get_xlim()[0] <= trained <= axis.get_xlim()[1]):
+    if trained is not None and (panel.zero or axis.get_xlim()[0] <= trained <= axis.get_xlim()[1]):
         axis.axvline(trained, color="#999999", linewidth=0.9, dashes=(3, 2), zorder=1)
 
 
@@ -347,21 +338,16 @@ def note_lines(note: str) -> list[str]:
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
     """Places at least `gap` apart in [0, 1], in the same order, as near as can be to the wanted ones (rising).
 
-    Groups that touch are centred on the mean of what their members wanted, as in isotonic regression. More places
-    than there is room for go beyond 1.
+    Groups that touch are centred on the mean of what their members wanted. More places than there is room for go
+    beyond 1.
     """
-    groups: list[list[float]] = []  # mean of (wanted - index * gap), size
-    for index, value in enumerate(wanted):
-        groups.append([value - index * gap, 1.0])
-        while len(groups) > 1 and groups[-2][0] >= groups[-1][0]:
-            mean, size = groups.pop()
-            groups[-1] = [
-                (groups[-1][0] * groups[-1][1] + mean * size) / (groups[-1][1] + size),
-                groups[-1][1] + size,
-            ]
-    flat = [mean for mean, size in groups for _ in range(int(size))]
-    top = 1 - (len(flat) - 1) * gap
-    return [max(0.0, min(mean, top)) + index * gap for index, mean in enumerate(flat)]
+    from scipy.optimize import isotonic_regression
+
+    if not wanted:
+        return []
+    steps = isotonic_regression([value - index * gap for index, value in enumerate(wanted)]).x
+    top = 1 - (len(wanted) - 1) * gap
+    return [max(0.0, min(float(step), top)) + index * gap for index, step in enumerate(steps)]
 
 
 Cell = Panel | Callable[["Axes"], None] | None

@@ -7,7 +7,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
 
 import yaml
 
@@ -25,17 +24,13 @@ LARGEST = 16 * 2**20
 def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]:
     """Copy results, analyses and what each run says of itself, and draw them there.
 
-    Weights, checkpoints and per-token results stay where they are. Of absolute paths in what runs say, only the
-    last part is published: the others tell of somebody's machine and nothing of the run. Results of an earlier
-    version are published in the form of this one.
+    Weights, checkpoints and per-token results stay where they are. Of absolute paths only the last part is
+    published: the others tell of somebody's machine. Results of an earlier version get the form of this one.
 
     Args:
         folder: of an experiment's `results.jsonl`; analyses are looked for beside it and in it.
         target: replaced as a whole; files that no publication wrote, such as a README, stay.
         bench: result rows of a benchmark that belong to it, published as `bench.jsonl`.
-
-    Returns:
-        What was written, sorted.
 
     Raises:
         ValueError: no or damaged results, a run without its folder, a file above 16 MiB, or a target that holds
@@ -98,15 +93,13 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
 def _without_folders(text: str) -> str:
     """YAML or JSON with each absolute path cut to its last part."""
     found: list[str] = []
-
-    def collect(value: Any) -> None:
+    values = [yaml.safe_load(text)]
+    while values:
+        value = values.pop()
         if isinstance(value, dict | list):
-            for part in value.values() if isinstance(value, dict) else value:
-                collect(part)
+            values += value.values() if isinstance(value, dict) else value
         elif isinstance(value, str) and PurePath(value).is_absolute():
             found.append(value)
-
-    collect(yaml.safe_load(text))
     for value in sorted(found, key=len, reverse=True):
         text = text.replace(value, PurePath(value).name)
     return text

@@ -12,9 +12,10 @@ from alibi_lm.files import read_json
 from alibi_lm.results.curves import by_name
 from alibi_lm.results.rows import ResultRow
 
+TEXT = "training text"
+NAMED = ("position.name", "train_length", "seed")
+"""Settings that a curve goes by, or its seeds."""
 RUN_FILES = ("config.yaml", "environment.json", "corpus.json", "finished.json")
-NAMED = ("position", "train_length", "seed")
-"""Settings that every figure, table and claim names: they are what is compared."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,12 @@ class RunRecord:
     @property
     def training_text(self) -> str | None:
         """Hash of the token stream that it was trained on, where the folder tells."""
-        train = (self.corpus.get("splits") or {}).get("train") or {}
-        return self.finished.get("corpus") or train.get("sha256")
+        return self.finished.get("corpus") or self.train_split.get("sha256")
+
+    @property
+    def train_split(self) -> dict[str, Any]:
+        """What corpus.json says of it."""
+        return (self.corpus.get("splits") or {}).get("train") or {}
 
 
 def find_records(rows: Iterable[ResultRow], folder: str | os.PathLike[str]) -> dict[str, RunRecord]:
@@ -72,17 +77,19 @@ def read_record(folder: Path, name: str) -> RunRecord:
     Raises:
         ValueError: a file that is there cannot be read, naming it.
     """
-    config = flatten(_read_yaml(folder / "config.yaml"))
-    settings, readable = config, not config
-    rounding: dict[str, Any] = {}
-    try:
-        if config:
-            settings, rounding = _counting(folder)
-            readable = True
-    except ValueError:
-        pass  # written by another version: all its settings are compared, and fairness says so
-    account = (_read_json(folder / file) for file in RUN_FILES[1:])
-    return RunRecord(name, folder, config, settings, rounding, readable, *account)
+    values = [_read(folder / file) for file in RUN_FILES]
+    config = flatten(values[0])
+    settings, rounding, readable = config, {}, not config
+    if config:
+        from alibi_lm.config import load_config
+        from alibi_lm.settings import counting
+
+        try:
+            own = load_config(folder)
+            settings, rounding, readable = counting(own, "run"), counting(own, "rounding"), True
+        except ValueError:
+            pass  # written by another version: all its settings are compared, and fairness says so
+    return RunRecord(name, folder, config, settings, rounding, readable, *values[1:])
 
 
 def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict[str, str]:
@@ -97,54 +104,42 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
         records: of its runs, from `find_records`.
     """
     first: dict[str, ResultRow] = {}
+    texts: dict[str, set[str | None]] = {}
     for row in rows:
-        if row.run is not None:
+        if row.run is not None and records[row.run].config:
             first.setdefault(row.run, row)
-    groups: dict[tuple[str, int | None], list[str]] = {}
+            texts.setdefault(row.run, set()).add(row.corpus)
+    groups: dict[tuple[str, int | None], list[RunRecord]] = {}
     for run, row in first.items():
-        groups.setdefault((row.position, row.train_length), []).append(run)
-    texts: dict[str, set[str | None]] = {run: set() for run in first}
-    for row in rows:
-        if row.run is not None:
-            texts[row.run].add(row.corpus)
+        groups.setdefault((row.position, row.train_length), []).append(records[run])
     found: dict[str, str] = {}
-    for runs in groups.values():
-        known_runs = [records[run] for run in runs if records[run].config]
-        readable = all(record.readable for record in known_runs)
-        facts = {record.name: _facts(record, readable) for record in known_runs}
+    for members in groups.values():
+        readable = all(record.readable for record in members)
+        facts = {
+            record.name: {
+                k: v for k, v in (record.settings if readable else record.config).items() if k not in NAMED
+            }
+            | {TEXT: record.training_text}
+            for record in members
+        }
         kinds: dict[str, list[str]] = {}
         for run, known in facts.items():
             kinds.setdefault(repr(sorted(known.items())), []).append(run)
-        if not kinds:
-            continue
         own = min(kinds.values(), key=lambda k: (not any(by_name(first[r]) == "" for r in k), -len(k), k[0]))
+        base = facts[own[0]]
         keys = sorted({key for known in facts.values() for key in known})
         varying = [key for key in keys if len({repr(known.get(key)) for known in facts.values()}) > 1]
-        hashes = [own_text := facts[own[0]][TEXT]]
-        for members in kinds.values():
-            base, known = facts[own[0]], dict(facts[members[0]])
-            if known[TEXT] not in hashes:
-                hashes.append(known[TEXT])
-            if known[TEXT] != own_text and texts[members[0]].isdisjoint(texts[own[0]]):
-                known[TEXT] = own_text  # curves tell evaluated texts apart themselves
-            elif known[TEXT] != own_text:
-                known[TEXT] = hashes.index(known[TEXT]) + 1
+        trained_on = list(dict.fromkeys([base[TEXT], *(facts[runs[0]][TEXT] for runs in kinds.values())]))
+        for runs in kinds.values():
+            known = dict(facts[runs[0]])
+            if known[TEXT] != base[TEXT]:
+                # A number says as much as a hash; curves of other evaluated texts are told apart by those.
+                same_test = not texts[runs[0]].isdisjoint(texts[own[0]])
+                known[TEXT] = trained_on.index(known[TEXT]) + 1 if same_test else base[TEXT]
             changed = [key for key in varying if known.get(key) != base.get(key)]
-            found |= dict.fromkeys(
-                members, ", ".join(_words(_short(key, varying), known.get(key)) for key in changed)
-            )
+            words = ", ".join(_words(_short(key, varying), known.get(key)) for key in changed)
+            found |= dict.fromkeys(runs, words)
     return found
-
-
-TEXT = "training text"
-
-
-def _facts(record: RunRecord, readable: bool) -> dict[str, Any]:
-    """What makes a recipe: everything that results depend on but the seed, scheme and training length."""
-    left_out = ("position.name", "train_length", "seed")
-    settings = record.settings if readable else record.config
-    facts = {key: value for key, value in settings.items() if key not in left_out}
-    return facts | {TEXT: record.training_text}
 
 
 def _short(key: str, others: Sequence[str]) -> str:
@@ -161,7 +156,7 @@ def _words(name: str, value: Any) -> str:
         return f"no {name}"
     if isinstance(value, int | float):
         return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-    return f"{name}={'null' if value is None else value}"
+    return f"{name}={show(value)}"
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -175,30 +170,19 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _counting(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    from alibi_lm.config import load_config
-    from alibi_lm.settings import counting
-
-    config = load_config(folder)
-    return counting(config, "run"), counting(config, "rounding")
+def show(value: Any) -> str:
+    """A setting as text."""
+    return "null" if value is None else str(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return read_json(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML or JSON object; empty where there is no file."""
     import yaml
 
+    if not path.is_file():
+        return {}
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return value if isinstance(value, dict) else {}

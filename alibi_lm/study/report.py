@@ -9,16 +9,15 @@ import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import views
-from alibi_lm.study.claims import NUMBERS_NOTE, claims_tables, judge_claims, read_evidence
+from alibi_lm.study.claims import NUMBERS_NOTE, Evidence, claims_tables, judge_claims, read_evidence
 from alibi_lm.study.compare import VERDICTS
-from alibi_lm.study.fairness import Difference, differences
+from alibi_lm.study.fairness import Difference
 from alibi_lm.study.figures import draw
 from alibi_lm.study.paper import caveats, compare, comparison_table
-from alibi_lm.study.records import RunRecord
+from alibi_lm.study.records import RunRecord, show
 from alibi_lm.study.tables import Table, provenance, view_table
 
 _STYLE = """
@@ -57,35 +56,32 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
     """
     drawn = draw(folder)
     evidence = read_evidence(folder, bench)
-    rows, records, words = evidence.rows, evidence.records, evidence.words
-    unfair = differences(rows, folder)
+    rows, words = evidence.rows, evidence.words
     own = folder.name == "extrapolation"  # of an experiment; a published one has all in one folder
     name = folder.parent.name if own else folder.name
     found = views(rows)
-    figures = {
-        f"Results by inference length, {view.title}": path for view, path in zip(found, _svg(drawn), strict=True)
-    }
+    pictures = [path for path in drawn if path.suffix == ".svg"]
+    titles = [f"Results by inference length, {view.title}" for view in found]
+    figures = dict(zip(titles, pictures, strict=True))
     # Figures of the analyses, and whatever else was drawn here; not what an earlier set of results left behind.
     others = [path for path in sorted(folder.glob("*.svg")) if not path.name.startswith("extrapolation")]
     others += sorted(((folder.parent if own else folder) / "analysis").glob("*.png"))
     figures |= {path.stem.replace("_", " "): path for path in others}
+    claims = claims_tables(judge_claims(evidence))
     body = [
         f"<h1>{_text(name)}</h1>",
         f'<p class="soft">{_text(provenance(rows, found[0]))}</p>',
-        _fairness_mark(unfair),
+        _fairness_mark(evidence.unfair),
         "<h2>Figures</h2>",
         *(_figure(index, label, path) for index, (label, path) in enumerate(figures.items(), start=1)),
         "<h2>Tables</h2>",
         *(f"<h3>{_text(view.title)}</h3>{view_table(rows, view, words).html()}" for view in found),
         "<h2>The paper's claims</h2>",
-        *(
-            f"<h3>{_text(group)}</h3>{_coloured(table.html())}"
-            for group, table in claims_tables(judge_claims(evidence)).items()
-        ),
+        *(f"<h3>{_text(group)}</h3>{_coloured(table.html())}" for group, table in claims.items()),
         f'<p class="soft small">{_text(NUMBERS_NOTE)}</p>',
-        *_paper(rows, records, words),
-        _fairness(unfair),
-        _runs(records),
+        *_paper(evidence),
+        _fairness(evidence.unfair),
+        _runs(evidence.records),
     ]
     path = folder / "report.html"
     write_text(path, _page(f"{name}: results by inference length", "\n".join(body)))
@@ -103,10 +99,6 @@ def _page(title: str, body: str) -> str:
     )
 
 
-def _svg(drawn: Iterable[Path]) -> list[Path]:
-    return [path for path in drawn if path.suffix == ".svg"]
-
-
 def _figure(index: int, label: str, path: Path) -> str:
     """A picture inside of the page; as an image it can neither run nor load anything."""
     kind = {".svg": "svg+xml", ".png": "png"}[path.suffix]
@@ -121,9 +113,11 @@ def _coloured(table: str) -> str:
     return table
 
 
-def _paper(rows: Sequence[Any], records: Mapping[str, RunRecord], words: Mapping[str, str]) -> list[str]:
-    found = compare(rows, words=words)
-    parts = ["<h2>Beside the paper's numbers</h2>", _list(caveats(rows, records))] if found else []
+def _paper(evidence: Evidence) -> list[str]:
+    found = compare(evidence.rows, words=evidence.words)
+    if not found:
+        return []
+    parts = ["<h2>Beside the paper's numbers</h2>", _list(caveats(evidence.rows, evidence.records))]
     for view in dict.fromkeys(item.view for item in found):
         table = comparison_table([item for item in found if item.view == view])
         parts += [f"<h3>{_text(view.title)}</h3>", table.html()]
@@ -146,23 +140,14 @@ def _fairness(unfair: Sequence[Difference]) -> str:
 
 def _runs(records: Mapping[str, RunRecord]) -> str:
     """Config and environment of every run: what all share once, then what each has of its own."""
-    parts = ["<h2>Runs</h2>"]
-    facts = {
-        name: {
-            f"{kind}: {key}": "null" if value is None else str(value)
-            for kind, values in (
-                ("config", record.config),
-                ("environment", record.environment),
-                ("corpus", record.corpus),
-                ("result", record.finished),
-            )
-            for key, value in values.items()
-        }
-        for name, record in records.items()
-    }
+    facts: dict[str, dict[str, str]] = {}
+    for name, record in records.items():
+        account = {"config": record.config, "environment": record.environment}
+        account |= {"corpus": record.corpus, "result": record.finished}
+        facts[name] = {f"{kind}: {k}": show(v) for kind, values in account.items() for k, v in values.items()}
     known = {name: values for name, values in facts.items() if values}
-    missing = [name for name, values in facts.items() if not values]
-    if missing:
+    parts = ["<h2>Runs</h2>"]
+    if missing := [name for name, values in facts.items() if not values]:
         parts.append(f"<p>No run folder at hand for: {_text(', '.join(missing))}.</p>")
     keys = sorted({key for values in known.values() for key in values})
     shared = [key for key in keys if len(known) > 1 and len({v.get(key) for v in known.values()}) == 1]

@@ -54,3 +54,9 @@ def look(position: str) -> Look:
         _MARKERS[digest[1] % len(_MARKERS)],
         _DASHES[digest[2] % len(_DASHES)],
     )
+
+
+def label(position: str, variant: str = "", length: int | None = None) -> str:
+    """A scheme's name, with the training length and the variant where they are given."""
+    name = look(position).name + (f" L={length}" if length else "")
+    return f"{name} ({variant})" if variant else name

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, view_of, views
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.study.analysis import TERM_NAMES, TITLES, Analysis, Series
+from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity
 from alibi_lm.study.fairness import Difference
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label
+
+_BOLD = re.compile(r"\*\*(.+)\*\*")
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,14 @@ def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] |
     reasons: list[str] = []
     body = []
     for curve in found:
-        name = look(curve.position).name + (f" ({curve.variant})" if curve.variant else "")
-        cells = [_cell(curve, n, reasons) for n in lengths]
-        body.append([name, str(curve.train_length), _seeds(curve), *cells])
+        head = [label(curve.position, curve.variant), str(curve.train_length), _seeds(curve)]
+        body.append(head + [_cell(curve, n, reasons) for n in lengths])
     for name, value in sorted(baselines(rows, view).items()):
         body.append([f"{name} baseline", "", "", *(f"{value:.2f}" for _ in lengths)])
-    ratio = (
-        ["In brackets: ratio to the value at the training length (bold)."] if view.metric == "perplexity" else []
-    )
-    return Table(["scheme", "trained at", "runs", *map(str, lengths)], body, 3, _numbered(reasons) + ratio)
+    notes = _numbered(reasons)
+    if view.metric == "perplexity":
+        notes.append("In brackets: ratio to the value at the training length (bold).")
+    return Table(["scheme", "trained at", "runs", *map(str, lengths)], body, 3, notes)
 
 
 def provenance(rows: Iterable[ResultRow], view: View) -> str:
@@ -118,8 +120,6 @@ def _seeds(curve: Curve) -> str:
     return " and ".join([*parts, *([f"{unknown} without a seed"] if unknown else [])])
 
 
-_COLUMN = {"fixed": "context", "offset": "offset"}
-"""What the columns of a view are, where they are not lengths."""
 _NOTES = {
     "perplexity": "Perplexity per token; in brackets its ratio to that at the training length.",
     "position": "Mean nats per token of the positions of each doubling, from the shortest windows that reach it.",
@@ -154,16 +154,14 @@ def _grid(found: Analysis) -> Table:
                 if point["nats"] is not None:  # shorter windows come first and have more targets
                     row |= _octaves(point["curve"]) | row
             else:
-                row[point[_COLUMN.get(found.view, "length")]] = _analysis_cell(found.view, series, point, reasons)
+                row[point[AT.get(found.view, "length")]] = _analysis_cell(found.view, series, point, reasons)
     columns = sorted({column for row in cells.values() for column in row})
-    modes = any(mode for _, _, mode in cells)
     heads = [f"to {c}" if found.view == "position" else str(c) for c in columns]
+    windows = ["windows"] if any(mode for _, _, mode in cells) else []
     body = [
-        [name, trained, *([mode] if modes else []), *(row.get(c, "") for c in columns)]
-        for (name, trained, mode), row in cells.items()
+        [*head[: 2 + len(windows)], *(row.get(column, "") for column in columns)] for head, row in cells.items()
     ]
-    notes = _numbered(reasons)
-    return Table(["scheme", "trained at", *(["windows"] if modes else []), *heads], body, 1, notes)
+    return Table(["scheme", "trained at", *windows, *heads], body, 1, _numbered(reasons))
 
 
 def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons: list[str]) -> str:
@@ -179,10 +177,10 @@ def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons:
     if view == "offset":
         return f"{point['nats']:+.4f} ({point['largest']:.1g})"
     change = point.get("difference")
-    if change is None or change["low"] is None or change["from"] == point.get(_COLUMN.get(view, "length")):
-        return f"{_exp(point['nats']):.2f}"
-    ends = f"{_exp(change['low']):.3f}-{_exp(change['high']):.3f}"
-    return f"{_exp(point['nats']):.2f} ({_exp(change['nats']):.3f}, {ends})"
+    if change is None or change["low"] is None or change["from"] == point.get(AT.get(view, "length")):
+        return f"{perplexity(point['nats']):.2f}"
+    ends = f"{perplexity(change['low']):.3f}-{perplexity(change['high']):.3f}"
+    return f"{perplexity(point['nats']):.2f} ({perplexity(change['nats']):.3f}, {ends})"
 
 
 def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:
@@ -206,7 +204,7 @@ def _decomposition(found: Analysis) -> Table:
                     row.append(f"- {_refer(point.get('reason') or term['reason'], reasons)}")
                     continue
                 interval = "" if term["low"] is None else f" [{term['low']:+.4f}, {term['high']:+.4f}]"
-                row.append(f"{term['nats']:+.4f}{interval}, x{_exp(term['nats']):.3g}")
+                row.append(f"{term['nats']:+.4f}{interval}, x{perplexity(term['nats']):.3g}")
             body.append(row)
     return Table(["scheme", "trained at", "length", *TERM_NAMES.values()], body, 1, _numbered(reasons))
 
@@ -220,21 +218,16 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def _markdown_cell(cell: str) -> str:
-    if _is_bold(cell):
-        return f"**{escape(cell[2:-2])}**"
+    if bold := _BOLD.fullmatch(cell):
+        return f"**{escape(bold[1])}**"
     return "<br>".join(escape(line, keep="[]") for line in cell.split("\n"))
 
 
 def _html_cell(tag: str, cell: str, words: bool) -> str:
+    bold = _BOLD.fullmatch(cell)
+    text = "<br>".join(html.escape(line) for line in (bold[1] if bold else cell).split("\n"))
     kind = ' class="word"' if words else ""
-    if _is_bold(cell):
-        return f"<{tag}{kind}><strong>{html.escape(cell[2:-2])}</strong></{tag}>"
-    text = "<br>".join(html.escape(line) for line in cell.split("\n"))
-    return f"<{tag}{kind}>{text}</{tag}>"
-
-
-def _is_bold(cell: str) -> bool:
-    return len(cell) > 4 and cell.startswith("**") and cell.endswith("**")
+    return f"<{tag}{kind}>{f'<strong>{text}</strong>' if bold else text}</{tag}>"
 
 
 def _refer(reason: str, reasons: list[str]) -> str:
@@ -245,10 +238,6 @@ def _refer(reason: str, reasons: list[str]) -> str:
 
 def _numbered(reasons: Sequence[str]) -> list[str]:
     return [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700))
 
 
 def _short(text: str | None) -> str:

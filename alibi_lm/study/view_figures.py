@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
-from alibi_lm.study.analysis import TERM_NAMES, TITLES, Analysis, Series, read_analysis
+from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, read_analysis
 from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
 from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save, say
-from alibi_lm.study.style import look
+from alibi_lm.study.style import label, look
 from alibi_lm.study.tables import analysis_markdown
 
 if TYPE_CHECKING:
@@ -24,23 +24,18 @@ TERM_COLORS = {"early_tokens": "#56B4E9", "positions_beyond": "#CC79A7", "keys_b
 
 
 def draw_analysis(path: str | Path) -> list[Path]:
-    """Draw the figure of `<view>.json` and write its table beside it.
-
-    Returns:
-        The files written: `<view>.png`, `<view>.svg` and `<view>.md`.
+    """Draw the figure of `<view>.json` beside it: `<view>.png`, `<view>.svg`, and its table `<view>.md`.
 
     Raises:
         ValueError: no such file, or not one of ours.
     """
-    path = Path(path)
+    png, svg, table = (Path(path).with_suffix(suffix) for suffix in (".png", ".svg", ".md"))
     found = read_analysis(path)
     figure = analysis_figure(found)
-    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for target in written:
-        save(figure, target)
-    table = path.with_suffix(".md")
+    save(figure, png)
+    save(figure, svg)
     write_text(table, analysis_markdown(found))
-    return [*written, table]
+    return [png, svg, table]
 
 
 def analysis_figure(found: Analysis) -> Figure:
@@ -72,16 +67,10 @@ def analysis_figure(found: Analysis) -> Figure:
     for series in found.series:
         for reason in {str(p["reason"]) for p in series.points if p.get("reason")}:
             reasons.setdefault(reason, []).append(series.name)
-    remarks += [
-        f"Without a value at some lengths: {', '.join(who)}: {why}." for why, who in sorted(reasons.items())
-    ]
-    return build(
-        TITLES[found.view], grid(cells, min(len(cells), _columns(cells))), found.provenance, remarks, marks, size
-    )
-
-
-def _columns(cells: Sequence[Any]) -> int:
-    return 2 if len(cells) in (2, 4) else 3
+    for reason, names in sorted(reasons.items()):
+        remarks.append(f"Without a value at some lengths: {', '.join(names)}: {reason}.")
+    columns = 2 if len(cells) in (2, 4) else min(len(cells), 3)
+    return build(TITLES[found.view], grid(cells, columns), found.provenance, remarks, marks, size)
 
 
 def view_panels(found: Analysis) -> list[Panel]:
@@ -93,20 +82,17 @@ def view_panels(found: Analysis) -> list[Panel]:
     panels = []
     for length in shared:
         members = [s for s, home in zip(found.series, homes, strict=True) if home == length]
-        lines = [line for s in members for line in VIEW_LINES[found.view](s, s.train_length != length)]
-        lines = [line for line in lines if line.x]
-        panel = functools.partial(
-            Panel, lines=lines, trained=length, x_label=_X_NAMES.get(found.view, Panel.x_label)
-        )
-        title = f"trained at {length}"
+        lines = [n for s in members for n in view_lines(found.view, s, s.train_length != length) if n.x]
+        x_label, title = _X_NAMES.get(found.view, Panel.x_label), f"trained at {length}"
+        panel = functools.partial(Panel, lines=lines, trained=length, x_label=x_label)
         if found.view == "offset":
             y_label = "change of the mean loss, nats per token"
-            panels.append(panel(title=title, y_label=y_label, symlog=True, zero=True))
+            panels.append(panel(title=title, y_label=y_label, zero=True))
             continue
-        values = [v for line in lines for v in line.y]
-        wide = bool(values) and max(values) / min(values) > CLOSE_UP_FROM
-        panels.append(panel(title=title, log_y=bool(values) and max(values) / min(values) > 1.5))
-        close = close_lines(lines, length) if wide else []
+        values = [v for line in lines for v in line.y] or [1.0]
+        span = max(values) / min(values)
+        panels.append(panel(title=title, log_y=span > 1.5))
+        close = close_lines(lines, length) if span > CLOSE_UP_FROM else []
         if close:
             ends = [v for line in close for v in [*line.low, *line.high]]
             near = [v for line in close for x, v in zip(line.x, line.y, strict=True) if x <= length or line.low]
@@ -146,7 +132,6 @@ def position_panels(found: Analysis) -> list[Panel]:
             y_label="nats per token",
             trained=series.train_length,
             limits=(min(values) - room, max(values) + room),
-            markers=False,
             band=True,
             behind=[other for _, other in lines if other is not line],
         )
@@ -162,7 +147,7 @@ def _view_line(
     known = any(low < high for low, high in ends)
     return Line(
         series.position,
-        look(series.position).name + (f" L={series.train_length}" if guest else ""),
+        label(series.position, length=series.train_length if guest else None),
         [float(p[at]) for p in points],
         [unit(p["nats"]) for p in points],
         series.variant,
@@ -180,26 +165,23 @@ def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
     return point["nats"] + known["low"] - known["nats"], point["nats"] + known["high"] - known["nats"]
 
 
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
-
-
-def _perplexity_lines(series: Series, guest: bool) -> list[Line]:
+def view_lines(view: str, series: Series, guest: bool) -> list[Line]:
+    """The lines of one series; two where perplexity was measured in both kinds of windows."""
+    if view != "perplexity":
+        return [
+            _view_line(
+                series, guest, AT.get(view, "length"), series.points, float if view == "offset" else perplexity
+            )
+        ]
     lines = []
     for mode in ("nonoverlapping", "sliding"):
-        line = _view_line(series, guest, "length", [p for p in series.points if p["mode"] == mode], _exp)
-        if line.x and mode == "sliding":
+        line = _view_line(series, guest, "length", [p for p in series.points if p["mode"] == mode], perplexity)
+        if mode == "sliding":
             line = replace(line, note="; ".join(filter(None, [line.note, "sliding"])), stray=True)
         lines.append(line)
     return lines
 
 
-VIEW_LINES: dict[str, Callable[[Series, bool], list[Line]]] = {
-    "perplexity": _perplexity_lines,
-    "last": lambda s, guest: [_view_line(s, guest, "length", s.points, _exp)],
-    "fixed": lambda s, guest: [_view_line(s, guest, "context", s.points, _exp)],
-    "offset": lambda s, guest: [_view_line(s, guest, "offset", s.points, float)],
-}
 _X_NAMES = {
     "position": "position in the window = tokens of context, log axis",
     "fixed": "tokens of context of every target, log axis",

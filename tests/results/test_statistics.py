@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -6,15 +8,12 @@ from alibi_lm.results import coverage
 from alibi_lm.results.statistics import (
     BOTH,
     ONE_SEED,
-    Interval,
-    as_perplexity,
     critical_value,
     mean_nats_interval,
     paired_difference,
     per_document_sums,
     seeds_to_settle,
     variance_parts,
-    verdict,
     wilson_interval,
 )
 
@@ -32,13 +31,12 @@ def ends(interval):
     return np.array([interval.estimate, interval.low, interval.high])
 
 
+def difference(a, b, tokens, **settings):
+    """Of runs with the same seeds."""
+    return paired_difference(a, b, tokens, range(len(a)), range(len(b)), **settings)
+
+
 # ---- sums per document
-
-
-def test_sums_and_counts_per_document():
-    sums, counts = per_document_sums(np.array([1, 2, 4, 8, 16, 32.0]), np.array([0, 1, 4]))
-    assert sums.tolist() == [1, 14, 48] and counts.tolist() == [1, 3, 2]
-    assert counts.dtype == np.int64
 
 
 def test_unscored_tokens_count_nowhere():
@@ -55,17 +53,9 @@ def test_sums_are_added_in_double_precision():
     assert sums[0] == pytest.approx(300_000 * float(np.float32(0.1)), rel=1e-12)
 
 
-@pytest.mark.parametrize("starts", [[1, 2], [0, 2, 2], [0, 3, 2], [0, 6], [], [[0, 1]], [0.0, 2.0]])
-def test_starts_must_rise_from_zero_within_the_stream(starts):
-    with pytest.raises(ValueError, match="document_starts"):
-        per_document_sums(np.ones(6), np.array(starts))
-
-
 def test_values_that_are_not_finite_name_their_document():
     with pytest.raises(ValueError, match="document 1 "):
         per_document_sums(np.array([1, 2, np.inf, 3]), np.array([0, 2, 3]))
-    with pytest.raises(ValueError, match="scored"):
-        per_document_sums(np.ones(4), np.array([0]), np.ones(3, dtype=bool))
 
 
 # ---- the interval of a mean
@@ -88,7 +78,7 @@ def test_documents_of_one_length_give_the_analysis_of_variance_by_hand():
     half = np.quantile(np.abs(draws), 0.95) * np.sqrt((4 + 10 - 2 / 3) / 12)
     interval = mean_nats_interval(rates * 100, np.full(4, 100))
     np.testing.assert_allclose(ends(interval), [4, 4 - half, 4 + half], atol=0.03)
-    assert interval.kind == BOTH and interval.note == "" and interval.comparisons == 1
+    assert interval.kind == BOTH and interval.note == ""
     assert interval.seed_variance == pytest.approx(1) and interval.document_variance == pytest.approx(28 / 36)
 
 
@@ -101,11 +91,10 @@ def test_seed_noise_alone_gives_the_t_interval_over_seeds():
 
 def test_one_seed_is_conditional_and_over_documents_alone():
     rates = np.array([1.0, 2.0, 4.0, 5.0])
-    interval = mean_nats_interval(rates * 50, np.full(4, 50), level=0.9)
+    interval = mean_nats_interval(rates[None] * 50, np.full(4, 50), level=0.9)
     half = stats.t.ppf(0.95, 3) * rates.std(ddof=1) / 2
     np.testing.assert_allclose(ends(interval), [3, 3 - half, 3 + half], rtol=1e-9)
     assert interval.kind == ONE_SEED
-    assert interval.kind == "one seed: conditional on that seed"
 
 
 def test_the_document_part_of_one_seed_is_the_delete_one_jackknife(scores):
@@ -116,14 +105,10 @@ def test_the_document_part_of_one_seed_is_the_delete_one_jackknife(scores):
     assert variance_parts(nats[:1], tokens).documents_seen == pytest.approx(jackknife, rel=1e-9)
 
 
-def test_tokens_weigh_the_mean(scores):
-    nats, tokens = scores
-    assert mean_nats_interval(nats, tokens).estimate == pytest.approx(nats.sum() / tokens.sum() / 3)
-
-
 def test_shift_scale_order_and_empty_documents(scores):
     nats, tokens = scores
     reference = mean_nats_interval(nats, tokens)
+    assert reference.estimate == pytest.approx(nats.sum() / tokens.sum() / 3)
     np.testing.assert_allclose(ends(mean_nats_interval(nats + 2 * tokens, tokens)), ends(reference) + 2)
     np.testing.assert_allclose(ends(mean_nats_interval(nats * 3, tokens)), ends(reference) * 3)
     np.testing.assert_allclose(ends(mean_nats_interval(nats * 7, tokens * 7)), ends(reference))
@@ -152,19 +137,13 @@ def test_a_higher_level_is_wider_and_more_documents_do_not_shrink_the_seed_part(
         (np.ones((0, 3)), np.ones(3), "shape"),
         (np.ones((1, 2, 3)), np.ones(3), "shape"),
         (np.array([[1.0, np.nan]]), np.ones(2), "finite"),
-        (np.ones(2), np.array([1, -1]), "finite"),
+        (np.ones((1, 2)), np.array([1, -1]), "finite"),
         (np.array([[1.0, 2.0], [1.0, 2.0]]), np.ones(2), "same run twice"),
     ],
 )
 def test_input_that_carries_no_interval_is_refused(nats, tokens, match):
     with pytest.raises(ValueError, match=match):
         mean_nats_interval(nats, tokens)
-
-
-@pytest.mark.parametrize("level", [0, 1, 95])
-def test_level_is_a_share(scores, level):
-    with pytest.raises(ValueError, match=f"level = {level}"):
-        mean_nats_interval(*scores, level=level)
 
 
 # ---- the critical value
@@ -176,10 +155,9 @@ def test_critical_value_at_its_ends_is_t():
 
 
 def test_critical_value_does_not_care_which_part_is_which():
-    share = np.array([0.1, 0.5, 0.8])
-    one = critical_value(share, np.array(3.0), np.array(20.0), 0.95)
-    other = critical_value(1 - share, np.array(20.0), np.array(3.0), 0.95)
-    np.testing.assert_allclose(one, other, rtol=1e-9)
+    share, few, many = np.array([0.1, 0.5, 0.8]), np.array(3.0), np.array(20.0)
+    swapped = critical_value(1 - share, many, few, 0.95)
+    np.testing.assert_allclose(critical_value(share, few, many, 0.95), swapped, rtol=1e-9)
 
 
 def test_critical_value_is_the_quantile_of_a_sum_of_two_t_variables():
@@ -200,21 +178,20 @@ def test_a_paired_difference_is_the_mean_of_the_differences(scores):
     nats, tokens = scores
     rng = np.random.default_rng(3)
     other = nats + (0.1 + 0.02 * rng.standard_normal((3, 12)) + 0.01 * rng.standard_normal((3, 1))) * tokens
-    difference = paired_difference(nats, other, tokens)
-    np.testing.assert_allclose(ends(difference), ends(mean_nats_interval(nats - other, tokens)))
-    assert -0.2 < difference.low < difference.high < 0
-    swapped = paired_difference(other, nats, tokens)
-    np.testing.assert_allclose(ends(swapped), -ends(difference)[[0, 2, 1]])
+    found = difference(nats, other, tokens)
+    np.testing.assert_allclose(ends(found), ends(mean_nats_interval(nats - other, tokens)))
+    assert -0.2 < found.low < found.high < 0
+    np.testing.assert_allclose(ends(difference(other, nats, tokens)), -ends(found)[[0, 2, 1]])
     # What documents and seeds share cancels: far shorter than the interval of either.
     alone = mean_nats_interval(nats, tokens)
-    assert difference.high - difference.low < (alone.high - alone.low) / 3
+    assert found.high - found.low < (alone.high - alone.low) / 3
 
 
 def test_seeds_are_matched_by_name_and_the_others_left_out(scores):
     nats, tokens = scores
     rng = np.random.default_rng(4)
     other = nats + (0.1 + 0.02 * rng.standard_normal((3, 12))) * tokens
-    reference = paired_difference(nats, other, tokens)
+    reference = difference(nats, other, tokens)
     shuffled = paired_difference(nats, other[[2, 0, 1]], tokens, seeds_a=[7, 8, 9], seeds_b=[9, 7, 8])
     np.testing.assert_allclose(ends(shuffled), ends(reference))
     more = np.concatenate([other, other[:1] * 5])
@@ -236,74 +213,33 @@ def test_seeds_without_partners_add_their_variances(scores):
     # The degrees of freedom are those of the smaller set.
     half = critical_value((a.seed + b.seed) / variance, np.array(2.0), both.document_df, 0.95) * np.sqrt(variance)
     np.testing.assert_allclose(ends(interval), a.estimate - b.estimate + np.array([0, -half, half]))
-    # Without names, unequal numbers are no pairs, and equal numbers are.
-    np.testing.assert_allclose(ends(paired_difference(nats, other, tokens)), ends(interval))
-    assert "not paired" not in paired_difference(nats, other[:3], tokens).note
 
 
-def test_verdicts_follow_the_interval(scores):
+def test_one_seed_on_either_side_is_said(scores):
     nats, tokens = scores
-    rng = np.random.default_rng(6)
-    noise = 0.01 * rng.standard_normal((3, 12)) * tokens
-    better, same = nats - 0.2 * tokens + noise, nats + noise
-    assert verdict(paired_difference(better, nats, tokens, comparisons=3)) == "yes"
-    assert verdict(paired_difference(nats, better, tokens, comparisons=3)) == "no"
-    assert verdict(paired_difference(same, nats, tokens, comparisons=3)) == "not settled"
-    assert verdict(paired_difference(nats, nats, tokens, comparisons=3)) == "not settled"
-
-
-def test_one_seed_settles_nothing_about_schemes(scores):
-    nats, tokens = scores
-    for a, b in [(nats[0], nats[1] - tokens), (nats[:1], nats - tokens), (nats, nats[0] + tokens)]:
-        interval = paired_difference(a, b, tokens, comparisons=1)
-        assert interval.kind == ONE_SEED
-        assert interval.low * interval.high > 0  # 0 is outside, and still:
-        assert verdict(interval) == "not settled"
+    for a, b in [(nats[:1], nats[1:2]), (nats[:1], nats), (nats, nats[:1] + tokens)]:
+        assert difference(a, b - tokens, tokens).kind == ONE_SEED
 
 
 def test_asking_more_lengths_widens_by_bonferroni(scores):
     nats, tokens = scores
     rng = np.random.default_rng(7)
     other = nats + (0.1 * rng.standard_normal(12) + 0.02 * rng.standard_normal((3, 1))) * tokens
-    six = paired_difference(nats, other, tokens, level=0.94, comparisons=6)
-    one = paired_difference(nats, other, tokens, level=0.99, comparisons=1)
+    six = difference(nats, other, tokens, level=0.94, comparisons=6)
+    one = difference(nats, other, tokens, level=0.99)
     np.testing.assert_allclose(ends(six), ends(one), rtol=1e-6)
-    assert (six.level, six.comparisons) == (0.94, 6)
-    assert one.low < paired_difference(nats, other, tokens, level=0.94).low
+    assert one.low < difference(nats, other, tokens, level=0.94).low
 
 
-def test_a_verdict_takes_nats(scores):
-    nats, tokens = scores
-    with pytest.raises(ValueError, match="unit = perplexity"):
-        verdict(as_perplexity(paired_difference(nats, nats * 1.1, tokens, comparisons=1)))
-    with pytest.raises(ValueError, match="comparisons = 0"):
-        paired_difference(nats, nats, tokens, comparisons=0)
-
-
-def test_seeds_named_twice_or_on_one_side_are_refused(scores):
-    nats, tokens = scores
-    with pytest.raises(ValueError, match="or neither"):
-        paired_difference(nats, nats, tokens, seeds_a=[1, 2, 3])
-    with pytest.raises(ValueError, match="seeds_b"):
-        paired_difference(nats, nats, tokens, seeds_a=[1, 2, 3], seeds_b=[1, 1, 2])
+def test_other_documents_are_refused(scores):
     with pytest.raises(ValueError, match="nats_b has shape"):
-        paired_difference(nats, nats[:, 1:], tokens)
-
-
-def test_perplexity_is_exp_of_all_three():
-    interval = Interval(0.1, -0.2, 0.4, 0.95, BOTH, "note")
-    ratio = as_perplexity(interval)
-    np.testing.assert_allclose(ends(ratio), np.exp([0.1, -0.2, 0.4]))
-    assert (ratio.unit, ratio.note, ratio.level) == ("perplexity", "note", 0.95)
-    assert as_perplexity(Interval(0.1, -900.0, 900.0, 0.95, BOTH)).high == np.inf
-    with pytest.raises(ValueError, match="already"):
-        as_perplexity(ratio)
+        difference(scores[0], scores[0][:, 1:], scores[1])
 
 
 # ---- how many seeds
 
 
-@pytest.mark.parametrize("gap", [0.3, 0.6, 1.0, 3.0])
+@pytest.mark.parametrize("gap", [0.6, 1.0, 3.0])
 def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     seeds = seeds_to_settle(gap, 1.0, 0.0)
 
@@ -346,20 +282,22 @@ def test_the_simulated_interval_is_the_library_interval(seeds, comparisons):
     half = coverage.half_width(variance_parts(nats, tokens), seeds, 1 - 0.05 / comparisons)
     for scores, counts, expected in zip(nats, tokens, half, strict=True):
         base = np.arange(seeds)[:, None] * counts
-        interval = paired_difference(scores + base, base, counts, comparisons=comparisons)
+        interval = difference(scores + base, base, counts, comparisons=comparisons)
         assert interval.high - interval.estimate == pytest.approx(expected, rel=1e-6)
         if comparisons == 1:
             np.testing.assert_allclose(ends(mean_nats_interval(scores, counts)), ends(interval))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0], ids=["small", "equal", "large"])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0, 10.0])
 def test_95_percent_intervals_cover_93_to_98(seeds, noise):
-    for interaction in coverage.INTERACTION:
-        for documents in ("normal", "skewed"):
-            share = coverage.interval_coverage(10_000, seeds, noise, interaction, documents)
-            assert 0.93 <= share <= 0.98, (interaction, documents)
+    widest = 0.99 if seeds == 2 else 0.98
+    for interaction, documents in itertools.product(coverage.INTERACTION, ("normal", "skewed")):
+        share = coverage.interval_coverage(10_000, seeds, noise, interaction, documents)
+        assert 0.93 <= share <= widest, (interaction, documents)
+        # normal errors: never less than 95%, to within three standard errors of the simulation
+        assert documents == "skewed" or share >= 0.95 - 3 * 0.0022, interaction
 
 
 @pytest.mark.slow
@@ -378,10 +316,3 @@ def test_equal_schemes_get_a_verdict_in_at_most_5_percent_of_families(seeds, cor
     limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / families)
     for noise in (0.1, 1.0, 10.0):
         assert coverage.family_false_positives(families, seeds, noise, 0.1, correlation) <= limit, noise
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0, 10.0])
-def test_one_question_is_answered_wrongly_in_at_most_5_percent(seeds, noise):
-    assert 1 - coverage.interval_coverage(20_000, seeds, noise, 0.1) <= 0.05 + 3 * 0.00154

@@ -2,6 +2,7 @@
 
 import html
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +19,19 @@ from alibi_lm.study.paper_claims import CLAIMS, Claim, Side
 from alibi_lm.study.records import find_records
 
 ALL = {claim.id: claim for claims in CLAIMS.values() for claim in claims}
+BOUND = math.log(1.01)
 AT_EQUAL_LENGTH = Claim("x", "s", "t", Side("alibi"), Side("sinusoidal"), "below")
 
-ON_PAPER = {
-    "sinusoidal_worse_at_2L": "HOLDS",
-    "sinusoidal_breaks_at_8L": "HOLDS",
-    "rotary_worse_at_2L": "HOLDS",
-    "rotary_holds_longer_than_sinusoidal": "HOLDS",
-    "t5_no_worse_at_2L": "HOLDS",
-    "t5_worse_at_longest": "HOLDS",
-    "alibi_gains_at_2L": "HOLDS",
-    "alibi_never_worse": "HOLDS",
-    "alibi_best_at_2L": "HOLDS",
-    "alibi_beats_sinusoidal_at_L": "HOLDS",
-    "alibi_beats_rotary_at_L": "HOLDS",
-    "alibi_half_length_beats_sinusoidal": "HOLDS",
-    "alibi_sixth_length_beats_sinusoidal": "HOLDS",
-    "alibi_gains_without_overlap": "HOLDS",
-    "alibi_gain_vanishes_when_sliding": "HOLDS",
-    "alibi_flat_when_sliding": "HOLDS",
-    "sinusoidal_breaks_when_sliding": "HOLDS",
-    "alibi_beats_sinusoidal_at_64_and_128": "FAILS",
-    "alibi_beats_sinusoidal_at_every_L": "FAILS",
-    "alibi_half_length_beats_sinusoidal_at_every_L": "FAILS",
-    "alibi_beats_t5_at_512": "NOT SETTLED",  # 19.73 against 19.65 is less than lengths and borders move
-    "t5_flat_under_sliding": "FAILS",
+FAIL_ON_PAPER = {
+    "alibi_beats_sinusoidal_at_64_and_128",
+    "alibi_beats_sinusoidal_at_every_L",
+    "alibi_half_length_beats_sinusoidal_at_every_L",
+    "t5_flat_under_sliding",
 }
+"""The paper's own tables contradict these."""
+NO_ROWS = {c.id for c in ALL.values() if c.part or c.measure or c.not_measured or (c.left and c.left.where)}
+"""Decided by other measurements than the paper's tables of perplexities."""
+HOLD_ON_PAPER = set(ALL) - FAIL_ON_PAPER - NO_ROWS - {"alibi_beats_t5_at_512"}
 
 
 def evidence(rows, folder=Path("nowhere"), documents=None, bench=()):
@@ -51,9 +39,12 @@ def evidence(rows, folder=Path("nowhere"), documents=None, bench=()):
 
 
 def test_verdicts_on_the_papers_own_tables():
-    found = {name: judge_claim(claim, evidence(paper_rows()), min_seeds=1) for name, claim in ALL.items()}
-    verdicts = {name: item.verdict for name, item in found.items() if item.verdict != "NOT RUN"}
-    assert verdicts == ON_PAPER
+    rows = evidence(paper_rows())
+    found = {name: judge_claim(claim, rows, min_seeds=1) for name, claim in ALL.items()}
+    expected = dict.fromkeys(HOLD_ON_PAPER, "HOLDS") | dict.fromkeys(FAIL_ON_PAPER, "FAILS")
+    expected |= dict.fromkeys(NO_ROWS, "NOT RUN")
+    expected["alibi_beats_t5_at_512"] = "NOT SETTLED"  # 19.73 against 19.65 is less than lengths and borders move
+    assert {name: item.verdict for name, item in found.items()} == expected and len(HOLD_ON_PAPER) == 17
     assert {i.what: i.numbers for i in found["sinusoidal_worse_at_2L"].instances}["L=512, at 1012 over 512"] == (
         "2.172 (seed 1 alone; no sums per document)"
     )
@@ -96,16 +87,14 @@ def test_every_claim_about_rows_fails_where_the_opposite_is_true():
     """The inverse of each of the paper's values turns every comparison round."""
     inverted = []
     for item in paper_rows():
-        if item.perplexity is None:
-            inverted.append(item)
-            continue
-        value = 1e6 / item.perplexity
-        values = dict(nats=item.tokens * math.log(value), perplexity=value, value=value)
-        inverted.append(type(item)(**(item.__dict__ | values | {"word_perplexity": None})))
-    holds = {"alibi_gain_vanishes_when_sliding", "alibi_flat_when_sliding"}  # flat stays flat
-    for name, verdict in ON_PAPER.items():
-        if verdict == "HOLDS" and name not in holds:
-            assert judge_claim(ALL[name], evidence(inverted), min_seeds=1).verdict != "HOLDS", name
+        if item.perplexity is not None:
+            value = 1e6 / item.perplexity
+            nats = item.tokens * math.log(value)
+            item = replace(item, nats=nats, perplexity=value, value=value, word_perplexity=None)
+        inverted.append(item)
+    rows = evidence(inverted)
+    for name in HOLD_ON_PAPER - {"alibi_gain_vanishes_when_sliding", "alibi_flat_when_sliding"}:  # flat stays flat
+        assert judge_claim(ALL[name], rows, min_seeds=1).verdict != "HOLDS", name
 
 
 def test_a_claim_over_several_lengths_fails_where_one_fails():
@@ -114,13 +103,6 @@ def test_a_claim_over_several_lengths_fails_where_one_fails():
     found = judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], evidence(rows))
     assert [i.verdict for i in found.instances] == ["HOLDS", "FAILS"] and found.verdict == "FAILS"
     assert overall(["HOLDS", "NOT SETTLED"]) == "NOT SETTLED" and overall([]) == "NOT RUN"
-
-
-def test_asking_at_more_lengths_widens_each_interval():
-    rows = two_schemes([20.0, 20.1, 20.3], [20.1, 20.3, 20.5])
-    alibi, sinusoidal = ([r for r in rows if r.position == p] for p in ("alibi", "sinusoidal"))
-    one, many = measure(alibi, sinusoidal, {}, 1), measure(alibi, sinusoidal, {}, 10)
-    assert many.low < one.low < one.estimate < one.high < many.high
 
 
 def test_the_t_interval_is_the_textbooks():
@@ -157,22 +139,27 @@ def test_document_sums_are_used_where_they_are_at_hand():
     assert judge_claim(claim, evidence(one, documents=sums), min_seeds=1).verdict == "HOLDS"
 
 
-def test_bounds_are_strict_about_the_interval():
-    def verdict(low, high, relation, factor, seeds=3):
-        return judge(Measured((low + high) / 2, low, high, seeds, ""), relation, factor, 2)
+@pytest.mark.parametrize(
+    "low, high, relation, verdict",
+    [
+        (-0.1, BOUND - 1e-9, "below", "HOLDS"),
+        (-0.1, BOUND + 1e-9, "below", "NOT SETTLED"),
+        (BOUND + 1e-9, 0.1, "below", "FAILS"),
+        (BOUND + 1e-9, 0.1, "above", "HOLDS"),
+        (-0.1, BOUND - 1e-9, "above", "FAILS"),
+        (-BOUND + 1e-9, BOUND - 1e-9, "within", "HOLDS"),
+        (-0.1, -BOUND - 1e-9, "within", "FAILS"),
+        (-0.1, 0.1, "within", "NOT SETTLED"),
+    ],
+)
+def test_bounds_are_strict_about_the_interval(low, high, relation, verdict):
+    measured = Measured((low + high) / 2, low, high, 3, "")
+    assert judge(measured, relation, 1.01, 2) == verdict
+    assert judge(replace(measured, seeds=1), relation, 1.01, 2) == "NOT SETTLED"
 
-    bound = math.log(1.01)
-    assert verdict(-0.1, bound - 1e-9, "below", 1.01) == "HOLDS"
-    assert verdict(-0.1, bound + 1e-9, "below", 1.01) == "NOT SETTLED"
-    assert verdict(bound + 1e-9, 0.1, "below", 1.01) == "FAILS"
-    assert verdict(bound + 1e-9, 0.1, "above", 1.01) == "HOLDS"
-    assert verdict(-0.1, bound - 1e-9, "above", 1.01) == "FAILS"
-    assert verdict(-bound + 1e-9, bound - 1e-9, "within", 1.01) == "HOLDS"
-    assert verdict(-0.1, -bound - 1e-9, "within", 1.01) == "FAILS"
-    assert verdict(-0.1, 0.1, "within", 1.01) == "NOT SETTLED"
-    assert verdict(-0.1, -0.05, "below", 1.0, seeds=1) == "NOT SETTLED"
-    close = Measured(-0.004, None, None, 1, "")
-    assert judge(close, "below", 1.0, 1) == "NOT SETTLED"
+
+def test_one_seed_without_an_interval_must_clear_a_margin():
+    assert judge(Measured(-0.004, None, None, 1, ""), "below", 1.0, 1) == "NOT SETTLED"
     assert judge(Measured(-0.006, None, None, 1, ""), "below", 1.0, 1) == "HOLDS"
 
 
@@ -192,11 +179,11 @@ def test_speed_is_compared_at_equal_length():
     assert judge_claim(claim, evidence([], bench=peers)).verdict == "NOT RUN"
 
 
-def decomposition(*series: Series, split: str = "validation") -> Analysis:
+def decomposition(*series, split="validation"):
     return Analysis("decomposition", "quick", split, {"c0ffee": "text"}, "abc1234", list(series))
 
 
-def taken_apart(position: str, parts: dict[int, tuple[float, float, float] | None], **changes) -> Series:
+def taken_apart(position, parts, **changes):
     """(estimate, low, high) of keys beyond, by length."""
     points = [
         {"length": n, "keys_beyond": None if p is None else dict(zip(("nats", "low", "high"), p, strict=True))}
@@ -244,11 +231,10 @@ def test_a_claim_is_not_confirmed_at_lengths_that_were_not_run():
 
 
 def test_a_claim_about_every_length_needs_several():
-    claim = ALL["alibi_beats_sinusoidal_at_every_L"]
     rows = []
     for length, verdict in ((64, "NOT SETTLED"), (128, "NOT SETTLED"), (256, "HOLDS")):
         rows += two_schemes([20.0, 20.1], [22.0, 22.2], length=length)
-        found = judge_claim(claim, evidence(rows))
+        found = judge_claim(ALL["alibi_beats_sinusoidal_at_every_L"], evidence(rows))
         assert found.verdict == verdict and bool(found.note) == (verdict != "HOLDS")
 
 

@@ -54,7 +54,7 @@ def test_the_interval_is_the_paired_one_widened_for_the_lengths_asked():
     _, found, _ = answer_at(a, b, first | second, 64, 2)
     sums = [np.stack([s[r.key].nats for r in rows if r.inference_length == 64])
             for rows, s in ((a, first), (b, second))]  # fmt: skip
-    expected = paired_difference(*sums, first[a[0].key].tokens, comparisons=2)
+    expected = paired_difference(*sums, first[a[0].key].tokens, (1, 2, 3), (1, 2, 3), comparisons=2)
     assert (found.estimate, found.low, found.high) == (expected.estimate, expected.low, expected.high)
     assert answer_at(a, b, first | second, 64, 1)[1].high < found.high
 

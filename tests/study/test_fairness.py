@@ -3,12 +3,16 @@
 import pytest
 from study_rows import real_config, row, write_run
 
-from alibi_lm.study.fairness import differences
-from alibi_lm.study.records import find_records, flatten, recipes
+from alibi_lm.study import fairness
+from alibi_lm.study.records import find_records, recipes
 
 FINISHED = {"tokens_seen": 2_457_600, "num_parameters": 1_000_000, "corpus": "c0ffee"}
 ENVIRONMENT = {"commit": "abc1234", "dirty": False, "torch": "2.13", "python": "3.11", "device": "cpu"}
 SCHEMES = ("alibi", "sinusoidal", "rotary", "t5")
+
+
+def differences(rows, folder):
+    return fairness.differences(rows, find_records(rows, folder))
 
 
 @pytest.fixture
@@ -130,10 +134,6 @@ def test_a_damaged_run_folder_is_a_clear_error(tmp_path):
     (tmp_path / "runs" / "alibi_L64_s1" / "finished.json").write_text("{")
     with pytest.raises(ValueError, match=r"finished\.json"):
         differences([row()], tmp_path / "extrapolation")
-
-
-def test_flatten_keeps_lists_whole():
-    assert flatten({"a": {"b": [1, {"c": 2}], "d": None}, "e": 1}) == {"a.b": [1, {"c": 2}], "a.d": None, "e": 1}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from study_rows import accuracy, curve, real_config, row, run_script, study, uni
 
 from alibi_lm.results.curves import Curve, View, curves
 from alibi_lm.results.rows import write_rows
-from alibi_lm.study import plots
+from alibi_lm.study import fairness, plots
 from alibi_lm.study.analysis import Analysis, Series, read_analysis
 from alibi_lm.study.figures import close_up, curve_figure, curve_panels, draw, missing, split_into_panels
 from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of, spread
+from alibi_lm.study.records import find_records
 from alibi_lm.study.style import LOOKS, look
 from alibi_lm.study.tables import markdown, view_table
 from alibi_lm.study.view_figures import analysis_figure, position_panels, view_panels
@@ -54,10 +55,9 @@ def test_other_modes_and_splits_are_drawn_apart(tmp_path):
 
 def test_lines_hold_the_rows_values(tmp_path):
     rows = study(tmp_path, seeds=(1, 2))
-    figure = curve_figure(rows, PLAIN)
-    whole, close_up = figure.axes
-    assert whole.get_yscale() == "log" and close_up.get_yscale() == "linear"
-    for axis in figure.axes:
+    whole, near = curve_figure(rows, PLAIN).axes
+    assert whole.get_yscale() == "log" and near.get_yscale() == "linear"
+    for axis in (whole, near):
         assert axis.get_xscale() == "log"
         drawn = lines(axis, look("sinusoidal").color)[0]
         expected = [v * math.sqrt(1.01 * 1.02) for v in (22.5, 20.5, 40.0, 160.0)]
@@ -65,14 +65,13 @@ def test_lines_hold_the_rows_values(tmp_path):
         assert list(drawn.get_ydata()) == pytest.approx(expected)
         # the training length is a vertical line
         assert any(list(line.get_xdata()) == [64, 64] for line in axis.lines)
-    assert whole.get_ylim()[1] > 160 > close_up.get_ylim()[1] > 22.5
+    assert whole.get_ylim()[1] > 160 > near.get_ylim()[1] > 22.5
 
 
 def test_every_line_has_its_name_and_a_refused_scheme_says_where_it_ends(tmp_path):
-    found = texts(curve_figure(study(tmp_path), PLAIN))
-    for name in ("ALiBi", "ALiBi L=32", "sinusoidal", "learned", "ends at 64"):
-        assert name in found
-    learned = lines(curve_figure(study(tmp_path), PLAIN).axes[0], look("learned").color)[0]
+    figure = curve_figure(study(tmp_path), PLAIN)
+    assert {"ALiBi", "ALiBi L=32", "sinusoidal", "learned", "ends at 64"} <= set(texts(figure))
+    learned = lines(figure.axes[0], look("learned").color)[0]
     assert list(learned.get_xdata()) == [32, 64]
 
 
@@ -83,12 +82,6 @@ def test_a_baseline_is_a_line_where_it_fits_and_words_where_it_would_squash_the_
     assert any(line.get_ydata()[0] == pytest.approx(170.0) for line in near.lines)
     far = curve_figure([*rows, unigram(50_000.0)], PLAIN)
     assert "Out of range: unigram baseline, 5e+04." in texts(far) and far.axes[0].get_ylim()[1] < 1000
-
-
-def test_small_ranges_need_one_linear_panel_only():
-    rows = curve("alibi", {64: 20.0, 128: 19.0}) + curve("t5", {64: 20.0, 128: 21.0})
-    (axis,) = curve_figure(rows, PLAIN).axes
-    assert axis.get_yscale() == "linear"
 
 
 def test_training_lengths_that_curves_share_have_a_panel_and_strays_join_the_next_longer():
@@ -112,15 +105,12 @@ def drawn(**shapes):
     return [c for position, shape in shapes.items() for c in curves(curve(position, shape), PLAIN)]
 
 
-def test_close_up_comes_with_a_wide_range_only():
-    alibi = {64: 20.0, 128: 19.0}
-    low, high = close_up(drawn(alibi=alibi, rotary={64: 20.0, 128: 45.0}))
-    assert low < 19.0 and 20.0 < high < 25.0
-    assert close_up(drawn(alibi=alibi)) is None
+def test_a_small_range_needs_one_linear_panel_only():
+    (whole, near) = curve_panels(drawn(alibi={64: 20.0, 128: 19.0}, t5={64: 20.0, 128: 21.0}), 64, {})
+    assert near is None and not whole.log_y
 
 
 def test_a_bad_run_does_not_take_the_close_up_with_it():
-    """A run that is bad at its own training length once stretched the close-up over everything."""
     found = drawn(alibi={64: 20.0, 128: 19.0}, t5={64: 21.0, 128: 22.0}, rotary={64: 9000.0, 128: 9e5})
     low, high = close_up(found)
     assert 18.0 < low < 19.0 and 21.0 < high < 25.0
@@ -291,16 +281,15 @@ def test_variants_of_an_analysis_are_told_apart_by_their_settings(tmp_path):
     ],
     ids=["all refused", "one point", "a hair apart", "none at the training length", "6 panels", "odd names"],
 )
-def test_odd_studies_are_drawn_too(rows, tmp_path):
-    write_rows(tmp_path / "results.jsonl", rows)
-    assert (draw(tmp_path)[0]).stat().st_size > 3000
+def test_odd_studies_are_drawn_too(rows):
+    curve_figure(rows, PLAIN).draw_without_rendering()
 
 
 def test_looks_are_distinct_and_do_not_depend_on_company():
-    looks = list(LOOKS.values())
-    assert len({item.color for item in looks}) == len({item.marker for item in looks}) == len(looks)
-    assert look("brand_new") == look("brand_new") and look("brand_new").name == "brand_new"
-    assert look("brand_new").color != look("another_new").color
+    assert (
+        len({item.color for item in LOOKS.values()}) == len({item.marker for item in LOOKS.values()}) == len(LOOKS)
+    )
+    assert look("brand_new") == look("brand_new") and look("brand_new").color != look("another_new").color
 
 
 def test_many_labels_get_a_higher_panel_and_stay_inside():
@@ -333,7 +322,7 @@ def test_the_table_shows_value_ratio_refusal_and_origin(tmp_path):
     assert "| learned | 64 | seed 1 | 23.23 (1.10) | **21.21** | - [1] | - [1] |" in text
     assert "[1] positions end at 64" in text
     assert "| unigram baseline |  |  | 500.00 | 500.00 | 500.00 | 500.00 |" in text
-    whole = (tmp_path / "table.md").read_text() if draw(tmp_path) else ""
+    whole = markdown(study(tmp_path))
     assert "corpus (c0ffee); 10,000 tokens scored; one seed; commit abc1234" in whole
 
 
@@ -346,32 +335,26 @@ def test_text_from_files_cannot_break_the_table():
 def test_an_unfair_comparison_is_marked_and_refused_when_strict(tmp_path):
     folder = tmp_path / "extrapolation"
     rows = study(folder)
-    draw(folder, strict=True)
     for name in {item.run for item in rows if item.run}:
         lr = 0.1 if name == "learned_L64_s1" else 0.002
         write_run(tmp_path / "runs", name, real_config(name.partition("_")[0], optimizer__lr=lr))
     draw(folder)
     assert "optimizer.lr: 0.002 in 3 runs; 0.1 in learned\\_L64\\_s1" in (folder / "table.md").read_text()
-    with pytest.raises(
-        ValueError, match=r"(?s)strict = true.*optimizer\.lr: 0\.002 in 3 runs; 0\.1 in learned_L64_s1"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)strict = true.*optimizer\.lr: 0\.002 in 3 runs; 0\.1 in learned"):
         draw(folder, strict=True)
 
 
 def test_the_mark_is_on_the_picture(tmp_path):
     rows = curve("alibi", {64: 20.0}) + curve("t5", {64: 20.0}, corpus="facade")
-    from alibi_lm.study.fairness import differences
-
-    found = texts(curve_figure(rows, PLAIN, unfair=differences(rows, tmp_path)))
+    unfair = fairness.differences(rows, find_records(rows, tmp_path))
+    found = texts(curve_figure(rows, PLAIN, unfair=unfair))
     assert any(text.startswith("NOT A FAIR COMPARISON: validation text (hash)") for text in found)
 
 
 def test_the_papers_curve_is_dotted_beside_ours_on_request(tmp_path):
     rows = curve("alibi", {512: 19.0, 1024: 18.0}, train=512) + curve("none", {512: 21.0}, train=512)
-    plain = curve_figure(rows, PLAIN).axes[0]
-    with_paper = curve_figure(rows, PLAIN, with_paper=True).axes[0]
-    more = len(with_paper.lines) - len(plain.lines)
-    assert more == 1  # the paper has no curve of a scheme without positions
+    plain, with_paper = (curve_figure(rows, PLAIN, with_paper=wanted).axes[0] for wanted in (False, True))
+    assert len(with_paper.lines) == len(plain.lines) + 1  # the paper has no curve of a scheme without positions
     drawn = [line for line in with_paper.lines if len(line.get_xdata()) > 30]
     assert drawn[0].get_color() == look("alibi").color and drawn[0].get_ydata()[0] == pytest.approx(19.73)
 
