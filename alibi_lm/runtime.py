@@ -1,17 +1,15 @@
-"""What a run stands on: device, precision, seeds, cores, output, and a record of the machine and the code."""
+"""What a run stands on: device, precision, seeds, cores, and a record of the machine and the code."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import io
 import math
 import os
 import platform
 import re
 import subprocess
-import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +43,6 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     Raises:
         ValueError: unknown device, `cuda` where there is none, or a number of threads out of range.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     torch.set_flush_denormal(True)
     _keep_freed_memory()
     if threads is not None:
@@ -63,17 +58,6 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def say(line: str) -> None:
-    """Print a line at once. Output that cannot be written, as on a full disk, ends no run."""
-    try:
-        print(line, flush=True)
-    except (OSError, ValueError):  # a closed or full output
-        with suppress(OSError, ValueError):  # what is left in the buffer would fail again when the process ends
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
 
 
 def allowed_cores() -> int:

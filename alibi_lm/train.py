@@ -124,7 +124,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             done = distributed.gather_objects(None, world)[0]
             return _train(config, folder, world, device) if done is None else done
         runs.require_readable(config)
-        require_trainable(config, device)
+        if config.overwrite or finished(folder) is None:
+            require_trainable(config, device)
         if config.overwrite:
             runs.delete_run(folder)
         with run_lock(folder):
@@ -134,8 +135,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 runs.require_same_settings(config, folder)
             if done is not None:
                 runs.require_own_files(folder, None)
-                again = "Use overwrite=true to start over."
-                print(f"{folder}: already finished at step {done.get('steps')}. {again}", flush=True)
+                step = done.get("steps")
+                print(f"{folder}: already finished at step {step}. Use overwrite=true to start over.", flush=True)
             distributed.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
                 return done

@@ -570,7 +570,6 @@ COMMANDS: list[tuple[str, list[str], list[str]]] = [
     ("analyse.py", ["runs=run", "contexts=[]", "view=fixed"], ["contexts"]),
     ("analyse.py", ["runs=run", "view=sideways"], ["view = 'sideways'", "decomposition"]),
     ("reproduce.py", ["experiment=smoke", "steps=0"], ["steps = 0"]),
-    ("study.py", ["experiment=smoke", "measurements=['frobnicate split=test']"], ["evaluate, analyse, bench"]),
     ("study.py", ["experiment=smoke", "measurements=['evaluate split=tset']"], ["split = 'tset'"]),
     ("sweep_status.py", ["experiment=smoke", "stesp=1"], ["stesp"]),
 ]
