@@ -7,8 +7,7 @@
     checkpoints/best.json               which step has the best validation loss
 
 A checkpoint is written beside its place, forced to disk and renamed, so a process that dies at any moment leaves
-a whole checkpoint or a `.tmp-` folder that nobody reads. Reading checks the size and hash of every file; what does
-not match is reported and the next older one is taken.
+a whole checkpoint or a `.tmp-` folder that nobody reads. Reading checks the size and hash of every file.
 """
 
 from __future__ import annotations
@@ -46,13 +45,11 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
-
-    The best one is always kept. One process writes; any number may read meanwhile.
+    """The checkpoints of one run. One process writes; any number may read meanwhile.
 
     Args:
         folder: `<run folder>/checkpoints`; made by the first `save`.
-        keep_last: how many of the newest checkpoints to keep, 1 or more.
+        keep_last: how many of the newest checkpoints to keep beside the best one, 1 or more.
         keep_every: checkpoints at multiples of this step are kept for good; 0 for none.
     """
 
@@ -104,11 +101,7 @@ class CheckpointStore:
         return target
 
     def mark_best(self, step: int, state: Mapping[str, Any]) -> None:
-        """Name the checkpoint of `step` the best one, with what the caller wants to note (its loss).
-
-        Raises:
-            OSError: the disk is full or cannot be written.
-        """
+        """Name the checkpoint of `step` the best one, with what the caller wants to note (its loss)."""
         assert self._path(step).is_dir(), f"there is no checkpoint of step {step} in {self.folder}"
         write_json(self.folder / BEST_FILE, {"step": step, **state})
 
@@ -116,39 +109,42 @@ class CheckpointStore:
         """Steps of the checkpoints that lie here, whole or not, ascending."""
         return sorted({step for step, _ in self._candidates()})
 
-    def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None; torn and altered ones are reported and skipped."""
-        return self._first_whole(self._candidates())
-
-    def best(self) -> Checkpoint | None:
-        """The checkpoint marked best, or None when none was marked or it is not whole any more."""
-        best = self._best_step()
-        return self._first_whole([(step, path) for step, path in self._candidates() if step == best])
-
-    def get(self, which: str) -> Checkpoint:
-        """The best or the last whole checkpoint, or that of a step.
+    def find(self, which: str) -> Checkpoint | None:
+        """A whole checkpoint, or None; torn and altered ones are reported and skipped.
 
         Args:
-            which: `best`, `last` or `step:<number>`.
+            which: `best`, `last` (the newest whole one) or `step:<number>`.
 
         Raises:
-            ValueError: another word, or there is no such checkpoint.
+            ValueError: another word.
         """
         number = re.fullmatch(r"step:(\d+)", which)
         require(
             which in ("best", "last") or number is not None,
             f"checkpoint = {which!r} is not known. Use best, last or step:<number>.",
         )
-        if number is not None:
-            checkpoint = self._first_whole([one for one in self._candidates() if one[0] == int(number[1])])
-        else:
-            checkpoint = self.best() if which == "best" else self.latest()
+        wanted = int(number[1]) if number else self._best_step() if which == "best" else None
+        for step, path in self._candidates():
+            if which == "last" or step == wanted:
+                try:
+                    return Checkpoint(path, step)
+                except (ValueError, OSError) as error:
+                    log.warning("Skipping the checkpoint %s: %s", path, error)
+        return None
+
+    def get(self, which: str) -> Checkpoint:
+        """`find`, where there must be one.
+
+        Raises:
+            ValueError: another word, or there is no such checkpoint.
+        """
+        checkpoint = self.find(which)
         if checkpoint is None:
             other = " Use checkpoint=last." if which == "best" and self.steps() else ""
-            steps = ", ".join(map(str, self.steps())) or "none"
             raise ValueError(
                 f"checkpoint = {which}: {self.folder} holds no whole {which} checkpoint.{other} Steps that lie "
-                f"here: {steps}. Give the training command again to write one."
+                f"here: {', '.join(map(str, self.steps())) or 'none'}. To write one, give the training command "
+                "again, with overwrite=true if the run is finished."
             )
         return checkpoint
 
@@ -182,17 +178,8 @@ class CheckpointStore:
         """(step, folder) of what looks like a checkpoint, newest first, `.old` after its successor."""
         if not self.folder.is_dir():
             return []
-        matches = [(_FOLDER.fullmatch(path.name), path) for path in self.folder.iterdir()]
-        found = [(int(match[1]), match[2] is not None, path) for match, path in matches if match]
-        return [(step, path) for step, _, path in sorted(found, key=lambda item: (-item[0], item[1]))]
-
-    def _first_whole(self, candidates: list[tuple[int, Path]]) -> Checkpoint | None:
-        for step, path in candidates:
-            try:
-                return Checkpoint(path, step)
-            except (ValueError, OSError) as error:
-                log.warning("Skipping the checkpoint %s: %s", path, error)
-        return None
+        matches = [(_FOLDER.fullmatch(path.name), path) for path in sorted(self.folder.iterdir())]
+        return sorted(((int(match[1]), path) for match, path in matches if match), key=lambda found: -found[0])
 
     def _best_step(self) -> int | None:
         step = (read_json_if_whole(self.folder / BEST_FILE) or {}).get("step")
@@ -206,8 +193,8 @@ class CheckpointStore:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.exists() or path.is_symlink():
-        path.unlink()
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Checkpoint:
@@ -258,7 +245,7 @@ class Checkpoint:
                 f"{self.path / WEIGHTS_FILE}: {name} holds NaN or infinite values, so no result of it would mean "
                 "anything. Use checkpoint=best or checkpoint=last, or train again with a lower learning rate.",
             )
-        _copy_weights(model, weights, self.path / WEIGHTS_FILE, same_dtype=False)
+        self._copy(weights, model, same_dtype=False)
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Weights and optimizer state, bit for bit, to train on.
@@ -270,11 +257,52 @@ class Checkpoint:
             optimizer is None or self._record["optimizer"] is not None,
             f"{self.path} holds no optimizer state. It can be evaluated, not trained on.",
         )
-        weights = self.load_weights()
-        entries = _read_tensors(self.path / OPTIMIZER_FILE) if optimizer is not None else {}
-        _copy_weights(model, weights, self.path / WEIGHTS_FILE, same_dtype=True)
-        if optimizer is not None:
-            _restore_optimizer(model, optimizer, self._record["optimizer"], entries, self.path / OPTIMIZER_FILE)
+        state = None if optimizer is None else self._optimizer_state(model, optimizer)
+        self._copy(self.load_weights(), model, same_dtype=True)
+        if optimizer is not None and state is not None:
+            optimizer.load_state_dict(state)
+
+    def _copy(self, weights: dict[str, Tensor], model: nn.Module, same_dtype: bool) -> None:
+        """Copy after everything was compared, so that a refused file leaves the model as it was."""
+        refusal = f"{self.path / WEIGHTS_FILE} does not fit the model:"
+        advice = "Use the configuration that the checkpoint was trained with."
+        targets = model.state_dict()
+        missing, unexpected = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
+        require(
+            not missing and not unexpected,
+            f"{refusal} it lacks {_listing(missing)} and has {_listing(unexpected)} that the model has not. "
+            f"{advice}",
+        )
+        for name, target in targets.items():
+            found = weights[name]
+            require(
+                found.shape == target.shape and (found.dtype == target.dtype or not same_dtype),
+                f"{refusal} {name} is {tuple(found.shape)} {found.dtype}, "
+                f"the model's is {tuple(target.shape)} {target.dtype}. {advice}",
+            )
+        model.load_state_dict(weights)
+
+    def _optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """The saved state in the form of the optimizer's own state dict."""
+        path, record = self.path / OPTIMIZER_FILE, self._record["optimizer"]
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        expected = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        require(
+            record["class"] == type(optimizer).__name__ and [g["params"] for g in record["groups"]] == expected,
+            f"{path} is the state of {record['class']} over other parameter groups than this run's "
+            f"{type(optimizer).__name__}. Use the optimizer settings that it was trained with.",
+        )
+        numbers = {name: number for number, name in enumerate(name for group in expected for name in group)}
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in _read_tensors(path).items():
+            name, _, entry = key.rpartition("/")
+            require(name in numbers, f"{path} has {key}, which belongs to nothing that this optimizer trains")
+            entries.setdefault(numbers[name], {})[entry] = value
+        groups = []
+        for group, saved in zip(optimizer.param_groups, record["groups"], strict=True):
+            options = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()}
+            groups.append({**group, **options, "params": [numbers[name] for name in saved["params"]]})
+        return {"state": entries, "param_groups": groups}
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -303,7 +331,6 @@ def _write(
             for name, content in files.items()
         },
     }
-    record = json.loads(json.dumps(record))
     record["sha256"] = record_hash(record)
     files[STATE_FILE] = (json.dumps(record, indent=1) + "\n").encode()
     for name, content in files.items():
@@ -327,15 +354,13 @@ def _collect_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
 
 def _collect_optimizer(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Each group's options for JSON, and the tensors of all parameters by `<parameter name>/<entry>`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = []
-    tensors: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        assert all(parameter in names for parameter in group["params"]), "the optimizer trains another model"
-        groups.append({**group, "params": [names[parameter] for parameter in group["params"]]})
-        for parameter in group["params"]:
-            for entry, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{names[parameter]}/{entry}"] = _storable(value)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{**g, "params": [names[parameter] for parameter in g["params"]]} for g in optimizer.param_groups]
+    tensors = {
+        f"{names[parameter]}/{entry}": _storable(value)
+        for parameter, entries in optimizer.state.items()
+        for entry, value in entries.items()
+    }
     return {"class": type(optimizer).__name__, "groups": groups}, tensors
 
 
@@ -361,14 +386,14 @@ def _read_record(folder: Path) -> dict[str, Any]:
     claimed = record.pop("sha256", None)
     require(claimed == record_hash(record), f"{path} was altered after it was written: its hash does not match")
     kinds = {"step": int, "state": dict, "tied": dict, "files": dict, "optimizer": dict | None}
-    for name, of in kinds.items():
-        known = name in record and isinstance(record[name], of)
+    for name, kind in kinds.items():
+        known = name in record and isinstance(record[name], kind)
         require(known, f"{path}: {name} is missing or of the wrong type")
     options = record["optimizer"]
     if options is not None:
-        groups, kind = options.get("groups"), options.get("class")
-        known = isinstance(kind, str) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups)
-        known = known and all(isinstance(group.get("params"), list) for group in groups)
+        groups = options.get("groups")
+        known = isinstance(options.get("class"), str) and isinstance(groups, list)
+        known = known and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
         require(known, f"{path}: optimizer is not what this version writes")
     files, expected = sorted(record["files"]), [OPTIMIZER_FILE, WEIGHTS_FILE][options is None :]
     require(files == expected, f"{path}: files are {files}, should be {expected}")
@@ -401,58 +426,6 @@ def _open_tensors(path: Path) -> Any:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     with _open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def _copy_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, same_dtype: bool) -> None:
-    """Copy after everything was compared, so that a refused file leaves the model as it was."""
-    targets = model.state_dict()
-    advice = "Use the configuration that the checkpoint was trained with."
-    missing, unexpected = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
-    require(
-        not missing and not unexpected,
-        f"{path} does not fit the model: it lacks {_listing(missing)} and has {_listing(unexpected)} "
-        f"that the model has not. {advice}",
-    )
-    for name, target in targets.items():
-        found = weights[name]
-        require(
-            found.shape == target.shape and (found.dtype == target.dtype or not same_dtype),
-            f"{path} does not fit the model: {name} is {tuple(found.shape)} {found.dtype}, "
-            f"the model's is {tuple(target.shape)} {target.dtype}. {advice}",
-        )
-    with torch.no_grad():
-        for name, target in targets.items():
-            assert not target.is_meta, "a model on the meta device has no storage to load into"
-            target.copy_(weights[name])
-
-
-def _restore_optimizer(
-    model: nn.Module, optimizer: Optimizer, record: dict[str, Any], entries: dict[str, Tensor], path: Path
-) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    expected = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    require(
-        record["class"] == type(optimizer).__name__ and [g["params"] for g in record["groups"]] == expected,
-        f"{path} is the state of {record['class']} over other parameter groups than this run's "
-        f"{type(optimizer).__name__}. Use the optimizer settings that it was trained with.",
-    )
-    # All of it is placed before any is used.
-    places: dict[str, dict[str, Tensor]] = {name: {} for group in expected for name in group}
-    for key, value in entries.items():
-        name, _, entry = key.rpartition("/")
-        require(name in places, f"{path} has {key}, which belongs to nothing that this optimizer trains")
-        places[name][entry] = value
-    optimizer.state.clear()
-    for group, saved in zip(optimizer.param_groups, record["groups"], strict=True):
-        for option, value in saved.items():
-            if option != "params":
-                group[option] = tuple(value) if isinstance(group.get(option), tuple) else value
-        # Step counters stay on the CPU unless the optimizer's kernel reads them on the device.
-        on_device = bool(group.get("capturable") or group.get("fused"))
-        for parameter in group["params"]:
-            for entry, value in places[names[parameter]].items():
-                moves = entry != "step" or on_device
-                optimizer.state[parameter][entry] = value.to(parameter.device) if moves else value
 
 
 def _listing(names: list[str]) -> str:

@@ -17,7 +17,6 @@ from alibi_lm.settings import describe_error, parse, usage
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 C = TypeVar("C")
-_failures: list[_Failure] = []
 
 
 def command(config: type[C]) -> Callable[[Callable[[C], int | None]], Callable[..., None]]:
@@ -28,15 +27,10 @@ def command(config: type[C]) -> Callable[[Callable[[C], int | None]], Callable[.
     """
 
     def decorate(task: Callable[[C], int | None]) -> Callable[..., None]:
-        @functools.wraps(task)
-        def main(arguments: Sequence[str] | None = None) -> None:
-            given = list(sys.argv[1:] if arguments is None else arguments)
-            if any(a in ("-h", "--help") for a in given):
-                description = sys.modules[task.__module__].__doc__ or task.__doc__ or ""
-                sys.exit(_run(lambda: print(usage(config, description))))
-            sys.exit(_run(lambda: task(parse(config, given))))
+        def text() -> str:
+            return usage(config, sys.modules[task.__module__].__doc__ or "")
 
-        return main
+        return _main(text, lambda given: task(parse(config, given)))
 
     return decorate
 
@@ -44,15 +38,20 @@ def command(config: type[C]) -> Callable[[Callable[[C], int | None]], Callable[.
 def experiment_command(job: Callable[[str, list[str]], int | None]) -> Callable[..., None]:
     """A command that takes an experiment and Hydra overrides of its runs: job(experiment, overrides)."""
 
+    def work(given: list[str]) -> int | None:
+        names = [a.removeprefix("experiment=") for a in given if a.startswith("experiment=")]
+        return job(names[-1] if names else "quick", [a for a in given if not a.startswith("experiment=")])
+
+    return _main(lambda: f"{job.__doc__}\n\nexperiment=quick, and settings of training (train.py).", work)
+
+
+def _main(text: Callable[[], str], work: Callable[[list[str]], int | None]) -> Callable[..., None]:
+    """The main function of a script with a help text, by default on the arguments of the command line."""
+
     def main(arguments: Sequence[str] | None = None) -> None:
         given = list(sys.argv[1:] if arguments is None else arguments)
-        if any(a in ("-h", "--help") for a in given):
-            sys.exit(
-                _run(lambda: print(f"{job.__doc__}\n\nexperiment=quick, and settings of training (train.py)."))
-            )
-        names = [a.removeprefix("experiment=") for a in given if a.startswith("experiment=")]
-        overrides = [a for a in given if not a.startswith("experiment=")]
-        sys.exit(_run(lambda: job(names[-1] if names else "quick", overrides)))
+        asked = any(a in ("-h", "--help") for a in given)
+        sys.exit(_run(lambda: print(text()) if asked else work(given)))
 
     return main
 
@@ -65,16 +64,13 @@ def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], 
     register(Path(name).name, config)
 
     def decorate(task: Callable[[C], Any]) -> Callable[..., None]:
-        @functools.wraps(task)
-        def main(arguments: Sequence[str] | None = None) -> None:
+        def main() -> None:
             import hydra
 
             root = CONFIGS / Path(name).parent
             run = hydra.main(version_base="1.3", config_path=str(root), config_name=Path(name).name)
-            if arguments is not None:
-                sys.argv[1:] = arguments
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which words them
-            status = _run(run(_report_errors(task)))
+            status = _run(run(_job(task)))
             sys.exit(_tell_failures(sys.argv[1:]) or status)
 
         return main
@@ -100,11 +96,14 @@ def _say(error: Exception) -> int:
     return 1 if status is None else status
 
 
+# --- output --------------------------------------------------------------------------------------
+
+
 class _Patient:
     """A stream whose reader may go away, or whose disk may be full: what cannot be written is dropped."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, name: str) -> None:
+        self._stream, self._name = getattr(sys, name), name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -123,74 +122,69 @@ class _Patient:
         try:
             yield
         except OSError as error:
-            number = self._stream.fileno()
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
+            os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-            if number == 1 and not isinstance(error, BrokenPipeError):
+            if self._name == "stdout" and not isinstance(error, BrokenPipeError):
                 print(f"standard output cannot be written ({error.strerror}); going on without", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _patient_output() -> Iterator[None]:
     """Within, printing fails neither for a character that the terminal lacks nor for a full disk."""
-    before = sys.stdout, sys.stderr
-    for stream in before:
+    before = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
+    for name, stream in before.items():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)
+        setattr(sys, name, _Patient(name))
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+        for name, stream in before.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)
 
 
 # --- multiruns -----------------------------------------------------------------------------------
 
+_failures: list[_Failure] = []
 
-def _report_errors(task: Callable[[C], Any]) -> Callable[[DictConfig], Any]:
+
+class _Failure:
+    """A failed job of a multirun, which is noted when it is made.
+
+    It is the job's result. A launcher that runs jobs in other processes sends results back, which makes it anew.
+    """
+
+    def __init__(self, number: int, overrides: tuple[str, ...], message: str) -> None:
+        self.number, self.overrides, self.message = number, overrides, message
+        if all(known.number != number for known in _failures):
+            _failures.append(self)
+
+    def __reduce__(self) -> tuple[type[_Failure], tuple[Any, ...]]:
+        return _Failure, (self.number, self.overrides, self.message)
+
+
+def _job(task: Callable[[C], Any]) -> Callable[[DictConfig], Any]:
     """The Hydra job of a task: in a multirun, an error becomes a result."""
 
     @functools.wraps(task)
-    def job(cfg: DictConfig) -> Any:
+    def job(cfg: DictConfig) -> _Failure | None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
         hydra = HydraConfig.get()
-        try:
-            status = task(to_config(cfg))
-            message = "it ended with an error told above" if status else ""
-        except Exception as error:
-            if hydra.mode == RunMode.RUN or hasattr(error, "status"):
-                sys.exit(_say(error))
-            status, message = 1, describe_error(error)
-        if status and hydra.mode == RunMode.RUN:
-            sys.exit(status)
-        if status:
-            print(f"job {hydra.job.num} failed; the reason is told at the end", file=sys.stderr, flush=True)
-            return _remember(hydra.job.num, tuple(hydra.overrides.task), message)
+        with _patient_output():
+            try:
+                task(to_config(cfg))
+            except Exception as error:
+                if hydra.mode == RunMode.RUN or hasattr(error, "status"):
+                    sys.exit(_say(error))
+                print(f"job {hydra.job.num} failed; the reason is told at the end", file=sys.stderr, flush=True)
+                return _Failure(hydra.job.num, tuple(hydra.overrides.task), describe_error(error))
         return None
 
     return job
-
-
-class _Failure:
-    """A failed job's result. A launcher that runs jobs elsewhere sends it back, and that is how it is noticed."""
-
-    def __init__(self, number: int, overrides: tuple[str, ...], message: str) -> None:
-        self.number, self.overrides, self.message = number, overrides, message
-
-    def __reduce__(self) -> tuple[Callable[..., _Failure], tuple[Any, ...]]:
-        return _remember, (self.number, self.overrides, self.message)
-
-
-def _remember(number: int, overrides: tuple[str, ...], message: str) -> _Failure:
-    failure = _Failure(number, overrides, message)
-    if all(known.number != number for known in _failures):
-        _failures.append(failure)
-    return failure
 
 
 def _tell_failures(arguments: Sequence[str]) -> int:

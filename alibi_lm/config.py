@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import check_values, require, setting
 from alibi_lm.tracking import TRACKING
 
+CONFIG_FILE = "config.yaml"
 MODES = ("nonoverlapping", "sliding")
 SPLITS = ("validation", "test")
 
@@ -56,12 +56,11 @@ class EvaluationConfig:
             f"mode = {self.mode} with stride = {self.stride}. Sliding windows need a stride, nonoverlapping "
             "ones have none.",
         )
-        if self.stride is not None:
-            for length in self.lengths:
-                require(
-                    1 <= self.stride <= length,
-                    f"stride = {self.stride} at inference length {length}. Allowed: 1 to {length}.",
-                )
+        for length in self.lengths if self.stride is not None else []:
+            require(
+                1 <= self.stride <= length,  # type: ignore[operator]
+                f"stride = {self.stride} at inference length {length}. Allowed: 1 to {length}.",
+            )
         require(self.tokens_per_forward >= 1, f"tokens_per_forward = {self.tokens_per_forward}. Use >= 1.")
 
 
@@ -131,11 +130,9 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}. Use a whole number >= 1.")
         for name in ("seed", "clip_norm", "keep_every"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}. Use a number >= 0.")
-        require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
-        require(
-            self.precision in PRECISIONS,
-            f"precision = {self.precision!r}. Allowed: {', '.join(PRECISIONS)}.",
-        )
+        for name, allowed in (("device", DEVICES), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            require(value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
         require(
             self.rows_per_step >= 1,
             f"tokens_per_step = {self.tokens_per_step} holds no {self.batch_multiple} sequences of "
@@ -146,11 +143,12 @@ class TrainConfig:
             f"micro_batch_tokens = {self.micro_batch_tokens} is less than train_length = {self.train_length}: "
             "one sequence does not fit. Raise it, or use null.",
         )
-        _check_threads(self.threads)
-        require(
-            self.runs_at_once is None or self.runs_at_once >= 1,
-            f"runs_at_once = {self.runs_at_once}. Use a whole number >= 1, or null for what the cores allow.",
-        )
+        for name, otherwise in (("threads", "torch's choice"), ("runs_at_once", "what the cores allow")):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1,
+                f"{name} = {value}. Use a whole number >= 1, or null for {otherwise}.",
+            )
         require(
             self.output_dir is None or bool(self.output_dir.strip()),
             "output_dir is empty. Name a run folder, or leave it out for outputs/<experiment>/runs/<name>.",
@@ -161,13 +159,6 @@ class TrainConfig:
         """Sequences of an optimizer step, by the authors' floor rule."""
         rows = self.tokens_per_step // self.train_length
         return rows - rows % self.batch_multiple
-
-
-def _check_threads(threads: int | None) -> None:
-    require(
-        threads is None or threads >= 1,
-        f"threads = {threads}. Use a whole number >= 1, or null for torch's choice.",
-    )
 
 
 GROUPS: dict[str, dict[str, type]] = {
@@ -181,17 +172,17 @@ GROUPS: dict[str, dict[str, type]] = {
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
 
+# --- configs from Hydra --------------------------------------------------------------------------
+
 _registered: list[str] = []
 """The root that Hydra's store is made for."""
 
 
 def register(root: str = "train", config: type = TrainConfig) -> None:
-    """Store with Hydra what the YAML file of a command stands on; call before Hydra composes it.
+    """Store with Hydra the dataclass that configs/<root>.yaml stands on; call before Hydra composes it.
 
-    Args:
-        root: the file's name; it begins with `defaults: [base_<root>]`.
-        config: its dataclass. Each of its fields that is a config group gets the group's entries, under their own
-            names; a file in configs/<group>/ is needed only for an entry with other values.
+    Each field that is a config group gets the group's entries, under their own names; a file in configs/<group>/
+    is needed only for an entry with other values.
     """
     store = ConfigStore.instance()
     known = store.repo.get(f"base_{root}.yaml")
@@ -255,8 +246,11 @@ def _check_groups(config: Any) -> None:
         )
 
 
+# --- a run's config.yaml -------------------------------------------------------------------------
+
+
 def from_dict(settings: dict[str, Any]) -> TrainConfig:
-    """The TrainConfig of a saved config.yaml.
+    """The TrainConfig of the settings in a config.yaml; those that came later have their defaults.
 
     Raises:
         ValueError: unknown keys, wrong types or an unknown scheme, naming the key.
@@ -280,8 +274,33 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain nested settings, as saved in config.yaml."""
+    """Plain nested settings."""
     return dataclasses.asdict(config)
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The text of a config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+@functools.lru_cache(maxsize=64)
+def from_yaml(text: str) -> TrainConfig:
+    """The config in the text of a config.yaml; kept, because each look at a run folder reads it again.
+
+    Raises:
+        ValueError: what is wrong with it, as the end of a sentence that begins with the file's name.
+    """
+    try:
+        settings = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:
+        raise ValueError(f"is not readable YAML: {error}") from error
+    require(isinstance(settings, dict) and bool(settings), "holds no settings.")
+    # A saved config is resolved; resolving it again would let a foreign file read the user's environment.
+    require("${" not in str(settings), "holds an interpolation, ${...}. Write the value itself there.")
+    try:
+        return from_dict(settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"cannot be used: {error}") from error
 
 
 def load_config(run_folder: Path) -> TrainConfig:
@@ -290,29 +309,11 @@ def load_config(run_folder: Path) -> TrainConfig:
     Raises:
         ValueError: missing or unreadable file.
     """
-    path = run_folder / "config.yaml"
-    require(path.is_file(), f"{run_folder} is no run folder: it has no config.yaml.")
+    path = run_folder / CONFIG_FILE
+    require(path.is_file(), f"{run_folder} is no run folder: it has no {CONFIG_FILE}.")
     try:
-        text = path.read_text(encoding="utf-8")
+        return copy.deepcopy(from_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
-    try:
-        return copy.deepcopy(_parse(text))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
-
-
-@functools.lru_cache(maxsize=64)
-def _parse(text: str) -> TrainConfig:
-    """The config in the text of a config.yaml; kept, because each look at a run folder reads it again."""
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except Exception as error:
-        raise ValueError(f"is not readable YAML: {error}") from error
-    require(isinstance(settings, dict), "holds no settings.")
-    # A saved config is resolved; resolving it again would let a foreign file read the user's environment.
-    require("${" not in str(settings), "holds an interpolation, ${...}. Write the value itself there.")
-    try:
-        return from_dict(settings)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"cannot be used: {error}") from error

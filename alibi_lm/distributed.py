@@ -1,8 +1,7 @@
 """Data parallel training on what `torchrun` starts: the process group, shards, sums of gradients.
 
 Every process holds the whole model and takes its share of the sequences of a step; gradients are
-sums over tokens, so adding them up over the processes gives the gradient of the whole batch and a
-division by the number of tokens gives the mean that one process would have had.
+sums over tokens, so adding them up over the processes gives the gradient of the whole batch.
 All functions do nothing (and need no process group) when there is one process.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -19,8 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alibi_lm.settings import require
+
 BUCKET_BYTES = 32 * 2**20
 """Gradients are sent in pieces of about this size: large enough for bandwidth, small enough to copy."""
+
+_store: dist.Store | None = None
+_groups_joined = 0
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,11 @@ class World:
         return self.rank == 0
 
 
-def start(device: str | None = None) -> World:
-    """Joins the process group that `torchrun` announces in the environment.
+def start(device: str = "auto") -> World:
+    """Join the process group that `torchrun` announces in the environment.
 
     Args:
-        device: `cpu` keeps a process on a GPU machine off the GPUs; None or `cuda` takes the GPU of
+        device: `cpu` keeps a process on a GPU machine off the GPUs; `auto` or `cuda` takes the GPU of
             the local rank where there is one.
 
     Returns:
@@ -53,27 +57,44 @@ def start(device: str | None = None) -> World:
     Raises:
         ValueError: the environment variables are incomplete or make no sense.
     """
+    global _store, _groups_joined
     if "WORLD_SIZE" not in os.environ:
         return World()
     world = World(_environment("RANK"), _environment("WORLD_SIZE"), _environment("LOCAL_RANK"))
-    if not 0 <= world.rank < world.world_size:
-        raise ValueError(
-            f"RANK = {world.rank} with WORLD_SIZE = {world.world_size}: ranks go from 0 to WORLD_SIZE - 1. "
-            "Start the processes with torchrun."
-        )
-    if world.world_size == 1:
+    require(
+        0 <= world.rank < world.world_size,
+        f"RANK = {world.rank} with WORLD_SIZE = {world.world_size}: ranks go from 0 to WORLD_SIZE - 1. "
+        "Start the processes with torchrun.",
+    )
+    if world.world_size == 1 or dist.is_initialized():
         return world
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"  # counters and objects travel on the CPU, gradients on the GPUs
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    if not dist.is_initialized():
-        dist.init_process_group(backend, store=_fresh_store(world), rank=world.rank, world_size=world.world_size)
+    if _store is None:
+        _store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size))
+    # A name space for each group: a multirun joins a new one for each run, and would otherwise read the
+    # addresses of the last one and now and then wait for them for ever.
+    _groups_joined += 1
+    store = dist.PrefixStore(f"alibi_lm/{_groups_joined}", _store)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size)
     return world
 
 
+def _environment(name: str) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{name} = {text!r} in the environment is not a whole number, but WORLD_SIZE is set. "
+            "Start the processes with torchrun, or unset WORLD_SIZE."
+        ) from None
+
+
 def stop() -> None:
-    """Leaves the process group, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -98,7 +119,7 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
 
 
 def barrier(world: World) -> None:
-    """Waits until every process has come here."""
+    """Wait until every process has come here."""
     # A sum on the CPU, because a barrier of NCCL guesses the device and warns.
     all_reduce_sum(torch.zeros(1), world)
 
@@ -115,45 +136,11 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     return values
 
 
-class StopSignals:
-    """Turns SIGTERM and SIGINT into a request that is read between steps: `with StopSignals(world) as signals`.
-
-    Attributes:
-        received: number of the signal that this process has heard; 0 for none.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world, self.received = world, 0
-
-    def agreed(self) -> int:
-        """The signal to stop for, 0 for none; the same on every process that asks at the same step."""
-        return max(gather_objects(self.received, self.world))
-
-    def __enter__(self) -> StopSignals:
-        try:
-            self.before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: leave signals alone
-            self.before = {}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-
-
 def all_reduce_gradients(model: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
-    """Replaces each parameter's gradient by its sum over all processes.
+    """Replace each parameter's gradient by its sum over all processes, sent in pieces of `bucket_bytes`.
 
     A gradient that is None on some processes counts as zero there; one that is None on all of them
     stays None, so that an optimizer skips it just as with one process.
-
-    Args:
-        model: the same model on every process, with gradients of this process's share.
-        world: this process's place.
-        bucket_bytes: size of the pieces that are sent, in bytes.
     """
     if world.world_size == 1:
         return
@@ -173,45 +160,43 @@ def all_reduce_gradients(model: nn.Module, world: World, bucket_bytes: int = BUC
             gradient.copy_(total.view_as(gradient))
 
 
-def _buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> Iterable[list[Tensor]]:
-    """Splits tensors, in order, into lists of one dtype and device and about `bucket_bytes` bytes."""
+def _buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """Split tensors, in order, into lists of one dtype and device and about `bucket_bytes` bytes."""
     bucket: list[Tensor] = []
-    size = 0
     for tensor in tensors:
-        bytes_here = tensor.numel() * tensor.element_size()
-        other_kind = bool(bucket) and (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
-        if bucket and (other_kind or size + bytes_here > bucket_bytes):
+        size = sum(t.nbytes for t in bucket) + tensor.nbytes
+        if bucket and (
+            size > bucket_bytes or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
+        ):
             yield bucket
-            bucket, size = [], 0
+            bucket = []
         bucket.append(tensor)
-        size += bytes_here
     if bucket:
         yield bucket
 
 
-_store: dist.Store | None = None
-_groups_joined = 0
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a request that is read between steps: `with StopSignals(world) as signals`."""
 
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.received = 0
+        """Number of the signal that this process has heard; 0 for none."""
 
-def _fresh_store(world: World) -> dist.Store:
-    """The store through which processes find each other, with a name space for each group of a process.
+    def agreed(self) -> int:
+        """The signal to stop for, 0 for none; the same on every process that asks at the same step."""
+        return max(gather_objects(self.received, self.world))
 
-    A multirun joins a new group for each run; without this it would read the addresses of the last one
-    and now and then wait for them for ever.
-    """
-    global _store, _groups_joined
-    if _store is None:
-        _store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size))
-    _groups_joined += 1
-    return dist.PrefixStore(f"alibi_lm/{_groups_joined}", _store)
+    def __enter__(self) -> StopSignals:
+        try:
+            self.before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: leave signals alone
+            self.before = {}
+        return self
 
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-def _environment(name: str) -> int:
-    text = os.environ.get(name, "")
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(
-            f"{name} = {text!r} in the environment is not a whole number, but WORLD_SIZE is set. "
-            "Start the processes with torchrun, or unset WORLD_SIZE."
-        ) from None
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number

@@ -11,28 +11,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from alibi_lm.config import TrainConfig, load_config, register, to_config
 from alibi_lm.evaluate.config import EvaluateConfig
-from alibi_lm.results.rows import read_rows
-from alibi_lm.runs import (
-    Status,
-    differing_settings,
-    experiment_folder,
-    failed,
-    run_name,
-    short_hash,
-    status,
-)
+from alibi_lm.runs import Status, differing_settings, experiment_folder, failed, run_name, short_hash, status
 from alibi_lm.runtime import allowed_cores
 from alibi_lm.settings import describe_error, require
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-STATES: tuple[Status, ...] = ("finished", "running", "failed", "partial", "missing")
+Work = Callable[[], int | None]
 
 
 # --- settings of a run ---------------------------------------------------------------------------
@@ -74,9 +65,7 @@ def run_folder(config: TrainConfig) -> Path:
     own = {"experiment": config.experiment, "position": config.position.name}
     own |= {"train_length": str(config.train_length), "seed": str(config.seed)}
     differences = differing_settings(config, compose([f"{name}={value}" for name, value in own.items()]))
-    name = run_name(
-        config.position.name, config.train_length, config.seed, short_hash(differences) if differences else None
-    )
+    name = run_name(config, short_hash(differences) if differences else "")
     return experiment_folder(config.experiment) / "runs" / name
 
 
@@ -98,17 +87,21 @@ def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, tuple[list
             f"{override}: the runs of an experiment have a folder each, outputs/{experiment}/runs/<name>. "
             "Leave it out here; make train takes it, for one run.",
         )
-    chosen = [o for o in overrides if o.startswith("study=")]
-    sweeps = compose([f"experiment={experiment}", *chosen]).study
+    sweeps = compose([f"experiment={experiment}", *_named("study", overrides)]).study
     require(bool(sweeps), f"experiment={experiment} has no `study`: it names no runs. Use make train instead.")
     parser = OverridesParser.create()
     runs = {}
     for sweep in sweeps:
         (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides([*sweep.split(), *overrides]), None)
         for job in jobs:
-            config = compose([f"experiment={experiment}", *job])
-            runs[run_folder(config)] = ([f"experiment={experiment}", *job], config)
+            arguments = [f"experiment={experiment}", *job]
+            config = compose(arguments)
+            runs[run_folder(config)] = arguments, config
     return runs
+
+
+def _named(name: str, overrides: list[str]) -> list[str]:
+    return [override for override in overrides if override.startswith(f"{name}=")]
 
 
 # --- single steps --------------------------------------------------------------------------------
@@ -174,12 +167,11 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
     config = next(iter(runs.values()))[1]
     at_once = _at_once(config, len(runs))
     print(f"experiment={experiment}: {len(runs)} runs, {at_once} at a time", flush=True)
-    shared = [o for o in overrides if o.startswith(("device=", "threads="))]
+    shared = [*_named("device", overrides), *_named("threads", overrides)]
     if at_once > 1:
         shared.append(f"threads={config.threads or 1}")
     # The corpus first and alone, with its bars: the runs would only wait for each other.
     prepare_corpus(config)
-    done = _evaluated(experiment)
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(at_once):
         slots.put(slot)
@@ -188,12 +180,10 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
         arguments, config = runs[folder]
         if _is_finished(folder, config):
             print(f"{folder.name}: already finished", flush=True)
-            if done >= {(folder.name, length) for length in config.evaluation.lengths}:
-                return 0
+            return 0
         slot = slots.get()
         try:
-            # A line of the terminal for each bar.
-            bar = {"TQDM_POSITION": str(slot)}
+            bar = {"TQDM_POSITION": str(slot)}  # a line of the terminal for each bar
             own = [f"experiment={experiment}", f"runs={folder}", "draw=false", *shared]
             return _child("train", arguments, bar) or _child("evaluate", own, bar)
         finally:
@@ -201,11 +191,10 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
 
     with ThreadPoolExecutor(at_once) as pool:
         lost = [folder.name for folder, status in zip(runs, pool.map(run, runs), strict=True) if status]
-    # Each target is scored by now, so this only gathers and draws; also where a run failed.
+    # This scores what is not scored yet, gathers and draws; also where a run failed.
     tracking = [o for o in overrides if o.startswith("tracking")]
-    gather = [f"experiment={experiment}", *shared, *tracking]
-    evaluation = compose(gather, "evaluation/evaluate", EvaluateConfig)
-    if _step("evaluate", partial(evaluate_and_draw, evaluation)):
+    evaluation = compose([f"experiment={experiment}", *shared, *tracking], "evaluation/evaluate", EvaluateConfig)
+    if _step(partial(evaluate_and_draw, evaluation)):
         lost.append("the curve of all runs")
     if lost:
         print(f"of {len(runs)} runs, these failed: {', '.join(lost)}", file=sys.stderr)
@@ -230,14 +219,12 @@ def study(experiment: str, overrides: list[str]) -> int:
     """
     from alibi_lm.study import commands
 
-    chosen = [o for o in overrides if o.startswith("measurements=")]
-    shared = [o for o in overrides if o.startswith(("device=", "threads="))]
-    steps: list[tuple[str, Callable[[], int | None]]] = []
-    steps.append((shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)))
-    for line in compose([f"experiment={experiment}", *chosen]).measurements:
-        steps.append((line, measurement(experiment, line, shared)))
-    bench = "outputs/bench/results.jsonl" if any(line.startswith("bench") for line, _ in steps) else None
-    steps += [
+    shared = [*_named("device", overrides), *_named("threads", overrides)]
+    lines = compose([f"experiment={experiment}", *_named("measurements", overrides)]).measurements
+    bench = "outputs/bench/results.jsonl" if any(line.startswith("bench") for line in lines) else None
+    steps: list[tuple[str, Work]] = [
+        (shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)),
+        *((line, measurement(experiment, line, shared)) for line in lines),
         ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
         ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
         ("report", partial(commands.report, commands.ReportConfig(experiment))),
@@ -246,11 +233,34 @@ def study(experiment: str, overrides: list[str]) -> int:
     lost = []
     for name, work in steps:
         print(f"\n== {name}", flush=True)
-        if _step(name, work):
+        if _step(work):
             lost.append(name)
     if lost:
         print(f"{len(lost)} of {len(steps)} steps failed: {'; '.join(lost)}", file=sys.stderr)
     return int(bool(lost))
+
+
+def measurement(experiment: str, line: str, shared: list[str]) -> Work:
+    """One of an experiment's `measurements` as work to do; its settings are checked at once.
+
+    Args:
+        experiment: its name.
+        line: evaluate, analyse or bench, and settings of that command.
+        shared: further settings.
+
+    Raises:
+        ValueError: another command, or settings that it does not know.
+    """
+    name, *arguments = shlex.split(line) or [""]
+    if name == "bench":
+        return partial(_child, name, [*arguments, *shared])
+    allowed = {"evaluate": evaluate_and_draw, "analyse": analyse_and_draw}
+    require(
+        name in allowed,
+        f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, and their settings.",
+    )
+    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{name}", EvaluateConfig)
+    return partial(allowed[name], config)
 
 
 def print_status(experiment: str, overrides: list[str]) -> int:
@@ -262,12 +272,12 @@ def print_status(experiment: str, overrides: list[str]) -> int:
     planned = {folder: config.steps for folder, (_, config) in planned_runs(experiment, overrides).items()}
     found = {path.parent for path in (experiment_folder(experiment) / "runs").glob("*/config.yaml")}
     states = {folder: status(folder) for folder in [*planned, *sorted(found - set(planned))]}
-    for folder in sorted(states, key=lambda f: (STATES.index(states[f]), f)):
-        failure = failed(folder) if states[folder] == "failed" else None
-        message = " ".join(str((failure or {}).get("message", "")).split())
+    order = get_args(Status)
+    for folder in sorted(states, key=lambda f: (order.index(states[f]), f)):
+        message = " ".join((failed(folder) or "").split()) if states[folder] == "failed" else ""
         progress = _progress(folder, planned.get(folder))
         print(f"{states[folder]:8}  {folder!s:50}  {progress:>12}  {message}".rstrip())
-    counts = {state: list(states.values()).count(state) for state in STATES}
+    counts = {state: list(states.values()).count(state) for state in order}
     print(", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "finished"))
     return 0
 
@@ -304,39 +314,7 @@ def _is_finished(folder: Path, config: TrainConfig) -> bool:
         return False
 
 
-def _evaluated(experiment: str) -> set[tuple[str | None, int | None]]:
-    try:
-        rows = read_rows(experiment_folder(experiment) / "extrapolation" / "results.jsonl")
-    except (OSError, ValueError):
-        return set()
-    return {(row.run, row.inference_length) for row in rows}
-
-
-def measurement(experiment: str, line: str, shared: list[str]) -> Callable[[], int | None]:
-    """One of an experiment's `measurements` as work to do; its settings are checked at once.
-
-    Args:
-        experiment: its name.
-        line: evaluate, analyse or bench, and settings of that command.
-        shared: further settings.
-
-    Raises:
-        ValueError: another command, or settings that it does not know.
-    """
-    name, *arguments = shlex.split(line) or [""]
-    if name == "bench":
-        return partial(_child, name, [*arguments, *shared])
-    allowed: dict[str, Callable[[EvaluateConfig], None]]
-    allowed = {"evaluate": evaluate_and_draw, "analyse": analyse_and_draw}
-    require(
-        name in allowed,
-        f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, and their settings.",
-    )
-    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{name}", EvaluateConfig)
-    return partial(allowed[name], config)
-
-
-def _step(name: str, work: Callable[[], int | None]) -> int:
+def _step(work: Work) -> int:
     """Do one of several things; an error ends only this one."""
     try:
         return work() or 0

@@ -71,12 +71,6 @@ class FairseqNAG(torch.optim.Optimizer):
 
     The velocity holds the learning rate of its time, and c rescales it to the present one. `previous_lr` is
     kept in the parameter groups, so the optimizer's state dict carries it.
-
-    Args:
-        params: parameters or groups of them.
-        lr: learning rate, > 0.
-        momentum: m, in [0, 1).
-        weight_decay: >= 0.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
@@ -118,10 +112,6 @@ def build_optimizer(config: AdamWConfig | NAGConfig, model: nn.Module) -> torch.
     With AdamW, weight decay acts on the weight of every `nn.Linear` and on nothing else: not on biases and
     norms, and not on tables that are looked up (word vectors, learned positions, T5 biases) or on slopes,
     where decay would pull entries to zero that a batch did not even touch. NAG decays all, as fairseq does.
-
-    Args:
-        config: an optimizer's settings.
-        model: whose parameters to train; AdamW updates all of them in one fused kernel.
     """
     if isinstance(config, NAGConfig):
         return FairseqNAG(model.parameters(), config.lr, config.momentum, config.weight_decay)

@@ -1,61 +1,50 @@
-"""The run folder: its name, identity, lock and marks, and the model that was trained in it.
+"""The run folder: its name, identity, records, lock and marks, and the model that was trained in it.
 
     outputs/<experiment>/runs/<position>_L<train_length>_s<seed>[_<hash of the settings that differ>]/
 
 A folder is named by what was asked for, so that the same command given again finds it. Its state is read from
 three things only: the operating system's lock on `.lock` (gone with the process, however it ended),
-`finished.json` and `failed.json`. Checkpoints, `best.json` and `finished.json` carry the identity of their run,
-which is checked when they are read: a file that was copied from another run's folder is refused.
+`finished.json` and `failed.json`. A run is known by the settings that count and the digests of its text.
+Checkpoints, `best.json` and `finished.json` carry this identity, which is checked when they are read: a file of
+another run's folder is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import operator
+import hashlib
+import json
+import numbers
 import re
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm import runtime
-from alibi_lm.attention import ATTENTION, chosen_backend
-from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.config import TrainConfig, load_config, to_dict
+from alibi_lm.attention import ATTENTION
+from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
+from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
 from alibi_lm.data.corpus import Corpus
-from alibi_lm.files import read_json_if_whole, write_json, write_text
-from alibi_lm.identity import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    CORPUS_FILE,
-    FINISHED_FILE,
-    differing_settings,
-    folder_identity,
-    require_own_files,
-    run_identity,
-    short_hash,
-)
+from alibi_lm.files import read_json, read_json_if_whole, write_json, write_text
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.settings import require
-
-__all__ = [
-    "CHECKPOINTS", "CONFIG_FILE", "RunLock", "build_model", "clear_failed", "differing_settings",
-    "experiment_folder", "failed", "finished", "folder_identity", "is_locked", "load_run", "mark_failed",
-    "mark_finished", "run_folders", "run_identity", "run_name", "short_hash", "status",
-]  # fmt: skip
+from alibi_lm.settings import counting, require
+from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]
 
-FAILED_FILE, LOCK_FILE = "failed.json", ".lock"
+CORPUS_FILE, CHECKPOINTS, LOCK_FILE = "corpus.json", "checkpoints", ".lock"
+FINISHED_FILE, FAILED_FILE = "finished.json", "failed.json"
 LOCK_WAIT_SECONDS = 1.0
 """A status query holds the lock for an instant; a run that starts in that instant waits it out."""
+PUT_BACK = "Put the run's own file back, or train it again with overwrite=true."
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -67,195 +56,332 @@ def experiment_folder(experiment: str) -> Path:
 
 
 def run_folders(runs: str | Path) -> list[Path]:
-    """The folders that `runs` names: one folder, or those that match a glob, in order of their names.
-
-    Args:
-        runs: a run folder or a glob, such as `outputs/quick/runs/*`.
-    """
+    """The folders that `runs` names, in order: one folder, or those that match a glob (`outputs/quick/runs/*`)."""
     pattern = glob.escape(str(runs)) if Path(runs).is_dir() else str(runs)
     return [path for path in map(Path, sorted(glob.glob(pattern))) if path.is_dir()]
 
 
-def run_name(position: str, train_length: int, seed: int, overrides_hash: str | None = None) -> str:
-    """Name of a run folder, for example `alibi_L64_s1` or `alibi_L64_s1_0f3a9c21`.
-
-    Args:
-        position: name of the position scheme.
-        train_length: tokens of a training sequence.
-        seed: seed of the run.
-        overrides_hash: `short_hash` of the settings that differ from the experiment's own, or None.
+def run_name(config: TrainConfig, suffix: str = "") -> str:
+    """Name of a run, for example `alibi_L64_s1`, or `alibi_L64_s1_0f3a9c21` with a suffix.
 
     Raises:
-        ValueError: a part that would not be a plain file name.
+        ValueError: it would not be a plain file name.
     """
-    name = f"{position}_L{train_length}_s{seed}" + (f"_{overrides_hash}" if overrides_hash else "")
+    name = f"{config.position.name}_L{config.train_length}_s{config.seed}" + (f"_{suffix}" if suffix else "")
     require(
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is not None,
         f"run name = {name!r} is not a plain folder name. "
-        "Use letters, digits, '_', '.' and '-' in position and seed, or give output_dir.",
+        "Use letters, digits, '_', '.' and '-' in the name of a position scheme, or give output_dir.",
     )
     return name
 
 
-# --- the records of a run -------------------------------------------------------------------------
+# --- identity ------------------------------------------------------------------------------------
+
+
+def short_hash(mapping: Mapping[str, Any], digits: int = 8) -> str:
+    """Hex digits that stand for a mapping of plain values; the order of keys does not matter."""
+    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def differing_settings(config: TrainConfig, baseline: TrainConfig) -> dict[str, Any]:
+    """Settings that count and in which `config` differs from `baseline`, by dotted name.
+
+    Those in which a run differs from its experiment's own give its folder a suffix. A setting that only the
+    baseline has is None.
+    """
+    ours, theirs = (counting(c, "run", "rounding") for c in (config, baseline))
+    return {name: ours.get(name) for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)}
+
+
+def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any], names: set[str] | None = None) -> str:
+    """12 hex digits that stand for the settings and the text of a run, wherever both lie.
+
+    Args:
+        config: of the run.
+        corpus_manifest: of its corpus, as in corpus.json; empty where it is not known.
+        names: settings that count here, dotted; None: all. A run that was saved by an earlier version is known by
+            the settings that there were then.
+    """
+    settings = counting(config, "run", "rounding")
+    known = {name: value for name, value in settings.items() if names is None or name in names}
+    return short_hash({"settings": known, **_corpus_digests(corpus_manifest)}, digits=12)
+
+
+def _corpus_digests(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    """sha256 of what a run is trained on: tokenizer, training text and validation text (None: not known)."""
+    splits = manifest.get("splits") or {}
+    parts = {"tokenizer": manifest.get("tokenizer"), "training text": splits.get("train")}
+    parts["validation text"] = splits.get("validation")
+    return {what: (part or {}).get("sha256") for what, part in parts.items()}
+
+
+def folder_identity(folder: Path) -> str:
+    """`run_identity` of the run in a folder, by its config.yaml and corpus.json.
+
+    Raises:
+        ValueError: no run folder, or one of the files is damaged.
+    """
+    config = load_config(folder)
+    path = folder / CORPUS_FILE
+    manifest = read_json(path) if path.is_file() else {}
+    return run_identity(config, manifest, _names(yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))))
+
+
+def _names(settings: Any, prefix: str = "") -> set[str]:
+    if not isinstance(settings, dict):
+        return {prefix.rstrip(".")}
+    return {name for key, value in settings.items() for name in _names(value, f"{prefix}{key}.")}
+
+
+def require_own_files(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Refuse a checkpoint, best.json, finished.json, corpus.json or config.yaml of another run.
+
+    Files written before they carried an identity are held against one another as far as their contents allow.
+
+    Raises:
+        ValueError: naming the file and the run that it belongs to.
+    """
+    config, own = load_config(folder), folder_identity(folder)
+    config_path, corpus_path = folder / CONFIG_FILE, folder / CORPUS_FILE
+    best_path, done_path = folder / CHECKPOINTS / BEST_FILE, folder / FINISHED_FILE
+    best, done = read_json_if_whole(best_path) or {}, read_json_if_whole(done_path) or {}
+    state, state_path = ({}, folder) if checkpoint is None else (checkpoint.state, checkpoint.path)
+
+    written = {state_path: state, best_path: best, done_path: done}
+    known = {path: content for path, content in written.items() if "run" in content}
+    foreign = [path for path, content in known.items() if content["run"] != own]
+    if foreign:
+        theirs = known[foreign[0]]
+        itself, other = f"{run_name(config)} ({own})", f"{theirs.get('run_name')} ({theirs['run']})"
+        if len(foreign) == len(known) > 1:
+            changed = "" if corpus_path.is_file() else f"{corpus_path.name} is missing here, or "
+            changed += f"a setting in {CONFIG_FILE} was changed after the training, or it was taken from elsewhere"
+            message = f"{config_path} describes {itself}, but {', '.join(p.name for p in known)} beside it are of"
+            raise ValueError(f"{message} another run, {other}: {changed}. {PUT_BACK}")
+        raise ValueError(
+            f"{foreign[0]} belongs to another run, {other}, than the rest of {folder}: {itself}. {PUT_BACK}"
+        )
+
+    facts = [
+        ("position", config.position.name, config_path, done.get("position"), done_path),
+        ("train_length", config.train_length, config_path, done.get("train_length"), done_path),
+        (
+            *("best validation loss", best.get("validation_loss"), best_path),
+            done.get("best_validation_loss"),
+            done_path,
+        ),
+        ("training text", _text_hash(corpus_path), corpus_path, done.get("corpus"), done_path),
+    ]
+    if checkpoint is not None and done.get("steps") == checkpoint.step:
+        for key in ("validation_loss", "best_validation_loss", "tokens_seen"):
+            facts.append((key, state.get(key), state_path, done.get(key), done_path))
+    if checkpoint is not None and best.get("step") == checkpoint.step == state.get("best_step"):
+        saved = state.get("best_validation_loss")
+        facts.append(("best validation loss", saved, state_path, best.get("validation_loss"), best_path))
+    for what, here, where, there, place in facts:
+        require(
+            here is None or there is None or here == there,
+            f"{place} says {what} = {there}, {where} {here}: one is another run's. {PUT_BACK}",
+        )
+
+
+def _text_hash(path: Path) -> str | None:
+    """What finished.json calls `corpus`: tokenizer and training text."""
+    try:
+        manifest = read_json(path)
+        parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
+    except (FileNotFoundError, KeyError, TypeError):
+        return None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def own_metrics(folder: Path, latest: Checkpoint) -> int:
+    """How many rows of metrics.jsonl were there when a checkpoint was written; the others come again.
+
+    Raises:
+        ValueError: some of them are missing, or they are another run's.
+    """
+    path = folder / METRICS_FILE
+    rows = [row for row in (read_metrics(path) if path.is_file() else []) if row["step"] <= latest.step]
+    # Runs that were begun by an earlier version do not say how many, but they logged as often as they were told.
+    expected = latest.state.get("metrics_rows", max(len(rows), latest.step // load_config(folder).log_every))
+    require(
+        len(rows) >= expected,
+        f"{path} holds {len(rows)} of the {expected} rows that were written up to step {latest.step}. {PUT_BACK}",
+    )
+    measured = [row["validation/loss"] for row in rows[:expected] if "validation/loss" in row][-1:]
+    loss = latest.state.get("validation_loss")
+    require(
+        loss is None or measured == [loss],
+        f"{path} says validation/loss = {measured}, {latest.path.name} {loss}: it is another run's. {PUT_BACK}",
+    )
+    return expected
+
+
+def require_same_settings(config: TrainConfig, folder: Path) -> None:
+    """Refuse to continue a run with other settings. Where its files and its text lie is no setting of it."""
+    there = load_config(folder)
+    now, before = differing_settings(config, there), differing_settings(there, config)
+    differences = "; ".join(f"{name}: {before[name]!r} there, {now[name]!r} now" for name in now)
+    require(
+        not differences,
+        f"output_dir = {folder} holds a run with other settings ({differences}). "
+        "Use overwrite=true to start over, or another output_dir.",
+    )
+
+
+def require_same_text(folder: Path, corpus: Corpus) -> None:
+    """Refuse to continue a run on another text, or with another tokenizer."""
+    record = folder / CORPUS_FILE
+    if not record.is_file() or not any((folder / CHECKPOINTS).glob("*")):
+        return
+    there, here = _corpus_digests(read_json(record)), _corpus_digests(corpus.manifest)
+    for what in there:
+        require(
+            there[what] == here[what],
+            f"output_dir = {folder} holds a run with another {what} (sha256 {str(there[what])[:12]} there, "
+            f"{str(here[what])[:12]} now). Give it the text it was begun with, or use overwrite=true to start "
+            "over.",
+        )
+
+
+# --- records -------------------------------------------------------------------------------------
 
 
 def require_readable(config: TrainConfig) -> None:
     """Refuse settings that could not be read back from config.yaml, before a run is trained with them."""
-    with tempfile.TemporaryDirectory() as place:
-        _write_config(config, Path(place))
-        try:
-            again = load_config(Path(place))
-        except ValueError as error:
-            reason = " ".join(str(error).replace(f"{Path(place) / CONFIG_FILE} ", "").split())
-            raise ValueError(
-                f"These settings could not be read back from a run's {CONFIG_FILE}: {reason}. "
-                "Choose an entry of a group by its name alone (position=<name>, not position.name=<name>)."
-            ) from error
+    try:
+        again = from_yaml(to_yaml(config))
+    except ValueError as error:
+        raise ValueError(
+            f"These settings could not be read back from a run's {CONFIG_FILE}: {' '.join(str(error).split())}. "
+            "Choose an entry of a group by its name alone (position=<name>, not position.name=<name>)."
+        ) from error
     changed = [
-        f"{name} = {getattr(config, name)!r} becomes {getattr(again, name)!r}"
-        for name in (f.name for f in dataclasses.fields(config))
-        if getattr(config, name) != getattr(again, name)
+        f"{field.name} = {getattr(config, field.name)!r} becomes {getattr(again, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(again, field.name)
     ]
     require(not changed, f"{CONFIG_FILE} would not hold these settings: {'; '.join(changed)}. Use plain values.")
 
 
-def _write_config(config: TrainConfig, folder: Path) -> None:
-    write_text(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-
-
-def write_records(config: TrainConfig, folder: Path, corpus: Corpus, device: torch.device) -> None:
+def write_records(config: TrainConfig, folder: Path, corpus: Corpus, model: TransformerLM) -> None:
     """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
     if not (folder / CONFIG_FILE).exists():
-        _write_config(config, folder)
-    attention = {"attention": chosen_backend(config.attention.name)}
-    write_json(folder / "environment.json", runtime.environment(device) | attention)
+        write_text(folder / CONFIG_FILE, to_yaml(config))
+    environment = runtime.environment(model.device) | {"attention": model.backend.name}
+    write_json(folder / "environment.json", environment)
     write_json(folder / CORPUS_FILE, corpus.manifest)
     corpus.tokenizer.save(folder / "tokenizer.json")
 
 
 def delete_run(folder: Path) -> None:
-    """Delete a run folder, but nothing that is not one."""
+    """Delete what a run folder holds, but nothing that is not one."""
     if not folder.exists():
         return
     require(
         (folder / CONFIG_FILE).is_file() or not any(p for p in folder.iterdir() if p.name != LOCK_FILE),
         f"overwrite = true, but {folder} is no run folder (it has no {CONFIG_FILE}). Nothing was deleted.",
     )
-    with RunLock(folder):
+    with run_lock(folder):
         for entry in folder.iterdir():
-            if entry.name == LOCK_FILE:
-                continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if entry.name != LOCK_FILE:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-# --- marks ---------------------------------------------------------------------------------------
+# --- marks and lock ------------------------------------------------------------------------------
 
 
-def mark_finished(run_folder: Path, payload: Mapping[str, Any]) -> None:
+def mark_finished(folder: Path, payload: Mapping[str, Any]) -> None:
     """Write `finished.json`, the last act of a run, and remove the mark of an earlier failure."""
-    write_json(Path(run_folder) / FINISHED_FILE, dict(payload))
-    clear_failed(run_folder)
+    write_json(folder / FINISHED_FILE, dict(payload))
+    clear_failed(folder)
 
 
-def finished(run_folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path) -> dict[str, Any] | None:
     """What `mark_finished` was given, or None; an unreadable mark is reported and counts as none."""
-    return read_json_if_whole(Path(run_folder) / FINISHED_FILE)
+    return read_json_if_whole(folder / FINISHED_FILE)
 
 
-def mark_failed(run_folder: Path, message: str, **details: Any) -> None:
+def mark_failed(folder: Path, message: str) -> None:
     """Write `failed.json` with the error message. A run that is started again clears it."""
-    write_json(Path(run_folder) / FAILED_FILE, {"message": message, **details})
+    write_json(folder / FAILED_FILE, {"message": message})
 
 
-def failed(run_folder: Path) -> dict[str, Any] | None:
-    """What `mark_failed` was given (`message` and details), or None."""
-    return read_json_if_whole(Path(run_folder) / FAILED_FILE)
+def failed(folder: Path) -> str | None:
+    """The message that `mark_failed` was given, or None."""
+    mark = read_json_if_whole(folder / FAILED_FILE)
+    return None if mark is None else str(mark.get("message", ""))
 
 
-def clear_failed(run_folder: Path) -> None:
+def clear_failed(folder: Path) -> None:
     """Remove the mark of a failure, if there is one."""
-    (Path(run_folder) / FAILED_FILE).unlink(missing_ok=True)
+    (folder / FAILED_FILE).unlink(missing_ok=True)
 
 
-def status(run_folder: Path) -> Status:
+def status(folder: Path) -> Status:
     """State of a run folder.
 
     Returns:
-        `finished` (has its mark), `running` (a living process holds the lock), `failed` (ended with
-        an error), `partial` (was killed or stopped: the same command resumes it) or `missing`.
+        `finished` (has its mark), `running` (a living process holds the lock), `failed` (ended with an error),
+        `partial` (killed or stopped: the same command resumes it) or `missing`.
     """
-    run_folder = Path(run_folder)
-    if finished(run_folder) is not None:
+    if finished(folder) is not None:
         return "finished"
-    if is_locked(run_folder):
+    if is_locked(folder):
         return "running"
-    if failed(run_folder) is not None:
+    if failed(folder) is not None:
         return "failed"
-    return "partial" if run_folder.is_dir() and any(run_folder.iterdir()) else "missing"
+    return "partial" if folder.is_dir() and any(folder.iterdir()) else "missing"
 
 
-# --- lock ----------------------------------------------------------------------------------------
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Within, this process alone works on a run folder, which is made if it is not there.
 
-
-class RunLock:
-    """One process on one run folder: `with RunLock(run_folder): ...`.
-
-    The lock is the operating system's, on the open file, so a process that dies in any way lets go
-    of it; the empty file `.lock` that stays behind means nothing.
+    The lock is the operating system's, on the open file, so a process that dies in any way lets go of it; the
+    empty file `.lock` that stays behind means nothing.
 
     Raises:
-        ValueError: on entering, when another process holds the folder or it cannot be written.
+        ValueError: another process holds the folder, or it cannot be written.
     """
+    from filelock import FileLock, Timeout
 
-    def __init__(self, run_folder: Path):
-        self.run_folder = Path(run_folder)
-        self._lock: Any = None
-
-    def __enter__(self) -> RunLock:
-        from filelock import FileLock, Timeout
-
-        try:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.run_folder / LOCK_FILE)
-            self._lock.acquire(timeout=LOCK_WAIT_SECONDS, poll_interval=0.05)
-        except Timeout:
-            raise ValueError(
-                f"output_dir = {self.run_folder} is in use by another process. "
-                "Wait until it ends, or give another output_dir."
-            ) from None
-        except OSError as error:
-            raise ValueError(
-                f"output_dir = {self.run_folder} cannot be written ({error.strerror or error}). "
-                "Give an output_dir that this user may write to."
-            ) from error
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._lock.release()
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_WAIT_SECONDS, poll_interval=0.05)
+    except Timeout:
+        raise ValueError(
+            f"output_dir = {folder} is in use by another process. Wait until it ends, or give another output_dir."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"output_dir = {folder} cannot be written ({error.strerror or error}). "
+            "Give an output_dir that this user may write to."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def is_locked(run_folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a living process holds the run folder. Creates nothing."""
     from filelock import FileLock, Timeout
 
-    path = Path(run_folder) / LOCK_FILE
+    path = folder / LOCK_FILE
     if not path.is_file():
         return False
-    probe = FileLock(path)
     try:
-        probe.acquire(timeout=0)
+        with FileLock(path, timeout=0):
+            return False
     except Timeout:
         return True
     except OSError:  # not ours to write: nobody we could get in the way of
         return False
-    probe.release()
-    return False
 
 
 # --- the model of a run --------------------------------------------------------------------------
@@ -272,14 +398,8 @@ def build_model(
         attention: backend, where it is not the config's own.
         context_length: longest sequence to be served; None: train_length.
     """
-    return TransformerLM(
-        config.model,
-        config.position,
-        attention or config.attention.name,
-        vocab_size,
-        config.train_length,
-        context_length,
-    )
+    backend = attention or config.attention.name
+    return TransformerLM(config.model, config.position, backend, vocab_size, config.train_length, context_length)
 
 
 def load_run(
@@ -313,7 +433,11 @@ def load_run(
             weights that do not fit the config.
     """
     folder = Path(folder)
-    length = _whole_number("inference_length", inference_length)
+    whole = isinstance(inference_length, numbers.Integral) and not isinstance(inference_length, bool)
+    require(
+        inference_length is None or (whole and inference_length >= 1),
+        f"inference_length = {inference_length!r}. Use a whole number >= 1.",
+    )
     require(attention in ATTENTION, f"attention = {attention!r}. Allowed: {', '.join(ATTENTION)}.")
     where = runtime.existing_device(device)
     precision = runtime.resolve_precision(where, precision)
@@ -328,7 +452,7 @@ def load_run(
             ) from error
     found = CheckpointStore(folder / CHECKPOINTS).get(checkpoint)
     require_own_files(folder, found)
-    model = build_model(config, int(found.state["vocab_size"]), attention, length)
+    model = build_model(config, int(found.state["vocab_size"]), attention, inference_length)
     found.load_into(model)
     settings = {
         "weights": found.weights_sha256,
@@ -341,14 +465,3 @@ def load_run(
     model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)
     model.precision = precision
     return model.to(where).eval()
-
-
-def _whole_number(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    require(number >= 1 and not isinstance(value, bool), f"{name} = {value!r}. Use a whole number >= 1.")
-    return number

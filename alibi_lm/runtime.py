@@ -1,17 +1,15 @@
-"""What a run stands on: device, precision, seeds, cores, output, and a record of the machine and the code."""
+"""What a run stands on: device, precision, seeds, cores, and a record of the machine and the code."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import io
 import math
 import os
 import platform
 import re
 import subprocess
-import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,6 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     floats, which are several times slower to multiply. Threads inherit the switch only if they are
     created after it is set.
 
-    Memory that is freed stays with the process where that is glibc's to decide. A training step frees all it
-    has made, and would otherwise have the system make the same pages anew in the next step.
-
     cuDNN's attention is not used: torch 2.11 prefers it on recent GPUs, where it rounds dropout rates to
     sixteenths and its backward pass gives NaN for some masked rows (pytorch issue 196678).
 
@@ -48,35 +43,21 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     Raises:
         ValueError: unknown device, `cuda` where there is none, or a number of threads out of range.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     torch.set_flush_denormal(True)
     _keep_freed_memory()
     if threads is not None:
         require(1 <= threads <= MAX_THREADS, f"threads = {threads}. Use 1 to {MAX_THREADS}, or null.")
         torch.set_num_threads(threads)
     require(device in DEVICES, f"device = {device!r}. Allowed: {', '.join(DEVICES)}.")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
     require(
-        device != "cuda" or torch.cuda.is_available(),
+        torch.cuda.is_available(),
         "device = cuda, but torch finds no CUDA device here. Use device=cpu or device=auto.",
     )
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
-
-
-def say(line: str) -> None:
-    """Print a line at once. Output that cannot be written, as on a full disk, ends no run."""
-    try:
-        print(line, flush=True)
-    except (OSError, ValueError):  # a closed or full output
-        with suppress(OSError, ValueError):  # what is left in the buffer would fail again when the process ends
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def allowed_cores() -> int:
@@ -103,7 +84,10 @@ def _container_cores(root: Path = Path("/sys/fs/cgroup")) -> list[float]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc's allocator give no freed memory back to the system, unless the environment says otherwise."""
+    """Let glibc's allocator give no freed memory back to the system, unless the environment says otherwise.
+
+    A training step frees all that it has made, and would have the system make the same pages anew in the next.
+    """
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     if any(name in os.environ for name in chosen):
         return
@@ -146,15 +130,7 @@ def resolve_precision(device: torch.device, precision: str) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Context of the forward pass: bfloat16 autocast, or nothing.
-
-    Args:
-        device: where the model is.
-        precision: see `resolve_precision`.
-
-    Raises:
-        ValueError: unknown precision.
-    """
+    """Context of the forward pass: bfloat16 autocast, or nothing; see `resolve_precision`."""
     if resolve_precision(device, precision) == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -163,11 +139,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Make all randomness that follows a pure function of (seed, step, rank).
 
-    Called at the start of every training step, so that no generator state needs to be saved: a resumed run
-    draws the same dropout masks as an uninterrupted one.
+    Called at the start of every training step, so that a resumed run draws the same dropout masks as an
+    uninterrupted one, and no generator state needs to be saved.
     """
-    # Odd multipliers spread the three numbers over 63 bits; collisions within one run are impossible because
-    # step stays below 2^40 / rank below 2^10 in practice.
+    # Odd multipliers spread the three numbers over 63 bits.
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % (1 << 63)
     torch.manual_seed(mixed)
 

@@ -34,27 +34,20 @@ def setting(
     return dataclasses.field(default=default, default_factory=default_factory, metadata={"counts": counts})
 
 
-def counts(config: Any) -> dict[str, Counts]:
-    """What each setting of a config counts as, by its dotted name (`optimizer.lr`)."""
-    return {name: kind for name, _, kind in _walk(config, "", None)}
-
-
 def counting(config: Any, *kinds: Counts) -> dict[str, Any]:
-    """The settings of a config that count as one of `kinds`, by dotted name."""
+    """The settings of a config that count as one of `kinds`, by dotted name (`optimizer.lr`)."""
     return {name: value for name, value, kind in _walk(config, "", None) if kind in kinds}
 
 
-def _walk(config: Any, prefix: str, inherited: Counts | None) -> list[tuple[str, Any, Counts]]:
-    found: list[tuple[str, Any, Counts]] = []
+def _walk(config: Any, prefix: str, inherited: Counts | None) -> Iterator[tuple[str, Any, Counts]]:
     for field in dataclasses.fields(config):
         kind = field.metadata.get("counts", inherited)
         assert kind is not None, f"{type(config).__name__}.{field.name} does not say what it counts as"
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found += _walk(value, f"{prefix}{field.name}.", kind)
+            yield from _walk(value, f"{prefix}{field.name}.", kind)
         else:
-            found.append((f"{prefix}{field.name}", value, kind))
-    return found
+            yield f"{prefix}{field.name}", value, kind
 
 
 def require(condition: bool, message: str) -> None:
@@ -92,54 +85,6 @@ def check_values(config: Any, prefix: str = "") -> None:
 # --- settings as text ----------------------------------------------------------------------------
 
 
-def parse(config: type[C], arguments: Sequence[str]) -> C:
-    """A config dataclass from `name=value` arguments.
-
-    A setting that is a text takes its value as it stands, whatever characters it holds; others are read as YAML.
-    A field without a default must be given.
-
-    Raises:
-        ValueError: an unknown name, a value of the wrong type or out of range, or a setting that is missing.
-    """
-    from omegaconf import OmegaConf
-
-    cfg = OmegaConf.structured(config)
-    allowed = ", ".join(f"{field.name}=" for field in dataclasses.fields(config))  # type: ignore[arg-type]
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        kind = _type_of(config, name)
-        if not equals or kind is None:
-            raise ValueError(f"{argument!r} is no setting here. Allowed: {allowed}")
-        require(bool(text.strip()), f"{name} is empty. Give a value, or leave {name}= out.")
-        _set(cfg, name, text, kind)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    require(not missing, f"missing: {', '.join(f'{name}=...' for name in missing)}")
-    result = OmegaConf.to_object(cfg)
-    check_values(result)
-    return result  # type: ignore[return-value]
-
-
-def _set(cfg: Any, name: str, text: str, kind: Any) -> None:
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    plain, optional = _plain(kind)
-    value: Any = text.replace("${", "\\${")  # no interpolation
-    try:
-        if optional and text == "null":
-            value = None
-        elif plain is not str:
-            value = yaml.safe_load(text)
-        empty = value == [] == OmegaConf.select(cfg, name)
-        OmegaConf.update(cfg, name, value)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{name} = {text}. Use {_WORDS.get(get_origin(plain) or plain, 'another value')}."
-        ) from error
-    require(not empty, f"{name} = []. Name at least one, or leave {name}= out for the default.")
-
-
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -149,24 +94,56 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def _plain(kind: Any) -> tuple[Any, bool]:
-    """The type without `| None`, and whether that stood there."""
-    if get_origin(kind) in (Union, types.UnionType):
-        (inner, *_) = [a for a in get_args(kind) if a is not type(None)]
-        return inner, True
-    return kind, False
+def parse(config: type[C], arguments: Sequence[str]) -> C:
+    """A config dataclass from `name=value` arguments.
+
+    A setting that is a text takes its value as it stands, whatever characters it holds; others are read as YAML.
+    A field without a default must be given.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type or out of range, or a setting that is missing.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    cfg = OmegaConf.structured(config)
+    allowed = ", ".join(f"{field.name}=" for field in dataclasses.fields(config))  # type: ignore[arg-type]
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        kind, optional = _type_of(config, name)
+        require(bool(equals) and kind is not None, f"{argument!r} is no setting here. Allowed: {allowed}")
+        require(bool(text.strip()), f"{name} is empty. Give a value, or leave {name}= out.")
+        value: Any = text.replace("${", "\\${")  # no interpolation
+        try:
+            if optional and text == "null":
+                value = None
+            elif kind is not str:
+                value = yaml.safe_load(text)
+            empty = value == [] == OmegaConf.select(cfg, name)
+            OmegaConf.update(cfg, name, value)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            words = _WORDS.get(get_origin(kind) or kind, "another value")
+            raise ValueError(f"{name} = {text}. Use {words}.") from error
+        require(not empty, f"{name} = []. Name at least one, or leave {name}= out for the default.")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    require(not missing, f"missing: {', '.join(f'{name}=...' for name in missing)}")
+    result: Any = OmegaConf.to_object(cfg)
+    check_values(result)
+    return result
 
 
-def _type_of(config: Any, name: str) -> Any:
-    """Type of the setting with this dotted name; None: there is none."""
+def _type_of(config: Any, name: str) -> tuple[Any, bool]:
+    """Type of the setting with this dotted name without `| None`, and whether that stood there; None: no such."""
     head, _, rest = name.partition(".")
-    kind = get_type_hints(config).get(head)
-    inner, _ = _plain(kind)
-    if kind is None or not rest:
-        return kind
-    if dataclasses.is_dataclass(inner):
-        return _type_of(inner, rest)
-    return Any if get_origin(inner) is dict else None
+    kind, optional = get_type_hints(config).get(head), False
+    if get_origin(kind) in (Union, types.UnionType):
+        kind, optional = next(a for a in get_args(kind) if a is not type(None)), True
+    if rest and dataclasses.is_dataclass(kind):
+        return _type_of(kind, rest)
+    if rest:
+        kind = Any if get_origin(kind) is dict else None
+    return kind, optional
 
 
 def described(config: type) -> Iterator[tuple[str, Any, str]]:

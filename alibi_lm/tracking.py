@@ -13,18 +13,19 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from alibi_lm.distributed import World
 from alibi_lm.files import write_text
 from alibi_lm.settings import require
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
+WANDB_DATA = "WANDB_DATA_DIR"
+"""Environment variable: where wandb keeps copies of tables, by default in the user's home folder."""
 WANDB_MODES = ("offline", "online", "disabled")
 
 log = logging.getLogger("alibi_lm")
@@ -69,20 +70,17 @@ TRACKING: dict[str, type] = {"jsonl": JsonlConfig, "wandb": WandbConfig}
 
 
 class Tracker:
-    """Takes metrics and forgets them: for processes other than the main one, and the interface of all.
-
-    Attributes:
-        rows: how many rows metrics.jsonl holds.
-    """
+    """Takes metrics and forgets them: for processes other than the main one, and the interface of all."""
 
     rows = 0
+    """How many rows metrics.jsonl holds."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics of a step.
 
         Args:
             step: optimizer steps done; never less than in an earlier call.
-            metrics: values by name, such as `train/loss`; None, NaN and infinity stand for no value.
+            metrics: numbers by name, such as `train/loss`; None, NaN and infinity stand for no value.
         """
 
     def table(
@@ -90,33 +88,30 @@ class Tracker:
         name: str,
         columns: Sequence[str],
         rows: Sequence[Sequence[Any]],
-        line_plot: tuple[str, str, str] | None = None,
+        line_plot: tuple[str, str, str],
     ) -> None:
-        """Show a table, and a plot of it, where the tracker can; files of results are not its business.
+        """Show a table and, as `<name>_plot`, a line plot of it, where the tracker can.
 
         Args:
-            name: of the table; the plot is called `<name>_plot`.
+            name: of the table.
             columns: names of the columns.
             rows: values, in the order of the columns.
-            line_plot: columns of x, of y and of the line that a row belongs to; None for no plot.
+            line_plot: columns of x, of y and of the line that a row belongs to.
         """
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Record final values of the run."""
+        """Record final values of the run, where the tracker can."""
+
+    def close(self, failed: bool) -> None:
+        """End the tracking of the run; `failed` tells that an exception is why."""
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(failed=exc_type is not None)
-
-    def close(self, failed: bool) -> None:
-        """End the tracking of the run; `failed` tells that an exception is why."""
+        self.close(failed=kind is not None)
 
 
 def open_tracker(
@@ -124,9 +119,8 @@ def open_tracker(
     run_folder: Path,
     run_name: str,
     group: str,
-    resolved_config: Mapping[str, Any],
+    settings: Mapping[str, Any],
     resume_step: int,
-    world: World | None = None,
     kept_rows: int | None = None,
 ) -> Tracker:
     """The tracker of a run, to be used with `with`.
@@ -136,20 +130,17 @@ def open_tracker(
         run_folder: existing folder of the run.
         run_name: shown name.
         group: group of the run where the config names none; the experiment.
-        resolved_config: all settings, shown beside the run.
+        settings: of the run, shown beside it.
         resume_step: step of the checkpoint that training goes on from; rows after it are dropped. 0
             for a new run: all rows are dropped.
-        world: this process's place; all but the main one get a tracker that does nothing.
         kept_rows: how many rows are kept, where not all up to `resume_step` are.
 
     Raises:
         ValueError: metrics.jsonl is damaged before its last line, or wandb is not installed or cannot start.
     """
-    if world is not None and not world.is_main:
-        return Tracker()
     if isinstance(config, JsonlConfig) or config.mode == "disabled":
         return _JsonlTracker(run_folder, resume_step, kept_rows)
-    return _WandbTracker(config, run_folder, run_name, group, resolved_config, resume_step, kept_rows)
+    return _WandbTracker(config, run_folder, run_name, group, settings, resume_step, kept_rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -159,7 +150,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: a line before the last is not a row; the message names file and line.
     """
-    lines = Path(path).read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -179,11 +170,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 class _JsonlTracker(Tracker):
     def __init__(self, run_folder: Path, resume_step: int, kept_rows: int | None):
-        self.path = Path(run_folder) / METRICS_FILE
+        self.path = run_folder / METRICS_FILE
         kept = []
         if resume_step > 0 and self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step][:kept_rows]
-        write_text(self.path, "".join(_line(row) for row in kept))
+        write_text(self.path, "".join(map(_line, kept)))
         self.rows = len(kept)
         self._file = open(self.path, "ab")
 
@@ -215,7 +206,7 @@ class _WandbTracker(_JsonlTracker):
         run_folder: Path,
         run_name: str,
         group: str,
-        resolved_config: Mapping[str, Any],
+        settings: Mapping[str, Any],
         resume_step: int,
         kept_rows: int | None,
     ):
@@ -226,12 +217,9 @@ class _WandbTracker(_JsonlTracker):
                 f"tracking = wandb needs the package wandb ({error}). Install it, or use tracking=jsonl."
             ) from error
         super().__init__(run_folder, resume_step, kept_rows)
-        self._wandb = wandb
-        self._step = resume_step
-        folder = Path(run_folder).resolve()
-        # wandb would keep copies of tables in the user's home folder.
-        self._environment = _environment(WANDB_DATA_DIR=str(folder / "wandb" / "data"))
-        self._environment.__enter__()
+        self._wandb, self._step = wandb, resume_step
+        folder = run_folder.resolve()
+        self._data_before = _exchange(WANDB_DATA, str(folder / "wandb" / "data"))
         try:
             self._run = wandb.init(
                 dir=folder,
@@ -241,7 +229,7 @@ class _WandbTracker(_JsonlTracker):
                 entity=config.entity,
                 group=config.group or group,
                 tags=list(config.tags),
-                config=dict(resolved_config),
+                config=dict(settings),
                 mode=config.mode,  # type: ignore[arg-type]
                 # Offline runs cannot ask the server what it has; wandb warns when told to resume.
                 resume="allow" if config.mode == "online" else None,
@@ -252,7 +240,7 @@ class _WandbTracker(_JsonlTracker):
             )
         except Exception as error:
             super().close(failed=True)
-            self._environment.__exit__(None, None, None)
+            _exchange(WANDB_DATA, self._data_before)
             other = "tracking.mode=offline, or " if config.mode == "online" else ""
             raise ValueError(
                 f"tracking = wandb with mode = {config.mode} could not start: {error}. Use {other}tracking=jsonl."
@@ -268,14 +256,12 @@ class _WandbTracker(_JsonlTracker):
         name: str,
         columns: Sequence[str],
         rows: Sequence[Sequence[Any]],
-        line_plot: tuple[str, str, str] | None = None,
+        line_plot: tuple[str, str, str],
     ) -> None:
         table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        entries: dict[str, Any] = {name: table}
-        if line_plot is not None:
-            x, y, series = line_plot
-            entries[f"{name}_plot"] = self._wandb.plot.line(table, x=x, y=y, stroke=series, title=name)
-        self._run.log(entries, step=self._step)
+        x, y, series = line_plot
+        plot = self._wandb.plot.line(table, x=x, y=y, stroke=series, title=name)
+        self._run.log({name: table, f"{name}_plot": plot}, step=self._step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -283,22 +269,17 @@ class _WandbTracker(_JsonlTracker):
     def close(self, failed: bool) -> None:
         super().close(failed)
         try:
-            self._run.finish(exit_code=1 if failed else 0)
+            self._run.finish(exit_code=int(failed))
         except Exception as error:  # the numbers are in metrics.jsonl: a view must not fail a run
             log.warning("wandb could not be closed: %s", error)
         finally:
-            self._environment.__exit__(None, None, None)
+            _exchange(WANDB_DATA, self._data_before)
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """One row as strict JSON; a value that is not finite becomes null."""
-    return json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if hasattr(value, "item"):  # NumPy scalars, tensors of one element
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """One row as strict JSON; a number that is not finite becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _wandb_id(run_folder: Path) -> str:
@@ -307,20 +288,16 @@ def _wandb_id(run_folder: Path) -> str:
     if not path.exists():
         write_text(path, secrets.token_hex(8) + "\n")
     run_id = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
-        raise ValueError(f"{path} holds {run_id[:80]!r}, which is not a run id. Delete that file")
+    require(
+        re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id) is not None,
+        f"{path} holds {run_id[:80]!r}, which is not a run id. Delete that file",
+    )
     return run_id
 
 
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _exchange(name: str, value: str | None) -> str | None:
+    """Set a variable of the environment, or remove it with None; returns what it was."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    return before

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alibi_lm import distributed, identity, runs, runtime
+from alibi_lm import distributed, runs, runtime
 from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.config import TrainConfig, to_dict
+from alibi_lm.config import CONFIG_FILE, TrainConfig, to_dict
 from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score_tokens
 from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
-from alibi_lm.runs import CHECKPOINTS, CONFIG_FILE, RunLock, build_model, finished, load_run
-from alibi_lm.runtime import say
+from alibi_lm.runs import CHECKPOINTS, build_model, finished, load_run, run_lock
 from alibi_lm.settings import require
 from alibi_lm.tracking import Tracker, open_tracker
 
@@ -96,14 +95,12 @@ class Run:
     @cached_property
     def signature(self) -> dict[str, str]:
         """What a file of this run is known by."""
-        config = self.config
-        name = runs.run_name(config.position.name, config.train_length, config.seed)
-        return {"run": identity.folder_identity(self.folder), "run_name": name}
+        return {"run": runs.folder_identity(self.folder), "run_name": runs.run_name(self.config)}
 
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
         if self.world.is_main:
-            say(line)
+            print(line, flush=True)
 
 
 def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -127,16 +124,19 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             done = distributed.gather_objects(None, world)[0]
             return _train(config, folder, world, device) if done is None else done
         runs.require_readable(config)
+        if config.overwrite or finished(folder) is None:
+            require_trainable(config, device)
         if config.overwrite:
             runs.delete_run(folder)
-        with RunLock(folder):
+        with run_lock(folder):
             done = finished(folder)
             # Before any mark is touched: this may be another run.
             if done is not None or (folder / CONFIG_FILE).exists():
-                identity.require_same_settings(config, folder)
+                runs.require_same_settings(config, folder)
             if done is not None:
-                identity.require_own_files(folder, None)
-                say(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
+                runs.require_own_files(folder, None)
+                step = done.get("steps")
+                print(f"{folder}: already finished at step {step}. Use overwrite=true to start over.", flush=True)
             distributed.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
                 return done
@@ -153,6 +153,26 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         distributed.stop()
 
 
+def require_trainable(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what the attention backend cannot train on this device, before any file is written.
+
+    Raises:
+        ValueError: naming the backend, the reason and another backend.
+    """
+    # All that the answer depends on, without the weights of a model.
+    small = replace(config, model=replace(config.model, num_layers=1, adaptive_cutoffs=[]))
+    try:
+        with torch.device("meta"):
+            model = build_model(small, vocab_size=1)
+        reason = model.to_empty(device=device).refuses("training")
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.model_dim = {config.model.model_dim}: a layer of this size does not fit into the memory "
+            f"({error}). Use a smaller model."
+        ) from error
+    require(not reason, reason)
+
+
 def _train(config: TrainConfig, folder: Path, world: World, device: torch.device) -> dict[str, Any]:
     """The run itself, with its folder locked by the main process."""
     began = time.perf_counter()
@@ -165,13 +185,12 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         config.train_length <= train_split.num_tokens,
         f"train_length = {config.train_length} is longer than the training text: {train_split.num_tokens} tokens.",
     )
-    if world.is_main:
-        identity.require_same_text(folder, corpus)
-        runs.write_records(config, folder, corpus, device)
-
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.vocab_size).to(device)
     model.precision = config.precision  # of validation; a step has its own
+    if world.is_main:
+        runs.require_same_text(folder, corpus)
+        runs.write_records(config, folder, corpus, model)
     optimizer = build_optimizer(config.optimizer, model)
     batches = TrainingBatches(
         train_split.tokens, corpus.start_id, config.train_length, config.rows_per_step, config.seed
@@ -185,12 +204,15 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         f"{folder.name}: {verb} of {config.steps}; {model.num_parameters():,} parameters, "
         f"{run.tokens_per_step:,} tokens a step, {corpus.name}, attention={model.backend.name}"
     )
-    tracked = dict(to_dict(config), num_parameters=model.num_parameters(), corpus=corpus.hash)
+    facts = {"num_parameters": model.num_parameters(), "corpus": corpus.hash, "backend": model.backend.name}
     with StopSignals(world) as signals:
-        with open_tracker(
-            config.tracking, folder, folder.name, config.experiment, tracked, progress.step, world,
-            progress.metrics_rows,
-        ) as tracker:  # fmt: skip
+        tracker = Tracker()
+        if world.is_main:
+            tracker = open_tracker(
+                config.tracking, folder, folder.name, config.experiment, to_dict(config) | facts, progress.step,
+                progress.metrics_rows,
+            )  # fmt: skip
+        with tracker:
             _loop(run, store, progress, tracker, signals)
         result = {
             "steps": progress.step,
@@ -213,7 +235,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
             raise Interrupted(signals.received, progress.step) from None
         runs.mark_finished(folder, result)
     assert progress.validation_loss is not None
-    say(
+    run.say(
         f"{folder.name}: finished {config.steps} steps in {time.perf_counter() - began:,.0f} s; validation "
         f"loss {progress.validation_loss:.4f} nats per token. Run folder: {folder}\n"
         f"Next: python scripts/evaluate.py experiment={config.experiment} {shlex.quote(f'runs={folder}')}"
@@ -250,7 +272,15 @@ def _loop(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker
                 at = f"step {progress.step} of {steps}"
                 run.say(f"{run.folder.name}: {at}, training loss {loss:.4f}, {speed:,.0f} tokens/s")
             if logs:
-                log_step(run, tracker, progress, loss, norm, speed)
+                values = {
+                    "tokens_seen": progress.step * run.tokens_per_step,
+                    "train/loss": loss,
+                    "train/lr": config.schedule.lr(progress.step - 1, steps, config.optimizer.lr),
+                    "train/grad_norm": norm,
+                    "train/tokens_per_second": speed,
+                }
+                tracker.log(progress.step, values)
+                progress.losses_since_log.clear()
                 clock, timed = time.perf_counter(), progress.step
             progress.validation_due = progress.step % config.validate_every == 0 or progress.step == steps
         stop, better = signals.agreed(), False
@@ -321,7 +351,7 @@ def collect(store: CheckpointStore, progress: Progress, pending: list[tuple[int,
     values = torch.stack([torch.stack([loss.float(), norm.float()]) for _, loss, norm in pending]).tolist()
     for (number, _, _), (loss, norm) in zip(pending, values, strict=True):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = store.latest()
+            kept = store.find("last")
             raise NonFiniteLoss(
                 f"step {number}: loss = {loss}, gradient norm = {norm}. Training has diverged; the last good "
                 f"checkpoint is {'none' if kept is None else f'step {kept.step}'}. Lower optimizer.lr or "
@@ -330,21 +360,6 @@ def collect(store: CheckpointStore, progress: Progress, pending: list[tuple[int,
         progress.losses_since_log.append(loss)
     pending.clear()
     return float(values[-1][1])
-
-
-def log_step(run: Run, tracker: Tracker, progress: Progress, loss: float, norm: float, speed: float) -> None:
-    """Write a row of training metrics."""
-    progress.losses_since_log.clear()
-    tracker.log(
-        progress.step,
-        {
-            "tokens_seen": progress.step * run.tokens_per_step,
-            "train/loss": loss,
-            "train/lr": run.config.schedule.lr(progress.step - 1, run.config.steps, run.config.optimizer.lr),
-            "train/grad_norm": norm,
-            "train/tokens_per_second": speed,
-        },
-    )
 
 
 def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignals) -> bool:
@@ -407,10 +422,10 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     Raises:
         ValueError: it belongs to another run, metrics.jsonl does not fit it, or a weight is no number.
     """
-    latest = store.latest()
+    latest = store.find("last")
     if latest is None:
         return Progress()
-    identity.require_own_files(run.folder, latest)
+    runs.require_own_files(run.folder, latest)
     latest.restore(run.model, run.optimizer)
     bad = [n for n, weight in run.model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if bad:
@@ -422,7 +437,7 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     names = {f.name for f in fields(Progress)}
     progress = Progress(**{k: v for k, v in latest.state.items() if k in names} | {"step": latest.step})
     if run.world.is_main:
-        progress.metrics_rows = identity.own_metrics(run.folder, latest)
+        progress.metrics_rows = runs.own_metrics(run.folder, latest)
         if progress.best_step == latest.step:
             # The process may have died between writing this checkpoint and pointing at it.
             _mark_best(run, store, progress)

@@ -136,29 +136,6 @@ def test_load_run_gives_log_probabilities(trained, place, script):
     torch.testing.assert_close(log_prob.double(), double, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "words"),
-    [
-        pytest.param(*("train.py", ["experiment=smoke", "position.slop=1"], ["slop"]), marks=pytest.mark.slow),
-        ("train.py", ["experiment=smoke", "model.num_heads=3"], ["model.num_heads = 3", "does not divide"]),
-        pytest.param(
-            *("train.py", ["experiment=smoke", "data=wikitext103", "data.path=nowhere"], ["nowhere"]),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            *("evaluate.py", ["runs=nowhere", "lengths=[64]"], ["runs = nowhere", "matches no folder"]),
-            marks=pytest.mark.slow,
-        ),
-        ("evaluate.py", ["runs=text", "lengths=[64]"], ["text", "config.yaml"]),
-        ("analyse.py", ["experiment=smoke", "view=sideways"], ["view = 'sideways'", "decomposition"]),
-    ],
-)
-def test_mistakes_end_in_a_message(place, script, name, arguments, words):
-    done = script(name, *arguments, ok=False)
-    for word in words:
-        assert word in done.stderr
-
-
 def test_curves_go_to_wandb_as_a_table_and_a_plot(trained, place, script):
     script(
         "evaluate.py", "runs=outputs/smoke/runs/alibi*", "lengths=[16,32]", "output_dir=tracked",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +123,24 @@ def test_how_a_command_ends(outcome: Any, status: int, words: str, capsys: pytes
     printed = capsys.readouterr().err
     assert end.value.code == status and words in printed
     assert ("Traceback" in printed) == (words == "Traceback")
+
+
+@pytest.mark.parametrize("output", ["full", "closed", "ascii"])
+def test_output_that_cannot_be_written_ends_no_command(
+    output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = io.BytesIO()
+    stream = None if output == "closed" else io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    if output == "full":
+        stream = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as end:
+        command(Config)(lambda config: print("L\u00e4ufe", flush=True) or 3)(["source=a"])
+    assert end.value.code == 3 and sys.stdout is stream
+    assert ("No space left" in capsys.readouterr().err) == (output == "full")
+    assert output != "ascii" or written.getvalue() == b"L\\xe4ufe\n"
+    if stream is not None:
+        stream.close()
 
 
 def test_help_names_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.experiment import compose, planned_runs, run_folder
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.runs import build_model
-from alibi_lm.settings import counts, described
+from alibi_lm.settings import counting, described
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if not p.stem.endswith("_base"))
@@ -69,12 +69,12 @@ def test_every_setting_is_described(config):
 
 
 def test_every_setting_counts_as_something():
-    """Each in every entry of every group; `counts` raises where a field of TrainConfig says nothing."""
-    composed = compose([])
+    """Each in every entry of every group; `counting` fails where a field of TrainConfig says nothing."""
+    composed, words = compose([]), ("run", "rounding", "label", "no")
     for group, name in ENTRIES:
         config = dataclasses.replace(composed, **{group: GROUPS[group][name]()})
-        kinds = counts(config)
-        assert len(kinds) == len(set(kinds)) and set(kinds.values()) == {"run", "rounding", "label", "no"}
+        kinds = {name: word for word in words for name in counting(config, word)}
+        assert len(kinds) == len(counting(config, *words)) and set(kinds.values()) == set(words)
         expected = {"position": "run", "optimizer": "run", "schedule": "run", "tokenizer": "run"}
         expected |= {"attention": "rounding", "tracking": "no"}
         assert {kind for setting, kind in kinds.items() if setting.startswith(f"{group}.")} == {expected[group]}
@@ -96,25 +96,6 @@ def test_run_folders_are_named_by_what_was_asked():
     # A setting given the value that it has anyway is no difference.
     assert name(f"optimizer.lr={compose(['experiment=smoke']).optimizer.lr}") == name()
     assert name("output_dir=elsewhere") == "elsewhere"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"colour": "red"}, "colour"),
-        ({"position": {"name": "albi"}}, "albi"),
-        ({"position": {"name": "alibi", "slop": 1}}, "slop"),
-        ({"position": None}, "position = None"),
-        ({"steps": "many"}, "many"),
-        ({"steps": -1}, "steps = -1"),
-        ({"seed": 10**20}, "seed = 1000"),
-        ({"experiment": " "}, "experiment is empty"),
-    ],
-)
-def test_saved_configs_are_checked(tmp_path, change, message):
-    settings = to_dict(compose(["experiment=smoke"])) | change
-    with pytest.raises(ValueError, match=message):
-        from_dict(settings)
 
 
 def test_a_config_saved_by_an_earlier_version_is_read(tmp_path):

@@ -20,7 +20,6 @@ FLOORS = [
     {"attention", "data", "results", "checkpoint", "tracking"},
     {"model", "tasks"},
     {"config"},
-    {"identity"},
     {"runs"},
     {"evaluate", "interop", "study"},
     {"train", "benchmarks"},
@@ -36,7 +35,7 @@ NEVER = {
 """What reads results, and what tells of them, knows no model."""
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 LONG = {
-    "alibi_lm/checkpoint.py": "what is written, what is checked and what may be read belong together",
+    "alibi_lm/runs.py": "all that a run folder is: what lies there, whose it is, and the model in it",
     "alibi_lm/train.py": "a whole run, readable from top to bottom",
     "alibi_lm/evaluate/sweep.py": "one planner for curves and views",
     "alibi_lm/study/figures.py": "every figure, by one engine",

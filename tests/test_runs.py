@@ -9,25 +9,25 @@ from pathlib import Path
 import pytest
 
 import alibi_lm.runs
+from alibi_lm.experiment import compose
 from alibi_lm.files import read_json, write_json, write_text
 from alibi_lm.runs import (
-    RunLock,
     clear_failed,
     failed,
     finished,
     is_locked,
     mark_failed,
     mark_finished,
+    run_lock,
     run_name,
     short_hash,
     status,
 )
 
 HOLDER = """
-import sys, time
-from pathlib import Path
-from alibi_lm.runs import RunLock
-with RunLock(Path(sys.argv[1])):
+import pathlib, sys, time
+from filelock import FileLock
+with FileLock(pathlib.Path(sys.argv[1]) / ".lock"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -39,16 +39,13 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names() -> None:
-    assert run_name("alibi", 64, 1, None) == "alibi_L64_s1"
-    assert run_name("t5", 512, 12, "0f3a9c21") == "t5_L512_s12_0f3a9c21"
-
-
-@pytest.mark.parametrize("position", ["../x", "a/b", "", ".hidden", "a b", "a\n", "\u00e9"])
-def test_names_that_are_paths_are_refused(position: str) -> None:
-    if position == "":
-        assert run_name(position + "x", 1, 1) == "x_L1_s1"
-    with pytest.raises(ValueError, match=r"is not a plain folder name"):
-        run_name(position, 64, 1)
+    config = compose(["experiment=smoke", "position=alibi", "train_length=64"])
+    assert run_name(config) == "alibi_L64_s1" and run_name(config, "0f3a9c21") == "alibi_L64_s1_0f3a9c21"
+    for position in ("../x", "a/b", "", ".hidden", "a b", "a\n", "\u00e9"):
+        config.position.name = position
+        if position:
+            with pytest.raises(ValueError, match=r"is not a plain folder name"):
+                run_name(config)
 
 
 def test_hash_is_of_the_content() -> None:
@@ -96,13 +93,12 @@ def test_marks_and_status(tmp_path: Path) -> None:
     assert status(run) == "missing"
     (run / "config.yaml").write_text("seed: 1\n")
     assert status(run) == "partial"
-    with RunLock(run):
+    with run_lock(run):
         assert status(run) == "running"
     assert status(run) == "partial"
-    mark_failed(run, "loss is not finite", step=12)
-    assert status(run) == "failed"
-    assert failed(run) == {"message": "loss is not finite", "step": 12}
-    with RunLock(run):
+    mark_failed(run, "loss is not finite")
+    assert status(run) == "failed" and failed(run) == "loss is not finite"
+    with run_lock(run):
         assert status(run) == "running"  # tried again
     clear_failed(run)
     clear_failed(run)
@@ -131,14 +127,14 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         assert is_locked(tmp_path) and status(tmp_path) == "running"
-        with pytest.raises(ValueError, match=r"output_dir = .* is in use by another process"), RunLock(tmp_path):
+        with pytest.raises(ValueError, match=r"output_dir = .* is in use by another process"), run_lock(tmp_path):
             pytest.fail("entered a folder that is in use")
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()  # type: ignore[union-attr]
     assert not is_locked(tmp_path)
-    with RunLock(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
@@ -149,29 +145,27 @@ def test_lock_waits_out_a_status_query(tmp_path: Path, monkeypatch: pytest.Monke
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with RunLock(tmp_path):
+        with run_lock(tmp_path):
             pass
 
 
-def test_one_process_cannot_enter_twice(tmp_path: Path) -> None:
-    with RunLock(tmp_path):
-        with pytest.raises(ValueError, match="in use"), RunLock(tmp_path):
+def test_one_process_cannot_enter_twice_and_leaves_on_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), run_lock(tmp_path):
+        with pytest.raises(ValueError, match="in use"), run_lock(tmp_path):
             pytest.fail("entered twice")
         assert is_locked(tmp_path)
-    assert not is_locked(tmp_path)
-
-
-def test_lock_is_released_on_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), RunLock(tmp_path):
         raise KeyError
     assert not is_locked(tmp_path)
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"output_dir = .* cannot be written"), RunLock(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(ValueError, match=r"output_dir = .* cannot be written"),
+        run_lock(tmp_path / "file" / "run"),
+    ):
         pytest.fail("entered")
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(ValueError, match="cannot be written"), RunLock(tmp_path / "locked"):
+        with pytest.raises(ValueError, match="cannot be written"), run_lock(tmp_path / "locked"):
             pytest.fail("entered")

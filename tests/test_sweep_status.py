@@ -7,7 +7,7 @@ import yaml
 
 from alibi_lm.config import to_dict
 from alibi_lm.experiment import compose, print_status
-from alibi_lm.runs import RunLock, mark_failed, mark_finished
+from alibi_lm.runs import mark_failed, mark_finished, run_lock
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_every_state(capsys: pytest.CaptureFixture[str]) -> None:
     make_run("sinusoidal_L16_s1", [5]).joinpath("metrics.jsonl").write_text('{"step": 5}\n{"st')
     (make_run("alibi_L16_s8", [3]) / "config.yaml").write_text("seed: 1\n")  # not of the study, not readable
     # Not of the study: its own folder says how many steps it has.
-    with RunLock(make_run("alibi_L16_s1_0f3a9c21", [800], "steps=900")):
+    with run_lock(make_run("alibi_L16_s1_0f3a9c21", [800], "steps=900")):
         assert print_status("smoke", ["seed=1,2"]) == 0
     lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
     runs = "outputs/smoke/runs/"

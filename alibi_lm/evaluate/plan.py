@@ -24,8 +24,7 @@ from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.score import mean_nats
 from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
-from alibi_lm.identity import folder_identity
-from alibi_lm.runs import CORPUS_FILE, experiment_folder, finished, load_run, run_folders
+from alibi_lm.runs import CORPUS_FILE, experiment_folder, finished, folder_identity, load_run, run_folders
 from alibi_lm.settings import require
 from alibi_lm.tasks.text import TextTask
 

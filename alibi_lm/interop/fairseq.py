@@ -29,7 +29,7 @@ from alibi_lm.model.transformer import ACTIVATIONS, ModelConfig, TransformerLM
 from alibi_lm.optim import FairseqCosineConfig, NAGConfig
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
-from alibi_lm.runs import RunLock, finished, mark_finished, run_identity
+from alibi_lm.runs import finished, mark_finished, run_identity, run_lock
 from alibi_lm.settings import require
 from alibi_lm.tracking import TRACKING
 
@@ -85,7 +85,7 @@ def import_fairseq(config: ImportConfig) -> Path:
 
     best = None if checkpoint.best_loss is None else checkpoint.best_loss * math.log(2)
     own = {"run": run_identity(run, {}), "run_name": folder.name}
-    with RunLock(folder):
+    with run_lock(folder):
         _empty(folder)
         settings = OmegaConf.create(dataclasses.asdict(run))
         write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
