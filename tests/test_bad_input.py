@@ -370,7 +370,7 @@ def _other_tokenizer(place: Place) -> None:
     config = compose(
         [*TINY, "tokenizer.pad_to_multiple=64", f"data.path={place / 'text'}", "data.cache_dir=other"]
     )
-    other = prepare(config.data, config.tokenizer, progress=False)
+    other = prepare(config.data, config.tokenizer)
     shutil.rmtree(own)
     shutil.copytree(other.folder, own)
 

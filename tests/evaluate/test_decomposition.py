@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from alibi_lm.evaluate.passes import Passes, positions_in_window
-from alibi_lm.evaluate.views import TERMS, Group, decomposition, fixed, largest_early_difference, measure, offset
+from alibi_lm.data.windows import positions_in_window
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.views import TERMS, Group, decomposition, fixed, losses, offset
 from alibi_lm.model.interface import Scores
 from alibi_lm.positions import POSITIONS
 from alibi_lm.tasks.text import TextTask
@@ -54,10 +55,14 @@ def passes_of(model, tokens, position=""):
     return Passes(model, TextTask(tokens, 7, documents=DOCUMENTS), scheme=position)
 
 
+def group(models, tokens, position="alibi", train_length=L):
+    return Group(position, train_length, [passes_of(model, tokens, position) for model in models])
+
+
 def terms_of(model, tokens, length=48, stride=1):
-    losses = measure(passes_of(model, tokens), length, L, stride)
-    assert largest_early_difference(losses, length, L) < 1e-5
-    means = {name: values.mean() for name, values in losses.terms().items()}
+    (point,) = decomposition(group([model], tokens), [length], stride)
+    assert point["largest_early_difference"] < 1e-5
+    means = {name: point[name]["nats"] for name in (*TERMS, "total")}
     assert sum(means[name] for name in TERMS) == pytest.approx(means["total"], abs=1e-12)
     return means
 
@@ -159,42 +164,26 @@ def test_reset_is_one_pass_over_the_last_tokens_of_each_window(tiny_model, token
 def test_the_full_window_and_both_interventions_coincide_up_to_l(tiny_model, tokens, position):
     model = tiny_model(position, "sdpa", train_length=64)
     passes = passes_of(model, tokens)
-    losses = measure(passes, 40, L)
-    assert largest_early_difference(losses, 40, L) < 2e-5
-    early = counts(40) <= L
+    _, reset, windowed, full = losses(passes, 40, L)
     # Up to L each also equals the loss in a window of length L that begins at the same token.
-    for k in range(0, 400, 40):
-        alone = passes.shifted(L, np.array([k]), 0)[0]
-        np.testing.assert_allclose(losses.full[k : k + L], alone, atol=2e-5)
-    assert early.sum() == 160
+    starts = np.arange(0, 400, 40)
+    alone = passes.shifted(L, starts, 0)
+    for found in (reset, windowed, full):
+        np.testing.assert_allclose(found[starts[:, None] + np.arange(L)], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("position", ["alibi", "rotary", "t5", "none"])
-def test_one_layer_with_relative_positions_has_no_positions_beyond(tiny_model, tokens, position):
+@pytest.mark.parametrize("position", ["alibi", "rotary", "t5", "none", "sinusoidal"])
+def test_one_layer_has_positions_beyond_with_absolute_positions_only(tiny_model, tokens, position):
     """With one layer the last L keys are the last L embeddings, wherever the window began."""
     model = tiny_model(position, "sdpa", train_length=L)
     del model.blocks[1:]
     means = terms_of(model, tokens)
+    if position == "sinusoidal":
+        assert abs(means["positions_beyond"]) > 1e-4
+        return
     assert means["positions_beyond"] == pytest.approx(0, abs=1e-6)
     # Untrained bias tables and steep slopes leave the far keys some weight; without positions it is most.
     assert abs(means["keys_beyond"]) > (1e-4 if position == "none" else 1e-9)
-
-
-def test_one_layer_with_absolute_positions_has_them(tiny_model, tokens):
-    model = tiny_model("sinusoidal", "sdpa", train_length=L)
-    del model.blocks[1:]
-    assert abs(terms_of(model, tokens)["positions_beyond"]) > 1e-4
-
-
-@pytest.mark.parametrize(("length", "stride"), [(16, 1), (32, 0), (32, 17)])
-def test_out_of_range_is_refused(tiny_model, tokens, length, stride):
-    model = tiny_model("alibi")
-    with pytest.raises(ValueError, match=r"length = 16|stride = (0|17)\. Allowed: 1 to train_length = 16"):
-        measure(passes_of(model, tokens), length, L, stride)
-
-
-def group(models, tokens, position="alibi", train_length=L):
-    return Group(position, train_length, [passes_of(model, tokens, position) for model in models])
 
 
 def test_points_of_the_decomposition_carry_intervals_and_seeds(tokens):
