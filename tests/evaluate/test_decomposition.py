@@ -72,11 +72,6 @@ def counts(length, num_tokens=400):
     return positions_in_window(num_tokens, length)
 
 
-def test_a_model_that_ignores_its_context_has_no_parts(tokens):
-    means = terms_of(Known(lambda seen, position: 3 + 0 * seen), tokens)
-    assert all(abs(value) < 1e-7 for value in means.values())
-
-
 @pytest.mark.parametrize("stride", [1, 4])
 @pytest.mark.parametrize("length", [32, 48, 57])
 def test_a_model_that_uses_exactly_w_tokens_has_early_tokens_only(tokens, length, stride):
@@ -95,40 +90,21 @@ def test_a_model_that_uses_exactly_w_tokens_has_early_tokens_only(tokens, length
         assert found["keys_beyond"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_model_that_breaks_at_positions_beyond_l_shows_it_as_positions(tokens):
-    means = terms_of(Known(lambda seen, position: 2 + 0.5 * (position >= L), memory=3), tokens)
-    share = (counts(48) > L).mean()
-    assert means["positions_beyond"] == pytest.approx(0.5 * share, abs=1e-6)
-    assert means["keys_beyond"] == pytest.approx(0, abs=1e-6)
-    # The three tokens of memory are early tokens, and nothing else is.
-    without = terms_of(Known(lambda seen, position: 2 + 0 * seen, memory=3), tokens)
-    assert means["early_tokens"] == pytest.approx(without["early_tokens"], abs=1e-6)
-
-
-@pytest.mark.parametrize("harm", [0.25, -0.25])
-def test_a_model_that_reacts_to_distances_beyond_l_shows_it_as_keys(tokens, harm):
-    means = terms_of(Known(lambda seen, position: 2 + harm * (seen > L)), tokens)
-    share = (counts(48) > L).mean()
-    assert means["keys_beyond"] == pytest.approx(harm * share, abs=1e-6)
-    assert means["early_tokens"] == pytest.approx(0, abs=1e-6)
-    assert means["positions_beyond"] == pytest.approx(0, abs=1e-6)
-
-
-def test_all_three_at_once_add_up(tokens):
+@pytest.mark.parametrize(
+    ("used", "broken", "harm"), [(0, 0, 0), (0, 0.5, 0), (0, 0, 0.25), (0, 0, -0.25), (6, 0.5, -0.125)]
+)
+def test_each_part_measures_its_own_cause(tokens, used, broken, harm):
     def rule(seen, position):
-        return 4 - seen.clamp(max=6) / 8 + 0.5 * (position >= L) - 0.125 * (seen > L)
+        return 4 - seen.clamp(max=used) / 8 + broken * (position >= L) + harm * (seen > L)
 
     means, share = terms_of(Known(rule), tokens), (counts(48) > L).mean()
-    early = (-np.minimum(counts(48), 6) / 8).mean() - (-np.minimum(counts(L), 6) / 8).mean()
-    assert means == pytest.approx(
-        {
-            "early_tokens": early,
-            "positions_beyond": 0.5 * share,
-            "keys_beyond": -0.125 * share,
-            "total": early + 0.375 * share,
-        },
-        abs=1e-6,
-    )
+    early = (-np.minimum(counts(48), used) / 8).mean() - (-np.minimum(counts(L), used) / 8).mean()
+    expected = {"early_tokens": early, "positions_beyond": broken * share, "keys_beyond": harm * share}
+    assert means == pytest.approx(expected | {"total": sum(expected.values())}, abs=1e-6)
+    # What a model makes of its last three tokens is early tokens, and nothing else is.
+    means = terms_of(Known(rule, memory=3), tokens)
+    assert means["positions_beyond"] == pytest.approx(broken * share, abs=1e-6)
+    assert means["keys_beyond"] == pytest.approx(harm * share, abs=1e-6)
 
 
 def test_a_stride_moves_an_amount_from_the_second_part_to_the_first_only(tokens):
