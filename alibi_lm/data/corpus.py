@@ -40,7 +40,7 @@ from alibi_lm.settings import require
 FORMAT = 1
 """Of the JSON files beside the streams; another number is refused."""
 ENTRY_FIELDS: dict[str, type] = dict.fromkeys(
-    ("sha256", "text_sha256", "fingerprint", "documents_fingerprint"), str
+    ("dtype", "sha256", "text_sha256", "fingerprint", "documents_fingerprint"), str
 ) | dict.fromkeys(("tokens", "words", "bytes", "lines"), int)
 """Of a split in a manifest: what opening it relies on."""
 ONE_DOCUMENT = "1 document: no intervals, which need two or more."
@@ -207,6 +207,10 @@ def open_corpus(folder: Path, splits: Sequence[str] = SPLITS, tokenizer: TextTok
 
 def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: TextTokenizer) -> TokenStream:
     (path, documents_path), dtype = _stream_files(folder, split), _dtype(tokenizer)
+    if entry["dtype"] != dtype.str:
+        raise stale(
+            f"{folder / 'manifest.json'} says dtype {entry['dtype']!r} of {split}, not {dtype.str}", folder
+        )
     for file, digest in ((path, entry["fingerprint"]), (documents_path, entry["documents_fingerprint"])):
         if not file.is_file():
             raise stale(f"{file} is missing", folder)
@@ -215,10 +219,14 @@ def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: Tex
             raise stale(f"{file} has {size:,} bytes instead of {entry['tokens'] * dtype.itemsize:,}", folder)
         if fingerprint(file) != digest:
             raise stale(f"{file} has changed since it was written", folder)
+    try:
+        documents = np.load(documents_path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise stale(f"{documents_path} is not an array of numbers ({error})", folder) from None
     return TokenStream(
         split=split,
         tokens=np.memmap(path, dtype, mode="r"),
-        documents=np.load(documents_path, allow_pickle=False),
+        documents=documents,
         words=entry["words"],
         bytes=entry["bytes"],
         sha256=entry["sha256"],
