@@ -119,7 +119,8 @@ def prepare_corpus(config: TrainConfig) -> None:
 def evaluate_and_draw(config: EvaluateConfig) -> None:
     """Evaluate, write results.jsonl row by row, then draw figure and table, also where some runs failed."""
     from alibi_lm import distributed
-    from alibi_lm.evaluate.sweep import FailedRuns, describe, evaluate, log_curve
+    from alibi_lm.evaluate.plan import FailedRuns
+    from alibi_lm.evaluate.sweep import describe, evaluate, log_curve
     from alibi_lm.study.figures import draw
 
     world = distributed.start(config.device)

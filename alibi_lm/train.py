@@ -179,7 +179,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     # The main process prepares the corpus, the others find it done.
     corpus = prepare(config.data, config.tokenizer) if world.is_main else None
     distributed.barrier(world)
-    corpus = corpus or prepare(config.data, config.tokenizer, progress=False)
+    corpus = corpus or prepare(config.data, config.tokenizer)
     train_split = corpus.split("train")
     require(
         config.train_length <= train_split.num_tokens,

@@ -349,7 +349,7 @@ def other_tokenizer(place: Place) -> None:
     own = place.streams()
     where = [f"data.path={place / 'text'}", "data.cache_dir=other"]
     config = compose([*TINY, "tokenizer.pad_to_multiple=64", *where])
-    other = prepare(config.data, config.tokenizer, progress=False)
+    other = prepare(config.data, config.tokenizer)
     shutil.rmtree(own)
     shutil.copytree(other.folder, own)
 

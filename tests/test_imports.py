@@ -38,6 +38,8 @@ LONG = {
     "alibi_lm/runs.py": "all that a run folder is: what lies there, whose it is, and the model in it",
     "alibi_lm/train.py": "a whole run, readable from top to bottom",
     "alibi_lm/evaluate/sweep.py": "one planner for curves and views",
+    "alibi_lm/data/corpus.py": "what prepares streams and what opens them share their files and checks",
+    "alibi_lm/interop/fairseq.py": "one format, from reading it to the run folder",
     "alibi_lm/study/figures.py": "every figure, by one engine",
 }
 """Files of more than 450 lines, and the reason for it."""

@@ -57,7 +57,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (folder / f"wiki.{name}.tokens").write_text("\n".join(text) + "\n")
     overrides = ["data=wikitext2", f"data.path={folder}", f"data.cache_dir={folder / 'cache'}"]
     config = composed(*SETTINGS, *overrides)
-    prepare(config.data, config.tokenizer, progress=False)
+    prepare(config.data, config.tokenizer)
     return overrides
 
 

@@ -21,6 +21,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +30,101 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from alibi_lm.data import wikitext
-from alibi_lm.data.streams import (
-    FORMAT,
-    Corpus,
-    TokenStream,
-    expect,
-    open_corpus,
-    read_json,
-    read_manifest,
-    report,
-    short,
-    stale,
-    verify,
-)
-from alibi_lm.data.text import SPLITS, DataConfig, Passage, Source, StandardLibrarySource
+from alibi_lm import files
+from alibi_lm.data import text as texts
+from alibi_lm.data.text import SPLITS, DataConfig, Passage, Source
 from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer, TokenizerConfig
 from alibi_lm.files import fingerprint, sha256_of, whole_file, write_json
 from alibi_lm.settings import require
 
-__all__ = ["Corpus", "TokenStream", "open_corpus", "prepare", "report", "verify"]
-
+FORMAT = 1
+"""Of the JSON files beside the streams; another number is refused."""
+ENTRY_FIELDS: dict[str, type] = dict.fromkeys(
+    ("dtype", "sha256", "text_sha256", "fingerprint", "documents_fingerprint"), str
+) | dict.fromkeys(("tokens", "words", "bytes", "lines"), int)
+"""Of a split in a manifest: what opening it relies on."""
+ONE_DOCUMENT = "1 document: no intervals, which need two or more."
 BATCH_CHARACTERS = 2_000_000
 """Text encoded at once: enough to keep all cores busy, little enough to stay below some 200 MB."""
+
+
+@dataclass
+class TokenStream:
+    """One split as a single stream of tokens."""
+
+    split: str
+    tokens: NDArray[Any]
+    """(num_tokens,) uint16 or int32, memory-mapped, read-only."""
+    documents: NDArray[np.int64]
+    """(D,) int64: where documents start in the stream, rising; the first is 0."""
+    words: int
+    """Whitespace-separated words plus one a line, whatever the tokenizer."""
+    bytes: int
+    """UTF-8 bytes of the text with its line ends."""
+    sha256: str
+    """Of the token file."""
+    text_sha256: str
+    """Of the text with its line ends."""
+    hash: str
+    """12 hex digits: this split's text and tokenizer, wherever they came from."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the stream."""
+        return len(self.tokens)
+
+
+@dataclass
+class Corpus:
+    """Prepared streams of one source and tokenizer."""
+
+    folder: Path
+    """Holds the token files."""
+    manifest: dict[str, Any]
+    """What is known of source, tokenizer and streams; plain JSON."""
+    tokenizer: TextTokenizer
+    streams: dict[str, TokenStream] = field(repr=False)
+    source: Source | None = field(default=None, repr=False)
+    """Where the text came from, if it was at hand."""
+
+    @property
+    def vocab_size(self) -> int:
+        """That of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def start_id(self) -> int:
+        """The input before a stream's first token."""
+        return self.tokenizer.start_id
+
+    @cached_property
+    def hash(self) -> str:
+        """12 hex digits: the tokenizer and the source's validation and test texts, whatever splits are open.
+
+        The training text shows in it only through the tokenizer; `split(name).hash` tells each text exactly.
+        """
+        texts = self.manifest["texts"]
+        return short(self.tokenizer.hash, *(texts.get(split, "") for split in ("validation", "test")))
+
+    @property
+    def name(self) -> str:
+        """The text in a few words, for titles; says so where it is not the original one."""
+        return str(self.manifest["description"])
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of one split.
+
+        Raises:
+            ValueError: unknown, or not among the splits that were opened.
+        """
+        require(name in self.streams, f"split = {name!r} is not open here. Allowed: {', '.join(self.streams)}.")
+        return self.streams[name]
 
 
 def prepare(
     data: DataConfig,
     tokenizer: TokenizerConfig | TextTokenizer,
     splits: Sequence[str] = SPLITS,
-    progress: bool = True,
 ) -> Corpus:
     """Make the token streams of a text that are not there yet, and open all that are wanted.
 
@@ -66,7 +133,6 @@ def prepare(
         tokenizer: settings of one to be built from the training split (once; it is kept), or a finished one,
             such as that of a run: words unknown to it become `<unk>`.
         splits: those wanted; only they, and the training text where a tokenizer must be built, have to exist.
-        progress: show bars where standard error is a terminal.
 
     Raises:
         ValueError: text missing, empty, damaged or changed since it was prepared; prepared files truncated,
@@ -80,7 +146,7 @@ def prepare(
         corpus = home.open(tokenizer, splits)
         if corpus is None:
             with _locked(home.folder):
-                home.build(tokenizer, splits, progress)
+                home.build(tokenizer, splits)
                 corpus = home.open(tokenizer, splits)
     except (OSError, RuntimeError) as error:  # RuntimeError: no locks on this file system, ~ of an unknown user
         raise ValueError(
@@ -98,12 +164,130 @@ def open_source(config: DataConfig) -> Source:
         ValueError: `data.path` cannot be a folder, or the standard library has no sources.
     """
     if config.name == "python_stdlib":
-        return StandardLibrarySource()
+        return texts.StandardLibrarySource()
     if config.path is not None:
-        return wikitext.FolderSource(config.name, config.path)
+        return texts.FolderSource(config.name, config.path)
     from alibi_lm.data.hub import HubSource
 
     return HubSource(config.name)
+
+
+def open_corpus(folder: Path, splits: Sequence[str] = SPLITS, tokenizer: TextTokenizer | None = None) -> Corpus:
+    """Open the streams in a `tokens-...` folder as they are, without their text.
+
+    Args:
+        folder: as `Corpus.folder` of a prepared corpus.
+        splits: those wanted.
+        tokenizer: that in use; None for the one kept beside the streams.
+
+    Raises:
+        ValueError: a split is not there, files are truncated or changed, or `tokenizer` is not the one that
+            the streams were encoded with.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"{folder} holds no finished streams (no manifest.json). Prepare them by `make data`.")
+    known = manifest["tokenizer"]["sha256"]
+    if tokenizer is None:
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        if tokenizer.hash != known:
+            raise stale(f"{folder / 'tokenizer.json'} has changed since it was written", folder)
+    require(
+        tokenizer.hash == known,
+        f"{folder} was encoded with another tokenizer ({known[:12]}) than the one in use "
+        f"({tokenizer.hash[:12]}). Use the streams of this tokenizer, or delete {folder}.",
+    )
+    missing = [split for split in splits if split not in manifest["splits"]]
+    require(
+        not missing, f"{folder} has no stream of {', '.join(missing)}; it has {', '.join(manifest['splits'])}."
+    )
+    streams = {split: _open_stream(folder, split, manifest["splits"][split], tokenizer) for split in splits}
+    return Corpus(folder, manifest, tokenizer, streams)
+
+
+def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: TextTokenizer) -> TokenStream:
+    (path, documents_path), dtype = _stream_files(folder, split), _dtype(tokenizer)
+    if entry["dtype"] != dtype.str:
+        raise stale(
+            f"{folder / 'manifest.json'} says dtype {entry['dtype']!r} of {split}, not {dtype.str}", folder
+        )
+    for file, digest in ((path, entry["fingerprint"]), (documents_path, entry["documents_fingerprint"])):
+        if not file.is_file():
+            raise stale(f"{file} is missing", folder)
+        size = file.stat().st_size
+        if file == path and size != entry["tokens"] * dtype.itemsize:
+            raise stale(f"{file} has {size:,} bytes instead of {entry['tokens'] * dtype.itemsize:,}", folder)
+        if fingerprint(file) != digest:
+            raise stale(f"{file} has changed since it was written", folder)
+    try:
+        documents = np.load(documents_path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise stale(f"{documents_path} is not an array of numbers ({error})", folder) from None
+    return TokenStream(
+        split=split,
+        tokens=np.memmap(path, dtype, mode="r"),
+        documents=documents,
+        words=entry["words"],
+        bytes=entry["bytes"],
+        sha256=entry["sha256"],
+        text_sha256=entry["text_sha256"],
+        hash=short(tokenizer.hash, entry["text_sha256"]),
+    )
+
+
+def _stream_files(folder: Path, split: str) -> tuple[Path, Path]:
+    return folder / f"{split}.bin", folder / f"{split}.documents.npy"
+
+
+def _dtype(tokenizer: TextTokenizer) -> np.dtype[Any]:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
+
+
+def verify(corpus: Corpus) -> None:
+    """Read every byte of the streams, and of the source's files where they are at hand, and compare digests.
+
+    Raises:
+        ValueError: something differs; the message says what to delete.
+    """
+    for split, stream in corpus.streams.items():
+        entry = corpus.manifest["splits"][split]
+        for path, digest in zip(_stream_files(corpus.folder, split), ("sha256", "documents_sha256"), strict=True):
+            if sha256_of(path) != entry[digest]:
+                raise stale(f"{path} has changed since it was written", corpus.folder)
+        largest = max(int(stream.tokens[k : k + (1 << 24)].max()) for k in range(0, stream.num_tokens, 1 << 24))
+        if largest >= corpus.vocab_size:
+            raise stale(f"the {split} stream holds id {largest}, out of range", corpus.folder)
+        problem = corpus.source and corpus.source.check(split, entry["source"], full=True)
+        if problem:
+            raise stale(problem, corpus.folder.parent)
+
+
+def report(corpus: Corpus) -> str:
+    """What a corpus consists of, for people: source, digests, tokenizer, and the counts of each split."""
+    manifest, tokenizer = corpus.manifest, corpus.manifest["tokenizer"]
+    source = ", ".join(f"{key} {value}" for key, value in manifest["source"].items() if key != "name")
+    lines = [
+        f"corpus      {corpus.name} ({corpus.hash})",
+        f"source      {source}",
+        f"folder      {corpus.folder}",
+        f"tokenizer   {tokenizer.get('label') or corpus.tokenizer.kind}, vocabulary {corpus.vocab_size:,}, "
+        f"sha256 {tokenizer['sha256']}",
+    ]
+    for split, stream in corpus.streams.items():
+        entry = manifest["splits"][split]
+        unknown = "" if entry.get("unknown") is None else f", {entry['unknown']:,} of them <unk>"
+        count = f"{len(stream.documents):,} document{'s' if len(stream.documents) > 1 else ''}"
+        lines += [
+            f"{split:<11} {stream.num_tokens:,} tokens{unknown}; {stream.words:,} words, {stream.bytes:,} bytes, "
+            f"{entry['lines']:,} lines, {count}",
+            f"            text sha256 {stream.text_sha256}",
+            f"            tokens sha256 {stream.sha256}",
+            *(f"            {entry[key]}" for key in ("identity", "remark") if entry.get(key)),
+        ]
+    return "\n".join(lines)
+
+
+# --- the folder of a source -----------------------------------------------------------------------
 
 
 class _SourceFolder:
@@ -112,17 +296,14 @@ class _SourceFolder:
     def __init__(self, cache: Path, source: Source) -> None:
         self.source, self.identity = source, source.identity()
         version = f"-{self.identity['python']}" if "python" in self.identity else ""
-        key = short(json.dumps(self.identity, sort_keys=True))[:8]
-        self.folder = cache / f"{source.name}{version}-{key}"
+        self.folder = cache / f"{source.name}{version}-{short(json.dumps(self.identity, sort_keys=True))[:8]}"
         self.path = self.folder / "source.json"
 
     def open(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> Corpus | None:
         """The corpus if all of it is there and unchanged, None if something has yet to be made."""
         tokenizer = self._find(wanted, self._index())
-        if tokenizer is None:
-            return None
-        entries = self._entries(tokenizer)
-        if any(split not in entries for split in splits):
+        entries = {} if tokenizer is None else self._entries(tokenizer)
+        if tokenizer is None or any(split not in entries for split in splits):
             return None
         for split in splits:
             self._check(split, entries[split]["source"])
@@ -130,7 +311,7 @@ class _SourceFolder:
         corpus.source = self.source
         return corpus
 
-    def build(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str], progress: bool) -> None:
+    def build(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> None:
         """Make what is missing, under the lock; other processes may have made a part meanwhile."""
         index = self._index()
         tokenizer = self._find(wanted, index)
@@ -144,18 +325,17 @@ class _SourceFolder:
             leftover.unlink(missing_ok=True)  # of an interrupted preparation
         self._note_texts(index, missing)
         if isinstance(wanted, TokenizerConfig) and tokenizer is None:
-            tokenizer = self._train(wanted, index, progress)
+            tokenizer = self._train(wanted, index)
         assert tokenizer is not None
         for split in missing:
-            self._encode(split, tokenizer, index, progress)
+            self._encode(split, tokenizer, index)
 
     def _streams(self, tokenizer: TextTokenizer) -> Path:
         return self.folder / f"tokens-{tokenizer.hash[:12]}"
 
     def _entries(self, tokenizer: TextTokenizer) -> dict[str, Any]:
         """The finished splits of a tokenizer."""
-        manifest = read_manifest(self._streams(tokenizer))
-        return {} if manifest is None else dict(manifest["splits"])
+        return (read_manifest(self._streams(tokenizer)) or {"splits": {}})["splits"]
 
     def _index(self) -> dict[str, Any]:
         """The content of source.json; empty where nothing was prepared."""
@@ -190,46 +370,57 @@ class _SourceFolder:
             raise stale(problem, self.folder)
 
     def _note_texts(self, index: dict[str, Any], wanted: Sequence[str]) -> None:
-        """Keep the digests of the evaluation texts, those at hand, so that each opening gives the same hash.
+        """Keep the digests of the evaluation texts at hand, line ends included, so that each opening has one hash.
 
         Comes before the long work, so that damage in a wanted split is found at once.
         """
         for split in ("validation", "test"):
             if split in index["texts"]:
                 continue
+            digest = hashlib.sha256()
             try:
                 self.source.require(split)
-                index["texts"][split] = text_sha256(self.source, split)
+                for passage in self.source.passages(split):
+                    digest.update(passage.text.encode())
+                index["texts"][split] = digest.hexdigest()
             except ValueError:
                 if split in wanted:
                     raise
         write_json(self.path, index)
 
-    def _train(self, config: TokenizerConfig, index: dict[str, Any], progress: bool) -> Tokenizer:
+    def _train(self, config: TokenizerConfig, index: dict[str, Any]) -> Tokenizer:
         """Build a tokenizer from the training text and keep it."""
         record = self.source.record("train")
-        tokenizer = config.train(_training_lines(self.source, config.label, progress))
+
+        def pieces() -> Iterator[str]:
+            with _bar(self.source, "train", f"{config.label}: reading the training text") as bar:
+                for passage in self.source.passages("train"):
+                    text = passage.text
+                    yield text
+                    bar.update(len(text.encode()))
+
+        tokenizer = config.train(pieces())
         file = f"{config.label}.json"
         tokenizer.save(self.folder / file)
         index["tokenizers"][config.label] = {"file": file, "sha256": tokenizer.hash, "train": record}
         write_json(self.path, index)
         return tokenizer
 
-    def _encode(self, split: str, tokenizer: TextTokenizer, index: dict[str, Any], progress: bool) -> None:
+    def _encode(self, split: str, tokenizer: TextTokenizer, index: dict[str, Any]) -> None:
         """Encode one split; it counts as prepared once the manifest lists it."""
         folder = self._streams(tokenizer)
         folder.mkdir(parents=True, exist_ok=True)
         record = self.source.record(split)
-        entry = encode_split(self.source, split, tokenizer, folder, progress)
+        entry = encode_split(self.source, split, tokenizer, folder)
         self._check(split, record)
         if index["texts"].get(split, entry["text_sha256"]) != entry["text_sha256"]:
             raise stale(f"the {split} text has changed since its source was first prepared", self.folder)
         entry["source"] = record
-        entry["identity"] = wikitext.identify(self.source.name, split, entry, index["texts"])
+        entry["identity"] = texts.identify(self.source.name, split, entry, index["texts"])
         labels = [k for k, v in index["tokenizers"].items() if v["sha256"] == tokenizer.hash]
         if split == "train":
             for label in labels:
-                wikitext.check_vocabulary(entry["identity"], label, tokenizer.vocab_size)
+                texts.check_vocabulary(entry["identity"], label, tokenizer.vocab_size)
         tokenizer.save(folder / "tokenizer.json")
         manifest = read_manifest(folder) or {
             "format": FORMAT,
@@ -252,7 +443,7 @@ def _description(identity: dict[str, Any], splits: dict[str, Any]) -> str:
     if "python" in identity:
         return f"Python {identity['python']} standard library"
     other = [split for split, entry in splits.items() if str(entry.get("identity")).startswith("not")]
-    return wikitext.TITLES[identity["name"]] + (f" (not the original: {', '.join(other)})" if other else "")
+    return texts.TITLES[identity["name"]] + (f" (not the original: {', '.join(other)})" if other else "")
 
 
 @contextmanager
@@ -264,39 +455,24 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-# -- encoding: one pass over the text, bounded memory ----------------------------------------------------------
+# --- encoding: one pass over the text, bounded memory ----------------------------------------------
 
 
-def text_sha256(source: Source, split: str) -> str:
-    """Digest of a split's text with its line ends; for an original WikiText file that of the file."""
-    digest = hashlib.sha256()
-    for passage in source.passages(split):
-        digest.update(_text_of(passage.lines).encode())
-    return digest.hexdigest()
-
-
-def encode_split(
-    source: Source, split: str, tokenizer: TextTokenizer, folder: Path, progress: bool
-) -> dict[str, Any]:
-    """Write `<split>.bin` and `<split>.documents.npy`.
+def encode_split(source: Source, split: str, tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
+    """Write `<split>.bin` and `<split>.documents.npy`; returns the split's part of the manifest.
 
     Ids are little-endian uint16 where the vocabulary allows it, else int32. Where the tokenizer has a document
     end, it follows each document, the last one too.
 
-    Returns:
-        The split's part of the manifest: files, digests, and counts of tokens, words, bytes, lines, documents
-        and unknown words.
-
     Raises:
         ValueError: the text is empty or not UTF-8.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
-    path = folder / f"{split}.bin"
+    (path, documents_path), dtype = _stream_files(folder, split), _dtype(tokenizer)
     digest, text_digest = hashlib.sha256(), hashlib.sha256()
     counts = {"tokens": 0, "words": 0, "bytes": 0, "lines": 0}
-    unknown = 0
+    unknown = None if tokenizer.unknown_id is None else 0
     documents: list[int] = []
-    with whole_file(path) as file, _bar(source, split, f"{split}: encoding", progress) as bar:
+    with whole_file(path) as file, _bar(source, split, f"{split}: encoding") as bar:
 
         def write(ids: NDArray[Any]) -> None:
             raw = ids.astype(dtype).tobytes()
@@ -306,25 +482,23 @@ def encode_split(
 
         end = np.array([] if tokenizer.document_end_id is None else [tokenizer.document_end_id])
         for batch in _batches(source.passages(split)):
-            blocks = tokenizer.encode_blocks([passage.lines for passage in batch])
-            for passage, ids in zip(batch, blocks, strict=True):
+            pieces = [passage.text for passage in batch]
+            for passage, text, ids in zip(batch, pieces, tokenizer.encode_batch(pieces), strict=True):
                 if passage.starts_document:
                     if documents:
                         write(end)
                     documents.append(counts["tokens"])
                 write(ids)
-                text = _text_of(passage.lines)
                 raw = text.encode()
                 text_digest.update(raw)
                 counts["bytes"] += len(raw)
                 counts["lines"] += len(passage.lines)
                 counts["words"] += len(text.split()) + len(passage.lines)
-                if tokenizer.unknown_id is not None:
+                if unknown is not None:
                     unknown += int(np.count_nonzero(ids == tokenizer.unknown_id))
                 bar.update(len(raw))
         require(bool(documents), f"data={source.name}: the {split} text is empty.")
         write(end)
-    documents_path = folder / f"{split}.documents.npy"
     with whole_file(documents_path) as file:
         np.save(file, np.array(documents, dtype=np.int64))
     return {
@@ -332,8 +506,8 @@ def encode_split(
         "dtype": dtype.str,
         **counts,
         "documents": len(documents),
-        "remark": _remark(len(documents), source.borders),
-        "unknown": unknown if tokenizer.unknown_id is not None else None,
+        "remark": None if len(documents) > 1 else f"{ONE_DOCUMENT} {source.borders}",
+        "unknown": unknown,
         "sha256": digest.hexdigest(),
         "fingerprint": fingerprint(path),
         "documents_file": documents_path.name,
@@ -341,18 +515,6 @@ def encode_split(
         "documents_fingerprint": fingerprint(documents_path),
         "text_sha256": text_digest.hexdigest(),
     }
-
-
-def _remark(documents: int, borders: str) -> str | None:
-    return None if documents > 1 else f"1 document: no intervals, which need two or more. {borders}"
-
-
-def _training_lines(source: Source, label: str, progress: bool) -> Iterator[list[str]]:
-    """The training text in lists of lines, behind a progress bar."""
-    with _bar(source, "train", f"{label}: reading the training text", progress) as bar:
-        for passage in source.passages("train"):
-            yield passage.lines
-            bar.update(len(_text_of(passage.lines).encode()))
 
 
 def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
@@ -368,17 +530,54 @@ def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
         yield batch
 
 
-def _text_of(lines: list[str]) -> str:
-    return "\n".join(lines) + "\n"
-
-
-def _bar(source: Source, split: str, description: str, progress: bool) -> tqdm[Any]:
+def _bar(source: Source, split: str, description: str) -> tqdm[Any]:
     """A bar over the bytes of a split; hidden where standard error is no terminal."""
-    return tqdm(
-        total=source.size(split),
-        desc=description,
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-        leave=False,
-    )
+    size = source.size(split)
+    return tqdm(total=size, desc=description, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+# --- JSON files of ours -----------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A stream folder's manifest with the fields that are relied on, None if there is none."""
+    path = folder / "manifest.json"
+    manifest = read_json(path, folder)
+    if manifest is None:
+        return None
+    top: dict[str, type] = {"tokenizer": dict, "splits": dict, "source": dict, "texts": dict, "description": str}
+    expect(path, folder, manifest, top)
+    expect(path, folder, manifest["tokenizer"], {"sha256": str})
+    for entry in manifest["splits"].values():
+        expect(path, folder, entry, ENTRY_FIELDS | {"source": dict})
+    return manifest
+
+
+def expect(path: Path, folder: Path, content: Any, kinds: dict[str, type]) -> None:
+    """Raise, saying to delete `folder`, unless a part of the JSON file at `path` has these fields."""
+    for name, kind in kinds.items():
+        if type(content.get(name) if isinstance(content, dict) else None) is not kind:
+            raise stale(f"{path} has no {name}, or not one of type {kind.__name__}", folder)
+
+
+def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
+    """A JSON file of ours, None if there is none; `folder` is what to delete if it is damaged."""
+    try:
+        content = files.read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise stale(f"{path} cannot be read ({error})", folder) from None
+    if content.get("format") != FORMAT:
+        raise stale(f"{path} is not of format {FORMAT}", folder)
+    return content
+
+
+def stale(problem: str, folder: Path) -> ValueError:
+    """The error for something that is not as it was when it was prepared."""
+    return ValueError(f"{problem}. Delete {folder} to prepare it anew.")
+
+
+def short(*parts: str) -> str:
+    """12 hex digits that stand for these strings."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

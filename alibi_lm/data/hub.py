@@ -18,8 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.data.text import BYTE_ORDER_MARK, Passage, Source
-from alibi_lm.data.wikitext import WIKITEXT_BORDERS, heading_style, wikitext_passages
+from alibi_lm.data.text import BYTE_ORDER_MARK, WIKITEXT_BORDERS, Passage, Source, heading_style, wikitext_passages
 
 REPOSITORY = "Salesforce/wikitext"
 HUB_CONFIGS = {"wikitext2": "wikitext-2-v1", "wikitext103": "wikitext-103-v1"}
@@ -40,9 +39,14 @@ class HubSource(Source):
 
     def require(self, split: str, reason: str = "") -> None:
         if split not in self._splits:
-            self._splits[split] = load_split(self.config, split)
-        if len(self._splits[split]) == 0:
-            raise ValueError(f"data={self.name}: the hub's {split} split of {REPOSITORY} is empty.")
+            rows = load_split(self.config, split)
+            if "text" not in rows.column_names:
+                raise _unavailable(
+                    self.config, f"its rows have no `text` column, only {', '.join(rows.column_names)}"
+                )
+            if len(rows) == 0:
+                raise ValueError(f"data={self.name}: the hub's {split} split of {REPOSITORY} is empty.")
+            self._splits[split] = rows
 
     def passages(self, split: str) -> Iterator[Passage]:
         self.require(split)
@@ -92,20 +96,10 @@ def load_split(config: str, split: str) -> Any:
         ValueError: the text is neither cached nor to be had, with what to do instead.
     """
     import datasets
+    from huggingface_hub import constants
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    dataset = _load(config, split)
-    if "text" not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        raise _unavailable(config, f"its rows have no `text` column, only {columns}")
-    return dataset
-
-
-def _load(config: str, split: str) -> Any:
-    import datasets
-    from huggingface_hub import constants
-
     offline = bool(constants.HF_HUB_OFFLINE) or bool(datasets.config.HF_HUB_OFFLINE)
     try:
         with _network_off():

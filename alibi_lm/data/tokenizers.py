@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ class TextTokenizer(Protocol):
     hash: str
     """Hex digest: equal for tokenizers that give equal ids."""
     vocab_size: int
-    """Number of ids."""
     start_id: int
     """The input before a stream's first token."""
     document_end_id: int | None
@@ -54,11 +54,8 @@ class TextTokenizer(Protocol):
     unknown_id: int | None
     """Id of what is outside the vocabulary, or None where nothing is."""
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text as it stands: nothing is added at its ends."""
-
-    def encode_blocks(self, blocks: Sequence[Sequence[str]]) -> list[NDArray[np.int32]]:
-        """Ids of several blocks of lines, each line with its line end."""
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Ids of texts as they stand, newlines included: nothing is added at their ends."""
 
     def save(self, path: str | Path) -> None:
         """Write it as one file, whole or not at all."""
@@ -75,8 +72,8 @@ class TokenizerConfig:
         """Names the tokenizer's file, kind and settings, such as `word8` or `bpe4096`."""
         raise NotImplementedError
 
-    def train(self, lines: Iterable[list[str]]) -> Tokenizer:
-        """Build the tokenizer from the training text, given as lists of lines."""
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """Build the tokenizer from the training text, given in pieces that end with a line end."""
         raise NotImplementedError
 
 
@@ -99,10 +96,10 @@ class WordConfig(TokenizerConfig):
     def label(self) -> str:
         return f"word{self.pad_to_multiple}"
 
-    def train(self, lines: Iterable[list[str]]) -> Tokenizer:
+    def train(self, texts: Iterable[str]) -> Tokenizer:
         counts: Counter[str] = Counter()
-        for block in lines:
-            counts.update("\n".join(block).split())
+        for text in texts:
+            counts.update(text.split())
         for special in WORD_SPECIALS:
             del counts[special]
         require(bool(counts), "tokenizer=word: the training text has no words. Give a text with words in it.")
@@ -129,7 +126,7 @@ class BPEConfig(TokenizerConfig):
     def label(self) -> str:
         return f"bpe{self.vocab_size}"
 
-    def train(self, lines: Iterable[list[str]]) -> Tokenizer:
+    def train(self, texts: Iterable[str]) -> Tokenizer:
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -147,7 +144,7 @@ class BPEConfig(TokenizerConfig):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(("\n".join(block) + "\n" for block in lines), trainer)
+        backend.train_from_iterator(texts, trainer)
         return Tokenizer(backend.to_str(pretty=True).encode())
 
 
@@ -175,20 +172,16 @@ class Tokenizer:
         self.vocab_size = len(vocabulary)
         if sorted(vocabulary.values()) != list(range(self.vocab_size)):
             raise ValueError("its ids are not 0, 1, 2, ... without gaps")
-        self.kind: str
-        self.start_id: int
-        self.document_end_id: int | None
-        self.unknown_id: int | None
+        self.document_end_id: int | None = None
+        self.unknown_id: int | None = None
         if model["type"] == "WordLevel":
             specials: tuple[str, ...] = WORD_SPECIALS
-            self.kind, self.start_id, self.document_end_id = "word", LINE_END_ID, None
-            self.unknown_id = UNKNOWN_ID
+            self.kind, self.start_id, self.unknown_id = "word", LINE_END_ID, UNKNOWN_ID
             self._ids = _WordIds(vocabulary)
             self._words = sorted(vocabulary, key=vocabulary.__getitem__)
         elif model["type"] == "BPE":
             specials = (END_OF_TEXT,)
             self.kind, self.start_id, self.document_end_id = "bpe", END_OF_TEXT_ID, END_OF_TEXT_ID
-            self.unknown_id = None
             self._backend.encode_special_tokens = True  # "<|endoftext|>" in the text is text
         else:
             raise ValueError(f"its model is {model['type']}; only WordLevel and BPE are known here")
@@ -197,38 +190,17 @@ class Tokenizer:
                 raise ValueError(f"{token} must have id {id}, but has {vocabulary.get(token)}")
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text as it stands: nothing is added at its ends, newlines are line ends.
+        """Ids of a text as it stands, (N,) int32: nothing is added at its ends, newlines are line ends."""
+        return self.encode_batch([text])[0]
 
-        Returns:
-            (N,) int32.
-        """
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """`encode` of several texts, on all cores where the kind allows it."""
         if self.kind == "word":
-            return self._encode_words(text.split("\n"))[:-1]
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-
-    def encode_lines(self, lines: Sequence[str]) -> NDArray[np.int32]:
-        """Ids of the lines, each with its line end; no document ends.
-
-        Args:
-            lines: without line ends.
-
-        Returns:
-            (N,) int32.
-        """
-        return self.encode_blocks([lines])[0]
-
-    def encode_blocks(self, blocks: Sequence[Sequence[str]]) -> list[NDArray[np.int32]]:
-        """`encode_lines` of several blocks of lines, on all cores where the kind allows it."""
-        if self.kind == "word":
-            return [self._encode_words(lines) for lines in blocks]
-        texts = ["\n".join(lines) + "\n" if lines else "" for lines in blocks]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            # Whitespace as in Python is fairseq's (\s+), and a dict is ten times faster than the library.
+            words = [text.replace("\n", " </s> ").split() for text in texts]
+            return [np.fromiter(map(self._ids.__getitem__, w), dtype=np.int32, count=len(w)) for w in words]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def _encode_words(self, lines: Sequence[str]) -> NDArray[np.int32]:
-        # Python's own notion of whitespace is fairseq's (\s+), and a dict is ten times faster than the library.
-        words = " </s>\n".join([*lines, ""]).split()
-        return np.fromiter(map(self._ids.__getitem__, words), dtype=np.int32, count=len(words))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids.
@@ -238,13 +210,8 @@ class Tokenizer:
         """
         if self.kind == "bpe":
             return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
-        pieces: list[str] = []
-        for id in ids:
-            if id == LINE_END_ID:
-                pieces.append("\n")
-            else:
-                pieces.append((" " if pieces and pieces[-1] != "\n" else "") + self._words[id])
-        return "".join(pieces)
+        words = ("\n" if id == LINE_END_ID else self._words[id] for id in ids)
+        return re.sub(" ?\n ?", "\n", " ".join(words))
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""

@@ -7,14 +7,9 @@ start token (`</s>` or `<|endoftext|>`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:  # results/ cuts windows too, and imports no torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 def cut_windows(tokens: np.ndarray, start_id: int, starts: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
@@ -29,8 +24,6 @@ def cut_windows(tokens: np.ndarray, start_id: int, starts: np.ndarray, width: in
     Returns:
         inputs, targets: (B, width) int64, on the CPU.
     """
-    import torch
-
     chunk = tokens[starts[:, None] + np.arange(-1, width)].astype(np.int64)
     chunk[starts == 0, 0] = start_id
     both = torch.from_numpy(chunk)
@@ -90,23 +83,6 @@ class TrainingBatches:
         return cut_windows(self.tokens, self.start_id, self.blocks(step)[rows] * self.length, self.length)
 
 
-@dataclass(frozen=True)
-class ScoringBatch:
-    """Windows of one shape.
-
-    Attributes:
-        starts: (B,) int64, index in the stream of each window's first target.
-        input_ids: (B, T) int64.
-        target_ids: (B, T) int64.
-        score_from: targets before this column are context only; the rest are scored.
-    """
-
-    starts: np.ndarray
-    input_ids: Tensor
-    target_ids: Tensor
-    score_from: int
-
-
 def scoring_windows(num_tokens: int, length: int, stride: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Windows that score each target of a stream exactly once.
 
@@ -146,34 +122,3 @@ def positions_in_window(num_tokens: int, length: int, stride: int | None = None)
     """
     starts, scored, ends = scoring_windows(num_tokens, length, stride)
     return np.arange(num_tokens) - np.repeat(starts, ends - scored) + 1
-
-
-def scoring_batches(
-    tokens: np.ndarray,
-    start_id: int,
-    length: int,
-    stride: int | None = None,
-    tokens_per_forward: int = 8192,
-    windows: slice = slice(None),
-) -> Iterator[ScoringBatch]:
-    """Group windows of equal shape into batches of about `tokens_per_forward` tokens.
-
-    Args:
-        tokens: (N,) integers.
-        start_id: input in front of the stream's first target.
-        length: tokens of a window.
-        stride: see `scoring_windows`.
-        tokens_per_forward: largest batch times length; one window at least.
-        windows: which of the windows, in stream order (a share of them, for several processes).
-    """
-    starts, scored, ends = (a[windows] for a in scoring_windows(len(tokens), length, stride))
-    shape = np.stack([ends - starts, scored - starts], axis=1)
-    borders = np.flatnonzero((shape[1:] != shape[:-1]).any(axis=1)) + 1
-    for group in np.split(np.arange(len(starts)), borders):
-        if len(group) == 0:
-            continue
-        width, context = (int(v) for v in shape[group[0]])
-        per_batch = max(1, tokens_per_forward // width)
-        for i in range(0, len(group), per_batch):
-            first = starts[group[i : i + per_batch]]
-            yield ScoringBatch(first, *cut_windows(tokens, start_id, first, width), context)

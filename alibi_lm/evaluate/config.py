@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alibi_lm.attention import ATTENTION
-from alibi_lm.config import SPLITS, EvaluationConfig, TrainConfig
-from alibi_lm.results.rows import MODES
+from alibi_lm.config import MODES, SPLITS, EvaluationConfig, TrainConfig
 from alibi_lm.runs import experiment_folder
 from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import require
@@ -93,17 +93,18 @@ class EvaluateConfig:
     """Where results go; null: outputs/<experiment>/extrapolation (curve) or outputs/<experiment>/analysis."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("view", ("curve", *VIEWS, "all")),
-            ("attention", tuple(ATTENTION)),
-            ("device", DEVICES),
-            ("precision", PRECISIONS),
-        ):
+        choices: dict[str, Iterable[str]] = {
+            "view": ("curve", *VIEWS, "all"),
+            "attention": ATTENTION,
+            "device": DEVICES,
+            "precision": PRECISIONS,
+            "split": SPLITS,
+            "mode": MODES,
+        }
+        for name, allowed in choices.items():
             value = getattr(self, name)
-            require(value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
-        for name, allowed in (("split", SPLITS), ("mode", MODES[:2])):
-            value = getattr(self, name)
-            require(value is None or value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+            unset = value is None and name in ("split", "mode")
+            require(unset or value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
         require(
             re.fullmatch(r"best|last|step:\d+", self.checkpoint) is not None,
             f"checkpoint = {self.checkpoint!r}. Allowed: best, last, step:<number> of one that was kept.",
@@ -125,8 +126,8 @@ class EvaluateConfig:
 
     def _refuse_settings_of_other_views(self) -> None:
         known = {"curve": CURVE, **VIEWS}
-        own = {name for names in VIEWS.values() for name in names} if self.view == "all" else known[self.view]
-        for setting in sorted({name for names in known.values() for name in names} - set(own)):
+        own = set().union(*VIEWS.values()) if self.view == "all" else set(known[self.view])
+        for setting in sorted(set().union(*known.values()) - own):
             value = getattr(self, setting)
             if setting == "tracking":
                 value = getattr(value, "name", "jsonl")

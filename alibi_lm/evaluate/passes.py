@@ -6,15 +6,16 @@ computes again what an evaluation or another analysis has computed, and the othe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from alibi_lm import runtime
-from alibi_lm.data.windows import scoring_windows
-from alibi_lm.distributed import World
-from alibi_lm.evaluate.score import Scored, score
+from alibi_lm.data.windows import positions_in_window
+from alibi_lm.distributed import World, gather_objects
+from alibi_lm.evaluate.score import score
 from alibi_lm.evaluate.store import Scoring, Stored, TokenStore
 from alibi_lm.model.interface import LanguageModel
 from alibi_lm.tasks.base import Batch, Task
@@ -48,7 +49,7 @@ class Passes:
         return self.task
 
     def refuses(self, length: int, window: bool = False, positions: bool = False) -> str:
-        """Why sequences of this length cannot be scored in this way; empty where they can.
+        """Why sequences cannot be scored in this way; empty where they can.
 
         Args:
             length: tokens of a sequence, or highest position + 1.
@@ -65,12 +66,9 @@ class Passes:
         return ""
 
     def result(self, length: int, window: int | None = None, task: Task | None = None) -> Stored:
-        """All targets of the task at a length.
+        """All targets of the task (or of `task`, another way of cutting the same text) at a length.
 
-        Args:
-            length: tokens of a window.
-            window: each layer sees only keys at distances below it; None for no limit.
-            task: another way of cutting the same text; None: the task.
+        With a `window` each layer sees only keys at distances below it.
         """
         task = task or self.task
         return self._kept(
@@ -83,16 +81,7 @@ class Passes:
         )
 
     def nats(self, length: int, stride: int | None = None, window: int | None = None) -> np.ndarray:
-        """Nats of every target in a standard evaluation, or with each layer's attention limited.
-
-        Args:
-            length: tokens of a window.
-            stride: targets scored per window; None for nonoverlapping.
-            window: each layer sees only keys at distances below it; None for no limit.
-
-        Returns:
-            (N,) float32.
-        """
+        """Nats of every target in a standard evaluation, or with each layer's attention limited: (N,) float32."""
         return self.result(length, window, replace(self.text, stride=None if stride == length else stride)).nats
 
     def reset(self, length: int, train_length: int, stride: int = 1) -> np.ndarray:
@@ -170,38 +159,22 @@ class Passes:
         world: World | None = None,
     ) -> Stored:
         """The stored result, or a new one; `world` is given where the batches are this process's share."""
-        label = f"{self.model.label}: {scoring.mode} @ {scoring.length}"
-
-        def compute() -> Scored:
-            runtime.reset_peak_memory(self.model.device)
-            self.model.serve(scoring.length)
-            return score(self.model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
-
-        identity = {"model": self.model.identity, "targets": self.task.identity}
-        if self.store is None or not self.model.identity:
-            scored = compute()
-            return Stored(scored.nats, scored.hits, 0.0, None, None)
-        return self.store.get(
-            self.model.label,
-            scoring,
-            identity,
-            compute,
-            hits=hits,
-            memory=lambda: runtime.peak_memory_bytes(self.model.device),
-            world=self.world,
-        )
-
-
-def positions_in_window(num_tokens: int, length: int, stride: int | None = None) -> np.ndarray:
-    """Position of every target in its window, counted from 1: the number of tokens that it is predicted from.
-
-    Args:
-        num_tokens: N.
-        length: tokens of a window.
-        stride: targets scored in a window; None for nonoverlapping.
-
-    Returns:
-        (N,) int64, from 1 to length.
-    """
-    starts, scored, ends = scoring_windows(num_tokens, length, stride)
-    return np.arange(num_tokens) - np.repeat(starts, ends - scored) + 1
+        model = self.model
+        identity = {"model": model.identity, "targets": self.task.identity}
+        store = self.store if model.identity else None
+        found = store.read(model.label, scoring, identity, hits) if store else None
+        # Processes may see different disks, and a pass needs all of them.
+        if all(gather_objects(found is not None, self.world or World())):
+            assert found is not None
+            return found
+        started = time.perf_counter()
+        runtime.reset_peak_memory(model.device)
+        model.serve(scoring.length)
+        label = f"{model.label}: {scoring.mode} @ {scoring.length}"
+        scored = score(model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
+        seconds, memory = time.perf_counter() - started, runtime.peak_memory_bytes(model.device)
+        result = Stored(scored.nats.astype(np.float32), scored.hits, seconds, memory, runtime.code_version()[0])
+        # What is not finite must not be believed again: its cause may be gone by the next call.
+        if store and (self.world or World()).is_main and bool(np.isfinite(result.nats).all()):
+            store.write(model.label, scoring, identity, result)
+        return result

@@ -16,7 +16,7 @@ import torch
 
 from alibi_lm.checkpoint import CheckpointError
 from alibi_lm.config import EvaluationConfig, TrainConfig, load_config
-from alibi_lm.data.corpus import Corpus, TokenStream, prepare
+from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.config import EvaluateConfig
@@ -36,12 +36,7 @@ VALIDATION_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
 class FailedRuns(ValueError):
-    """Some runs could not be evaluated; the others were.
-
-    Args:
-        failures: what is wrong with each, by the run's name.
-        total: how many runs there were.
-    """
+    """Some of `total` runs could not be evaluated: what is wrong with each, by the run's name."""
 
     def __init__(self, failures: Mapping[str, Exception], total: int) -> None:
         rest = "; the others were" if len(failures) < total else ""
@@ -49,6 +44,14 @@ class FailedRuns(ValueError):
         lines += [f"  {name}: {error}" for name, error in failures.items()]
         super().__init__("\n".join(lines))
         self.failures = dict(failures)
+
+
+def raise_failures(failures: Mapping[str, Exception], total: int) -> None:
+    """Tell what went wrong, if anything did; where all runs failed for one reason, its own error says it all."""
+    if len(failures) == total and len({str(error) for error in failures.values()}) == 1:
+        raise next(iter(failures.values()))
+    if failures:
+        raise FailedRuns(failures, total)
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,11 @@ class OpenRun:
     way: dict[str, str]
     """How it is scored: checkpoint, attention, precision; each row names them."""
 
-    @property
-    def stream(self) -> TokenStream:
-        """The evaluated split."""
-        return self.corpus.split(self.plan.settings.split)
-
 
 def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]]:
     """Find the runs and settle lengths, mode, stride and split; nothing is loaded yet.
 
-    Returns:
-        The runs, and what is wrong with those that cannot be planned, by name.
+    Returns what is wrong with those that cannot be planned, by name, beside the others.
 
     Raises:
         ValueError: no run, a run that is not finished, two runs of one name, or rows of another run of that name
@@ -120,7 +117,8 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
             f"runs = {pattern}: {other.folder} and {folder} have one name, {run.name}, by which rows and curves "
             "know a run. Evaluate them one after another, each with an output_dir of its own, or rename one.",
         )
-    raise_if_alone(failures, len(folders))
+    if not runs:
+        raise_failures(failures, len(folders))
     return list(runs.values()), failures
 
 
@@ -130,11 +128,8 @@ def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
     Raises:
         ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
     """
-    data = run.config.data
-    if config.data.path is not None:
-        data = dataclasses.replace(data, path=config.data.path)
-    if config.data.cache_dir is not None:
-        data = dataclasses.replace(data, cache_dir=config.data.cache_dir)
+    changes = {name: value for name, value in dataclasses.asdict(config.data).items() if value is not None}
+    data = dataclasses.replace(run.config.data, **changes)
     path = run.folder / "tokenizer.json"
     tokenizer = Tokenizer.load(path)
     record = run.folder / CORPUS_FILE
@@ -180,14 +175,8 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         stream.words,
         stream.bytes,
     )
-    passes = Passes(
-        model,
-        text,
-        TokenStore(config.tokens),
-        run.settings.tokens_per_forward,
-        world,
-        run.config.position.name,
-    )
+    store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
+    passes = Passes(model, text, store, tokens_per_forward, world, run.config.position.name)
     way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
     opened = OpenRun(run, corpus, passes, way)
     _check_validation(config, opened)
@@ -208,12 +197,9 @@ def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:
     if recorded is None or not repeated or not same_text or config.position or text.refuses(length):
         return
     loss = mean_nats(opened.passes.nats(length))
-    on_gpu = "NVIDIA" in str(done.get("device"))
-    trained_in = (
-        "bfloat16"
-        if run.config.precision == "bfloat16" or (run.config.precision, on_gpu) == ("auto", True)
-        else "float32"
-    )
+    trained_in = run.config.precision
+    if trained_in == "auto":
+        trained_in = "bfloat16" if "NVIDIA" in str(done.get("device")) else "float32"
     tolerance = max(VALIDATION_TOLERANCE[trained_in], VALIDATION_TOLERANCE[opened.way["precision"]])
     require(
         not math.isfinite(loss) or abs(loss - recorded) <= tolerance * max(1.0, recorded / 10),
@@ -221,10 +207,3 @@ def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:
         f"recorded {recorded:.6f} on the same text, so these are not the weights of this run. Put its own "
         "checkpoint back, or train it again with overwrite=true.",
     )
-
-
-def raise_if_alone(failures: Mapping[str, Exception], total: int) -> None:
-    """One run was asked for, or all failed for one reason: the error says it all."""
-    messages = {str(error) for error in failures.values()}
-    if failures and len(failures) == total and len(messages) == 1:
-        raise next(iter(failures.values()))

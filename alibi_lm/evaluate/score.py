@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -122,16 +121,13 @@ def score_tokens(
     length: int,
     stride: int | None = None,
     tokens_per_forward: int = 8192,
-    autocast: AbstractContextManager[Any] | None = None,
     window: int | None = None,
     world: World | None = None,
     progress: str | None = None,
     interrupt: Callable[[], bool] | None = None,
 ) -> np.ndarray:
     """Nats of every target of a stream of tokens, (N,): `score` of a `TextTask`, see both for the arguments."""
-    text = TextTask(tokens, start_id, stride)
-    with nullcontext() if autocast is None else autocast:
-        batches = text.batches(length, tokens_per_forward, world)
-        return score(
-            model, batches, len(tokens), window=window, world=world, progress=progress, interrupt=interrupt
-        ).nats
+    batches = TextTask(tokens, start_id, stride).batches(length, tokens_per_forward, world)
+    return score(
+        model, batches, len(tokens), window=window, world=world, progress=progress, interrupt=interrupt
+    ).nats

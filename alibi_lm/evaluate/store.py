@@ -17,17 +17,12 @@ import hashlib
 import json
 import logging
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alibi_lm import runtime
-from alibi_lm.distributed import World, gather_objects
-from alibi_lm.evaluate.score import Scored
 from alibi_lm.files import fingerprint, read_json, whole_file
 
 FORMAT = 2
@@ -83,11 +78,7 @@ class Stored:
 
 
 class TokenStore:
-    """The per-target results of any number of runs.
-
-    Args:
-        folder: made by the first `write`.
-    """
+    """The per-target results of any number of runs, in a folder that the first `write` makes."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -146,44 +137,6 @@ class TokenStore:
         }
         with whole_file(path.with_suffix(".json")) as file:
             file.write((json.dumps(record, indent=1) + "\n").encode())
-
-    def get(
-        self,
-        run: str,
-        scoring: Scoring,
-        identity: dict[str, Any],
-        compute: Callable[[], Scored],
-        *,
-        hits: bool = False,
-        memory: Callable[[], int | None] = lambda: None,
-        world: World | None = None,
-    ) -> Stored:
-        """The stored result, or a new one, which is then kept.
-
-        Args:
-            run: label of the run.
-            scoring: the pass.
-            identity: everything else that the result depends on, plain JSON values.
-            compute: makes the pass. All processes enter it, or none.
-            hits: whether hits are wanted; `compute` then gives them.
-            memory: asked for the peak memory in bytes after `compute`.
-            world: processes that share the pass.
-        """
-        world = world or World()
-        found = self.read(run, scoring, identity, hits)
-        # Processes may see different disks; `compute` needs all of them.
-        if all(gather_objects(found is not None, world)):
-            assert found is not None
-            return found
-        started = time.perf_counter()
-        scored = compute()
-        seconds = time.perf_counter() - started
-        nats = scored.nats.astype(np.float32)
-        result = Stored(nats, scored.hits, seconds, memory(), runtime.code_version()[0])
-        # What is not finite must not be believed again: its cause may be gone by the next call.
-        if world.is_main and bool(np.isfinite(nats).all()):
-            self.write(run, scoring, identity, result)
-        return result
 
 
 def _plain(identity: dict[str, Any], scoring: Scoring) -> dict[str, Any]:

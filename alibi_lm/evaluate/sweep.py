@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from alibi_lm import runtime
-from alibi_lm.data.corpus import TokenStream, prepare
-from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.data.corpus import prepare
 from alibi_lm.distributed import World
 from alibi_lm.evaluate import views
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
-from alibi_lm.evaluate.plan import EXPECTED, FailedRuns, OpenRun, PlannedRun, open_run, plan, raise_if_alone
+from alibi_lm.evaluate.plan import EXPECTED, OpenRun, PlannedRun, open_run, plan, raise_failures
 from alibi_lm.evaluate.store import Stored
 from alibi_lm.files import read_json, write_text
 from alibi_lm.results.documents import DocumentSums, upsert_documents
@@ -41,10 +40,7 @@ CURVE_COLUMNS = (
 
 
 def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[ResultRow]:
-    """Evaluate every run at every length, writing each row as soon as it is known.
-
-    Yields:
-        The rows, in order of work.
+    """Evaluate every run at every length, writing and yielding each row as soon as it is known.
 
     Raises:
         ValueError: see `plan`.
@@ -77,26 +73,22 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
             for length in run.settings.lengths:
                 yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
-            raise_if_alone({run.name: error}, total)
             failures[run.name] = error
     if world.is_main and results.exists():
         write_csv(config.output / "results.csv", upsert_rows(results, []))
-    if failures:
-        raise_if_alone(failures, total)
-        raise FailedRuns(failures, total)
+    raise_failures(failures, total)
 
 
 def measure(passes: Passes, length: int, output: Path | None = None, **common: Any) -> list[ResultRow]:
     """Measure one model at one inference length: a row for each metric of the task.
+
+    Where the model cannot run or the task has nothing to measure, the rows say why.
 
     Args:
         passes: of the model over the task.
         length: inference length.
         output: folder of `results.jsonl` and `documents.jsonl`, which take up the rows; None: nowhere.
         common: further fields of the rows; `position` at least.
-
-    Returns:
-        The rows. Where the model cannot run or the task has nothing to measure, they say why.
     """
     task, model = passes.task, passes.model
     fields: dict[str, Any] = {
@@ -150,7 +142,7 @@ def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
 
 def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
     """Fields of all rows of a run."""
-    run, documents = opened.plan, len(opened.stream.documents)
+    run, documents = opened.plan, len(opened.passes.text.groups(opened.plan.config.train_length))
     trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
     extra: dict[str, Any] = {
         "corpus_name": read_json(own)["description"] if own.is_file() else opened.corpus.name,
@@ -178,38 +170,26 @@ def changes_of(config: EvaluateConfig) -> dict[str, Any]:
     return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
 
-def unigram_row(train: TokenStream, stream: TokenStream, vocab_size: int, **common: Any) -> ResultRow:
-    """The baseline that knows only how often each token occurs in the training text (add-one smoothed)."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, train.num_tokens, 1 << 24):
-        counts += np.bincount(train.tokens[start : start + (1 << 24)], minlength=vocab_size)
-    log_probs = np.log((counts + 1) / (counts.sum() + vocab_size))
-    occurrences = np.bincount(stream.tokens, minlength=vocab_size)
-    total = float(-(occurrences * log_probs).sum())
-    fields = {"tokens": stream.num_tokens, "words": stream.words, "bytes": stream.bytes, "corpus": stream.hash}
-    return _perplexity_row(total, {"position": "unigram", **fields, **common})
-
-
 def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
-    """The unigram row, where the run's own training text is at hand."""
+    """The row of a model that knows only how often each token occurs in the training text (add-one smoothed).
+
+    None where the run's own training text is not at hand.
+    """
     if config.data.path is not None or config.position:
         return None
-    run = opened.plan
+    task, vocab_size = opened.passes.text, opened.corpus.vocab_size
     try:
-        own = prepare(run.config.data, Tokenizer.load(run.folder / "tokenizer.json"), splits=("train",))
+        own = prepare(opened.plan.config.data, opened.corpus.tokenizer, splits=("train",))
     except ValueError:
         return None
-    settings = run.settings
-    return unigram_row(
-        own.split("train"),
-        opened.stream,
-        opened.corpus.vocab_size,
-        mode=settings.mode,
-        stride=settings.stride,
-        split=settings.split,
-        commit=runtime.code_version()[0],
-        extra={"corpus_name": opened.corpus.name},
-    )
+    train, counts = own.split("train").tokens, np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(train), 1 << 24):
+        counts += np.bincount(train[start : start + (1 << 24)], minlength=vocab_size)
+    log_probs = np.log((counts + 1) / (counts.sum() + vocab_size))
+    total = float(-(np.bincount(task.tokens, minlength=vocab_size) * log_probs).sum())
+    fields = {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
+    fields |= {"position": "unigram", "tokens": len(task.tokens), "commit": runtime.code_version()[0]}
+    return _perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
 
 
 def describe(row: ResultRow) -> str:
@@ -257,10 +237,7 @@ def curve_name(row: ResultRow) -> str:
 
 
 def analyse(config: EvaluateConfig) -> Iterator[Path]:
-    """Compute the views that are asked for, of all runs, seeds of a scheme together.
-
-    Yields:
-        The file of each.
+    """Compute the views that are asked for, of all runs, seeds of a scheme together; yields the file of each.
 
     Raises:
         ValueError: no runs, missing text, or a setting out of range.
@@ -281,20 +258,24 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             try:
                 opened.append(open_run(config, run, device))
             except EXPECTED as error:
-                raise_if_alone({run.name: error}, total)
                 failures[run.name] = error
         if not opened:
             continue
         try:
-            group = _group(opened)
-            corpora[opened[0].stream.hash] = opened[0].corpus.name
+            who = ", ".join(run.plan.name for run in opened)
+            require(
+                len({run.passes.text.sha256 for run in opened}) == 1,
+                f"runs {who} differ in their seed only, but their texts are encoded differently. "
+                "Analyse them one at a time: runs=<run folder>.",
+            )
+            first = opened[0].plan.config
+            group = views.Group(first.position.name, first.train_length, [run.passes for run in opened])
+            corpora[str(opened[0].passes.text.corpus)] = opened[0].corpus.name
             for name in names:
                 print(f"{name}: {', '.join(group.labels)}", flush=True)
                 series[name].append(_series(config, name, opened, group))
         except EXPECTED as error:
-            raise_if_alone({run.plan.name: error for run in opened}, len(runs))
             failures |= {run.plan.name: error for run in opened}
-    _make(config.output)
     for name in names:
         if series[name]:
             content = {
@@ -305,12 +286,11 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
                 "commit": runtime.code_version()[0],
                 "series": series[name],
             }
+            _make(config.output)
             path = config.output / f"{name}.json"
             write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
             yield path
-    if failures:
-        raise_if_alone(failures, total)
-        raise FailedRuns(failures, total)
+    raise_failures(failures, total)
 
 
 def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
@@ -325,22 +305,12 @@ def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
     return sorted(found.values(), key=lambda m: (-m[0].config.train_length, m[0].config.position.name))
 
 
-def _group(opened: list[OpenRun]) -> views.Group:
-    require(
-        len({run.stream.sha256 for run in opened}) == 1,
-        f"runs {', '.join(run.plan.name for run in opened)} differ in their seed only, but their texts are "
-        "encoded differently. Analyse them one at a time: runs=<run folder>.",
-    )
-    first = opened[0].plan.config
-    return views.Group(first.position.name, first.train_length, [run.passes for run in opened])
-
-
 def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
     """One curve of a view."""
     found = {
         "position": group.position,
         "train_length": group.train_length,
-        "corpus": opened[0].stream.hash,
+        "corpus": opened[0].passes.text.corpus,
         "tokens": group.num_tokens,
         "documents": len(group.documents),
         "runs": group.labels,

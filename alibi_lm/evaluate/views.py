@@ -7,37 +7,18 @@ has no such window, `nats` is None and `reason` says why.
 
 How hard the text is moves all points of a curve alike. So points also have a `difference` from the point at the
 trained length, paired by document, whose interval is far narrower: it says whether the loss has changed.
-
-The decomposition says why the loss at a longer window differs from the loss at the trained length, in three
-measured parts. Source: Press, Smith and Lewis (2022), arXiv 2108.12409, Appendix B, which shows one of the parts
-(the "early token curse") by comparing two kinds of evaluation; here each part is an intervention on the model's
-input.
-
-A model trained at L is scored in nonoverlapping windows of n > L tokens. Each target has three losses:
-    full       as it is
-    windowed   the same pass, each layer's attention limited to the last L keys
-    reset      only the last L tokens of the window as input, positions from 0
-and their means telescope exactly:
-    full at n - full at L = (reset - full at L)     early tokens: fewer targets have a short context
-                          + (windowed - reset)      positions beyond L, with no key further than L
-                          + (full - windowed)       keys further than L: negative is use, positive is harm
-At positions up to L all three are the same pass. Limited attention reaches further than L through several
-layers: the second part holds what the model makes of that, too.
-
-With a stride s, a reset target beyond L has between L - s + 1 and L tokens of input. Its loss is then a little
-too high, which moves the same amount from the second part to the first; the third part and the sum are not
-touched, and neither are the targets up to L. Stride 1 is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from alibi_lm.evaluate.passes import Passes, positions_in_window
+from alibi_lm.data.windows import positions_in_window
+from alibi_lm.evaluate.passes import Passes
 from alibi_lm.results.statistics import mean_nats_interval, per_document_sums
 
 TERMS = ("early_tokens", "positions_beyond", "keys_beyond")
@@ -52,13 +33,7 @@ Point = dict[str, Any]
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed, ready to be scored.
-
-    Attributes:
-        position: name of the scheme.
-        train_length: L.
-        passes: of each run, over the same text.
-    """
+    """Runs that differ in nothing but their seed, ready to be scored, all over the same text."""
 
     position: str
     train_length: int
@@ -90,29 +65,16 @@ class Group:
         reasons = [text.refuses(length), *(p.refuses(length, window=window) for p in self.passes)]
         return next(filter(None, reasons), "")
 
-    def mean(self, nats: Sequence[np.ndarray], scored: np.ndarray | None = None) -> Point:
-        """A point of the mean nats per token.
+    def by_document(self, targets: np.ndarray, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Sums of some targets' values by run and document: (runs, documents) float64."""
+        owner = np.searchsorted(self.documents, targets, side="right") - 1
+        return np.stack([np.bincount(owner, one, len(self.documents)) for one in values])
 
-        Args:
-            nats: (N,) floats of each run.
-            scored: (N,) bool, which targets count; None: all.
-        """
+    def mean(self, nats: Sequence[np.ndarray], scored: np.ndarray | None = None) -> Point:
+        """A point of the mean nats (N,) of each run, over the targets that are `scored`, (N,) bool; None: all."""
         both = [per_document_sums(n, self.documents, scored) for n in nats]
         sums, tokens = np.stack([sums for sums, _ in both]), both[0][1]
         return self.point(sums, tokens) | {"sums": (sums, tokens)}
-
-    def differences(self, points: list[Point], at: str) -> list[Point]:
-        """Give each point of `mean` its difference from the one at the trained length, if there is one."""
-        base = next((p for p in points if p[at] == self.train_length and p["nats"] is not None), None)
-        kept = base["sums"] if base is not None else None
-        for p in points:
-            own = p.pop("sums", None)
-            if own is not None and kept is not None and p["nats"] is not None:
-                change = self.point(change_sums(*own, *kept), kept[1])
-                if np.count_nonzero(own[1]) < 2:  # one document does not show how documents differ
-                    change |= {"low": None, "high": None}
-                p["difference"] = {"from": self.train_length} | {k: change[k] for k in ("nats", "low", "high")}
-        return points
 
     def point(self, sums: np.ndarray, tokens: np.ndarray) -> Point:
         """The same from sums of nats (seeds, documents) and numbers of targets (documents,)."""
@@ -129,58 +91,77 @@ class Group:
         }
 
 
+def _by_length(group: Group, lengths: Sequence[int], measured: Callable[[int], Point], **at: Any) -> list[Point]:
+    """A point for each length: what is measured there, by `Group.mean`, or why nothing is.
+
+    Where there is one at the trained length, the others have their `difference` from it.
+    """
+    points: list[Point] = []
+    for length in lengths:
+        reason = group.reason(length, stride=at.get("stride"))
+        points.append({"length": length} | at | (_nothing(reason) if reason else measured(length)))
+    sums: list[Any] = [point.pop("sums", None) for point in points]
+    valued = [k for k, point in enumerate(points) if point["nats"] is not None]
+    base = [k for k in valued if points[k]["length"] == group.train_length]
+    for k in valued if base else []:
+        change = group.point(change_sums(*sums[k], *sums[base[0]]), sums[base[0]][1])
+        if np.count_nonzero(sums[k][1]) < 2:  # one document does not show how documents differ
+            change |= {"low": None, "high": None}
+        points[k]["difference"] = {"from": group.train_length} | {n: change[n] for n in ("nats", "low", "high")}
+    return points
+
+
 def perplexity(group: Group, lengths: Sequence[int], stride: int | None) -> list[Point]:
     """Mean loss by inference length: nonoverlapping, and sliding too where a stride is given."""
-    found: list[Point] = []
-    for mode in ["nonoverlapping"] + ["sliding"] * (stride is not None):
-        points: list[Point] = []
-        for length in lengths:
-            step = stride if mode == "sliding" else None
-            at: Point = {"length": length, "mode": mode, "stride": step}
-            if reason := group.reason(length, stride=step):
-                points.append(at | _nothing(reason))
-            else:
-                points.append(at | group.mean([p.nats(length, step) for p in group.passes]))
-        found += group.differences(points, "length")
-    return found
+
+    def measured(length: int, stride: int | None = None) -> Point:
+        return group.mean([p.nats(length, stride) for p in group.passes])
+
+    points = _by_length(group, lengths, measured, mode="nonoverlapping", stride=None)
+    if stride is not None:
+        points += _by_length(group, lengths, lambda n: measured(n, stride), mode="sliding", stride=stride)
+    return points
 
 
 def position(group: Group, lengths: Sequence[int]) -> list[Point]:
     """Mean loss against position in the window, one point a length, with a smoothed `curve` and its band.
 
-    The `curve` has lists `first`, `last` (positions of a bin, counted from 1), `nats`, `low`, `high`; its band is
-    that of `position_curve`. Up to the length of a shorter window a longer one has the same curve, from fewer
-    targets: a reader takes each part from the shortest window that reaches it. (Not so under automatic scaling.)
+    The `curve` is that of `position_curve`, in lists. Up to the length of a shorter window a longer one has the
+    same curve, from fewer targets: a reader takes each part from the shortest window that reaches it. (Not so
+    under automatic scaling.)
     """
-    points: list[Point] = []
-    for length in lengths:
-        if reason := group.reason(length):
-            points.append({"length": length} | _nothing(reason))
-            continue
+
+    def measured(length: int) -> Point:
         nats = [p.nats(length) for p in group.passes]
         positions = positions_in_window(group.num_tokens, length)
         curve = position_curve(np.stack(nats), group.documents, positions, length, group.train_length)
-        curves = {name.removeprefix("curve_"): _numbers(values) for name, values in curve.items()}
-        points.append({"length": length} | group.mean(nats) | {"curve": curves})
-    return group.differences(points, "length")
+        return group.mean(nats) | {"curve": {name: _numbers(values) for name, values in curve.items()}}
+
+    return _by_length(group, lengths, measured)
 
 
 def last(group: Group, lengths: Sequence[int], count: int) -> list[Point]:
     """Mean loss of the last `count` targets of every whole window: none of them has a short context."""
-    points: list[Point] = []
-    for length in lengths:
-        at: Point = {"length": length, "last": count}
-        reason = group.reason(length)
+
+    def measured(length: int) -> Point:
         if count > length:
-            reason = f"last = {count} is longer than the window"
-        whole = group.num_tokens // length * length
-        if reason:
-            points.append(at | _nothing(reason))
-            continue
+            return _nothing(f"last = {count} is longer than the window")
         scored = positions_in_window(group.num_tokens, length) > length - count
-        scored[whole:] = False
-        points.append(at | group.mean([p.nats(length) for p in group.passes], scored))
-    return group.differences(points, "length")
+        scored[group.num_tokens // length * length :] = False
+        return group.mean([p.nats(length) for p in group.passes], scored)
+
+    return _by_length(group, lengths, measured, last=count)
+
+
+def documents(group: Group, lengths: Sequence[int]) -> list[Point]:
+    """Mean loss of each document (over the seeds), in `documents`, beside that of all."""
+
+    def measured(length: int) -> Point:
+        point = group.mean([p.nats(length) for p in group.passes])
+        sums, tokens = point["sums"]
+        return point | {"documents": _numbers(sums.mean(axis=0) / tokens)}
+
+    return _by_length(group, lengths, measured)
 
 
 def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
@@ -192,13 +173,11 @@ def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
     targets = np.arange(
         max((c for c in contexts if c <= group.num_tokens), default=1) - 1, group.num_tokens, every
     )
-    owner = np.searchsorted(group.documents, targets, side="right") - 1
-    tokens = np.bincount(owner, minlength=len(group.documents))
+    tokens = group.by_document(targets, [np.ones(len(targets))])[0].astype(np.int64)
     sums: dict[int, np.ndarray] = {}
     for context in contexts:
         if not group.reason(context):
-            scores = [p.fixed(context, targets, every) for p in group.passes]
-            sums[context] = np.stack([np.bincount(owner, s, len(tokens)) for s in scores])
+            sums[context] = group.by_document(targets, [p.fixed(context, targets, every) for p in group.passes])
     base = max((c for c in sums if c <= group.train_length), default=None)
     points: list[Point] = []
     for context in contexts:
@@ -213,24 +192,31 @@ def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
     return points
 
 
-def documents(group: Group, lengths: Sequence[int]) -> list[Point]:
-    """Mean loss of each document (over the seeds), in `documents`, beside that of all."""
-    points: list[Point] = []
-    for length in lengths:
-        if reason := group.reason(length):
-            points.append({"length": length} | _nothing(reason))
-            continue
-        nats = [p.nats(length) for p in group.passes]
-        both = [per_document_sums(n, group.documents) for n in nats]
-        means = np.mean([sums for sums, _ in both], axis=0) / both[0][1]
-        points.append({"length": length} | group.mean(nats) | {"documents": _numbers(means)})
-    return group.differences(points, "length")
-
-
 def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Point]:
-    """The three parts of the change from the trained length, see above.
+    """Why the loss at a longer window differs from the loss at the trained length: three measured parts.
 
-    `total` and each part are in nats per token with an interval.
+    Source: Press, Smith and Lewis (2022), arXiv 2108.12409, Appendix B, which shows one of the parts (the "early
+    token curse") by comparing two kinds of evaluation; here each part is an intervention on the model's input.
+
+    A model trained at L is scored in nonoverlapping windows of n > L tokens. Each target has three losses:
+        full       as it is
+        windowed   the same pass, each layer's attention limited to the last L keys
+        reset      only the last L tokens of the window as input, positions from 0
+    and their means add up exactly:
+        full at n - full at L = (reset - full at L)     early tokens: fewer targets have a short context
+                              + (windowed - reset)      positions beyond L, with no key further than L
+                              + (full - windowed)       keys further than L: negative is use, positive is harm
+    At positions up to L all three are the same pass. Limited attention reaches further than L through several
+    layers: the second part holds what the model makes of that, too.
+
+    With a stride s, a reset target beyond L has between L - s + 1 and L tokens of input. Its loss is then a little
+    too high, which moves the same amount from the second part to the first; the third part and the sum are not
+    touched, and neither are the targets up to L. Stride 1 is exact.
+
+    Returns:
+        A point for each length beyond L: each part and `total`, with intervals, and `largest_early_difference`, in
+        nats, between the three losses of any target up to L. That is rounding, but for a scheme whose parameters
+        depend on the window's length (automatic scaling), and shows how far the parts can be trusted.
     """
     tokens = np.diff(group.documents, append=group.num_tokens)
     points: list[Point] = []
@@ -239,13 +225,13 @@ def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Poi
         if reason := group.reason(length, window=True):
             points.append(at | {name: None for name in (*TERMS, "total")} | {"reason": reason})
             continue
-        losses = [measure(p, length, group.train_length, stride) for p in group.passes]
-        terms = [one.terms() for one in losses]
-        for name in (*TERMS, "total"):
-            at[name] = group.point(np.stack([np.add.reduceat(t[name], group.documents) for t in terms]), tokens)
-        at["largest_early_difference"] = max(
-            largest_early_difference(one, length, group.train_length) for one in losses
-        )
+        # By step of the ladder, run and target. Only sums of differences mean something, never their signs.
+        steps = np.stack([losses(p, length, group.train_length, stride) for p in group.passes], axis=1)
+        parts = dict(zip(TERMS, np.diff(steps, axis=0), strict=True)) | {"total": steps[-1] - steps[0]}
+        for name, part in parts.items():
+            at[name] = group.point(np.add.reduceat(part, group.documents, axis=1), tokens)
+        early = positions_in_window(group.num_tokens, length) <= group.train_length
+        at["largest_early_difference"] = float(np.ptp(steps[1:, :, early], axis=0).max())
         points.append(at)
     return points
 
@@ -258,9 +244,8 @@ def offset(group: Group, offsets: Sequence[int], width: int, every: int) -> list
     starts = np.arange(0, group.num_tokens - width + 1, width * every)
     if not len(starts):
         raise ValueError(f"width = {width}: the split has only {group.num_tokens} tokens. Use a smaller one.")
-    where = (starts[:, None] + np.arange(width)).ravel()
-    owner = np.searchsorted(group.documents, where, side="right") - 1
-    tokens = np.bincount(owner, minlength=len(group.documents))
+    targets = (starts[:, None] + np.arange(width)).ravel()
+    tokens = group.by_document(targets, [np.ones(len(targets))])[0].astype(np.int64)
     base = [p.shifted(width, starts, 0).astype(np.float64).ravel() for p in group.passes]
     points: list[Point] = []
     for k in offsets:
@@ -270,8 +255,11 @@ def offset(group: Group, offsets: Sequence[int], width: int, every: int) -> list
             points.append(at | _nothing(reason))
             continue
         changes = [p.shifted(width, starts, k).ravel() - b for p, b in zip(group.passes, base, strict=True)]
-        sums = np.stack([np.bincount(owner, c, len(tokens)) for c in changes])
-        points.append(at | group.point(sums, tokens) | {"largest": float(np.abs(changes).max())})
+        points.append(
+            at
+            | group.point(group.by_document(targets, changes), tokens)
+            | {"largest": float(np.abs(changes).max())}
+        )
     return points
 
 
@@ -286,71 +274,27 @@ def _numbers(values: np.ndarray) -> list[float | int | None]:
     return [None if np.isnan(v) else round(float(v), 6) for v in values]
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What the parts are differences of: (N,) nats of the same targets.
+def losses(passes: Passes, length: int, train_length: int, stride: int = 1) -> np.ndarray:
+    """What the parts are differences of: (4, N) float64, nats of the same targets.
 
-    Attributes:
-        train: full, in windows of L.
-        reset: in windows of n.
-        windowed: in windows of n.
-        full: in windows of n.
+    Rows: full in windows of L; then reset, windowed and full in windows of n > L (`length`). The reset shares a
+    pass between `stride` targets, from 1 to L.
     """
-
-    train: np.ndarray
-    reset: np.ndarray
-    windowed: np.ndarray
-    full: np.ndarray
-
-    def terms(self) -> dict[str, np.ndarray]:
-        """Differences of every target by the name of the part, and `total`: (N,) float64 each.
-
-        Only their sums mean something; a single target's differences must not be sorted by sign.
-        """
-        steps = [a.astype(np.float64) for a in (self.train, self.reset, self.windowed, self.full)]
-        parts = {name: b - a for name, a, b in zip(TERMS, steps, steps[1:], strict=False)}
-        return parts | {"total": steps[-1] - steps[0]}
-
-
-def measure(passes: Passes, length: int, train_length: int, stride: int = 1) -> Losses:
-    """Run the interventions.
-
-    Args:
-        passes: of the model over the text.
-        length: n, more than train_length.
-        train_length: L.
-        stride: of the reset, from 1 to L.
-
-    Raises:
-        ValueError: a length that is not beyond the trained one, or a stride out of range.
-    """
-    if length <= train_length:
-        raise ValueError(f"length = {length}; the parts exist beyond train_length = {train_length} only.")
-    if not 1 <= stride <= train_length:
-        raise ValueError(f"stride = {stride}. Allowed: 1 to train_length = {train_length}.")
-    return Losses(
-        passes.nats(train_length),
-        passes.reset(length, train_length, stride),
-        passes.nats(length, window=train_length),
-        passes.nats(length),
-    )
-
-
-def largest_early_difference(losses: Losses, length: int, train_length: int) -> float:
-    """Largest difference, in nats, between the three losses of any target up to the trained length.
-
-    It is rounding for every scheme whose parameters do not depend on the window's length, and shows how far the
-    parts can be trusted for one whose do (automatic scaling).
-    """
-    early = positions_in_window(len(losses.full), length) <= train_length
-    three = np.stack([losses.full[early], losses.windowed[early], losses.reset[early]])
-    return float((three.max(axis=0) - three.min(axis=0)).max())
+    return np.stack(
+        [
+            passes.nats(train_length),
+            passes.reset(length, train_length, stride),
+            passes.nats(length, window=train_length),
+            passes.nats(length),
+        ]
+    ).astype(np.float64)
 
 
 def curve_edges(length: int, train_length: int) -> np.ndarray:
-    """The same for the smoothed curve: bins grow with the position, and one ends exactly at the trained length.
+    """First positions of the bins of a smoothed curve, and length + 1: (bins + 1,) int64.
 
-    What a scheme does past its trained length is then never mixed with what it does before.
+    Bins grow with the position, and one ends exactly at the trained length: what a scheme does past its trained
+    length is then never mixed with what it does before.
     """
     octaves = int(np.ceil(np.log2(max(train_length, length / train_length, 2)))) + 1
     steps = np.arange(-octaves * BINS_PER_OCTAVE, octaves * BINS_PER_OCTAVE + 1)
@@ -376,7 +320,7 @@ def position_curve(
         train_length: where a bin must end.
 
     Returns:
-        curve_first, curve_last (int64), curve_nats, curve_low, curve_high (float64), each (points,); bins
+        first, last (int64, positions of a bin, counted from 1), nats, low, high (float64), each (points,); bins
         without a target are left out.
     """
     seeds = np.atleast_2d(nats)
@@ -398,11 +342,11 @@ def position_curve(
         difference = changes.sum(axis=1).mean() / base[1].sum()
         ends[:, index] = np.array(interval_ends(changes, base[1])) - difference
     return {
-        "curve_first": edges[points],
-        "curve_last": edges[points + 1] - 1,
-        "curve_nats": means,
-        "curve_low": means + ends[0],
-        "curve_high": means + ends[1],
+        "first": edges[points],
+        "last": edges[points + 1] - 1,
+        "nats": means,
+        "low": means + ends[0],
+        "high": means + ends[1],
     }
 
 

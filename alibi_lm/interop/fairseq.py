@@ -2,17 +2,25 @@
 
 The run's weights are float32 and its words are those of the checkpoint's own dictionary. Which positions the
 model was trained with has to be told: the tensors of an ALiBi and of a sinusoidal model have the same names.
+
+Nothing of fairseq is needed, and nothing in a checkpoint can run: it is read with `weights_only=True`. Beside
+tensors and plain values it may hold `argparse.Namespace`, in which older checkpoints keep their settings, and
+numbers and arrays of numpy, which are read here without numpy's own unpickling.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import ast
 import math
-import shutil
+import pickle
+import re
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -24,19 +32,18 @@ from alibi_lm.config import TrainConfig
 from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import Tokenizer, WordConfig
 from alibi_lm.files import sha256_of, write_json, write_text
-from alibi_lm.interop.fairseq_checkpoint import FairseqCheckpoint, FairseqSettings, read_checkpoint
 from alibi_lm.model.transformer import ACTIVATIONS, ModelConfig, TransformerLM
 from alibi_lm.optim import FairseqCosineConfig, NAGConfig
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
-from alibi_lm.runs import finished, mark_finished, run_identity, run_lock
+from alibi_lm.runs import delete_run, finished, mark_finished, run_identity, run_lock
 from alibi_lm.settings import require
 from alibi_lm.tracking import TRACKING
 
 POSITIONS = ("alibi", "sinusoidal")
 
 
-@dataclasses.dataclass
+@dataclass
 class ImportConfig:
     """What to import, as what, and where to."""
 
@@ -60,13 +67,7 @@ class ImportConfig:
 
 
 def import_fairseq(config: ImportConfig) -> Path:
-    """Import one checkpoint; nothing is written before all of it was checked.
-
-    Args:
-        config: the files and the position scheme.
-
-    Returns:
-        The run folder.
+    """Import one checkpoint and return the run folder; nothing is written before all of it was checked.
 
     Raises:
         ValueError: a file that is missing, unreadable or refused, a model that is not one of the paper's kind, a
@@ -77,18 +78,21 @@ def import_fairseq(config: ImportConfig) -> Path:
     tokenizer = Tokenizer.from_fairseq_dictionary(Path(config.dictionary).expanduser())
     path = Path(config.checkpoint).expanduser()
     checkpoint = read_checkpoint(path)
-    doubt = _doubt(checkpoint, config.position)
-    if doubt is not None:
-        print(doubt, file=sys.stderr)
+    if checkpoint.marked_alibi not in (None, config.position == "alibi"):
+        has, other = ("has", "an ALiBi") if checkpoint.marked_alibi else ("lacks", "a sinusoidal")
+        print(
+            f"warning: position = {config.position}, but the model's settings {has} max_tokens, as those of "
+            f"{other} model do. With the wrong scheme the run gives wrong numbers without further notice.",
+            file=sys.stderr,
+        )
     run = train_config(checkpoint, config.position, tokenizer.vocab_size)
     model = build(checkpoint, run, tokenizer.vocab_size)
 
     best = None if checkpoint.best_loss is None else checkpoint.best_loss * math.log(2)
     own = {"run": run_identity(run, {}), "run_name": folder.name}
+    delete_run(folder)
     with run_lock(folder):
-        _empty(folder)
-        settings = OmegaConf.create(dataclasses.asdict(run))
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(run))))
         write_json(folder / "environment.json", runtime.environment(torch.device("cpu")))
         tokenizer.save(folder / "tokenizer.json")
         store = CheckpointStore(folder / "checkpoints")
@@ -99,7 +103,11 @@ def import_fairseq(config: ImportConfig) -> Path:
             "checkpoint": str(path.resolve()),
             "sha256": sha256_of(path),
             "updates": checkpoint.num_updates,
-            "settings": {k: v for k, v in sorted(checkpoint.settings.values.items()) if _is_plain(v)},
+            "settings": {
+                name: value
+                for name, value in sorted(checkpoint.settings.values.items())
+                if value is None or isinstance(value, str | int | float | bool)
+            },
         }
         write_json(folder / "import.json", record)
         mark_finished(
@@ -119,13 +127,26 @@ def import_fairseq(config: ImportConfig) -> Path:
     return folder
 
 
+def _check_output(folder: Path, overwrite: bool) -> None:
+    require(not folder.exists() or folder.is_dir(), f"output_dir = {folder} is a file. Give a folder.")
+    if not folder.is_dir() or all(entry.name == ".lock" for entry in folder.iterdir()):
+        return
+    require(
+        (folder / "import.json").is_file(),
+        f"output_dir = {folder} holds something else than an imported run. Give another folder.",
+    )
+    require(
+        finished(folder) is None or overwrite,
+        f"output_dir = {folder} holds an imported run already. Use overwrite=true to replace it, or another "
+        "output_dir.",
+    )
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
 def train_config(checkpoint: FairseqCheckpoint, position: str, vocab_size: int) -> TrainConfig:
     """The run's config. Model, train_length, seed and steps are the checkpoint's; the rest is the paper's recipe.
-
-    Args:
-        checkpoint: as read.
-        position: alibi or sinusoidal.
-        vocab_size: of the dictionary.
 
     Raises:
         ValueError: see `model_config`.
@@ -156,71 +177,6 @@ def train_config(checkpoint: FairseqCheckpoint, position: str, vocab_size: int) 
     )
 
 
-def build(checkpoint: FairseqCheckpoint, run: TrainConfig, vocab_size: int) -> TransformerLM:
-    """The model with the checkpoint's weights, in evaluation mode, float32, on the CPU.
-
-    Args:
-        checkpoint: as read.
-        run: the value of `train_config`.
-        vocab_size: of the dictionary.
-
-    Raises:
-        ValueError: weights that are missing, unknown or of other shapes; a dictionary of another size.
-    """
-    weights = convert_weights(checkpoint, run.model)
-    words = sum(w.shape[0] for name, w in weights.items() if name.startswith("vocabulary.embeddings."))
-    if words != vocab_size:
-        raise ValueError(
-            f"{checkpoint.source} has vectors for {words} words, the dictionary has {vocab_size} "
-            "(4 of them special). Give the dict.txt of the data that the checkpoint was trained on."
-        )
-    model = TransformerLM(run.model, run.position, run.attention.name, vocab_size, run.train_length)
-    for name, parameter in model.state_dict().items():
-        if weights[name].shape != parameter.shape:
-            raise ValueError(
-                f"{checkpoint.source}: {name} has shape {tuple(weights[name].shape)}, but by its settings it "
-                f"should have {tuple(parameter.shape)}."
-            )
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _doubt(checkpoint: FairseqCheckpoint, position: str) -> str | None:
-    """What speaks against the scheme that was named, if anything does."""
-    if checkpoint.marked_alibi is None or checkpoint.marked_alibi == (position == "alibi"):
-        return None
-    has, other = ("has", "an ALiBi") if checkpoint.marked_alibi else ("lacks", "a sinusoidal")
-    return (
-        f"warning: position = {position}, but the model's settings {has} max_tokens, as those of {other} "
-        "model do. With the wrong scheme the run gives wrong numbers without further notice."
-    )
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir = {folder} is a file. Give a folder.")
-    entries = [p for p in folder.iterdir() if p.name != ".lock"] if folder.is_dir() else []
-    if not entries:
-        return
-    if not (folder / "import.json").is_file():
-        raise ValueError(f"output_dir = {folder} holds something else than an imported run. Give another folder.")
-    if finished(folder) is not None and not overwrite:
-        raise ValueError(
-            f"output_dir = {folder} holds an imported run already. Use overwrite=true to replace it, or another "
-            "output_dir."
-        )
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.name != ".lock":
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | bool)
-
-
 FIXED: dict[str, Any] = {
     "adaptive_input": True,
     "tie_adaptive_weights": True,
@@ -244,7 +200,7 @@ def model_config(settings: FairseqSettings, vocab_size: int, final_norm: bool) -
     Args:
         settings: of the checkpoint.
         vocab_size: of its dictionary.
-        final_norm: whether the checkpoint's weights include a norm after the last layer in use.
+        final_norm: see `has_final_norm`.
 
     Raises:
         ValueError: a setting that the paper's models do not have, naming it.
@@ -295,6 +251,30 @@ def has_final_norm(checkpoint: FairseqCheckpoint) -> bool:
     """Whether fairseq would apply a norm after the last layer: its rule for old checkpoints included."""
     version = checkpoint.tensors.get("decoder.version")
     return not checkpoint.settings.get("no_decoder_final_norm") and version is not None and float(version[0]) > 2
+
+
+def build(checkpoint: FairseqCheckpoint, run: TrainConfig, vocab_size: int) -> TransformerLM:
+    """The model of `train_config` with the checkpoint's weights, in evaluation mode, float32, on the CPU.
+
+    Raises:
+        ValueError: weights that are missing, unknown or of other shapes; a dictionary of another size.
+    """
+    weights = convert_weights(checkpoint, run.model)
+    words = sum(w.shape[0] for name, w in weights.items() if name.startswith("vocabulary.embeddings."))
+    if words != vocab_size:
+        raise ValueError(
+            f"{checkpoint.source} has vectors for {words} words, the dictionary has {vocab_size} "
+            "(4 of them special). Give the dict.txt of the data that the checkpoint was trained on."
+        )
+    model = TransformerLM(run.model, run.position, run.attention.name, vocab_size, run.train_length)
+    for name, parameter in model.state_dict().items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"{checkpoint.source}: {name} has shape {tuple(weights[name].shape)}, but by its settings it "
+                f"should have {tuple(parameter.shape)}."
+            )
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def convert_weights(checkpoint: FairseqCheckpoint, config: ModelConfig) -> dict[str, Tensor]:
@@ -367,5 +347,235 @@ def _ties(num_tails: int) -> dict[str, str]:
 
 
 def _listing(names: list[str]) -> str:
-    shown = ", ".join(names[:4]) or "nothing"
-    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "nothing"
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+_DEFAULTS = {
+    "decoder_normalize_before": True,
+    "no_decoder_final_norm": False,
+    "no_scale_embedding": False,
+    "activation_fn": "relu",
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "relu_dropout": 0.0,
+    "adaptive_softmax_dropout": 0.0,
+    "seed": 1,
+}
+"""What fairseq takes where an older checkpoint does not have the setting."""
+
+
+class FairseqSettings:
+    """The settings of a checkpoint, in `cfg` (nested dicts) or in `args` (a Namespace) of its top level.
+
+    Raises:
+        ValueError: there are no settings.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any], source: str) -> None:
+        self.source = source
+        nested, args = checkpoint.get("cfg"), checkpoint.get("args")
+        parts: list[dict[str, Any]] = []
+        if isinstance(nested, dict):
+            parts = [_plain(nested.get(group)) for group in ("model", "task", "common", "dataset")]
+        elif isinstance(args, argparse.Namespace):
+            parts = [vars(args)]
+        if not any(parts):
+            raise ValueError(
+                f"{source} holds no model settings, neither `cfg` nor `args`. Give a checkpoint that fairseq "
+                "itself has saved (checkpoint_best.pt)."
+            )
+        # The first part that has a name wins: the model's own, then the task's.
+        self.values: dict[str, Any] = {}
+        for part in reversed(parts):
+            for name, value in part.items():
+                # An unresolved reference to another setting looks like ${task.tokens_per_sample}.
+                reference = isinstance(value, str) and value.startswith("${")
+                if not reference and (value is not None or name not in self.values):
+                    self.values[name] = value
+        # fairseq's own rules for checkpoints from before these options were renamed.
+        if "no_tie_adaptive_proj" in self.values:
+            self.values["no_decoder_final_norm"] = True
+            self.values.setdefault("tie_adaptive_proj", not self.values["no_tie_adaptive_proj"])
+        if "decoder_final_norm" in self.values:
+            self.values["no_decoder_final_norm"] = not self.values["decoder_final_norm"]
+
+    def peek(self, name: str) -> Any:
+        """A setting, or fairseq's default for it, or None."""
+        return self.values.get(name, _DEFAULTS.get(name))
+
+    def get(self, name: str) -> Any:
+        """A setting, or fairseq's default for it.
+
+        Raises:
+            ValueError: absent, and without a default.
+        """
+        value = self.peek(name)
+        if value is None:
+            raise ValueError(f"{self.source} does not say {name}. It is no checkpoint of a transformer_lm.")
+        return value
+
+    def whole(self, name: str) -> int:
+        """A setting that must be a whole number >= 1."""
+        try:
+            value = int(self.get(name))
+        except (TypeError, ValueError):
+            value = 0
+        if value < 1:
+            raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is not a whole number >= 1.")
+        return value
+
+    def number(self, name: str) -> float:
+        """A setting that must be a number."""
+        try:
+            return float(self.get(name))
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is not a number.") from None
+
+    def cutoffs(self, name: str) -> list[int]:
+        """A list of whole numbers, which fairseq keeps as text ("20000,60000")."""
+        value = self.get(name)
+        try:
+            value = ast.literal_eval(value) if isinstance(value, str) else value
+            return [int(v) for v in (value if isinstance(value, list | tuple) else [value])]
+        except (TypeError, ValueError, SyntaxError):
+            raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is no list of numbers.") from None
+
+
+@dataclass
+class FairseqCheckpoint:
+    """A checkpoint that passed the checks of `read_checkpoint`."""
+
+    source: str
+    settings: FairseqSettings
+    tensors: dict[str, Tensor]
+    """The model's state dict, as stored."""
+    num_updates: int
+    """Optimizer updates done; 0 where the checkpoint does not say."""
+    best_loss: float | None
+    """Lowest validation loss in bits per token, where the checkpoint says."""
+    marked_alibi: bool | None
+    """Whether the model's settings have `max_tokens`, which the ALiBi authors' fork adds; None: cannot tell."""
+
+
+class _Dtype:
+    """Stands for `numpy.dtype` while a checkpoint is read; numbers, truth values and texts alone are known."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[biufc?SU]\d{0,9}", code):
+            raise pickle.UnpicklingError(f"numpy dtype {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for `numpy.ndarray`: made empty, then given its content."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values: Any = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, by_columns, content = state
+        self.values = np.ndarray(shape, kind.dtype, content, order="F" if by_columns else "C").tolist()
+
+
+def _scalar(kind: _Dtype, content: bytes) -> Any:
+    return np.ndarray((), kind.dtype, content).item()
+
+
+def _no_bytes() -> bytes:
+    """Stands for `bytes`, which the pickles of empty arrays call without arguments."""
+    return b""
+
+
+def _plain_values(value: Any) -> Any:
+    """The same with lists in place of arrays of numpy."""
+    if isinstance(value, _Array):
+        return value.values
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_plain_values(vars(value)))
+    if type(value) is dict:
+        return {key: _plain_values(part) for key, part in value.items()}
+    return [_plain_values(part) for part in value] if type(value) in (list, tuple) else value
+
+
+# What may stand in a checkpoint beside what torch allows, and what is used in its place. The functions of numpy
+# itself trust what they read.
+SAFE: list[Any] = [
+    argparse.Namespace,
+    (_Dtype, "numpy.dtype"),
+    (_Array, "numpy.ndarray"),
+    (_no_bytes, "builtins.bytes"),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
+def read_checkpoint(path: Path) -> FairseqCheckpoint:
+    """Load a checkpoint file without running anything in it.
+
+    Raises:
+        ValueError: no such file, not a checkpoint, or one that holds objects of other classes.
+    """
+    source = f"checkpoint = {path}"
+    require(path.is_file(), f"{source} {'is a folder' if path.is_dir() else 'does not exist'}. Give the .pt file.")
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(_refusal(source, error)) from error
+    if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
+        raise ValueError(
+            f"{source} is no fairseq checkpoint: it has no `model` with named tensors. "
+            "Give the .pt file as fairseq wrote it."
+        )
+    model = content.pop("model")
+    content = _plain_values(content)
+    updates = _found(content, "optimizer_history", -1, "num_updates")
+    best = _found(content, "extra_state", "best")
+    # A Namespace holds the settings of everything, max_tokens of the data loader among them.
+    settings = _found(content, "cfg", "model")
+    return FairseqCheckpoint(
+        source,
+        FairseqSettings(content, source),
+        dict(model),
+        num_updates=updates if isinstance(updates, int) and updates > 0 else 0,
+        best_loss=float(best) if isinstance(best, int | float) else None,
+        marked_alibi="max_tokens" in settings if isinstance(settings, dict) else None,
+    )
+
+
+def _found(content: Any, *names: Any) -> Any:
+    """What lies deep in nested dicts and lists, or None."""
+    for name in names:
+        try:
+            content = content[name]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return content
+
+
+def _plain(group: Any) -> dict[str, Any]:
+    return vars(group) if isinstance(group, argparse.Namespace) else group if isinstance(group, dict) else {}
+
+
+def _is_state_dict(value: Any) -> bool:
+    names_and_tensors = isinstance(value, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
+    )
+    return names_and_tensors and bool(value)
+
+
+def _refusal(source: str, error: Exception) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)|(numpy dtype .*)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and found:
+        return (
+            f"{source} holds an object of class {found[1] or found[2]}, and loading such objects can run code. "
+            "Accepted are tensors, plain values, numbers and arrays of numpy, and argparse.Namespace. If you "
+            "trust the file, load it with fairseq once and save it again with its settings as plain data."
+        )
+    return f"{source} is no readable torch checkpoint ({type(error).__name__}). Is it complete?"

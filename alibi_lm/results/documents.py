@@ -41,10 +41,7 @@ class DocumentSums:
 
 
 def read_documents(folder: str | os.PathLike[str]) -> dict[RowKey, DocumentSums]:
-    """The document sums of an experiment, by row key; none where the folder has no such file.
-
-    Args:
-        folder: that of `results.jsonl`.
+    """The document sums beside a `results.jsonl`, by row key; none where the folder has no such file.
 
     Raises:
         ValueError: the file is damaged; the message names it, and the line.
@@ -60,9 +57,8 @@ def read_documents(folder: str | os.PathLike[str]) -> dict[RowKey, DocumentSums]
 def upsert_documents(path: str | os.PathLike[str], sums: Iterable[DocumentSums]) -> None:
     """Add sums to a `documents.jsonl`; those of the same key are replaced. Safe between processes.
 
-    Args:
-        path: the file; it is made when missing, and takes over what an earlier version's file beside it holds.
-        sums: new ones; they are kept to a millionth of a nat.
+    The file is made when missing, and takes over what an earlier version's file beside it holds. Sums are kept to
+    a millionth of a nat.
 
     Raises:
         ValueError: the existing file is damaged (it is then left as it was).
@@ -71,14 +67,15 @@ def upsert_documents(path: str | os.PathLike[str], sums: Iterable[DocumentSums])
     with locked(file):
         merged = read_documents(file.parent)
         merged.update({one.key: one for one in sums})
-        lines = [_line(merged[key]) for key in sorted(merged, key=lambda key: tuple(map(str, key)))]
-        write_text(file, "".join(line + "\n" for line in lines))
-
-
-def _line(sums: DocumentSums) -> str:
-    values = sums.key._asdict() | {"changes": json.loads(sums.key.changes)}
-    values |= {"nats": [round(float(v), 6) for v in sums.nats], "tokens": sums.tokens.tolist()}
-    return json.dumps(values, allow_nan=False, ensure_ascii=False)
+        lines = []
+        for key in sorted(merged, key=lambda key: tuple(map(str, key))):
+            values = key._asdict() | {"changes": json.loads(key.changes)}
+            values |= {
+                "nats": [round(float(v), 6) for v in merged[key].nats],
+                "tokens": merged[key].tokens.tolist(),
+            }
+            lines.append(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
+        write_text(file, "".join(lines))
 
 
 def _read_lines(path: Path) -> dict[RowKey, DocumentSums]:
@@ -115,17 +112,14 @@ def _read_summary(path: Path) -> dict[RowKey, DocumentSums]:
                 plain = {name: entry[name] for name in ("inference_length", "mode", "stride", "split", "corpus")}
                 changed = json.dumps(changes, sort_keys=True)
                 key = RowKey(run=str(run), task="text", metric="perplexity", changes=changed, **plain)
-                parts = (_span(pools, *spans[f"document_{name}"]) for name in ("nats", "tokens"))
+                nats, tokens = (spans[f"document_{name}"] for name in ("nats", "tokens"))
+                parts = [pools[dtype][first:last] for dtype, first, last in (nats, tokens)]
+                if [len(part) for part in parts] != [last - first for _, first, last in (nats, tokens)]:
+                    raise ValueError("it names numbers that it does not hold")
                 found[key] = _checked(key, *parts)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it and evaluate again.") from None
     return found
-
-
-def _span(pools: dict[str, np.ndarray], dtype: str, first: int, last: int) -> np.ndarray:
-    if not 0 <= first <= last <= len(pools[dtype]):
-        raise ValueError(f"numbers {first} to {last} of {len(pools[dtype])}")
-    return pools[dtype][first:last]
 
 
 def _checked(key: RowKey, nats: Any, tokens: Any) -> DocumentSums:

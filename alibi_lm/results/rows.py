@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +24,13 @@ from alibi_lm.files import write_text
 
 MODES = ("nonoverlapping", "sliding", "items")
 
-_INTEGERS = (
-    "train_length",
-    "seed",
-    "inference_length",
-    "stride",
-    "tokens",
-    "words",
-    "bytes",
-    "peak_memory_bytes",
-    "n",
-)
-_NUMBERS = ("nats", "perplexity", "word_perplexity", "tokens_per_second")
-_STRINGS = ("run", "position", "task", "metric", "mode", "split", "corpus", "commit", "reason", "run_id", "folder")
-_REQUIRED = ("position", "mode", "split", "tokens")
+KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "dict[str, Any]": (dict, "an object"),
+}
+"""What may stand in a field, by its annotation, and how messages call it."""
 
 
 class RowKey(NamedTuple):
@@ -56,33 +49,33 @@ class RowKey(NamedTuple):
     """`changes` of the row as JSON with sorted keys."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One measurement: what was measured of which run, and its value.
+    """One measurement: what was measured of which run, and its value. Fields are in the order of the file.
 
     Raises:
         ValueError: a field has the wrong type or range, or two fields contradict each other.
     """
 
+    run: str | None = None
+    """Name of the run folder; null for baselines."""
     position: str
     """Position scheme, or `unigram` for the baseline."""
+    train_length: int | None = None
+    seed: int | None = None
+    inference_length: int | None = None
+    """Tokens in a window; null only where there is no run (the unigram baseline)."""
     mode: str
     """How the task gives targets their context: `nonoverlapping` or `sliding` windows of a token stream, or
     `items`, each a sequence of its own."""
-    split: str
-    """`validation` or `test`."""
-    tokens: int
-    """Scored targets."""
-    inference_length: int | None = None
-    """Tokens in a window; null only where there is no run (the unigram baseline)."""
-    run: str | None = None
-    """Name of the run folder; null for baselines."""
-    train_length: int | None = None
-    seed: int | None = None
     stride: int | None = None
     """Targets scored by each window in sliding mode; null otherwise."""
+    split: str
+    """`validation` or `test`."""
     corpus: str | None = None
     """Hash of the token stream."""
+    tokens: int
+    """Scored targets."""
     words: int | None = None
     bytes: int | None = None
     nats: float | None = None
@@ -118,27 +111,38 @@ class ResultRow:
             # The two are one number under two names; who makes a row names it once.
             object.__setattr__(self, "value", self.perplexity if self.value is None else self.value)
             object.__setattr__(self, "n", self.tokens if self.n is None else self.n)
-        for name in _STRINGS:
-            _check(name, getattr(self, name), str, "text")
-        for name in _INTEGERS:
-            _check(name, getattr(self, name), int, "a whole number")
-        for name in (*_NUMBERS, "value"):
-            _check(name, getattr(self, name), (int, float), "a number")
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and (value >= 0 or name == "value")):
-                raise ValueError(f"{name} = {value}; it must be finite and not negative")
-        for name in (*_REQUIRED, "task", "metric"):
-            if getattr(self, name) in (None, ""):
-                raise ValueError(f"{name} is missing; every row needs it")
-        for name in ("train_length", "inference_length", "tokens", "n"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}; it must be at least 1")
-        if not isinstance(self.changes, dict):
-            raise ValueError(f"changes = {self.changes!r}; it must be an object")
-        self._check_mode()
-        self._check_run()
+        for item in fields(self):
+            kind, _, optional = str(item.type).partition(" | ")
+            self._check(item.name, kind, bool(optional))
+        if self.mode not in MODES:
+            raise ValueError(f"mode = {self.mode!r}; allowed: {', '.join(MODES)}")
+        if self.mode != "sliding" and self.stride is not None:
+            raise ValueError(f"stride = {self.stride} with mode = {self.mode}; it must be null")
+        if self.mode == "sliding":
+            if self.stride is None:
+                raise ValueError("stride is null with mode = sliding; give the stride")
+            if not 1 <= self.stride <= (self.inference_length or self.stride):
+                raise ValueError(
+                    f"stride = {self.stride}; allowed: 1 to inference_length = {self.inference_length}"
+                )
+        for name in ("train_length", "inference_length"):
+            if self.run is not None and getattr(self, name) is None:
+                raise ValueError(f"{name} is null in a row of run {self.run!r}; only baselines may lack it")
         self._check_value()
+
+    def _check(self, name: str, kind: str, optional: bool) -> None:
+        """Hold a field against its type, which is a key of KINDS, and against its range."""
+        value, (kinds, words) = getattr(self, name), KINDS[kind]
+        if value is None and optional:
+            return
+        if value is None or (value == "" and not optional):
+            raise ValueError(f"{name} is missing; every row needs it")
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{name} = {value!r}; it must be {words}{' or null' if optional else ''}")
+        if kind == "float" and not (math.isfinite(value) and (value >= 0 or name == "value")):
+            raise ValueError(f"{name} = {value}; it must be finite and not negative")
+        if name in ("train_length", "inference_length", "tokens", "n") and value < 1:
+            raise ValueError(f"{name} = {value}; it must be at least 1")
 
     @property
     def key(self) -> RowKey:
@@ -171,7 +175,7 @@ class ResultRow:
         """
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-        missing = [name for name in _REQUIRED if name not in values]
+        missing = [name for name in REQUIRED if name not in values]
         if missing:
             raise ValueError(f"no field {', '.join(missing)}; this is not a result row")
         known = {name: values[name] for name in FIELDS if name in values}
@@ -186,26 +190,6 @@ class ResultRow:
         if clash:
             raise ValueError(f"extra fields must not repeat a field of the row: {', '.join(sorted(clash))}")
         return values | {name: self.extra[name] for name in sorted(self.extra)}
-
-    def _check_mode(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode = {self.mode!r}; allowed: {', '.join(MODES)}")
-        if self.mode != "sliding":
-            if self.stride is not None:
-                raise ValueError(f"stride = {self.stride} with mode = {self.mode}; it must be null")
-            return
-        if self.stride is None:
-            raise ValueError("stride is null with mode = sliding; give the stride")
-        limit = self.inference_length
-        if self.stride < 1 or (limit is not None and self.stride > limit):
-            raise ValueError(f"stride = {self.stride}; allowed: 1 to inference_length = {limit}")
-
-    def _check_run(self) -> None:
-        if self.run is None:
-            return
-        for name in ("train_length", "inference_length"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is null in a row of run {self.run!r}; only baselines may lack it")
 
     def _check_value(self) -> None:
         if self.value is None and not self.reason:
@@ -229,24 +213,15 @@ class ResultRow:
                 raise ValueError(f"{name} = {value}, but exp(nats / count) has logarithm {expected:.6f}")
 
 
-FIELDS = (
-    "run position train_length seed inference_length mode stride split corpus tokens words bytes nats "
-    "perplexity word_perplexity tokens_per_second peak_memory_bytes commit reason "
-    "task metric value n changes run_id folder"
-).split()
-assert set(FIELDS) == {item.name for item in fields(ResultRow)} - {"extra"}
+FIELDS = [item.name for item in fields(ResultRow) if item.name != "extra"]
+REQUIRED = [item.name for item in fields(ResultRow) if item.default is item.default_factory is MISSING]
 
 
 def perplexity_of(nats: float, n: int) -> tuple[float | None, str | None]:
-    """exp(nats / n), or why there is none.
+    """The perplexity exp(nats / n) and None, or None and the reason why there is none.
 
-    Args:
-        nats: a sum.
-        n: of how many tokens or words, >= 1.
-
-    Returns:
-        The perplexity and None, or None and the reason: the sum is not finite, or the perplexity is too large
-        for a floating-point number (more than about 709 nats each).
+    There is none where the sum is not finite, or the perplexity too large for a floating-point number (more than
+    about 709 nats each).
     """
     if not math.isfinite(nats):
         return None, f"the sum of nats is {nats}"
@@ -311,13 +286,9 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[
 
 
 def upsert_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Add rows to a `results.jsonl`; a row of the same key is replaced. Safe between processes.
+    """Add rows to a `results.jsonl`, made when missing; a row of the same key is replaced. Safe between processes.
 
     So are all rows of an earlier run in the same folder: what it was trained to is gone.
-
-    Args:
-        path: the file; it and its folder are made when missing.
-        rows: new rows; where two have the same key, the last one counts.
 
     Returns:
         All rows now in the file, in its order.
@@ -372,13 +343,11 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[ResultRow]) -> None:
     writer = csv.DictWriter(out, [*FIELDS, *extras], restval="", lineterminator="\n")
     writer.writeheader()
     for row in sorted(rows, key=_order):
-        writer.writerow({name: _cell(value) for name, value in row.to_dict().items()})
+        cells = row.to_dict().items()
+        # None is written as nothing, and floats by repr, so with every digit.
+        plain = {k: json.dumps(v, sort_keys=True) if isinstance(v, dict | list | bool) else v for k, v in cells}
+        writer.writerow(plain)
     write_text(Path(path), out.getvalue())
-
-
-def _check(name: str, value: Any, kinds: type | tuple[type, ...], words: str) -> None:
-    if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-        raise ValueError(f"{name} = {value!r}; it must be {words} or null")
 
 
 def _literal(text: str) -> Any:
@@ -393,24 +362,9 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON; a value that does not exist is null, with a reason")
 
 
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, dict | list | bool):
-        return json.dumps(value, sort_keys=True)
-    return repr(value) if isinstance(value, float) else value
-
-
 def _order(row: ResultRow) -> tuple[Any, ...]:
     """Runs by scheme, training length and seed; baselines last. The same rows always give the same file."""
     seed = -1 if row.seed is None else row.seed
+    run = (row.run is None, row.position, row.train_length or 0, seed, row.run or "", row.key.changes)
     stream = (row.task, row.metric, row.corpus or "", row.split, row.mode, row.stride or 0)
-    return (
-        row.run is None,
-        row.position,
-        row.train_length or 0,
-        seed,
-        *(row.run or "", row.key.changes),
-        *stream,
-        row.inference_length or 0,
-    )
+    return (*run, *stream, row.inference_length or 0)

@@ -43,7 +43,6 @@ class Task(ABC):
 
     Attributes:
         name: in result rows and file names.
-        about: what is asked and what the value means, in one paragraph.
         metrics: `perplexity` (per target), `accuracy` (share of groups whose targets are all the model's first
             choice), or both.
         mode: how targets get their context, see `ResultRow.mode`.
@@ -55,7 +54,6 @@ class Task(ABC):
     """
 
     name: str
-    about: str
     metrics: tuple[str, ...] = ("perplexity",)
     mode: str = "items"
     stride: int | None = None

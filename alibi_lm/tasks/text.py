@@ -8,25 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alibi_lm.data.windows import cut_windows, scoring_batches, scoring_windows
+from alibi_lm.data.windows import cut_windows, scoring_windows
 from alibi_lm.distributed import World, shard
 from alibi_lm.tasks.base import Batch, Task
 
 
 @dataclass(frozen=True)
 class TextTask(Task):
-    """One split, in nonoverlapping or sliding windows.
+    """One split, in nonoverlapping or sliding windows. Attributes beyond these are as in `Task`.
 
     Args:
         tokens: (N,) integers; all are targets.
         start_id: input in front of the first target.
         stride: targets scored per window in sliding mode; None: nonoverlapping windows.
         documents: (D,) int64, where documents start; None: the stream is one document.
-        split: name of the stream.
-        corpus: 12 hex digits: text and tokenizer.
         sha256: of the tokens; empty: they are hashed.
-        words: of the text, whatever the tokenizer.
-        bytes: of the text.
     """
 
     tokens: np.ndarray
@@ -40,11 +36,6 @@ class TextTask(Task):
     bytes: int | None = None
 
     name = "text"
-    about = (
-        "Predict each token of a text from the tokens before it in a window. The value is the perplexity, exp of "
-        "the mean nats per token. Nonoverlapping windows follow one another, so the first targets of each have "
-        "little context. Sliding windows overlap, and each scores its last `stride` targets."
-    )
     metrics = ("perplexity",)
 
     @property
@@ -71,11 +62,16 @@ class TextTask(Task):
         return ""
 
     def batches(self, length: int, tokens_per_forward: int = 8192, world: World | None = None) -> Iterator[Batch]:
-        share = shard(len(scoring_windows(len(self.tokens), length, self.stride)[0]), world or World())
-        part = slice(share.start, share.stop)
-        for one in scoring_batches(self.tokens, self.start_id, length, self.stride, tokens_per_forward, part):
-            columns = np.arange(one.score_from, one.input_ids.shape[1])
-            yield Batch(one.input_ids, one.target_ids, one.starts[:, None] + columns)
+        windows = scoring_windows(len(self.tokens), length, self.stride)
+        share = shard(len(windows[0]), world or World())
+        starts, scored, ends = (part[share.start : share.stop] for part in windows)
+        # Windows of one shape (tokens, and how many of them are context only) go together.
+        shapes = np.stack([ends - starts, scored - starts], axis=1)
+        borders = np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1
+        for group in np.split(np.arange(len(starts)), borders):
+            if len(group):
+                width, context = (int(v) for v in shapes[group[0]])
+                yield from self._cut(starts[group], width, context, starts[group], tokens_per_forward)
 
     def windows(
         self, starts: np.ndarray, width: int, score_from: int = 0, tokens_per_forward: int = 8192
@@ -96,8 +92,14 @@ class TextTask(Task):
                 f"windows of {width} tokens reach from {starts.min()} to {starts.max() + width}, but the split "
                 f"has {len(self.tokens)} tokens. Use shorter windows."
             )
-        rows, scored = max(1, tokens_per_forward // width), width - score_from
-        numbers = np.arange(len(starts) * scored).reshape(-1, scored)
+        first = np.arange(len(starts)) * (width - score_from) - score_from
+        return self._cut(starts, width, score_from, first, tokens_per_forward)
+
+    def _cut(
+        self, starts: np.ndarray, width: int, score_from: int, numbers: np.ndarray, tokens_per_forward: int
+    ) -> Iterator[Batch]:
+        """Batches of windows of one shape; `numbers` (windows,) are those of the targets of the first column."""
+        rows = max(1, tokens_per_forward // width)
         for i in range(0, len(starts), rows):
             inputs, targets = cut_windows(self.tokens, self.start_id, starts[i : i + rows], width)
-            yield Batch(inputs, targets, numbers[i : i + rows])
+            yield Batch(inputs, targets, numbers[i : i + rows, None] + np.arange(score_from, width))

@@ -1,13 +1,8 @@
 """A small text in WikiText's form, and a folder of it."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
-from alibi_lm.data.text import DataConfig
-from alibi_lm.data.wikitext import TOKENS_FILES
+from alibi_lm.data.text import TOKENS_FILES, DataConfig
 
 TRAIN = """\
  \n\
@@ -30,7 +25,7 @@ TEST = " \n = Fourth = \n \n a cat \n"
 
 
 @pytest.fixture
-def text_folder(tmp_path: Path) -> Path:
+def text_folder(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for split, text in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
@@ -39,5 +34,5 @@ def text_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def config(text_folder: Path, tmp_path: Path) -> DataConfig:
+def config(text_folder, tmp_path):
     return DataConfig("wikitext103", path=str(text_folder), cache_dir=str(tmp_path / "cache"))

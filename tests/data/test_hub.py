@@ -1,7 +1,5 @@
 """The hub path through `datasets` itself, against a loopback server laid out like the hub's repository."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -10,11 +8,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,7 +60,7 @@ configs:
 """
 
 
-def rows(text: str) -> list[str]:
+def rows(text):
     """As the hub stores lines: with their line end, blank ones as nothing."""
     return ["" if not line.strip() else line + "\n" for line in text.removesuffix("\n").split("\n")]
 
@@ -74,7 +70,7 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int, config: str, texts: dict[str, str], folder: Path) -> None:
+    def __init__(self, port, config, texts, folder):
         super().__init__(("127.0.0.1", port), Handler)
         self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
@@ -88,16 +84,16 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Hub
 
-    def log_message(self, *arguments: object) -> None:
+    def log_message(self, *arguments):
         pass
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         self.answer()
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.answer()
 
-    def answer(self) -> None:
+    def answer(self):
         path = self.path.split("?")[0]
         self.server.requests.append(path)
         api, resolve = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/{COMMIT}/"
@@ -111,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send(b"", "text/plain", 404)
 
-    def send_tree(self, folder: str) -> None:
+    def send_tree(self, folder):
         if not folder:
             folders = sorted({name.split("/")[0] for name in self.server.files if "/" in name})
             self.send_json([{"type": "directory", "path": n, "oid": "0", "size": 0} for n in folders])
@@ -123,10 +119,10 @@ class Handler(BaseHTTPRequestHandler):
         ]
         self.send_json(entries) if entries else self.send(b"", "text/plain", 404)
 
-    def send_json(self, content: object) -> None:
+    def send_json(self, content):
         self.send(json.dumps(content).encode(), "application/json")
 
-    def send(self, body: bytes, kind: str, status: int = 200) -> None:
+    def send(self, body, kind, status=200):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -140,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(server: Hub) -> Iterator[Hub]:
+def serving(server):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -153,7 +149,7 @@ def serving(server: Hub) -> Iterator[Hub]:
 class Preparing:
     """The process that prepares, told to take `endpoint` for the hub."""
 
-    def __init__(self, endpoint: str, home: Path) -> None:
+    def __init__(self, endpoint, home):
         environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
         environment |= {
             "HF_ENDPOINT": endpoint,
@@ -171,7 +167,7 @@ class Preparing:
             text=True,
         )
 
-    def __call__(self, cache: Path, offline: bool = False, as_nobody: bool = False) -> tuple[Any, float]:
+    def __call__(self, cache, offline=False, as_nobody=False):
         """Counts of the splits, or the error's message; and the seconds that it took."""
         task = {"cache": str(cache), "offline": offline, "as_nobody": as_nobody}
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -181,14 +177,14 @@ class Preparing:
 
 
 @pytest.fixture(scope="module")
-def port() -> int:
+def port():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return unused.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
-def preparing(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preparing]:
+def preparing(port, tmp_path_factory):
     running = Preparing(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("home"))
     with running.process:
         yield running
@@ -208,21 +204,19 @@ EXPECTED = {
 }
 
 
-def assert_helpful(message: Any, *causes: str) -> None:
+def assert_helpful(message, *causes):
     for part in (*causes, "data.path=<folder>", "data=python_stdlib", "wikitext-103-v1"):
         assert part in message
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_without_a_network_the_error_is_quick_and_names_the_ways_out(
-    offline: bool, preparing: Preparing, tmp_path: Path
-):
+def test_without_a_network_the_error_is_quick_and_names_the_ways_out(offline, preparing, tmp_path):
     message, seconds = preparing(tmp_path / "streams", offline=offline)
     assert_helpful(message, "HF_HUB_OFFLINE is set" if offline else "does not answer")
     assert seconds < 15, "left to itself, datasets tries again for 24 s"
 
 
-def test_a_server_that_never_answers_is_given_up_soon(port: int, preparing: Preparing, tmp_path: Path):
+def test_a_server_that_never_answers_is_given_up_soon(port, preparing, tmp_path):
     with socket.socket() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         silent.bind(("127.0.0.1", port))
@@ -232,21 +226,21 @@ def test_a_server_that_never_answers_is_given_up_soon(port: int, preparing: Prep
     assert seconds < 15
 
 
-def test_a_hub_without_the_text_is_reported(port: int, preparing: Preparing, tmp_path: Path):
+def test_a_hub_without_the_text_is_reported(port, preparing, tmp_path):
     with serving(Hub(port, "another-config", {"train": TRAIN}, tmp_path)):
         message, _ = preparing(tmp_path / "streams")
     assert_helpful(message, "could not be had from the hub")
 
 
 @pytest.fixture
-def open_folder() -> Iterator[Path]:
+def open_folder():
     """A temporary folder that other users may enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
 
 
-def test_text_comes_from_the_hub_then_from_its_cache(port: int, open_folder: Path):
+def test_text_comes_from_the_hub_then_from_its_cache(port, open_folder):
     home = open_folder / "home"
     preparing = Preparing(f"http://127.0.0.1:{port}", home)
     with preparing.process:
@@ -262,7 +256,7 @@ def test_text_comes_from_the_hub_then_from_its_cache(port: int, open_folder: Pat
         preparing.process.kill()
 
 
-def a_cache_of_others(preparing: Preparing, home: Path, folder: Path) -> None:
+def a_cache_of_others(preparing, home, folder):
     """A cache that can be read but not written is used as it is; where it lacks the text, the error names it."""
     streams = [folder / f"streams{k}" for k in range(1, 4)]
     for path in streams:

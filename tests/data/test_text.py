@@ -1,9 +1,5 @@
 """Python's standard library as a text, and the settings of all texts."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from alibi_lm.data import text
@@ -11,11 +7,11 @@ from alibi_lm.data.text import SPLITS, DataConfig, StandardLibrarySource, split_
 
 
 @pytest.fixture(scope="module")
-def source() -> StandardLibrarySource:
+def source():
     return StandardLibrarySource()
 
 
-def test_splits_are_disjoint_and_hold_whole_files(source: StandardLibrarySource):
+def test_splits_are_disjoint_and_hold_whole_files(source):
     parts = [set(source.files[split]) for split in SPLITS]
     assert len(set.union(*parts)) == sum(map(len, parts))
     assert all(split_of_file(name) == split for split in SPLITS for name in source.files[split])
@@ -32,7 +28,7 @@ def test_split_of_a_file_is_fixed():
     assert shares == pytest.approx([1920, 40, 40], abs=20)
 
 
-def test_a_document_is_a_file_with_its_exact_text(source: StandardLibrarySource):
+def test_a_document_is_a_file_with_its_exact_text(source):
     documents: list[list[str]] = []
     for passage in source.passages("validation"):
         if passage.starts_document:
@@ -45,21 +41,21 @@ def test_a_document_is_a_file_with_its_exact_text(source: StandardLibrarySource)
         assert "\n".join(lines) + "\n" == content.removesuffix("\n") + "\n"
 
 
-def test_identity_is_the_text_not_the_moment(source: StandardLibrarySource):
+def test_identity_is_the_text_not_the_moment(source):
     assert StandardLibrarySource().identity() == source.identity()
     record = source.record("train")
     assert source.check("train", record) is None
     assert "has changed" in (source.check("train", {**record, "sha256": "0"}) or "")
 
 
-def library(folder: Path, files: dict[str, bytes]) -> Path:
+def library(folder, files):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
 
 
-def test_a_stripped_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stripped_library_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ValueError, match=r"has no os\.py, so .* zipped or stripped\. Use .*data\.path"):
         StandardLibrarySource()
@@ -68,7 +64,7 @@ def test_a_stripped_library_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         StandardLibrarySource()
 
 
-def test_what_is_no_working_code_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_no_working_code_is_left_out(tmp_path, monkeypatch):
     taken = {f"m{k}.py": f"a = {k}\r\n".encode() for k in range(200)}
     taken |= {"os.py": b"pass\n", "bom.py": b"\xef\xbb\xbfb = 1\n", "json/x.py": b"pass\n"}
     left = {"bad.py": b"# \xff\n", "empty.py": b"\n", "data.txt": b"no\n", "_sysconfigdata_x.py": b"no\n"}
@@ -90,6 +86,6 @@ def test_what_is_no_working_code_is_left_out(tmp_path: Path, monkeypatch: pytest
         ({"cache_dir": ""}, r"data\.cache_dir is empty"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, str], message: str):
+def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)

@@ -1,27 +1,16 @@
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alibi_lm.data.tokenizers import (
-    TOKENIZERS,
-    BPEConfig,
-    Tokenizer,
-    WordConfig,
-    pad_vocabulary,
-    word_tokenizer,
-)
+from alibi_lm.data.tokenizers import TOKENIZERS, BPEConfig, Tokenizer, WordConfig, pad_vocabulary, word_tokenizer
 
 from .conftest import TRAIN
 
@@ -29,35 +18,34 @@ LINES = TRAIN.removesuffix("\n").split("\n")
 
 
 @pytest.fixture(scope="module")
-def word() -> Tokenizer:
-    return WordConfig().train([LINES])
+def word():
+    return WordConfig().train([TRAIN])
 
 
 @pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
-    return BPEConfig(vocab_size=300).train([LINES])
+def bpe():
+    return BPEConfig(vocab_size=300).train([TRAIN])
 
 
-def words_of(tokenizer: Tokenizer, ids: range) -> list[str]:
+def words_of(tokenizer, ids):
     return [tokenizer.decode([id]) for id in ids]
 
 
 def test_word_ids_fall_by_count_with_ties_by_code_point():
-    tokenizer = WordConfig(pad_to_multiple=1).train([["b a b é Z", "a <unk> c </s> é b"], ["~ Z \U0001f600"]])
+    tokenizer = WordConfig(pad_to_multiple=1).train(["b a b é Z\na <unk> c </s> é b\n", "~ Z \U0001f600\n"])
     # b 3; then Z, a, é with 2 each; then c, ~, the emoji with 1 each: capitals before small, "~" before accents
     assert words_of(tokenizer, range(4, tokenizer.vocab_size)) == ["b", "Z", "a", "é", "c", "~", "\U0001f600"]
     assert words_of(tokenizer, range(2)) == ["<s>", "<pad>"] and tokenizer.decode([3]) == "<unk>"
 
 
-def test_word_lines_end_with_the_line_end(word: Tokenizer):
-    ids = word.encode_lines(["the cat", " ", "", " unheard <unk>\tthe\u00a0cat "])
-    the, cat = word.encode_lines(["the cat"])[:2]
+def test_word_lines_end_with_the_line_end(word):
+    ids = word.encode("the cat\n \n\n unheard <unk>\tthe\u00a0cat \n")
+    the, cat = word.encode("the cat")
     assert ids.tolist() == [the, cat, 2, 2, 2, 3, 3, the, cat, 2]
     assert ids.dtype == np.int32 and word.start_id == 2 and word.document_end_id is None
-    assert word.encode_lines([]).tolist() == []
 
 
-def test_word_vocabulary_is_padded_with_made_up_words(word: Tokenizer):
+def test_word_vocabulary_is_padded_with_made_up_words(word):
     distinct = set(TRAIN.split()) - {"<unk>"}
     assert word.vocab_size % 8 == 0 and 0 <= word.vocab_size - 4 - len(distinct) < 8
     assert pad_vocabulary(["a"], 8) == ["a", "madeupword0000", "madeupword0001", "madeupword0002"]
@@ -65,34 +53,33 @@ def test_word_vocabulary_is_padded_with_made_up_words(word: Tokenizer):
     assert pad_vocabulary(["a", "b", "c", "d"], 8) == ["a", "b", "c", "d"]
 
 
-def test_word_text_comes_back_but_for_blanks(word: Tokenizer):
-    lines = ["the cat sat", "", "on  the mat "]
-    assert word.decode(word.encode_lines(lines)) == "the cat sat\n\non the mat\n"
+def test_word_text_comes_back_but_for_blanks(word):
+    assert word.decode(word.encode("\nthe cat sat\n\n\non  the mat \n a")) == "\nthe cat sat\n\n\non the mat\na"
 
 
-def test_word_file_alone_gives_the_same_ids(word: Tokenizer, tmp_path: Path):
+def test_word_file_alone_gives_the_same_ids(word, tmp_path):
     from tokenizers import Tokenizer as Backend
 
     word.save(tmp_path / "word.json")
     alone = Backend.from_file(str(tmp_path / "word.json"))
     for line in LINES:
-        assert alone.encode(line).ids == word.encode_lines([line]).tolist()
+        assert alone.encode(line).ids == word.encode(f"{line}\n").tolist()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), max_size=8))
-def test_bpe_gives_any_text_back_exactly(bpe: Tokenizer, lines: list[str]):
-    ids = bpe.encode_lines(lines)
-    assert bpe.decode(ids) == "".join(line + "\n" for line in lines)
-    by_line = [id for line in lines for id in bpe.encode_lines([line])]
-    assert ids.tolist() == by_line, "ids depend on how the text is cut in blocks"
+def test_bpe_gives_any_text_back_exactly(bpe, lines):
+    text = "".join(f"{line}\n" for line in lines)
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    by_line = [id for part in bpe.encode_batch([f"{line}\n" for line in lines]) for id in part]
+    assert ids.tolist() == by_line, "ids depend on how the text is cut in pieces"
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
-def test_a_text_is_encoded_as_it_stands(kind: str, request: pytest.FixtureRequest):
+def test_a_text_is_encoded_as_it_stands(kind, request):
     tokenizer: Tokenizer = request.getfixturevalue(kind)
-    line = tokenizer.encode_lines(["the cat"]).tolist()
-    assert tokenizer.encode("the cat\n").tolist() == line
+    line = tokenizer.encode("the cat\n").tolist()
     assert tokenizer.encode("the cat").tolist() == line[:-1] or kind == "bpe"
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert tokenizer.encode("the cat\nthe cat\n").tolist() == line * 2
@@ -100,26 +87,26 @@ def test_a_text_is_encoded_as_it_stands(kind: str, request: pytest.FixtureReques
     assert tokenizer.encode("a").dtype == np.int32
 
 
-def test_bpe_treats_the_end_of_text_in_a_text_as_text(bpe: Tokenizer, tmp_path: Path):
+def test_bpe_treats_the_end_of_text_in_a_text_as_text(bpe, tmp_path):
     bpe.save(tmp_path / "bpe.json")
     for tokenizer in (bpe, Tokenizer.load(tmp_path / "bpe.json")):
-        ids = tokenizer.encode_lines(["<|endoftext|>"])
+        ids = tokenizer.encode("<|endoftext|>\n")
         assert 0 not in ids and tokenizer.decode(ids) == "<|endoftext|>\n"
         assert tokenizer.decode([0, *ids, 0]) == "<|endoftext|>\n"
     assert bpe.start_id == bpe.document_end_id == 0
 
 
-def test_bpe_merges_and_respects_its_size(bpe: Tokenizer):
+def test_bpe_merges_and_respects_its_size(bpe):
     assert 257 < bpe.vocab_size <= 300
-    assert len(bpe.encode_lines(LINES)) < 0.8 * len(TRAIN.encode())
-    assert BPEConfig(vocab_size=5000).train([["ab"]]).vocab_size < 300
+    assert len(bpe.encode(TRAIN)) < 0.8 * len(TRAIN.encode())
+    assert BPEConfig(vocab_size=5000).train(["ab\n"]).vocab_size < 300
 
 
 def test_training_is_the_same_in_another_process():
     code = (
         "import sys; from alibi_lm.data.tokenizers import TOKENIZERS\n"
-        "lines = sys.stdin.read().split('\\n')\n"
-        "print(*(config().train([lines]).hash for config in TOKENIZERS.values()))"
+        "text = sys.stdin.read()\n"
+        "print(*(config().train([text]).hash for config in TOKENIZERS.values()))"
     )
     text = "\n".join(f"{k % 17} word{k % 91} {'x' * (k % 13)}\u00e9" for k in range(3000))
     done = subprocess.run(
@@ -131,22 +118,22 @@ def test_training_is_the_same_in_another_process():
         encoding="utf-8",
         check=True,
     )
-    assert done.stdout.split() == [config().train([text.split("\n")]).hash for config in TOKENIZERS.values()]
+    assert done.stdout.split() == [config().train([text]).hash for config in TOKENIZERS.values()]
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
-def test_saved_tokenizer_is_the_same(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
+def test_saved_tokenizer_is_the_same(kind, request, tmp_path):
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     loaded = Tokenizer.load(path)
     assert loaded.hash == tokenizer.hash == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (loaded.kind, loaded.vocab_size, loaded.start_id) == (kind, tokenizer.vocab_size, tokenizer.start_id)
-    assert loaded.encode_lines(LINES).tolist() == tokenizer.encode_lines(LINES).tolist()
+    assert loaded.encode(TRAIN).tolist() == tokenizer.encode(TRAIN).tolist()
 
 
-def changed(part: str, **values: Any) -> Callable[[dict[str, Any]], bytes]:
-    def change(content: dict[str, Any]) -> bytes:
+def changed(part, **values):
+    def change(content):
         place = content["model"]["vocab"] if part == "vocab" else content["model"]
         place.update(values)
         return json.dumps(content).encode()
@@ -154,7 +141,7 @@ def changed(part: str, **values: Any) -> Callable[[dict[str, Any]], bytes]:
     return change
 
 
-def swapped(content: dict[str, Any]) -> bytes:
+def swapped(content):
     vocabulary = content["model"]["vocab"]
     vocabulary["<pad>"], vocabulary["the"] = vocabulary["the"], vocabulary["<pad>"]
     return json.dumps(content).encode()
@@ -173,9 +160,7 @@ def swapped(content: dict[str, Any]) -> bytes:
         ("word", lambda content: b"[1]", "cannot be used as tokenizer"),
     ],
 )
-def test_files_that_are_no_tokenizers_of_ours_are_refused(
-    kind: str, change: Callable[[Any], bytes], message: str, request: pytest.FixtureRequest, tmp_path: Path
-):
+def test_files_that_are_no_tokenizers_of_ours_are_refused(kind, change, message, request, tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(ValueError, match="There is no tokenizer file"):
         Tokenizer.load(path)
@@ -185,14 +170,14 @@ def test_files_that_are_no_tokenizers_of_ours_are_refused(
         Tokenizer.load(path)
 
 
-def test_fairseq_dictionary_gives_line_i_the_id_4_plus_i(tmp_path: Path):
+def test_fairseq_dictionary_gives_line_i_the_id_4_plus_i(tmp_path):
     path = tmp_path / "dict.txt"
     path.write_text("the 10\nÄ 7\n@-@ 7\nmadeupword0000 0\n", encoding="utf-8")
     tokenizer = Tokenizer.from_fairseq_dictionary(path)
     assert tokenizer.vocab_size == 8
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert Tokenizer.from_fairseq_dictionary(path).hash == tokenizer.hash, "a byte order mark is no part of a word"
-    assert tokenizer.encode_lines(["Ä @-@ the never <unk> madeupword0000"]).tolist() == [5, 6, 4, 3, 3, 7, 2]
+    assert tokenizer.encode("Ä @-@ the never <unk> madeupword0000\n").tolist() == [5, 6, 4, 3, 3, 7, 2]
     assert tokenizer.hash == word_tokenizer(["the", "Ä", "@-@", "madeupword0000"]).hash
 
 
@@ -209,7 +194,7 @@ def test_fairseq_dictionary_gives_line_i_the_id_4_plus_i(tmp_path: Path):
         (b"", "is empty"),
     ],
 )
-def test_malformed_dictionaries_are_refused(content: bytes, message: str, tmp_path: Path):
+def test_malformed_dictionaries_are_refused(content, message, tmp_path):
     path = tmp_path / "dict.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -218,20 +203,19 @@ def test_malformed_dictionaries_are_refused(content: bytes, message: str, tmp_pa
         Tokenizer.from_fairseq_dictionary(tmp_path / "other.txt")
 
 
-@pytest.mark.parametrize("number", [10**6 + 1, 10**9, 10**20, 0, -1])
-def test_sizes_out_of_range_are_refused_before_anything_is_allocated(number: int):
+@pytest.mark.parametrize("number", [10**6 + 1, 10**20, 256, 0, -1])
+def test_sizes_out_of_range_are_refused_before_anything_is_allocated(number):
     with pytest.raises(ValueError, match=rf"tokenizer\.vocab_size = {number}\. Allowed: 257 .* to 1,000,000"):
         BPEConfig(vocab_size=number)
-    with pytest.raises(ValueError, match=rf"tokenizer\.pad_to_multiple = {number}\. Allowed: 1 .* to 1,000,000"):
-        WordConfig(pad_to_multiple=number)
+    if number != 256:
+        with pytest.raises(ValueError, match=rf"pad_to_multiple = {number}\. Allowed: 1 .* to 1,000,000"):
+            WordConfig(pad_to_multiple=number)
 
 
-def test_the_bounds_of_sizes():
-    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size = 256\."):
-        BPEConfig(vocab_size=256)
-    assert BPEConfig(vocab_size=10**6).train([["a b"]]).vocab_size < 300, "a small text gives fewer"
+def test_small_texts():
+    assert BPEConfig(vocab_size=10**6).train(["a b\n"]).vocab_size < 300
     with pytest.raises(ValueError, match="has no words"):
-        WordConfig().train([["", " "], ["<unk>"]])
+        WordConfig().train(["\n \n", "<unk>\n"])
 
 
 @pytest.mark.skipif("ALIBI_LM_GOLDEN_DIR" not in os.environ, reason="ALIBI_LM_GOLDEN_DIR is not set")
@@ -240,4 +224,4 @@ def test_order_of_words_is_that_of_fairseq():
     dictionary = Tokenizer.from_fairseq_dictionary(path)
     ours = [line.rsplit(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
     shuffled = sorted((word for word, count in ours for _ in range(int(count))), key=lambda w: w[::-1])
-    assert WordConfig(pad_to_multiple=1).train([shuffled]).hash == dictionary.hash
+    assert WordConfig(pad_to_multiple=1).train([" ".join(shuffled)]).hash == dictionary.hash

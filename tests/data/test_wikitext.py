@@ -1,16 +1,12 @@
 """Articles, folders of `.tokens` files, and the original splits."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from alibi_lm.data.text import PASSAGE_LINES
-from alibi_lm.data.wikitext import (
+from alibi_lm.data.text import (
     ORIGINALS,
+    PASSAGE_LINES,
     FolderSource,
     check_vocabulary,
     heading_style,
@@ -23,7 +19,7 @@ from .conftest import TRAIN
 # -- articles --------------------------------------------------------------------------------------------------
 
 
-def documents(text: str) -> list[list[str]]:
+def documents(text):
     lines = text.removesuffix("\n").split("\n")
     found: list[list[str]] = []
     for passage in wikitext_passages(lines, heading_style(lines)):
@@ -33,7 +29,7 @@ def documents(text: str) -> list[list[str]]:
     return found
 
 
-def first_words(text: str) -> list[str]:
+def first_words(text):
     return [next((line for line in document if line.strip()), "").strip() for document in documents(text)]
 
 
@@ -54,7 +50,7 @@ def first_words(text: str) -> list[str]:
         ("plain\n\nlines\n", ["plain"]),
     ],
 )
-def test_articles_start_at_headings_only(text: str, expected: list[str]):
+def test_articles_start_at_headings_only(text, expected):
     assert first_words(text) == expected
 
 
@@ -80,7 +76,7 @@ def test_long_documents_come_in_passages_of_bounded_size():
 # -- folders ---------------------------------------------------------------------------------------------------
 
 
-def lines_of(folder: Path | str, split: str = "validation") -> list[str]:
+def lines_of(folder, split="validation"):
     source = FolderSource("wikitext2", str(folder))
     source.require(split)
     return [line for passage in source.passages(split) for line in passage.lines]
@@ -95,23 +91,21 @@ def lines_of(folder: Path | str, split: str = "validation") -> list[str]:
         ("a\n\ufeffb\n".encode(), ["a", "\ufeffb"]),  # elsewhere it is a character like others
     ],
 )
-def test_newlines_alone_end_lines_and_a_byte_order_mark_is_no_text(
-    text_folder: Path, content: bytes, lines: list[str]
-):
+def test_newlines_alone_end_lines_and_a_byte_order_mark_is_no_text(text_folder, content, lines):
     (text_folder / "wiki.valid.tokens").write_bytes(content)
     assert lines_of(text_folder) == lines
 
 
-def replaced(content: bytes) -> Callable[[Path], Path]:
-    def change(folder: Path) -> Path:
+def replaced(content):
+    def change(folder):
         (folder / "wiki.valid.tokens").write_bytes(content)
         return folder
 
     return change
 
 
-def linked(name: str, target: str) -> Callable[[Path], Path]:
-    def change(folder: Path) -> Path:
+def linked(name, target):
+    def change(folder):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(target)
         return folder if name.endswith(".tokens") else folder / name
@@ -119,7 +113,7 @@ def linked(name: str, target: str) -> Callable[[Path], Path]:
     return change
 
 
-def without_test(folder: Path) -> Path:
+def without_test(folder):
     (folder / "wiki.valid.tokens").unlink()
     return folder
 
@@ -144,15 +138,13 @@ def without_test(folder: Path) -> Path:
         (linked("wiki.valid.tokens", "."), r"has no wiki\.valid\.tokens; it holds wiki\.test\.tokens"),
     ],
 )
-def test_what_cannot_be_read_is_named(text_folder: Path, change: Callable[[Path], Path | str], message: str):
+def test_what_cannot_be_read_is_named(text_folder, change, message):
     place = change(text_folder)
     with pytest.raises(ValueError, match=message):
         lines_of(place)
 
 
-def test_a_place_has_one_identity_however_it_is_spelled(
-    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_place_has_one_identity_however_it_is_spelled(text_folder, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(text_folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -190,7 +182,7 @@ UNKNOWN = {**VALIDATION, "text_sha256": "w2"}
         ("2", "validation", VALIDATION, TEXTS, "not the original {}2 validation split"),
     ],
 )
-def test_originals_are_told_from_other_texts(name: str, split: str, counts: dict, texts: dict, expected: str):
+def test_originals_are_told_from_other_texts(name, split, counts, texts, expected):
     assert identify(f"wikitext{name}", split, counts, texts) == expected.format("WikiText-")
 
 

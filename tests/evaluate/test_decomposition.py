@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from alibi_lm.evaluate.passes import Passes, positions_in_window
-from alibi_lm.evaluate.views import TERMS, Group, decomposition, fixed, largest_early_difference, measure, offset
+from alibi_lm.data.windows import positions_in_window
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.views import TERMS, Group, decomposition, fixed, losses, offset
 from alibi_lm.model.interface import Scores
 from alibi_lm.positions import POSITIONS
 from alibi_lm.tasks.text import TextTask
@@ -54,10 +55,14 @@ def passes_of(model, tokens, position=""):
     return Passes(model, TextTask(tokens, 7, documents=DOCUMENTS), scheme=position)
 
 
+def group(models, tokens, position="alibi", train_length=L):
+    return Group(position, train_length, [passes_of(model, tokens, position) for model in models])
+
+
 def terms_of(model, tokens, length=48, stride=1):
-    losses = measure(passes_of(model, tokens), length, L, stride)
-    assert largest_early_difference(losses, length, L) < 1e-5
-    means = {name: values.mean() for name, values in losses.terms().items()}
+    (point,) = decomposition(group([model], tokens), [length], stride)
+    assert point["largest_early_difference"] < 1e-5
+    means = {name: point[name]["nats"] for name in (*TERMS, "total")}
     assert sum(means[name] for name in TERMS) == pytest.approx(means["total"], abs=1e-12)
     return means
 
@@ -65,11 +70,6 @@ def terms_of(model, tokens, length=48, stride=1):
 def counts(length, num_tokens=400):
     """Positions, counted from 1, of all targets of nonoverlapping windows."""
     return positions_in_window(num_tokens, length)
-
-
-def test_a_model_that_ignores_its_context_has_no_parts(tokens):
-    means = terms_of(Known(lambda seen, position: 3 + 0 * seen), tokens)
-    assert all(abs(value) < 1e-7 for value in means.values())
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -90,40 +90,21 @@ def test_a_model_that_uses_exactly_w_tokens_has_early_tokens_only(tokens, length
         assert found["keys_beyond"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_model_that_breaks_at_positions_beyond_l_shows_it_as_positions(tokens):
-    means = terms_of(Known(lambda seen, position: 2 + 0.5 * (position >= L), memory=3), tokens)
-    share = (counts(48) > L).mean()
-    assert means["positions_beyond"] == pytest.approx(0.5 * share, abs=1e-6)
-    assert means["keys_beyond"] == pytest.approx(0, abs=1e-6)
-    # The three tokens of memory are early tokens, and nothing else is.
-    without = terms_of(Known(lambda seen, position: 2 + 0 * seen, memory=3), tokens)
-    assert means["early_tokens"] == pytest.approx(without["early_tokens"], abs=1e-6)
-
-
-@pytest.mark.parametrize("harm", [0.25, -0.25])
-def test_a_model_that_reacts_to_distances_beyond_l_shows_it_as_keys(tokens, harm):
-    means = terms_of(Known(lambda seen, position: 2 + harm * (seen > L)), tokens)
-    share = (counts(48) > L).mean()
-    assert means["keys_beyond"] == pytest.approx(harm * share, abs=1e-6)
-    assert means["early_tokens"] == pytest.approx(0, abs=1e-6)
-    assert means["positions_beyond"] == pytest.approx(0, abs=1e-6)
-
-
-def test_all_three_at_once_add_up(tokens):
+@pytest.mark.parametrize(
+    ("used", "broken", "harm"), [(0, 0, 0), (0, 0.5, 0), (0, 0, 0.25), (0, 0, -0.25), (6, 0.5, -0.125)]
+)
+def test_each_part_measures_its_own_cause(tokens, used, broken, harm):
     def rule(seen, position):
-        return 4 - seen.clamp(max=6) / 8 + 0.5 * (position >= L) - 0.125 * (seen > L)
+        return 4 - seen.clamp(max=used) / 8 + broken * (position >= L) + harm * (seen > L)
 
     means, share = terms_of(Known(rule), tokens), (counts(48) > L).mean()
-    early = (-np.minimum(counts(48), 6) / 8).mean() - (-np.minimum(counts(L), 6) / 8).mean()
-    assert means == pytest.approx(
-        {
-            "early_tokens": early,
-            "positions_beyond": 0.5 * share,
-            "keys_beyond": -0.125 * share,
-            "total": early + 0.375 * share,
-        },
-        abs=1e-6,
-    )
+    early = (-np.minimum(counts(48), used) / 8).mean() - (-np.minimum(counts(L), used) / 8).mean()
+    expected = {"early_tokens": early, "positions_beyond": broken * share, "keys_beyond": harm * share}
+    assert means == pytest.approx(expected | {"total": sum(expected.values())}, abs=1e-6)
+    # What a model makes of its last three tokens is early tokens, and nothing else is.
+    means = terms_of(Known(rule, memory=3), tokens)
+    assert means["positions_beyond"] == pytest.approx(broken * share, abs=1e-6)
+    assert means["keys_beyond"] == pytest.approx(harm * share, abs=1e-6)
 
 
 def test_a_stride_moves_an_amount_from_the_second_part_to_the_first_only(tokens):
@@ -159,42 +140,26 @@ def test_reset_is_one_pass_over_the_last_tokens_of_each_window(tiny_model, token
 def test_the_full_window_and_both_interventions_coincide_up_to_l(tiny_model, tokens, position):
     model = tiny_model(position, "sdpa", train_length=64)
     passes = passes_of(model, tokens)
-    losses = measure(passes, 40, L)
-    assert largest_early_difference(losses, 40, L) < 2e-5
-    early = counts(40) <= L
+    _, reset, windowed, full = losses(passes, 40, L)
     # Up to L each also equals the loss in a window of length L that begins at the same token.
-    for k in range(0, 400, 40):
-        alone = passes.shifted(L, np.array([k]), 0)[0]
-        np.testing.assert_allclose(losses.full[k : k + L], alone, atol=2e-5)
-    assert early.sum() == 160
+    starts = np.arange(0, 400, 40)
+    alone = passes.shifted(L, starts, 0)
+    for found in (reset, windowed, full):
+        np.testing.assert_allclose(found[starts[:, None] + np.arange(L)], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("position", ["alibi", "rotary", "t5", "none"])
-def test_one_layer_with_relative_positions_has_no_positions_beyond(tiny_model, tokens, position):
+@pytest.mark.parametrize("position", ["alibi", "rotary", "t5", "none", "sinusoidal"])
+def test_one_layer_has_positions_beyond_with_absolute_positions_only(tiny_model, tokens, position):
     """With one layer the last L keys are the last L embeddings, wherever the window began."""
     model = tiny_model(position, "sdpa", train_length=L)
     del model.blocks[1:]
     means = terms_of(model, tokens)
+    if position == "sinusoidal":
+        assert abs(means["positions_beyond"]) > 1e-4
+        return
     assert means["positions_beyond"] == pytest.approx(0, abs=1e-6)
     # Untrained bias tables and steep slopes leave the far keys some weight; without positions it is most.
     assert abs(means["keys_beyond"]) > (1e-4 if position == "none" else 1e-9)
-
-
-def test_one_layer_with_absolute_positions_has_them(tiny_model, tokens):
-    model = tiny_model("sinusoidal", "sdpa", train_length=L)
-    del model.blocks[1:]
-    assert abs(terms_of(model, tokens)["positions_beyond"]) > 1e-4
-
-
-@pytest.mark.parametrize(("length", "stride"), [(16, 1), (32, 0), (32, 17)])
-def test_out_of_range_is_refused(tiny_model, tokens, length, stride):
-    model = tiny_model("alibi")
-    with pytest.raises(ValueError, match=r"length = 16|stride = (0|17)\. Allowed: 1 to train_length = 16"):
-        measure(passes_of(model, tokens), length, L, stride)
-
-
-def group(models, tokens, position="alibi", train_length=L):
-    return Group(position, train_length, [passes_of(model, tokens, position) for model in models])
 
 
 def test_points_of_the_decomposition_carry_intervals_and_seeds(tokens):

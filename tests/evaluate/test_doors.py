@@ -70,7 +70,6 @@ class RepeatBits(Task):
     """Say the first `count` of some bits again: a function of the seed and the item's number, as in training."""
 
     name, metrics = "repeat_bits", ("accuracy",)
-    about = "After n bits, repeat the first ones. The value is the share of items that are right in every bit."
 
     def __init__(self, count=1, items=200, seed=1):
         self.count, self.items, self.seed, self.corpus = count, items, seed, f"bits {seed}"

@@ -1,13 +1,11 @@
 """Identities that an honest scorer satisfies."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from alibi_lm.distributed import World
-from alibi_lm.evaluate.score import mean_nats, score
+from alibi_lm.evaluate.score import mean_nats, score, score_tokens
 from alibi_lm.tasks.base import Batch
 from alibi_lm.tasks.text import TextTask
 
@@ -15,12 +13,6 @@ from alibi_lm.tasks.text import TextTask
 @pytest.fixture
 def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 50, 333).astype(np.uint16)
-
-
-def score_tokens(model, tokens, start_id, length, stride=None, tokens_per_forward=8192, window=None, world=None):
-    text = TextTask(tokens, start_id, stride)
-    batches = text.batches(length, tokens_per_forward, world)
-    return score(model, batches, len(tokens), window=window, world=world).nats
 
 
 def by_hand(model, tokens, length, stride) -> list[float]:
@@ -46,25 +38,11 @@ def test_scores_equal_one_pass_per_target(tiny_model, tokens, position, length, 
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
-def test_stride_equal_to_length_is_nonoverlapping(tiny_model, tokens):
-    model = tiny_model("alibi", "sdpa")
-    assert np.array_equal(score_tokens(model, tokens, 7, 32, 32), score_tokens(model, tokens, 7, 32, None))
-
-
 def test_batch_size_does_not_matter(tiny_model, tokens):
     model = tiny_model("rotary", "sdpa")
     results = [score_tokens(model, tokens, 7, 32, tokens_per_forward=n) for n in (1, 64, 10_000)]
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-5)
-
-
-def test_a_uniform_model_gives_exactly_the_vocabulary_size(tiny_model, tokens):
-    model = tiny_model("alibi", "sdpa").double()
-    with torch.no_grad():
-        model.vocabulary.embedding.zero_()
-    for length, stride in ((16, None), (32, 8)):
-        nats = score_tokens(model, tokens, 7, length, stride)
-        assert math.exp(mean_nats(nats)) == pytest.approx(50, rel=1e-14)
 
 
 def test_a_model_of_known_probabilities_gives_their_entropy(tiny_model):
@@ -110,11 +88,6 @@ def test_training_mode_is_restored_and_off_while_scoring(tiny_model, tokens, tin
     assert np.array_equal(first, score_tokens(model, tokens, 7, 16))
 
 
-def test_an_empty_split_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="0 tokens"):
-        score_tokens(tiny_model("alibi"), np.empty(0, dtype=np.uint16), 0, 16)
-
-
 def test_hits_are_the_targets_that_are_the_first_choice(tiny_model, tokens):
     model, tokens = tiny_model("alibi", "sdpa"), tokens[:40]
     found = score(model, TextTask(tokens, 7, 5).batches(16), 40, hits=True)
@@ -143,9 +116,10 @@ def test_targets_that_do_not_count_are_left_out_and_each_other_must_come_once(ti
 
 def test_an_error_leaves_the_model_in_training_mode(tiny_model, tokens):
     model = tiny_model("learned", "sdpa", train_length=8).train()
-    with pytest.raises(ValueError, match="8 positions"):
-        score_tokens(model, tokens, 7, 16)
-    assert model.training
+    for text, message in ((tokens, "8 positions"), (tokens[:0], "holds 0 tokens")):
+        with pytest.raises(ValueError, match=message):
+            score_tokens(model, text, 7, 16)
+        assert model.training
 
 
 def test_a_window_as_long_as_the_text_limits_nothing(tiny_model, tokens):

@@ -4,10 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from alibi_lm.distributed import World
-from alibi_lm.evaluate.score import Scored
+from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.store import Scoring, Stored, TokenStore
+from alibi_lm.model.interface import Scores
+from alibi_lm.tasks.text import TextTask
 
 WHOLE = Scoring("validation", "nonoverlapping", 16)
 NATS = np.array([0.5, 2.0, 1e-7, 11.25], dtype=np.float32)
@@ -39,22 +42,18 @@ def test_nats_without_hits_do_not_stand_for_both(store):
 
 @pytest.mark.parametrize(
     "change",
-    [{"length": 17}, {"split": "test"}, {"mode": "sliding", "stride": 4}, {"window": 16}, {"task": "copy"}],
+    [
+        *({"length": 17}, {"split": "test"}, {"mode": "sliding", "stride": 4}, {"window": 16}, {"task": "copy"}),
+        *({"weights": "v"}, {"backend": "sdpa"}),
+    ],
 )
-def test_every_way_of_scoring_has_a_place_of_its_own(store, change):
+def test_every_way_of_scoring_and_every_model_has_a_place_of_its_own(store, change):
     put(store)
-    other = dataclasses.replace(WHOLE, **change)
-    assert store.read("a", other, SAME) is None
-    put(store, scoring=other, nats=NATS + 1)
-    assert [store.read("a", one, SAME).nats[0] for one in (WHOLE, other)] == [0.5, 1.5]
-
-
-@pytest.mark.parametrize("other", [{"weights": "v"}, {"weights": "w", "backend": "sdpa"}, {}])
-def test_results_of_different_things_lie_side_by_side(store, other):
-    put(store)
-    assert store.read("a", WHOLE, other) is None
-    put(store, identity=other, nats=NATS + 1)
-    assert [store.read("a", WHOLE, identity).nats[0] for identity in (SAME, other)] == [0.5, 1.5]
+    ways = {name: value for name, value in change.items() if hasattr(WHOLE, name)}
+    other = dataclasses.replace(WHOLE, **ways), SAME if ways else SAME | change
+    assert store.read("a", *other) is None
+    put(store, scoring=other[0], identity=other[1], nats=NATS + 1)
+    assert [store.read("a", *one).nats[0] for one in ((WHOLE, SAME), other)] == [0.5, 1.5]
 
 
 def test_labels_that_are_no_file_names_stay_apart(store):
@@ -100,29 +99,47 @@ def test_an_interrupted_write_leaves_the_old_result(store, monkeypatch):
     assert len(list(store.folder.rglob("*.*"))) == 2
 
 
-def test_get_computes_once(store):
-    calls = []
+class Counting:
+    """Gives each target `nats`, and counts its passes."""
 
-    def compute():
-        calls.append(1)
-        return Scored(NATS.astype(np.float64), HITS)
+    label, identity, max_length, device = "counting", "weights 1", None, torch.device("cpu")
 
-    first = store.get("a", WHOLE, SAME, compute, hits=True, memory=lambda: 7)
-    second = store.get("a", WHOLE, SAME, compute, hits=True)
-    assert len(calls) == 1 and first.nats.tobytes() == second.nats.tobytes() and second.peak_memory_bytes == 7
-    store.get("a", WHOLE, {"weights": "v"}, compute)
-    assert len(calls) == 2 and store.read("a", WHOLE, SAME) is not None
+    def __init__(self, nats=1.0):
+        self.nats, self.passes = nats, 0
 
+    def serve(self, length):
+        self.passes += 1
 
-def test_what_is_not_finite_is_not_kept(store):
-    found = store.get("a", WHOLE, {}, lambda: Scored(np.array([1.0, np.inf]), None))
-    assert np.isinf(found.nats[1]) and store.read("a", WHOLE, {}) is None
+    def score(self, input_ids, target_ids, **_):
+        return Scores(torch.full(target_ids.shape, self.nats, dtype=torch.float64), None)
 
 
-@pytest.mark.parametrize(("others", "computed"), [([True, True], 0), ([True, False], 1)])
-def test_processes_compute_unless_all_of_them_have_it(store, monkeypatch, others, computed):
-    put(store)
-    monkeypatch.setattr("alibi_lm.evaluate.store.gather_objects", lambda value, world: others)
-    calls = []
-    store.get("a", WHOLE, SAME, lambda: calls.append(1) or Scored(NATS, None), world=World(0, 2, 0))
-    assert len(calls) == computed
+def scored(store, model, **more):
+    return Passes(model, TextTask(np.arange(40) % 8, 7), store, **more).result(16)
+
+
+def test_a_pass_is_made_once_for_each_model(store):
+    model, other = Counting(), Counting(2.0)
+    first, second = scored(store, model), scored(store, model)
+    assert model.passes == 1 and first.nats.tobytes() == second.nats.tobytes() and first.seconds == second.seconds
+    other.identity = "weights 2"
+    assert scored(store, other).nats[0] == 2 and scored(store, model).nats[0] == 1 and other.passes == 1
+
+
+@pytest.mark.parametrize(("nats", "identity"), [(np.inf, "weights 1"), (1.0, "")])
+def test_what_is_not_finite_or_of_an_unknown_model_is_not_kept(store, nats, identity):
+    model = Counting(nats)
+    model.identity = identity
+    assert [scored(store, model).nats[0] for _ in range(2)] == [nats, nats] and model.passes == 2
+    assert not store.folder.exists()
+
+
+@pytest.mark.parametrize(("others", "made"), [([True, True], 1), ([True, False], 2)])
+def test_processes_make_a_pass_unless_all_of_them_have_it(store, monkeypatch, others, made):
+    model = Counting()
+    scored(store, model)
+    monkeypatch.setattr("alibi_lm.evaluate.passes.gather_objects", lambda value, world: others)
+    monkeypatch.setattr("alibi_lm.evaluate.score.all_reduce_sum", lambda tensor, world: tensor)
+    monkeypatch.setattr(TextTask, "batches", lambda self, *_, batches=TextTask.batches: batches(self, *_[:2]))
+    scored(store, model, world=World(0, 2, 0))
+    assert model.passes == made

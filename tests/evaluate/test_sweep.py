@@ -1,6 +1,5 @@
 """Evaluation and analysis of trained runs: what they share, and what one bad run does to the others."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -51,25 +50,26 @@ def rows_of(**changes):
 # --- shared passes -------------------------------------------------------------------------------
 
 
-def test_an_analysis_computes_nothing_that_the_evaluation_stored(place, scored):
-    rows_of()
-    assert len(scored) == 10  # two seeds of alibi at four lengths; learned has two of them
-    rows_of(mode="sliding", stride=2)
-    scored.clear()
-    list(analyse(settings(view="perplexity", stride=2)))
-    list(analyse(settings(view="position")))
-    assert scored == []
-
-
-def test_an_evaluation_computes_nothing_that_an_analysis_stored(place, scored):
-    list(analyse(settings(view="all", stride=2, every=3, last=2)))
-    views = len(scored)
-    assert views > 20
-    first = rows_of()
-    assert len(scored) == views and len(first) == 12
+def test_views_and_rows_share_their_passes_and_their_values(place, scored):
+    files = list(analyse(settings(view="all", stride=2, every=3, last=2)))
+    assert [file.name for file in files] == [f"{view}.json" for view in VIEWS]
+    made = len(scored)
+    rows = rows_of()
+    rows_of(mode="sliding", stride=2, lengths=[4, 8, 16, 24])
+    assert len(scored) == made > 20 and len(rows) == 12
+    nats = {(row.run, row.inference_length): row.nats for row in rows}
+    for file in files:
+        alibi, learned = json.loads(file.read_text())["series"]
+        assert (alibi["runs"], learned["runs"]) == (["alibi_L8_s1", "alibi_L8_s2"], ["learned_L8_s1"])
+        assert alibi["points"] and alibi["documents"] == 6
+        assert {p.get("reason", "position=learned has 8 positions") for p in learned["points"]} == {
+            "position=learned has 8 positions"
+        }
+        for point in alibi["points"] if file.stem == "position" else []:
+            for run, mean in point["by_run"].items():
+                assert mean == pytest.approx(nats[run, point["length"]] / alibi["tokens"], rel=1e-9)
     list(analyse(settings(view="decomposition", stride=2)))
-    assert len(scored) == views
-    assert rows_of() == first
+    assert len(scored) == made and rows_of() == rows
 
 
 def test_the_backend_is_that_of_the_model_and_auto_is_no_other_one(place, scored):
@@ -123,10 +123,9 @@ def test_changes_for_the_test_are_a_field_of_the_row(place, scored):
     assert series["changes"] == changed.changes and series["runs"] == ["rotary_L8_s1"]
 
 
-def test_an_earlier_checkpoint_has_rows_of_its_own(place, trained_runs):
+def test_an_earlier_checkpoint_has_rows_of_its_own(place):
     runs = str(place / "runs" / "alibi_L8_s1")
-    (best,) = rows_of(runs=runs, lengths=[8])
-    (same,) = rows_of(runs=runs, lengths=[8], checkpoint="step:4")
+    (best,), (same,) = (rows_of(runs=runs, lengths=[8], checkpoint=which) for which in ("best", "step:4"))
     assert same.changes == {"checkpoint": "step:4"} and same.key != best.key and same.nats == best.nats
     with pytest.raises(ValueError, match=r"no whole step:3 checkpoint\. Steps that lie here: 4\."):
         rows_of(runs=runs, checkpoint="step:3")
@@ -153,34 +152,6 @@ def test_rows_have_what_they_depend_on_and_their_sums_per_document(place):
             assert row.reason == "position=learned has 8 positions"
     assert len({row.run_id for row in rows.values()}) == 3
     assert (place / "extrapolation" / "results.csv").exists()
-
-
-def test_values_of_views_are_those_of_the_evaluation(place):
-    nats = {(row.run, row.inference_length): row.nats for row in rows_of()}
-    (file,) = analyse(settings(view="perplexity", stride=2))
-    found = json.loads(file.read_text())
-    assert [(s["position"], s["runs"]) for s in found["series"]] == [
-        ("alibi", ["alibi_L8_s1", "alibi_L8_s2"]),
-        ("learned", ["learned_L8_s1"]),
-    ]
-    for series in found["series"]:
-        for point in series["points"]:
-            if point["mode"] == "nonoverlapping" and point["nats"] is not None:
-                for run, mean in point["by_run"].items():
-                    assert mean == pytest.approx(nats[run, point["length"]] / series["tokens"], rel=1e-9)
-    learned = [p for p in found["series"][1]["points"] if p["nats"] is None and p["length"] > 8]
-    assert {p["reason"] for p in learned} == {"position=learned has 8 positions"}
-
-
-def test_each_view_is_a_file(place):
-    files = list(
-        analyse(settings(view="all", stride=2, every=3, last=2, runs=str(place / "runs" / "learned_L8_s1")))
-    )
-    assert [file.name for file in files] == [f"{view}.json" for view in VIEWS]
-    for file in files:
-        (series,) = json.loads(file.read_text())["series"]
-        assert series["points"] and series["documents"] == 6
-        assert any(p.get("reason") for p in series["points"]), file.name
 
 
 def test_one_baseline_for_each_text(place, tmp_path, trained_runs):
@@ -388,8 +359,3 @@ def test_each_command_has_its_own_views():
         next(evaluate(EvaluateConfig(view="position")))
     with pytest.raises(ValueError, match=r"view = curve is what scripts/evaluate\.py computes"):
         next(analyse(EvaluateConfig()))
-
-
-def test_every_setting_is_used_by_a_view():
-    names = {field.name for field in dataclasses.fields(EvaluateConfig)}
-    assert {name for known in VIEWS.values() for name in known} <= names

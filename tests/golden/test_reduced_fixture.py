@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alibi_lm.attention import ATTENTION
-from alibi_lm.interop.fairseq import build, train_config
-from alibi_lm.interop.fairseq_checkpoint import FairseqCheckpoint, FairseqSettings
+from alibi_lm.interop.fairseq import FairseqCheckpoint, FairseqSettings, build, train_config
 from alibi_lm.model.transformer import TransformerLM
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "golden_alibi4"

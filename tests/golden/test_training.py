@@ -64,7 +64,7 @@ def test_sixteen_steps(golden_run: Path, train_golden: dict[str, Any], text_dir:
     """The test split plays the training text; batch k is its blocks 4k .. 4k+3 of 64 tokens."""
     tokenizer = Tokenizer.load(golden_run / "tokenizer.json")
     text = (text_dir / "wiki.test.tokens").read_text(encoding="utf-8")
-    stream = tokenizer.encode_lines(text.removesuffix("\n").split("\n")).astype("int64")
+    stream = tokenizer.encode(text).astype("int64")
     assert len(stream) == 245_569
     model = load_run(golden_run)  # evaluation mode: no dropout
     optimizer = build_optimizer(NAGConfig(lr=1.0, momentum=0.99), model)

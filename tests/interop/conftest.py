@@ -2,8 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,11 +48,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_tensors(settings: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+def make_tensors(settings, seed=0):
     """A state dict with fairseq's names, duplicates, counters and scratch tensors."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int, scale: float = 0.2) -> torch.Tensor:
+    def draw(*shape, scale=0.2):
         return torch.randn(*shape, generator=generator) * scale
 
     dim, ffn = settings["decoder_embed_dim"], settings["decoder_ffn_embed_dim"]
@@ -90,9 +88,7 @@ def make_tensors(settings: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     return tensors
 
 
-def reference_log_probs(
-    tensors: dict[str, torch.Tensor], settings: dict[str, Any], position: str, ids: torch.Tensor
-) -> torch.Tensor:
+def reference_log_probs(tensors, settings, position, ids):
     """Log-probabilities of every word after every prefix of one sequence: (T, V) float64."""
     w = {name: tensor.double() for name, tensor in tensors.items()}
     dim, heads = settings["decoder_embed_dim"], settings["decoder_attention_heads"]
@@ -117,12 +113,12 @@ def reference_log_probs(
         slopes[6] = [*slopes[4], 2**-1, 2**-3]
         mask += torch.tensor(slopes[heads])[:, None, None] * torch.arange(length)[None, None]
 
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+    def norm(x, name):
         centred = x - x.mean(-1, keepdim=True)
         scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
         return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
 
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+    def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     for layer in range(settings["decoder_layers"]):
@@ -147,28 +143,19 @@ def reference_log_probs(
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[..., torch.Tensor]:
+def reference():
     return reference_log_probs
 
 
 class Maker:
     """Writes checkpoints and dictionaries into a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.dictionary = folder / "dict.txt"
         self.dictionary.write_text("".join(f"{word} {90 - i}\n" for i, word in enumerate(WORDS)))
 
-    def __call__(
-        self,
-        *,
-        as_args: bool = False,
-        dtype: torch.dtype = torch.float32,
-        edit: Callable[[dict[str, Any]], None] | None = None,
-        drop: tuple[str, ...] = (),
-        zip_format: bool = True,
-        **settings: Any,
-    ) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
+    def __call__(self, *, as_args=False, dtype=torch.float32, edit=None, drop=(), zip_format=True, **settings):
         """Save a checkpoint; returns its path, its tensors in float32 and its settings.
 
         Args:
@@ -202,5 +189,5 @@ class Maker:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Maker:
+def make(tmp_path):
     return Maker(tmp_path)

@@ -14,25 +14,9 @@ from alibi_lm.results.rows import FIELDS, ResultRow, perplexity_of, read_rows, u
 
 def make_row(run="alibi_L64_s1", length=64, at=20.0, **changes):
     values = dict(
-        run=run,
-        position="alibi",
-        train_length=64,
-        seed=1,
-        inference_length=length,
-        mode="nonoverlapping",
-        stride=None,
-        split="validation",
-        corpus="c0ffee",
-        tokens=1000,
-        words=800,
-        bytes=4000,
-        nats=1000 * math.log(at),
-        perplexity=at,
-        word_perplexity=at**1.25,
-        tokens_per_second=1234.5,
-        peak_memory_bytes=10_000,
-        commit="abc123",
-        reason=None,
+        **dict(run=run, position="alibi", train_length=64, seed=1, inference_length=length, corpus="c0ffee"),
+        **dict(mode="nonoverlapping", split="validation", tokens=1000, words=800, bytes=4000, commit="abc123"),
+        **dict(nats=1000 * math.log(at), perplexity=at, word_perplexity=at**1.25, tokens_per_second=1234.5),
     )
     return ResultRow(**(values | changes))
 

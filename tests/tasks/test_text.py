@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from alibi_lm.data.windows import positions_in_window
 from alibi_lm.distributed import World
 from alibi_lm.tasks.text import TextTask
 
@@ -24,7 +25,15 @@ def pairs(batches):
 def test_every_token_is_a_target_once_after_the_token_before_it(length, stride, tokens_per_forward):
     text = TextTask(TOKENS, 7, stride)
     expected = [(k, [7, *TOKENS][k], TOKENS[k]) for k in range(len(TOKENS))]
-    assert pairs(text.batches(length, tokens_per_forward)) == expected
+    batches = list(text.batches(length, tokens_per_forward))
+    assert pairs(batches) == expected
+    positions = positions_in_window(len(TOKENS), length, stride)
+    for one in batches:
+        rows, width = one.input_ids.shape
+        assert rows == 1 or rows * width <= tokens_per_forward
+        # The input reaches back to the window's first token: as many tokens as the target's position says.
+        assert (positions[one.numbers] == np.arange(one.score_from, width) + 1).all()
+        assert (one.input_ids[:, 1:] == one.target_ids[:, :-1]).all()
     shares = [one for rank in range(3) for one in text.batches(length, tokens_per_forward, World(rank, 3))]
     assert pairs(shares) == expected and text.num_targets(length) == len(expected)
 
