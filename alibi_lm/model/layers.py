@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.attention import Prepared
+from alibi_lm.attention import Attend
 from alibi_lm.positions import PositionScheme
 from alibi_lm.settings import require
 
@@ -145,7 +145,7 @@ class LayerPositions:
 
     scheme: PositionScheme
     tables: tuple[Tensor, ...]
-    attend: Prepared
+    attend: Attend
 
 
 class Attention(nn.Module):

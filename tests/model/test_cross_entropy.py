@@ -43,7 +43,7 @@ def reference(hidden, table, targets, weights):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("num_tokens", [1, 64, 65])
 def test_values_and_gradients(cross_entropy, dtype, num_tokens):
     hidden, table, targets, weights = inputs(num_tokens, dtype)
     nats = cross_entropy(hidden, table, targets)
@@ -101,7 +101,7 @@ def test_the_vocabulary_and_its_tied_table(tied):
     torch.testing.assert_close(nats, expected, rtol=1e-12, atol=1e-12)
     for name, parameter in vocabulary.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(vocabulary.log_probs(vocabulary.embed(ids)).exp().sum(1), torch.ones(100).double())
+    torch.testing.assert_close(vocabulary.logits(vocabulary.embed(ids)), vocabulary.embedding[ids] @ table.T)
 
 
 def test_autocast_rounds_the_products_alone(cross_entropy):
