@@ -71,12 +71,7 @@ class OfflineConfig:
 
 
 def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus: Callable[..., None]) -> None:
-    """Fill the folder.
-
-    Args:
-        config: what to pack.
-        planned_runs: (experiment, overrides) -> folder -> (overrides, config) of each run.
-        prepare_corpus: prepares the token streams of a run's config.
+    """Fill the folder; the functions are those of `alibi_lm.experiment`.
 
     Raises:
         ValueError: settings that do not fit together, or a folder that holds other things.
@@ -182,11 +177,9 @@ class Crew:
         return verdict == "done"
 
     def study(self, runs: Sequence[tuple[str, Sequence[str], Sequence[str]]], trainers: int) -> None:
-        """Train runs in their order, some side by side, and evaluate each that is done, one after the other.
+        """Train runs in their order, so many at a time, and evaluate each that is done, one after the other.
 
-        Args:
-            runs: name, command of training, command of evaluation.
-            trainers: how many train at a time.
+        A run is its name, the command of its training and that of its evaluation.
         """
         with ThreadPoolExecutor(1) as evaluator, ThreadPoolExecutor(trainers) as pool:
 

@@ -20,12 +20,7 @@ REST = "norms, activations, embeddings, copies"
 
 
 def profile_step(subject: Subject, task: Task) -> dict[str, float]:
-    """Share of each part in one training step's time on the CPU, largest first; they add up to 1.
-
-    Args:
-        subject: what is measured.
-        task: its tokens.
-    """
+    """Share of each part in one training step's time on the CPU, largest first; they add up to 1."""
     # Its library reports each start and stop on standard error otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
