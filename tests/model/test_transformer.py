@@ -27,14 +27,6 @@ def test_scores_and_probabilities_are_those_of_the_next_token(tiny_model):
     torch.testing.assert_close(model.logits(inputs), logits, rtol=0, atol=0)
 
 
-def test_an_adaptive_vocabulary_scores_all_words(tiny_config):
-    tiny_config.adaptive_cutoffs = [20, 35]
-    model = TransformerLM(tiny_config, POSITIONS["alibi"](), "eager", 50, 64).eval()
-    logits, targets = model(ids(2, 7)), ids(2, 7)
-    torch.testing.assert_close(logits.double().exp().sum(-1), torch.ones(2, 7).double(), rtol=0, atol=1e-5)
-    assert logits.shape == (2, 7, 50) and model.log_prob(targets, targets).shape == (2, 7)
-
-
 INPUTS, TARGETS = torch.arange(20).view(2, 10), torch.arange(20).view(2, 10)
 
 

@@ -35,16 +35,6 @@ def test_slopes_match_the_authors_rule(num_heads):
     torch.testing.assert_close(alibi(num_heads).slopes, torch.tensor(expected))
 
 
-def test_slopes_for_head_counts_not_a_power_of_two():
-    """The rule as the authors state it: those of the next lower power, then every other one of the next higher."""
-    for num_heads in range(1, 65):
-        slopes = alibi_slopes(num_heads)
-        assert len(slopes) == len(set(slopes)) == num_heads
-        power = 1 << (num_heads.bit_length() - 1)
-        assert slopes[:power] == alibi_slopes(power)
-        assert slopes[power:] == alibi_slopes(2 * power)[0::2][: num_heads - power]
-
-
 def test_slopes_equal_hugging_face():
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
