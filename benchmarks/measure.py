@@ -41,7 +41,7 @@ class Contest:
     """Why it was given up."""
 
     def run(self, pairs: int, matmul: Callable[[], float], now: Callable[[], float] = time.perf_counter) -> None:
-        """Measure so many more pairs; `matmul` measures the FLOP/s of a matrix product, `now` is a clock."""
+        """Measure some more pairs; `matmul` measures the FLOP/s of a matrix product, `now` is a clock."""
         began = now()
         try:
             self._prepare()

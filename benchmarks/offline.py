@@ -177,7 +177,7 @@ class Crew:
         return verdict == "done"
 
     def study(self, runs: Sequence[tuple[str, Sequence[str], Sequence[str]]], trainers: int) -> None:
-        """Train runs in their order, so many at a time, and evaluate each that is done, one after the other.
+        """Train runs in their order, `trainers` at a time, and evaluate each that is done, one after the other.
 
         A run is its name, the command of its training and that of its evaluation.
         """

@@ -24,11 +24,18 @@ CHAINS: dict[str, tuple[type[AttentionBackend], ...]] = {
     "flex": (FlexAttention,),
 }
 """The backend of each name, and the one that takes the passes which it does not serve, if there is one."""
-ATTENTION: dict[str, type] = {
-    name: make_dataclass(f"{name.title()}Config", [("name", str, name)]) for name in ("auto", *CHAINS)
+MEANINGS = {
+    "auto": "native where it can be had and there is no GPU, else sdpa.",
+    "eager": "The definition, in plain tensor operations.",
+    "sdpa": "torch's fused kernels.",
+    "native": "A kernel of this package for CPUs, compiled at its first use.",
+    "flex": "torch's FlexAttention, for GPUs.",
 }
-"""Config class of each name; no backend has settings. `auto`: native where it can be had and there is no GPU, else
-sdpa."""
+ATTENTION: dict[str, type] = {
+    name: make_dataclass(f"{name.title()}Config", [("name", str, name)], namespace={"__doc__": meaning})
+    for name, meaning in MEANINGS.items()
+}
+"""Config class of each name; no backend has settings."""
 
 
 class Backends:

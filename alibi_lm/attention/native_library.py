@@ -50,7 +50,7 @@ def find() -> ctypes.CDLL | str:
         reason = lines[0] if lines else f"exit status {error.returncode}"
         return f"compilation failed: {shlex.join(error.cmd[:1])}: {reason}"
     except Exception as error:
-        # A kernel that nobody needs may stop no one, whatever is unusual about this machine.
+        # There is always another backend, so nothing unusual about this machine may stop the run.
         return str(error) or type(error).__name__
 
 
@@ -137,7 +137,7 @@ def _sweep(target: Path) -> None:
 
 
 def _flags() -> list[str]:
-    # Not -ffast-math: it would undo how the exponential rounds, and lose what is not a number.
+    # Not -ffast-math: it would undo how the exponential rounds, and lose NaN.
     processor = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
     numbers = ["-fno-math-errno", "-fno-trapping-math"]
     return ["-std=c++17", "-O3", processor, *numbers, "-fopenmp", "-shared", "-fPIC", f"-DROWS={ROWS}"]

@@ -128,7 +128,7 @@ class TransformerLM(nn.Module):
         Raises:
             ValueError: positions out of order or past the scheme's table, or a pass that the backend cannot serve.
         """
-        length, start = input_ids.shape[1], 0 if cache is None else cache.next_position()
+        length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
         # Ends of the positions as Python numbers, where they can be known without reading the device.
         if positions is None:
             first, last = start, start + length - 1
@@ -142,8 +142,8 @@ class TransformerLM(nn.Module):
                 f"Use inference_length <= {limit}, or a scheme that is defined past its trained length."
             )
         k_pos = positions
-        if cache is not None and cache.positions is not None and cache.ends is not None:
-            k_pos, first = torch.cat([cache.positions, positions]), cache.ends[0]
+        if cache is not None and cache.positions is not None:
+            k_pos, first = torch.cat([cache.positions, positions]), cache.first
 
         x = self.vocabulary.embed(input_ids)
         if self.config.scale_embeddings:
@@ -161,7 +161,7 @@ class TransformerLM(nn.Module):
         for layer, block in enumerate(self.layers):
             x = block(x, layer, shared[layer % len(shared)], cache)
         if cache is not None:
-            cache.positions, cache.ends = k_pos, (first, last)
+            cache.positions, cache.first, cache.next_position = k_pos, first, last + 1
         return self.final_norm(x)
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
@@ -188,15 +188,8 @@ class TransformerLM(nn.Module):
     def nats(self, input_ids: Tensor, target_ids: Tensor, **options: Any) -> Tensor:
         """Minus the natural logarithm of each target's probability, for training.
 
-        In training mode a scheme that draws its positions does so here, from torch's global generator.
-
-        Args:
-            input_ids: (B, T) int64.
-            target_ids: (B, T) int64; target t follows input t.
-            options: `positions`, `cache` and `window` of `hidden`.
-
-        Returns:
-            (B, T) float32 (float64 in a float64 model).
+        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. In
+        training mode a scheme that draws its positions does so here, from torch's global generator.
         """
         if self.training and options.get("positions") is None:
             options["positions"] = self.training_positions(input_ids.shape[1])

@@ -64,7 +64,7 @@ class PositionScheme(nn.Module):
     translation_invariant: ClassVar[bool] = True
     """Whether shifting all positions by a constant changes nothing."""
     per_layer: ClassVar[bool] = False
-    """Whether each layer has an instance, with parameters, of its own; else one instance serves all layers."""
+    """Whether each layer has its own instance, with its own parameters; else one instance serves all layers."""
     cache_inputs: ClassVar[bool] = False
     """Whether `content_bias` reads the layer's input. A cache then keeps it for every token, beside its key."""
 

@@ -98,10 +98,10 @@ def test_a_pass_that_raises_leaves_the_cache_as_it_was(tiny_model, monkeypatch, 
         error = RuntimeError("no memory")
         broken.setattr(model.blocks[layer].ffn, "forward", lambda x: (_ for _ in ()).throw(error))
         model(ids(3 if not seen else 2, 4), cache=cache)
-    assert cache.next_position() == seen
+    assert cache.next_position == seen
     rest = model(tokens[:, seen:], cache=cache)
     torch.testing.assert_close(rest, model(tokens)[:, seen:], rtol=1e-4, atol=1e-5)
-    assert cache.next_position() == 9 and cache.layers[0][0].shape[2] == 9
+    assert cache.next_position == 9 and cache.layers[0][0].shape[2] == 9
 
 
 class Forgetting(PositionScheme):
