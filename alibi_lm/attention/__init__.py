@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import make_dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +17,42 @@ from alibi_lm.positions.base import PositionScheme
 
 log = logging.getLogger("alibi_lm")
 
+
+@dataclass
+class AutoConfig:
+    """native where it can be had and there is no GPU, else sdpa."""
+
+    name: str = "auto"
+
+
+@dataclass
+class EagerConfig:
+    """The definition, in plain tensor operations."""
+
+    name: str = "eager"
+
+
+@dataclass
+class SdpaConfig:
+    """torch's fused kernels."""
+
+    name: str = "sdpa"
+
+
+@dataclass
+class NativeConfig:
+    """A kernel of this package for CPUs, compiled at its first use."""
+
+    name: str = "native"
+
+
+@dataclass
+class FlexConfig:
+    """torch's FlexAttention, for GPUs."""
+
+    name: str = "flex"
+
+
 CHAINS: dict[str, tuple[type[AttentionBackend], ...]] = {
     "eager": (EagerAttention,),
     "sdpa": (SdpaAttention,),
@@ -24,18 +60,13 @@ CHAINS: dict[str, tuple[type[AttentionBackend], ...]] = {
     "flex": (FlexAttention,),
 }
 """The backend of each name, and the one that takes the passes which it does not serve, if there is one."""
-MEANINGS = {
-    "auto": "native where it can be had and there is no GPU, else sdpa.",
-    "eager": "The definition, in plain tensor operations.",
-    "sdpa": "torch's fused kernels.",
-    "native": "A kernel of this package for CPUs, compiled at its first use.",
-    "flex": "torch's FlexAttention, for GPUs.",
-}
 ATTENTION: dict[str, type] = {
-    name: make_dataclass(f"{name.title()}Config", [("name", str, name)], namespace={"__doc__": meaning})
-    for name, meaning in MEANINGS.items()
+    "auto": AutoConfig,
+    "eager": EagerConfig,
+    "sdpa": SdpaConfig,
+    "native": NativeConfig,
+    "flex": FlexConfig,
 }
-"""Config class of each name; no backend has settings."""
 
 
 class Backends:
