@@ -1,4 +1,6 @@
-"""ALiBi against its paper: numbers written out or computed here in float64, and Hugging Face's module."""
+"""ALiBi against its paper: numbers written out or computed here in float64, and Hugging Face's module.
+
+docs/what_alibi_is.md names these tests, one for each mistake."""
 
 import math
 
@@ -35,6 +37,16 @@ def test_slopes_match_the_authors_rule(num_heads):
     torch.testing.assert_close(alibi(num_heads).slopes, torch.tensor(expected))
 
 
+def test_slopes_for_head_counts_not_a_power_of_two():
+    """The rule as the authors state it: those of the next lower power, then every other one of the next higher."""
+    for num_heads in range(1, 65):
+        slopes = alibi_slopes(num_heads)
+        assert len(slopes) == len(set(slopes)) == num_heads
+        power = 1 << (num_heads.bit_length() - 1)
+        assert slopes[:power] == alibi_slopes(power)
+        assert slopes[power:] == alibi_slopes(2 * power)[0::2][: num_heads - power]
+
+
 def test_slopes_equal_hugging_face():
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
@@ -44,17 +56,33 @@ def test_slopes_equal_hugging_face():
         torch.testing.assert_close(torch.tensor(alibi_slopes(num_heads)), theirs, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("head_dim", [4, 64])
-def test_bias_is_the_papers_formula(head_dim):
-    """Far keys score lower, whatever the head's size; keys ahead are the backend's to mask."""
-    scheme, positions = alibi(12, head_dim), torch.arange(20)
+def test_first_slope_is_not_one():
+    for num_heads in (2, 4, 8, 16, 32):
+        slopes = alibi_slopes(num_heads)
+        assert slopes[0] == 2.0 ** (-8 / num_heads) < 1
+        assert slopes[-1] == 2.0**-8
+
+
+def test_slopes_are_positive_and_far_keys_score_lower():
+    scheme = alibi()
+    assert (scheme.slopes > 0).all() and (scheme.slopes < 1).all()
+    row = scheme.bias(torch.tensor([9]), torch.arange(10))[:, 0]
+    assert (row.diff(dim=1) > 0).all(), "nearer keys must score higher"
+    assert (row[:, 9] == 0).all() and (row[:, :9] < 0).all()
+
+
+def test_bias_is_the_papers_formula():
+    scheme, positions = alibi(12), torch.arange(20)
     bias = scheme.bias(positions, positions)
     for head, exponent in enumerate(EXPONENTS[12]):
         for i in range(20):
             for j in range(i + 1):
                 assert bias[head, i, j].item() == pytest.approx(-(2.0**-exponent) * (i - j), rel=1e-6)
-    assert (bias.triu(1) == 0).all()
-    assert list(scheme.parameters()) == [] and scheme.state_dict() == {}
+
+
+def test_bias_is_not_scaled_by_head_dim():
+    positions = torch.arange(7)
+    assert torch.equal(alibi(8, 4).bias(positions, positions), alibi(8, 64).bias(positions, positions))
 
 
 def test_scores_are_scaled_before_the_bias_is_added():
@@ -75,6 +103,12 @@ def test_scores_are_scaled_before_the_bias_is_added():
         torch.testing.assert_close(attend(q, k, v, None), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_bias_is_causal_only_finite():
+    bias = alibi().bias(torch.arange(6), torch.arange(6))
+    assert torch.isfinite(bias).all()
+    assert (bias.triu(1) == 0).all(), "keys ahead are the backend's to mask, not mirrored distances"
+
+
 def test_bias_survives_half_precision():
     for cast in (torch.bfloat16, torch.float16):
         scheme = alibi().to(cast)
@@ -85,6 +119,11 @@ def test_bias_survives_half_precision():
         assert torch.equal(bias[:, 0].double(), expected)
     # The cast is not kept when it is undone.
     assert torch.equal(alibi(12).bfloat16().float().slopes, alibi(12).slopes)
+
+
+def test_no_parameters_and_nothing_in_the_state_dict():
+    scheme = alibi()
+    assert list(scheme.parameters()) == [] and scheme.state_dict() == {}
 
 
 def test_learned_slopes_start_at_the_fixed_ones_and_stay_positive():
