@@ -41,13 +41,7 @@ class Contest:
     """Why it was given up."""
 
     def run(self, pairs: int, matmul: Callable[[], float], now: Callable[[], float] = time.perf_counter) -> None:
-        """Measure some more pairs.
-
-        Args:
-            pairs: how many.
-            matmul: measures the FLOP/s of a matrix product.
-            now: wall time in seconds.
-        """
+        """Measure some more pairs; `matmul` measures the FLOP/s of a matrix product, `now` is a clock."""
         began = now()
         try:
             self._prepare()
@@ -147,7 +141,7 @@ def measure(
         matmul: see `Contest.run`.
         after: called after each turn.
         turn: pairs that are measured of one contest before the next has its turn.
-        now: wall time in seconds.
+        now: a clock.
     """
     deadline = now() + seconds
     for contest in sorted(contests, key=lambda c: c.task.length):

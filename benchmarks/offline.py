@@ -14,12 +14,12 @@ import io
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,6 @@ status=$?
 python3 code/scripts/offline.py do=collect folder=. || exit 1
 exit $status
 """
-GRACE = 20.0
-"""Seconds that an interrupted command has for saving its work."""
 
 
 @dataclass
@@ -73,12 +71,7 @@ class OfflineConfig:
 
 
 def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus: Callable[..., None]) -> None:
-    """Fill the folder.
-
-    Args:
-        config: what to pack.
-        planned_runs: (experiment, overrides) -> folder -> (overrides, config) of each run.
-        prepare_corpus: prepares the token streams of a run's config.
+    """Fill the folder; the functions are those of `alibi_lm.experiment`.
 
     Raises:
         ValueError: settings that do not fit together, or a folder that holds other things.
@@ -135,7 +128,7 @@ def work(config: OfflineConfig) -> int:
         own = [f"experiment={kit['experiment']}", f"runs={path}", "draw=false", *kit["shared"]]
         runs.append((name, train, script("evaluate", *own)))
     crew.study(runs, config.trainers)
-    return int(crew.failures > 0)
+    return int(bool(crew.failed))
 
 
 class Crew:
@@ -145,104 +138,62 @@ class Crew:
         place: the folder in which commands run; their output goes to its logs/.
         environment: variables set for them.
         end: the time, by `time.monotonic`, at which all have ended.
+        grace: seconds that an interrupted command has for saving its work.
 
     Attributes:
-        failures: commands that ended with another status than 0, other than those that were interrupted.
+        failed: names of the commands that ended with another status than 0, other than those interrupted.
     """
 
-    def __init__(self, place: Path, environment: dict[str, str], end: float) -> None:
-        self.place, self.environment, self.end = place, environment, end
-        self.failures = 0
+    def __init__(self, place: Path, environment: dict[str, str], end: float, grace: float = 20.0) -> None:
+        self.place, self.environment, self.end, self.grace = place, environment, end, grace
+        self.failed: list[str] = []
         (place / "logs").mkdir(exist_ok=True)
 
-    def left(self) -> float:
-        """Seconds until running commands are asked to stop."""
-        return self.end - GRACE - time.monotonic()
-
-    def start(self, name: str, command: Sequence[str]) -> Started | None:
-        """Start a command; None where no time is left."""
-        if self.left() <= 0:
-            self._verdict(name, "not begun", 0.0)
-            return None
+    def run(self, name: str, command: Sequence[str]) -> bool:
+        """Run one command, and interrupt it where the time is over; returns whether it has done its work."""
+        began, interrupted = time.monotonic(), False
+        if self.end - self.grace <= began:
+            self._note(f"{name}: not begun, 0 s")
+            return False
         with (self.place / "logs" / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command, cwd=self.place, env=os.environ | self.environment, stdout=log, stderr=subprocess.STDOUT
             )
-        return Started(name, process, time.monotonic())
-
-    def finish(self, started: Started) -> bool:
-        """Wait for a command to end, and interrupt it where the time is over; returns whether all is well."""
-        process = started.process
         try:
-            process.wait(max(0.0, self.left()))
+            process.wait(self.end - self.grace - began)
         except subprocess.TimeoutExpired:
-            started.interrupt()
+            interrupted = True
+            process.terminate()
             try:
                 process.wait(max(0.1, self.end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        verdict = f"failed ({process.returncode})" if process.returncode else "done"
-        verdict = "interrupted" if started.interrupted else verdict
-        self.failures += verdict.startswith("failed")
-        self._verdict(started.name, verdict, time.monotonic() - started.began)
+        verdict = "interrupted" if interrupted else "done"
+        if process.returncode and not interrupted:
+            verdict = f"failed ({process.returncode})"
+            self.failed.append(name)
+        self._note(f"{name}: {verdict}, {time.monotonic() - began:.0f} s")
         return verdict == "done"
 
-    def run(self, name: str, command: Sequence[str]) -> bool:
-        """Run one command alone."""
-        started = self.start(name, command)
-        return started is not None and self.finish(started)
-
     def study(self, runs: Sequence[tuple[str, Sequence[str], Sequence[str]]], trainers: int) -> None:
-        """Train runs in their order, some side by side, and evaluate each that is done, one after the other.
+        """Train runs in their order, `trainers` at a time, and evaluate each that is done, one after the other.
 
-        Args:
-            runs: name, command of training, command of evaluation.
-            trainers: how many train at a time.
+        A run is its name, the command of its training and that of its evaluation.
         """
-        waiting, trained = list(runs), list[tuple[str, Sequence[str]]]()
-        training: dict[Started, tuple[str, Sequence[str]]] = {}
-        evaluating: Started | None = None
-        while waiting or training or trained or evaluating:
-            while waiting and len(training) < trainers:
-                name, train, evaluate = waiting.pop(0)
-                if started := self.start(f"train {name}", train):
-                    training[started] = (f"evaluate {name}", evaluate)
-            if trained and evaluating is None:
-                evaluating = self.start(*trained.pop(0))
-            if over := self.left() <= 0:
-                for started in [*training, *([evaluating] if evaluating else [])]:
-                    started.interrupt()
-            for started in [s for s in training if over or s.process.poll() is not None]:
-                follows = training.pop(started)
-                if self.finish(started):
-                    trained.append(follows)
-            if evaluating is not None and (over or evaluating.process.poll() is not None):
-                self.finish(evaluating)
-                evaluating = None
-            time.sleep(0.05)
+        with ThreadPoolExecutor(1) as evaluator, ThreadPoolExecutor(trainers) as pool:
 
-    def _verdict(self, name: str, verdict: str, seconds: float) -> None:
-        line = f"{name}: {verdict}, {seconds:.0f} s"
+            def train(name: str, training: Sequence[str], evaluation: Sequence[str]) -> None:
+                if self.run(f"train {name}", training):
+                    evaluator.submit(self.run, f"evaluate {name}", evaluation)
+
+            for future in [pool.submit(train, *run) for run in runs]:
+                future.result()
+
+    def _note(self, line: str) -> None:
         print(line, flush=True)
         with (self.place / "verdicts.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-
-@dataclass(eq=False)
-class Started:
-    """A running command."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    began: float
-    interrupted: bool = False
-
-    def interrupt(self) -> None:
-        """Ask it to save its work and to end, once."""
-        if not self.interrupted and self.process.poll() is None:
-            self.interrupted = True
-            self.process.send_signal(signal.SIGTERM)
 
 
 def collect(config: OfflineConfig) -> Path:

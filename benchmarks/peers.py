@@ -50,13 +50,6 @@ class PeerProcess:
     Attributes:
         subjects: the models found there.
         missing: a line for each library that is not measured, and why.
-
-    Args:
-        setup: sizes and the like.
-        flush_denormals: whether the process flushes denormal floats to zero.
-
-    Raises:
-        RuntimeError: the process ended before it had built its models.
     """
 
     def __init__(self, setup: Setup, flush_denormals: bool) -> None:

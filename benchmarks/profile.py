@@ -12,7 +12,7 @@ from benchmarks.subjects import Subject, Task, words
 PARTS: Mapping[str, str] = {
     "loss": r"LinearCrossEntropy|nll_loss|log_softmax|logsumexp",
     "optimizer, clipping": r"Optimizer\.|_fused_adamw|_foreach",
-    "attention": r"scaled_dot_product|key_bias_attention|native_attention|softmax|bmm|flash_attention",
+    "attention": r"scaled_dot_product|native_attention|_Attention|softmax|bmm|flash_attention",
     "linear layers": r"addmm|aten::mm\b|AddmmBackward|MmBackward",
 }
 """Name of a part -> operators that belong to it, with all that they call. The first that fits is taken."""
@@ -20,12 +20,7 @@ REST = "norms, activations, embeddings, copies"
 
 
 def profile_step(subject: Subject, task: Task) -> dict[str, float]:
-    """Share of each part in one training step's time on the CPU, largest first; they add up to 1.
-
-    Args:
-        subject: what is measured.
-        task: its tokens.
-    """
+    """Share of each part in one training step's time on the CPU, largest first; they add up to 1."""
     # Its library reports each start and stop on standard error otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile

@@ -11,7 +11,7 @@ from typing import Any
 from alibi_lm import runtime
 from alibi_lm.files import write_text
 from benchmarks.measure import PAIRS, Contest, ratio
-from benchmarks.subjects import OURS, Kind, Setup, flops_per_token
+from benchmarks.subjects import OURS, Kind, Setup, flops_per_token, label
 
 PAPER_TABLE_1 = {
     "sinusoidal": {512: (28.5, 82.1, 15.3), 1024: (26.0, 77.8, 19.2), 3072: (15.3, 42.4, 15.1)},
@@ -20,19 +20,11 @@ PAPER_TABLE_1 = {
     "alibi": {512: (28.3, 85.8, 15.3), 1024: (25.8, 76.4, 19.3), 3072: (15.5, 42.2, 15.2)},
 }
 """Press et al. 2022, Table 1, one V100: thousand words/s in training and evaluation, GB of training memory."""
-
-
 KINDS: tuple[Kind, ...] = ("train", "eval")
 
 
 def rows(contests: Sequence[Contest], model: str, setup: Setup) -> list[dict[str, Any]]:
-    """One row for each implementation and length of what is measured so far; the reference's comes first.
-
-    Args:
-        contests: pairs of steps.
-        model: the setting of that name.
-        setup: sizes and the like.
-    """
+    """One row for each implementation and length of what is measured so far; the reference's comes first."""
     contests = [contest for contest in contests if contest.pairs or contest.reason]
     result = []
     for length in dict.fromkeys(contest.task.length for contest in contests):
@@ -43,15 +35,11 @@ def rows(contests: Sequence[Contest], model: str, setup: Setup) -> list[dict[str
             reference.pairs += [{kind: (a, a) for kind, (a, _) in pair.items()} for pair in contest.pairs]
             reference.matmul += contest.matmul
         measured = [reference, *(contest for contest in here if contest.subject is not contest.reference)]
-        alibi = next(
-            (
-                c
-                for c in measured
-                if c.subject.implementation == OURS and c.subject.position == "alibi" and not c.subject.compiled
-            ),
-            None,
-        )
-        result += [_row(contest, reference, alibi, model, setup) for contest in measured]
+        wanted = (OURS, "alibi", False)
+        alibi = [
+            c for c in measured if (c.subject.implementation, c.subject.position, c.subject.compiled) == wanted
+        ]
+        result += [_row(contest, reference, alibi[0] if alibi else None, model, setup) for contest in measured]
     return result
 
 
@@ -147,7 +135,7 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
             )
             memory = row["peak_memory_bytes"]
             lines.append(
-                f"{_name(row):36}{row['pairs']:>5} {_number(row, 'train_tokens_per_second', '9,.0f'):>9} "
+                f"{label(row):36}{row['pairs']:>5} {_number(row, 'train_tokens_per_second', '9,.0f'):>9} "
                 f"{_ratio(row, 'train'):>28} {_number(row, 'eval_tokens_per_second', '9,.0f'):>9} "
                 f"{_ratio(row, 'eval'):>28} {_number(row, 'train_flops_utilisation', '9.2f'):>9} {leads:>13} "
                 f"{'-' if memory is None else format(memory / 2**20, '5,.0f'):>5} MB"
@@ -175,7 +163,7 @@ def ratios_markdown(measured: Sequence[dict[str, Any]]) -> str:
     for row in measured:
         for title, field in titles.items():
             cell = _number(row, field, ".2f") + (" (not settled)" if _open(row, title) else "")
-            body.setdefault(_name(row), {})[field, row["length"]] = cell
+            body.setdefault(label(row), {})[field, row["length"]] = cell
     return _markdown("implementation", [title for title, *_ in columns], body, [column[1:] for column in columns])
 
 
@@ -189,7 +177,7 @@ def speedups_markdown(measured: Sequence[dict[str, Any]]) -> str:
             _number(row, f"alibi_{kind}_speedup", ".2f") + (" (not settled)" if _open(row, kind, "alibi") else "")
             for kind in KINDS
         ]
-        body.setdefault(_name(row), {})[row["length"]] = " / ".join(cells)
+        body.setdefault(label(row), {})[row["length"]] = " / ".join(cells)
     return _markdown("our ALiBi, times as fast as", [f"{n:,}" for n in lengths], body, lengths) if others else ""
 
 
@@ -197,11 +185,6 @@ def _markdown(first: str, titles: list[str], body: dict[str, dict[Any, str]], ke
     lines = [f"| {first} | {' | '.join(titles)} |", f"| --- |{' --: |' * len(titles)}"]
     lines += [f"| {name} | {' | '.join(cells.get(key, '-') for key in keys)} |" for name, cells in body.items()]
     return "\n".join(lines)
-
-
-def _name(row: dict[str, Any]) -> str:
-    name = f"{row['implementation']} {row['position']}" + (" compiled" if row["compiled"] else "")
-    return name if row["backend"] == "its own" else f"{name} ({row['backend']})"
 
 
 def _open(row: dict[str, Any], kind: str, over: str = "") -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -73,6 +73,12 @@ def words(batch: int, length: int, vocab_size: int) -> Tensor:
     return torch.searchsorted(cumulative, uniform).clamp_(max=vocab_size - 1)
 
 
+def label(described: Mapping[str, Any]) -> str:
+    """Name in tables and messages, from the fields of an `Implementation` or of a result row."""
+    name = f"{described['implementation']} {described['position']}" + " compiled" * described["compiled"]
+    return name if described["backend"] == "its own" else f"{name} ({described['backend']})"
+
+
 @dataclass(kw_only=True)
 class Implementation(ABC):
     """One implementation of one scheme, wherever it runs."""
@@ -92,9 +98,8 @@ class Implementation(ABC):
 
     @property
     def label(self) -> str:
-        """Name in tables and messages."""
-        name = f"{self.implementation} {self.position}" + (" compiled" if self.compiled else "")
-        return name if self.backend == "its own" else f"{name} ({self.backend})"
+        """Name in messages."""
+        return label(vars(self))
 
     @abstractmethod
     def prepare(self, task: Task) -> int | None:
@@ -182,16 +187,13 @@ class Subject(Implementation):
 
 
 def ours(setup: Setup, positions: Sequence[str], backends: Sequence[str], compile: bool) -> list[Subject]:
-    """Our schemes, `none` first: the reference. On a GPU they wait in the host's memory for their turn.
+    """Our schemes with each backend, `none` first: the reference. On a GPU they wait in the host's memory.
 
     Args:
         setup: sizes and the like.
         positions: schemes; `none` is added.
-        backends: attention backends; each scheme with each.
+        backends: attention backends.
         compile: whether each is measured compiled as well.
-
-    Raises:
-        ValueError: settings that do not fit together.
     """
     subjects = []
     schemes = ["none", *(name for name in positions if name != "none")]
@@ -203,19 +205,20 @@ def ours(setup: Setup, positions: Sequence[str], backends: Sequence[str], compil
                 model = TransformerLM(
                     setup.sizes, position, backend, setup.vocab_size, setup.train_length, setup.longest
                 )
-                subject = Subject(
-                    implementation=OURS,
-                    position=name,
-                    backend=model.backend.name,
-                    compiled=compiled,
-                    flushes_denormals=True,
-                    parameters=model.num_parameters(),
-                    setup=setup,
-                    module=model,
-                    loss=_mean_nats(model, compiled),
-                    optimizer=build_optimizer(AdamWConfig(), model),
+                subjects.append(
+                    Subject(
+                        implementation=OURS,
+                        position=name,
+                        backend=model.backend.name,
+                        compiled=compiled,
+                        flushes_denormals=True,
+                        parameters=model.num_parameters(),
+                        setup=setup,
+                        module=model,
+                        loss=_mean_nats(model, compiled),
+                        optimizer=build_optimizer(AdamWConfig(), model),
+                    )
                 )
-                subjects.append(subject)
     return subjects
 
 
@@ -231,11 +234,6 @@ def flops_per_token(sizes: ModelConfig, vocab_size: int, length: int) -> float:
     6 for each weight that multiplies the token (2 forward, 4 backward), and causal attention: a token meets
     length / 2 keys, twice (scores, weighted sum), at 2 operations a dimension, times 3 for the backward pass.
     An adaptive vocabulary counts its first band alone, so that utilisation is a lower bound.
-
-    Args:
-        sizes: of the model.
-        vocab_size: words.
-        length: tokens of a sequence.
     """
     dim = sizes.model_dim
     scores = sizes.adaptive_cutoffs[0] + len(sizes.adaptive_cutoffs) if sizes.adaptive_cutoffs else vocab_size

@@ -336,11 +336,12 @@ def test_mistakes_are_told_before_any_work(argument, message):
         bench(parse(BenchConfig, argument.split()))
 
 
-def test_a_profile_gives_each_part_its_share(capsys):
-    arguments = [*TINY, "profile=true", "lengths=[32]", "positions=[none]", "backends=[sdpa]", "tokens=64"]
+@pytest.mark.parametrize("backend", ["sdpa", chosen_backend("auto")])
+def test_a_profile_gives_each_part_its_share(capsys, backend):
+    arguments = [*TINY, "profile=true", "lengths=[32]", "positions=[none]", f"backends=[{backend}]", "tokens=64"]
     assert bench(parse(BenchConfig, arguments)) == []
     title, _, *lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert title == "| part of the step | ours none (sdpa) |"
+    assert title == f"| part of the step | ours none ({backend}) |"
     shares = {part.strip("| "): int(share.strip(" |%")) for part, share in (line.split(" | ") for line in lines)}
     assert {"loss", "attention", "linear layers", "optimizer, clipping"} < set(shares)
     assert 97 <= sum(shares.values()) <= 103 and list(shares.values()) == sorted(shares.values(), reverse=True)

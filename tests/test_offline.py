@@ -46,12 +46,11 @@ def test_an_evaluator_follows_two_trainers(tmp_path):
     assert order.index("evaluate a ended") < order.index("train c ended"), (
         "evaluations do not wait for all of training"
     )
-    assert crew.failures == 1 and (tmp_path / "logs" / "train bad.log").read_text() == "no\n"
+    assert crew.failed == ["train bad"] and (tmp_path / "logs" / "train bad.log").read_text() == "no\n"
     assert crew.run("environment", code("import os; assert os.environ['WORD'] == 'here'"))
 
 
-def test_the_end_of_the_time_interrupts_what_runs_and_begins_nothing_more(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.offline.GRACE", 3.0)
+def test_the_end_of_the_time_interrupts_what_runs_and_begins_nothing_more(tmp_path):
     saves = (
         "import signal, sys, time\n"
         "def stop(*_):\n    print('saved'); sys.exit(0)\n"
@@ -59,14 +58,14 @@ def test_the_end_of_the_time_interrupts_what_runs_and_begins_nothing_more(tmp_pa
     )
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     began = time.monotonic()
-    crew = Crew(tmp_path, {}, began + 8)
+    crew = Crew(tmp_path, {}, began + 8, grace=3.0)
     runs = [(name, code(text), code("")) for name, text in (("a", saves), ("deaf", deaf), ("late", ""))]
     crew.study(runs, trainers=2)
     assert time.monotonic() - began < 9
     assert set(verdicts(tmp_path)) == {
         ("train a", "interrupted"), ("train deaf", "interrupted"), ("train late", "not begun"),
     }  # fmt: skip
-    assert (tmp_path / "logs" / "train a.log").read_text() == "saved\n" and crew.failures == 0
+    assert (tmp_path / "logs" / "train a.log").read_text() == "saved\n" and not crew.failed
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from alibi_lm.attention.base import AttentionBackend
+from alibi_lm.attention.base import Attend, AttentionBackend, Request
 from alibi_lm.attention.eager import EagerAttention
 from alibi_lm.attention.flex import FlexAttention
 from alibi_lm.attention.native import NativeAttention, why_not
@@ -43,7 +41,7 @@ class SdpaConfig:
 
 @dataclass
 class NativeConfig:
-    """A kernel for CPUs of this package's own, compiled at its first use."""
+    """A kernel of this package for CPUs, compiled at its first use."""
 
     name: str = "native"
 
@@ -55,6 +53,13 @@ class FlexConfig:
     name: str = "flex"
 
 
+CHAINS: dict[str, tuple[type[AttentionBackend], ...]] = {
+    "eager": (EagerAttention,),
+    "sdpa": (SdpaAttention,),
+    "native": (NativeAttention, SdpaAttention),
+    "flex": (FlexAttention,),
+}
+"""The backend of each name, and the one that takes the passes which it does not serve, if there is one."""
 ATTENTION: dict[str, type] = {
     "auto": AutoConfig,
     "eager": EagerConfig,
@@ -62,26 +67,6 @@ ATTENTION: dict[str, type] = {
     "native": NativeConfig,
     "flex": FlexConfig,
 }
-CHAINS: dict[str, tuple[type[AttentionBackend[Any]], ...]] = {
-    "eager": (EagerAttention,),
-    "sdpa": (SdpaAttention,),
-    "native": (NativeAttention, SdpaAttention),
-    "flex": (FlexAttention,),
-}
-"""The backend of each name, and the one that takes the passes which it does not serve, if there is one."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A backend and what it prepared for one forward pass; every layer of the scheme calls it."""
-
-    backend: AttentionBackend[Any]
-    shared: Any
-    dropout: float
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None) -> Tensor:
-        """Attend: (B, H, T, K), (B, H, S, K), (B, H, S, K), (B, S, D) or None -> (B, H, T, K)."""
-        return self.backend(q, k, v, self.shared, x, self.dropout)
 
 
 class Backends:
@@ -94,65 +79,31 @@ class Backends:
 
     def __init__(self, name: str, position: str) -> None:
         self.name, self.position = name, position
-        self.backends = [backend() for backend in CHAINS[name]]
-
-    def refuses(self, scheme: PositionScheme, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
-        """Why no backend of the chain serves such passes, as a message; empty where one does.
-
-        Args:
-            scheme: gives the bias.
-            device: of queries and keys.
-            dtype: of queries and keys.
-            facts: window, dropout, grad, whole and gaps of `AttentionBackend.supports`.
-        """
-        reasons = [backend.supports(scheme, device, dtype, **facts) for backend in self.backends]
-        return "" if not all(reasons) else self._refusal(scheme, reasons[0])
+        self.chain = [backend() for backend in CHAINS[name]]
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        """Why the named backend can never serve a scheme, as a message; empty where it can, on some device."""
-        first = self.backends[0]
-        reasons = [first.supports(scheme, torch.device(d), torch.float32) for d in ("cpu", "cuda")]
-        return "" if not all(reasons) else self._refusal(scheme, reasons[0])
+        """Why the named backend can never serve a scheme, as a message; empty where it can."""
+        reason = self.chain[0].refuses_scheme(scheme)
+        return reason and self._message(scheme, reason)
 
-    def _refusal(self, scheme: PositionScheme, reason: str) -> str:
-        other = "eager" if scheme.defines("content_bias") else "sdpa"
-        return f"attention={self.name} cannot run position={self.position} ({reason}). Use attention={other}."
-
-    def prepare(
-        self,
-        scheme: PositionScheme,
-        q_pos: Tensor,
-        k_pos: Tensor,
-        span: int,
-        window: int | None,
-        dtype: torch.dtype,
-        dropout: float,
-    ) -> Prepared:
-        """Choose the backend of a forward pass, and build what its layers share.
-
-        Args:
-            scheme: gives the bias.
-            q_pos: (T,) int64, strictly ascending: the last T entries of k_pos.
-            k_pos: (S,) int64, strictly ascending.
-            span: k_pos[-1] - k_pos[0].
-            window: a query sees only the keys at distances below it; None: all keys at or before it.
-            dtype: of queries and keys.
-            dropout: probability of dropping an attention weight.
+    def choose(self, scheme: PositionScheme, request: Request) -> AttentionBackend:
+        """The backend that serves a forward pass.
 
         Raises:
-            ValueError: the backend that was asked for by name does not serve this pass.
+            ValueError: the backend that was asked for by name does not, and nothing stands in for it.
         """
-        if window is not None and window > span:
-            window = None
-        device, grad = k_pos.device, torch.is_grad_enabled()
-        whole, gaps = len(q_pos) == len(k_pos), span != len(k_pos) - 1
-        for backend in self.backends:
-            if not backend.supports(scheme, device, dtype, window, dropout, grad, whole, gaps):
-                shared = backend.prepare(scheme, q_pos, k_pos, span, window, dtype)
-                return Prepared(backend, shared, dropout)
-        raise ValueError(
-            self.refuses(scheme, device, dtype, window=window, dropout=dropout, grad=grad, whole=whole, gaps=gaps)
-        )
+        for backend in self.chain:
+            if not backend.refuses(scheme, request):
+                return backend
+        raise ValueError(self._message(scheme, self.chain[0].refuses(scheme, request)))
+
+    def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
+        """Choose the backend of a forward pass, and build what the layers of the scheme share."""
+        return self.choose(scheme, request).prepare(scheme, request)
+
+    def _message(self, scheme: PositionScheme, reason: str) -> str:
+        other = "eager" if scheme.defines("content_bias") else "sdpa"
+        return f"attention={self.name} cannot run position={self.position} ({reason}). Use attention={other}."
 
 
 def chosen_backend(name: str) -> str:
@@ -202,4 +153,4 @@ def build_backend(name: str, scheme: PositionScheme, position: str) -> Backends:
     return backends
 
 
-__all__ = ["ATTENTION", "AttentionBackend", "Backends", "Prepared", "build_backend", "chosen_backend"]
+__all__ = ["ATTENTION", "Attend", "AttentionBackend", "Backends", "Request", "build_backend", "chosen_backend"]

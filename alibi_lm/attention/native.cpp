@@ -62,7 +62,7 @@ INLINE float sum(Vec x) {
   return x[0];
 }
 
-// 2^x for x <= 0 to 1e-7 of its value, 0 below LEAST. What is not a number stays so.
+// 2^x for x <= 0 to 1e-7 of its value, 0 below LEAST; NaN stays NaN.
 INLINE Vec power_of_two(Vec x) {
   const Bits none = x <= all(LEAST);
   x = none ? all(LEAST) : x;
@@ -147,7 +147,7 @@ INLINE void copy_row(float* to, const float* from, int64_t K, int64_t D, float f
   for (int64_t d = K; d < D; d++) to[d] = 0;
 }
 
-// The larger one; what is not a number stays, and then no comparison holds.
+// The larger one; NaN stays, and then no comparison holds.
 INLINE float larger(float x, float y) { return y > x || y != y ? y : x; }
 
 INLINE float dot(const float* x, const float* y, int64_t D) {
@@ -162,8 +162,8 @@ INLINE void transpose(float* to, const float* from, int64_t D) {
     for (int64_t j = 0; j < KEYS; j++) to[d * KEYS + j] = from[j * D + d];
 }
 
-// Runs task(0, memory), ..., task(count - 1, memory) on so many threads, each on the next one that is free; each thread
-// has so many floats of memory for itself. All threads take part, idle or not: a smaller team would end the rest of
+// Runs task(0, memory), ..., task(count - 1, memory) on `threads` threads, each on the next one that is free. Every
+// thread has `floats` floats of memory for itself. All threads take part, idle or not: a smaller team would end the rest of
 // torch's.
 template <typename Task>
 void in_parallel(int64_t threads, int64_t count, int64_t floats, const Task& task) {
@@ -276,7 +276,7 @@ void find_reaches(const Call& c, int64_t b, int64_t h, const float* tails, float
       bound = larger(bound, excess);
     }
     const float limit = NEGLIGIBLE + c.bias[h * c.T] * LOG2E - bound;
-    // tails falls from its start to its end; a limit that is not a number leaves nothing out.
+    // tails falls from its start to its end; a limit of NaN leaves nothing out.
     const float* found = std::partition_point(tails, tails + c.T, [&](float tail) { return !(tail <= limit); });
     reach[block] = std::max<int64_t>(found - tails, 1);
   }

@@ -13,78 +13,44 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alibi_lm.attention import native_library
-from alibi_lm.attention.base import AttentionBackend, empty_by_tokens, trial
+from alibi_lm.attention.base import Attend, AttentionBackend, Request
 from alibi_lm.positions.base import PositionScheme
 
 
-class NativePrepared(NamedTuple):
-    """What the layers share."""
-
-    bias: Tensor | None
-    """(H, T) float32: of each distance; may need a gradient."""
-    window: int
-    """A query sees the keys at distances below it."""
-
-
-class NativeAttention(AttentionBackend[NativePrepared]):
+class NativeAttention(AttentionBackend):
     """The compiled kernel; `why_not` says whether there is one."""
 
     name = "native"
 
-    def __init__(self) -> None:
-        self.missing = why_not()
-
-    def supports(
-        self,
-        scheme: PositionScheme,
-        device: torch.device,
-        dtype: torch.dtype,
-        window: int | None = None,
-        dropout: float = 0.0,
-        grad: bool = False,
-        whole: bool = True,
-        gaps: bool = False,
-    ) -> str:
-        biased = scheme.defines("bias", "distance_bias")
+    def refuses_scheme(self, scheme: PositionScheme) -> str:
         if scheme.defines("content_bias"):
             return "it needs the full score matrix"
-        if scheme.defines("bias"):
-            return "its bias is more than a function of distance"
-        if device.type != "cpu":
+        return "its bias is more than a function of distance" if scheme.defines("bias") else ""
+
+    def refuses(self, scheme: PositionScheme, request: Request) -> str:
+        if not request.k_pos.is_cpu:
             return "the kernel runs on a CPU"
-        if dtype != torch.float32:
-            return f"the kernel computes in float32, not in {str(dtype).removeprefix('torch.')}"
-        if dropout:
-            return f"model.attention_dropout = {dropout}, and the kernel drops no attention weights"
-        if not whole:
+        if request.dtype != torch.float32:
+            return f"the kernel computes in float32, not in {str(request.dtype).removeprefix('torch.')}"
+        if request.dropout:
+            return f"model.attention_dropout = {request.dropout}, and the kernel drops no attention weights"
+        if not request.whole:
             return "cached decoding has fewer queries than keys"
-        if gaps and (biased or window is not None):
+        if request.gaps and (scheme.defines("distance_bias") or request.window is not None):
             return "the positions have gaps"
-        return self.missing
+        return ""
 
-    def prepare(
-        self,
-        scheme: PositionScheme,
-        q_pos: Tensor,
-        k_pos: Tensor,
-        span: int,
-        window: int | None,
-        dtype: torch.dtype,
-    ) -> NativePrepared:
-        bias = scheme.distance_bias(torch.arange(len(k_pos)))
-        return NativePrepared(bias, len(k_pos) if window is None else window)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, prepared: NativePrepared, x: Tensor | None, dropout: float
-    ) -> Tensor:
-        return attend(q, k, v, prepared.bias, prepared.window)
+    def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
+        tokens = len(request.k_pos)
+        bias, window = scheme.distance_bias(torch.arange(tokens)), request.window or tokens
+        return lambda q, k, v, x: attend(q, k, v, bias, window)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> Tensor:
@@ -127,10 +93,16 @@ def why_not() -> str:
 
     It is tried once: 70 tokens, more than a tile of queries or of keys, with a bias and without.
     """
-    found = native_library.find()
-    if found.library is None:
-        return found.reason
-    with trial() as generator:
+    library = native_library.find()
+    if isinstance(library, str):
+        return library
+    with (  # whatever the caller has chosen
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        generator = torch.Generator("cpu").manual_seed(0)
         q, k, v = (
             torch.randn(1, 2, 70, 10, generator=generator, dtype=torch.float32, requires_grad=True)
             for _ in range(3)
@@ -177,8 +149,8 @@ class _Call(ctypes.Structure):
 def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> None:
     """Call the kernel; every tensor must be float32 (reach: int64), and alive until this returns."""
     batch, heads, tokens, dim = q.shape
-    library = native_library.find().library
-    assert library is not None
+    library = native_library.find()
+    assert not isinstance(library, str)
     call = _Call(batch, heads, tokens, dim, torch.get_num_threads(), window, dim**-0.5)
     for name, x in {"q": q, **tensors}.items():
         if x is not None:
@@ -211,7 +183,7 @@ def backward(
     """Gradients of q, k, v, and of the bias (H, T) if `of_bias`, else empty; from what `forward` returned."""
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     bias = None if bias is None else bias.contiguous()
-    grad_q, grad_k, grad_v = (empty_by_tokens(x) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (_empty_like(x) for x in (q, k, v))
     grad_bias = q.new_empty(q.shape[:3]) if of_bias else None
     _run(
         "backward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach,
@@ -220,10 +192,16 @@ def backward(
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias.sum(0)
 
 
+def _empty_like(x: Tensor) -> Tensor:
+    """(B, H, T, K) with tokens before heads in memory: heads then join to one vector without a copy."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
 def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = (q.shape[2] + native_library.ROWS - 1) // native_library.ROWS
     return (
-        empty_by_tokens(q),
+        _empty_like(q),
         q.new_empty(q.shape[:3]),
         q.new_empty((*q.shape[:2], blocks), dtype=torch.int64),
     )
@@ -243,7 +221,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_operator_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_bias = q.new_empty(q.shape[1:3]) if rest[-1] else q.new_empty(0)
-    return empty_by_tokens(q), empty_by_tokens(k), empty_by_tokens(v), grad_bias
+    return _empty_like(q), _empty_like(k), _empty_like(v), grad_bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

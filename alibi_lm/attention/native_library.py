@@ -2,7 +2,7 @@
 
 The library lies in the user's cache folder ($XDG_CACHE_HOME/alibi_lm, or ~/.cache/alibi_lm) under a name made of
 all that it depends on: source, command, compiler and processor. Machines that share a home folder share no library
-that one of them could not run. The sha256 of its content lies beside it and is compared before it is loaded,
+that one of them could not run. It ends with the sha256 of its content, which is compared before it is loaded,
 because loading half a library ends the process. Where nothing can be kept, each process compiles one for itself.
 """
 
@@ -21,9 +21,10 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+
+from alibi_lm.files import whole_file
 
 SOURCE = Path(__file__).with_name("native.cpp")
 ROWS = 48
@@ -36,28 +37,21 @@ SECONDS = 300
 log = logging.getLogger("alibi_lm")
 
 
-class Found(NamedTuple):
-    """The library, or why there is none."""
-
-    library: ctypes.CDLL | None
-    reason: str = ""
-
-
 @functools.cache
-def find() -> Found:
-    """Load the library; compile it first where that has not been done. Never raises."""
+def find() -> ctypes.CDLL | str:
+    """The library, compiled first where that has not been done; or why there is none. Never raises."""
     try:
         command = [*_compiler(), *_flags()]
-        return Found(ctypes.CDLL(str(_compiled(command))))
+        return ctypes.CDLL(str(_compiled(command)))
     except subprocess.TimeoutExpired:
-        return Found(None, f"compiling it took more than {SECONDS} seconds")
+        return f"compiling it took more than {SECONDS} seconds"
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
         reason = lines[0] if lines else f"exit status {error.returncode}"
-        return Found(None, f"compilation failed: {shlex.join(error.cmd[:1])}: {reason}")
+        return f"compilation failed: {shlex.join(error.cmd[:1])}: {reason}"
     except Exception as error:
-        # A kernel that nobody needs may stop no one, whatever is unusual about this machine.
-        return Found(None, str(error) or type(error).__name__)
+        # There is always another backend, so nothing unusual about this machine may stop the run.
+        return str(error) or type(error).__name__
 
 
 def _compiler() -> list[str]:
@@ -79,53 +73,32 @@ def _compiler() -> list[str]:
 
 
 def _compiled(command: list[str]) -> Path:
-    """The library's file.
-
-    Raises:
-        OSError: the compiler does not start, or there is no room.
-        subprocess.SubprocessError: it fails.
-    """
+    """The library's file, compiled where it is not there or not whole."""
     from filelock import FileLock
 
     name = _name(command)
     try:
-        cache = _cache()
+        chosen = os.environ.get("XDG_CACHE_HOME")
+        cache = (Path(chosen) if chosen else Path.home() / ".cache") / "alibi_lm"
         if _whole(cache / name):
             return cache / name
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f"{name}.lock")
         lock.acquire()
-    except (OSError, NotImplementedError, RuntimeError) as error:
+    except (OSError, NotImplementedError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         log.info("the compiled attention kernel cannot be kept: %s", error)
         return _compile(command, Path(_own_folder().name) / name)
     with lock:
         return cache / name if _whole(cache / name) else _compile(command, cache / name)
 
 
-def _cache() -> Path:
-    """The folder of compiled libraries.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    return (Path(chosen) if chosen else Path.home() / ".cache") / "alibi_lm"
-
-
 def _whole(library: Path) -> bool:
-    """Whether a library is there, with the content that was compiled."""
+    """Whether a library is there, and ends with the digest of what was compiled."""
     try:
-        return _digest_file(library).read_text(encoding="ascii") == _sha256(library.read_bytes())
-    except (FileNotFoundError, UnicodeDecodeError):
+        content = library.read_bytes()
+    except FileNotFoundError:
         return False
-
-
-def _digest_file(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 @functools.cache
@@ -143,13 +116,9 @@ def _compile(command: list[str], target: Path) -> Path:
             [*command, "-o", str(made), str(SOURCE), *_openmp_of_torch()],
             check=True, capture_output=True, text=True, timeout=SECONDS,
         )  # fmt: skip
-        digest = Path(folder) / "digest"
-        digest.write_text(_sha256(made.read_bytes()), encoding="ascii")
-        # On the disk first, then at once, so that nobody ever sees half of it; the digest makes it count.
-        for file, place in ((made, target), (digest, _digest_file(target))):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            file.replace(place)
+        content = made.read_bytes()
+    with whole_file(target) as file:
+        file.write(content + hashlib.sha256(content).digest())
     return target
 
 
@@ -168,7 +137,7 @@ def _sweep(target: Path) -> None:
 
 
 def _flags() -> list[str]:
-    # Not -ffast-math: it would undo how the exponential rounds, and lose what is not a number.
+    # Not -ffast-math: it would undo how the exponential rounds, and lose NaN.
     processor = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
     numbers = ["-fno-math-errno", "-fno-trapping-math"]
     return ["-std=c++17", "-O3", processor, *numbers, "-fopenmp", "-shared", "-fPIC", f"-DROWS={ROWS}"]
@@ -188,12 +157,6 @@ def _name(command: list[str]) -> str:
         processor = "".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*$", about, re.MULTILINE))))
     except OSError:
         processor = platform.processor()
-    parts = [
-        SOURCE.read_text(encoding="utf-8"),
-        *command,
-        version,
-        platform.machine(),
-        processor,
-        *_openmp_of_torch(),
-    ]
-    return f"attention-{_sha256(chr(0).join(parts).encode())[:16]}.so"
+    source = SOURCE.read_text(encoding="utf-8")
+    parts = [source, *command, version, platform.machine(), processor, *_openmp_of_torch(), "digest at the end"]
+    return f"attention-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"

@@ -1,7 +1,7 @@
 """What the evaluator asks of a language model, whether it is one of ours or not.
 
-Whoever has these few members is scored, swept over lengths and looked into like a run of ours. `TransformerLM` is
-one such model; a model of another library needs a wrapper of some fifty lines.
+A model with these few members is scored, swept over lengths and analysed like one of our runs. `TransformerLM` is
+one; a model of another library needs a wrapper of some fifty lines.
 
 Shape letters: B batch, T tokens, T' scored tokens (the last of each row), V vocabulary.
 """

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.attention import Prepared
+from alibi_lm.attention import Attend
 from alibi_lm.positions import PositionScheme
 from alibi_lm.settings import require
 
@@ -114,18 +114,15 @@ class KeyValueCache:
 
     Attributes:
         layers: of each layer k and v, each (B, H, S, K), and the layer's input (B, S, D) for schemes that read it.
-        positions: (S,) int64.
-        ends: first and last of the positions; None when empty.
+        positions: (S,) int64; None when empty.
+        first: the first of the positions; 0 when empty.
+        next_position: the one after the last; 0 when empty.
     """
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.positions: Tensor | None = None
-        self.ends: tuple[int, int] | None = None
-
-    def next_position(self) -> int:
-        """The position after the last one seen; 0 when empty."""
-        return 0 if self.ends is None else self.ends[1] + 1
+        self.first = self.next_position = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append a layer's new keys, values and inputs; returns all of them."""
@@ -145,7 +142,7 @@ class LayerPositions:
 
     scheme: PositionScheme
     tables: tuple[Tensor, ...]
-    attend: Prepared
+    attend: Attend
 
 
 class Attention(nn.Module):

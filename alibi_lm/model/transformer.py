@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm import runtime
-from alibi_lm.attention import build_backend
+from alibi_lm.attention import Request, build_backend
 from alibi_lm.model.interface import Scores, check_ids
 from alibi_lm.model.layers import ACTIVATIONS, Block, KeyValueCache, LayerPositions, ModelConfig
 from alibi_lm.model.vocabulary import AdaptiveVocabulary, Vocabulary
@@ -128,7 +128,7 @@ class TransformerLM(nn.Module):
         Raises:
             ValueError: positions out of order or past the scheme's table, or a pass that the backend cannot serve.
         """
-        length, start = input_ids.shape[1], 0 if cache is None else cache.next_position()
+        length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
         # Ends of the positions as Python numbers, where they can be known without reading the device.
         if positions is None:
             first, last = start, start + length - 1
@@ -142,8 +142,8 @@ class TransformerLM(nn.Module):
                 f"Use inference_length <= {limit}, or a scheme that is defined past its trained length."
             )
         k_pos = positions
-        if cache is not None and cache.positions is not None and cache.ends is not None:
-            k_pos, first = torch.cat([cache.positions, positions]), cache.ends[0]
+        if cache is not None and cache.positions is not None:
+            k_pos, first = torch.cat([cache.positions, positions]), cache.first
 
         x = self.vocabulary.embed(input_ids)
         if self.config.scale_embeddings:
@@ -153,18 +153,15 @@ class TransformerLM(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         dropout = self.config.attention_dropout if self.training else 0.0
+        request = Request(positions, k_pos, last - first, window, dtype, dropout)
         shared = [
-            LayerPositions(
-                scheme,
-                scheme.tables(positions),
-                self.backend.prepare(scheme, positions, k_pos, last - first, window, dtype, dropout),
-            )
+            LayerPositions(scheme, scheme.tables(positions), self.backend.prepare(scheme, request))
             for scheme in self.schemes
         ]
         for layer, block in enumerate(self.layers):
             x = block(x, layer, shared[layer % len(shared)], cache)
         if cache is not None:
-            cache.positions, cache.ends = k_pos, (first, last)
+            cache.positions, cache.first, cache.next_position = k_pos, first, last + 1
         return self.final_norm(x)
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
@@ -185,25 +182,21 @@ class TransformerLM(nn.Module):
         hidden = self.hidden(input_ids, **options)
         return self.vocabulary.logits(hidden[:, -1:] if last else hidden)
 
-    def logits(self, input_ids: Tensor, **options: Any) -> Tensor:
-        return self(input_ids, **options)
+    def logits(self, input_ids: Tensor) -> Tensor:
+        return self(input_ids)
 
     def nats(self, input_ids: Tensor, target_ids: Tensor, **options: Any) -> Tensor:
         """Minus the natural logarithm of each target's probability, for training.
 
-        In training mode a scheme that draws its positions does so here, from torch's global generator.
-
-        Args:
-            input_ids: (B, T) int64.
-            target_ids: (B, T) int64; target t follows input t.
-            options: `positions`, `cache` and `window` of `hidden`.
-
-        Returns:
-            (B, T) float32 (float64 in a float64 model).
+        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. In
+        training mode a scheme that draws its positions does so here, from torch's global generator.
         """
         if self.training and options.get("positions") is None:
             options["positions"] = self.training_positions(input_ids.shape[1])
-        hidden = self.hidden(input_ids, **options)
+        return self.nats_of(self.hidden(input_ids, **options), target_ids)
+
+    def nats_of(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
+        """The same from hidden states: (B, T, D), (B, T) int64 -> (B, T)."""
         return self.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
 
     def training_positions(self, length: int) -> Tensor | None:
@@ -226,8 +219,7 @@ class TransformerLM(nn.Module):
                 than the scheme has positions.
         """
         check_ids(self.vocab_size, input_ids, target_ids)
-        hidden = self.hidden(input_ids)
-        return -self.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
+        return -self.nats_of(self.hidden(input_ids), target_ids)
 
     @torch.inference_mode()
     def score(
@@ -242,11 +234,12 @@ class TransformerLM(nn.Module):
     ) -> Scores:
         check_ids(self.vocab_size, input_ids, target_ids)
         with runtime.autocast(self.device, self.precision):
-            hidden = self.hidden(input_ids, positions=positions, window=window)[:, score_from:].flatten(0, 1)
+            hidden = self.hidden(input_ids, positions=positions, window=window)[:, score_from:]
             targets = target_ids[:, score_from:]
-            nats = self.vocabulary.nats(hidden, targets.flatten()).view_as(targets)
-            best = self.vocabulary.first_choices(hidden).view_as(targets) if hits else None
-        return Scores(nats, None if best is None else best == targets)
+            nats = self.nats_of(hidden, targets)
+            if not hits:
+                return Scores(nats, None)
+            return Scores(nats, self.vocabulary.first_choices(hidden.flatten(0, 1)).view_as(targets) == targets)
 
     def serve(self, length: int) -> None:
         if length == self.schemes[0].shape.context_length:
@@ -257,17 +250,7 @@ class TransformerLM(nn.Module):
         self.positions = rebuilt.to(self.device).train(self.training)
 
     def refuses(self, capability: str) -> str:
-        """Why something cannot be had from this model; empty where it can.
-
-        Args:
-            capability: `positions` or `window` of `score`, which can always be had; or `training`, on the device
-                where the model is.
-        """
-        if capability != "training":
-            return ""
-        return self.backend.refuses(
-            self.schemes[0], self.device, torch.float32, dropout=self.config.attention_dropout, grad=True
-        )
+        return ""
 
     def num_parameters(self) -> int:
         """Trained numbers, tied ones counted once."""
@@ -331,4 +314,4 @@ class CompiledNats:
                 f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n"
                 f"{advice}, or use compile=false."
             ) from error
-        return model.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
+        return model.nats_of(hidden, target_ids)

@@ -54,14 +54,7 @@ class Vocabulary(nn.Module):
             nn.init.normal_(table, std=table.shape[1] ** -0.5)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word vectors, not scaled.
-
-        Args:
-            ids: (B, T) int64.
-
-        Returns:
-            (B, T, D).
-        """
+        """Word vectors, not scaled: (B, T) int64 -> (B, T, D)."""
         return F.embedding(ids, self.embedding)
 
     @property
@@ -76,22 +69,13 @@ class Vocabulary(nn.Module):
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Minus the natural logarithm of each target's probability, chunk by chunk.
 
-        Args:
-            hidden: (N, D).
-            targets: (N,) int64.
-
-        Returns:
-            (N,) float32 (float64 in a float64 model).
+        (N, D), (N,) int64 -> (N,) float32 (float64 in a float64 model).
         """
         return linear_cross_entropy(hidden, self.output_table, targets)
 
     def first_choices(self, hidden: Tensor) -> Tensor:
         """The most probable word of each row, chunk by chunk: (N, D) -> (N,) int64."""
         return first_choices(hidden, self.output_table)
-
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """The whole distribution: (..., D) -> (..., V) natural logarithms."""
-        return self.logits(hidden).log_softmax(dim=-1)
 
 
 class AdaptiveVocabulary(nn.Module):
@@ -146,17 +130,9 @@ class AdaptiveVocabulary(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word vectors, not scaled.
-
-        Every band looks at every token, and words of other bands contribute zeros. That is less than a
-        percent of the model's work, and nothing has to be read from the device.
-
-        Args:
-            ids: (B, T) int64.
-
-        Returns:
-            (B, T, D).
-        """
+        """Word vectors, not scaled: (B, T) int64 -> (B, T, D)."""
+        # Every band looks at every token, and words of other bands contribute zeros. That is less than a percent
+        # of the model's work, and nothing has to be read from the device.
         total: Tensor | None = None
         for (low, high), table, projection in zip(self.bands, self.embeddings, self.projections, strict=True):
             inside = (ids >= low) & (ids < high)
@@ -169,15 +145,8 @@ class AdaptiveVocabulary(nn.Module):
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Minus the natural logarithm of each target's probability.
 
-        A tail's softmax is computed for the targets in that tail alone; for that the number of targets in
-        each band is read from the device, once.
-
-        Args:
-            hidden: (N, D).
-            targets: (N,) int64, in [0, V).
-
-        Returns:
-            (N,) float32 (float64 in a float64 model).
+        (N, D), (N,) int64 -> (N,) float32 (float64 in a float64 model). A tail's softmax is computed for the
+        targets in that tail alone; for that the number of targets in each band is read from the device, once.
         """
         hidden = self.dropout(hidden)
         head_size = self.bands[0][1]
@@ -202,35 +171,23 @@ class AdaptiveVocabulary(nn.Module):
     def first_choices(self, hidden: Tensor) -> Tensor:
         """The most probable word of each row, chunk by chunk: (N, D) -> (N,) int64."""
         chunks = hidden.split(chunk_rows(self.vocab_size))
-        return torch.cat([self.log_probs(chunk).argmax(-1) for chunk in chunks])
+        return torch.cat([self.logits(chunk).argmax(-1) for chunk in chunks])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores whose softmax is the distribution, here its logarithms: (..., D) -> (..., V)."""
-        return self.log_probs(hidden)
-
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """The whole distribution: (..., D) -> (..., V) natural logarithms."""
+        """Scores whose softmax is the distribution, here its natural logarithms: (..., D) -> (..., V)."""
         hidden = self.dropout(hidden)
         head_size = self.bands[0][1]
-        head = self._head_logits(hidden).log_softmax(dim=-1)
+        head = _exact(F.linear(hidden, self._head_table())).log_softmax(dim=-1)
         parts = [head[..., :head_size]]
         for tail in range(1, len(self.bands)):
-            cluster = head[..., head_size + tail - 1, None]
-            parts.append(cluster + self._tail_logits(hidden, tail).log_softmax(dim=-1))
+            scores = _exact(F.linear(self._projected(hidden, tail), self.embeddings[tail]))
+            parts.append(head[..., head_size + tail - 1, None] + scores.log_softmax(dim=-1))
         return torch.cat(parts, dim=-1)
-
-    def _head_logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the first band's words and of the tails: (N, D) -> (N, c_1 + tails)."""
-        return _exact(F.linear(hidden, self._head_table()))
 
     def _head_table(self) -> Tensor:
         """Vectors of the first band's words and of the tails: (c_1 + tails, D)."""
         # Joining the weights copies less than joining the scores would.
         return torch.cat([self.embeddings[0], self.clusters])
-
-    def _tail_logits(self, hidden: Tensor, tail: int) -> Tensor:
-        """Scores of a tail's words: (n, D) -> (n, words of the band)."""
-        return _exact(F.linear(self._projected(hidden, tail), self.embeddings[tail]))
 
     def _projected(self, hidden: Tensor, tail: int) -> Tensor:
         """Hidden states in a tail's dimensions: (n, D) -> (n, D_i)."""

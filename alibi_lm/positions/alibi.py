@@ -34,7 +34,6 @@ class AlibiConfig:
     """Train one slope per head, starting from the fixed ones."""
 
     def build(self, shape: PositionShape) -> Alibi:
-        """Build the scheme for a model of this shape."""
         return Alibi(self, shape)
 
 

@@ -49,7 +49,6 @@ class NoneConfig:
     name: str = "none"
 
     def build(self, shape: PositionShape) -> PositionScheme:
-        """Build the scheme for a model of this shape."""
         return PositionScheme(shape)
 
 
@@ -65,7 +64,7 @@ class PositionScheme(nn.Module):
     translation_invariant: ClassVar[bool] = True
     """Whether shifting all positions by a constant changes nothing."""
     per_layer: ClassVar[bool] = False
-    """Whether each layer has an instance, with parameters, of its own; else one instance serves all layers."""
+    """Whether each layer has its own instance, with its own parameters; else one instance serves all layers."""
     cache_inputs: ClassVar[bool] = False
     """Whether `content_bias` reads the layer's input. A cache then keeps it for every token, beside its key."""
 
@@ -113,23 +112,11 @@ class PositionScheme(nn.Module):
         return None
 
     def add_to_embeddings(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Add position vectors to the (scaled) token embeddings.
-
-        Args:
-            x: (B, T, D).
-            positions: (T,) int64.
-
-        Returns:
-            (B, T, D), same dtype.
-        """
+        """Add position vectors to (scaled) token embeddings: (B, T, D), (T,) int64 -> (B, T, D), same dtype."""
         return x
 
     def tables(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """What `transform_qk` needs for these positions, computed once per forward pass.
-
-        Args:
-            positions: (T,) int64.
-        """
+        """What `transform_qk` needs for these positions, (T,) int64; computed once per forward pass."""
         return ()
 
     def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -201,17 +188,13 @@ class PositionScheme(nn.Module):
         Returns:
             A function (score, batch, head, query index, key index) -> score plus bias, or None.
         """
-        by_distance = None
-        if not self.defines("bias"):
-            by_distance = self.distance_bias(torch.arange(span + 1, device=k_pos.device))
-        if by_distance is not None:
-            row = by_distance
-            return lambda score, b, h, q, k: score + row[h, (q_pos[q] - k_pos[k]).clamp_min(0)]
-        bias = self.bias(q_pos, k_pos)
-        if bias is None:
+        if self.defines("bias"):
+            table = self.bias(q_pos, k_pos)
+            return None if table is None else lambda score, b, h, q, k: score + table[h, q, k]
+        line = self.distance_bias(torch.arange(span + 1, device=k_pos.device))
+        if line is None:
             return None
-        table = bias
-        return lambda score, b, h, q, k: score + table[h, q, k]
+        return lambda score, b, h, q, k: score + line[h, (q_pos[q] - k_pos[k]).clamp_min(0)]
 
     def key_bias(self, k_pos: Tensor) -> Tensor | None:
         """The bias as a function of the key alone, up to a constant for each query and head, where there is one.
@@ -230,16 +213,5 @@ class PositionScheme(nn.Module):
 
 
 def distances(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """Distances from each query back to each key, 0 where the key lies ahead.
-
-    Args:
-        q_pos: (T,) int64.
-        k_pos: (S,) int64.
-
-    Returns:
-        (T, S) int64, >= 0.
-    """
+    """Distances from each query back to each key, 0 where the key lies ahead: (T,), (S,) int64 -> (T, S) int64."""
     return (q_pos[:, None] - k_pos[None, :]).clamp_min(0)
-
-
-__all__ = ["NoneConfig", "PositionScheme", "PositionShape", "distances"]

@@ -43,7 +43,6 @@ class CopeConfig:
         )
 
     def build(self, shape: PositionShape) -> Cope:
-        """Build the scheme for a model of this shape."""
         return Cope(self, shape)
 
 

@@ -25,7 +25,6 @@ class LearnedConfig:
     name: str = "learned"
 
     def build(self, shape: PositionShape) -> Learned:
-        """Build the scheme for a model of this shape."""
         return Learned(shape)
 
 

@@ -19,7 +19,6 @@ Differs from the paper: nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,8 @@ from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
 from alibi_lm.settings import require
+
+SCALINGS = ("none", "linear", "ntk", "yarn")
 
 
 @dataclass
@@ -53,55 +54,31 @@ class RotaryConfig:
         )
 
     def build(self, shape: PositionShape) -> Rotary:
-        """Build the scheme for a model of this shape."""
         return Rotary(self, shape)
 
 
-Frequencies = tuple[Tensor, float]
-"""(inv_freq (K/2,) float64, amplitude of queries and of keys)."""
+def frequencies(
+    scaling: str, head_dim: int, theta: float, factor: float, train_length: int
+) -> tuple[Tensor, float]:
+    """inv_freq (K/2,) float64, and the amplitude of queries and of keys."""
+    if scaling == "ntk" and head_dim > 2:
+        theta *= factor ** (head_dim / (head_dim - 2))
+    inv_freq = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    if scaling == "linear":
+        return inv_freq / factor, 1.0
+    if scaling != "yarn":
+        return inv_freq, 1.0
 
-
-def plain_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
-    """inv_freq of the paper."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
-    return theta**-exponent, 1.0
-
-
-def linear_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
-    """Position interpolation: all angles shrink by the factor."""
-    return plain_frequencies(head_dim, theta, factor, train_length)[0] / factor, 1.0
-
-
-def ntk_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
-    """NTK-aware: the slowest frequency shrinks by the factor, the fastest stays."""
-    changed = theta * factor ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta
-    return plain_frequencies(head_dim, changed, factor, train_length)
-
-
-def yarn_frequencies(head_dim: int, theta: float, factor: float, train_length: int) -> Frequencies:
-    """YaRN: dimensions with over 32 turns in the trained length stay, those with under one are interpolated.
-
-    Between the two a linear ramp over the dimension index, as in the authors' code (beta_fast 32, beta_slow 1).
-    """
-
+    # Dimensions with over 32 turns in the trained length stay, those with under one are interpolated. Between the
+    # two a linear ramp over the dimension index, as in the authors' code (beta_fast 32, beta_slow 1).
     def dimension_of(turns: float) -> float:
         return head_dim * math.log(train_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    inv_freq = plain_frequencies(head_dim, theta, factor, train_length)[0]
     low = max(math.floor(dimension_of(32.0)), 0)
     high = min(math.ceil(dimension_of(1.0)), head_dim - 1)
     index = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
     ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
-    amplitude = 0.1 * math.log(factor) + 1.0
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), amplitude
-
-
-SCALINGS: dict[str, Callable[[int, float, float, int], Frequencies]] = {
-    "none": plain_frequencies,
-    "linear": linear_frequencies,
-    "ntk": ntk_frequencies,
-    "yarn": yarn_frequencies,
-}
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), 0.1 * math.log(factor) + 1.0
 
 
 class Rotary(PositionScheme):
@@ -116,8 +93,8 @@ class Rotary(PositionScheme):
             f"model_dim / num_heads = {shape.head_dim} with position=rotary. Pairs are rotated: it must be even.",
         )
         factor = config.factor or max(1.0, shape.context_length / shape.train_length)
-        inv_freq, self.amplitude = SCALINGS[config.scaling](
-            shape.head_dim, config.theta, factor, shape.train_length
+        inv_freq, self.amplitude = frequencies(
+            config.scaling, shape.head_dim, config.theta, factor, shape.train_length
         )
         self.register_exact("inv_freq", inv_freq)
 
@@ -132,15 +109,9 @@ class Rotary(PositionScheme):
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x_2i, x_2i+1) by given angles.
+    """Rotate interleaved pairs (x_2i, x_2i+1): (B, H, T, K), (T, K/2), (T, K/2) -> (B, H, T, K), same dtype.
 
-    Args:
-        x: (B, H, T, K).
-        cos: (T, K/2).
-        sin: (T, K/2).
-
-    Returns:
-        (B, H, T, K), same dtype; the arithmetic is at least float32.
+    The arithmetic is at least float32.
     """
     if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
         # One pass over x, where the real form takes six; compilers fuse the real form and know no complex numbers.

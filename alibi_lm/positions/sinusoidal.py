@@ -41,7 +41,6 @@ class SinusoidalConfig:
         )
 
     def build(self, shape: PositionShape) -> Sinusoidal:
-        """Build the scheme for a model of this shape."""
         return Sinusoidal(self, shape)
 
 
@@ -70,14 +69,7 @@ class Sinusoidal(PositionScheme):
         self.register_exact("frequencies", frequencies)
 
     def vectors(self, positions: Tensor) -> Tensor:
-        """The position vectors.
-
-        Args:
-            positions: (T,) int64.
-
-        Returns:
-            (T, D) float32.
-        """
+        """The position vectors: (T,) int64 -> (T, D) float32."""
         if self.fairseq:
             angles = (positions + 2).to(self.frequencies.dtype)[:, None] * self.frequencies
             return torch.cat([angles.sin(), angles.cos()], dim=1)

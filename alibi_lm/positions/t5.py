@@ -48,21 +48,11 @@ class T5Config:
         )
 
     def build(self, shape: PositionShape) -> T5Bias:
-        """Build the scheme for a model of this shape."""
         return T5Bias(self, shape)
 
 
 def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each distance.
-
-    Args:
-        distance: int64 >= 0, any shape.
-        num_buckets: even.
-        max_distance: > num_buckets / 2.
-
-    Returns:
-        int64 in [0, num_buckets), same shape.
-    """
+    """Bucket of each distance: int64 >= 0 of any shape -> int64 in [0, num_buckets), same shape."""
     exact = num_buckets // 2
     # float32, as in the reference: the borders of the logarithmic buckets depend on its rounding.
     ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(max_distance / exact)

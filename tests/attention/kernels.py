@@ -2,7 +2,7 @@
 
 import torch
 
-from alibi_lm.attention import Backends
+from alibi_lm.attention import AttentionBackend, Backends, Request
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
 
@@ -14,15 +14,19 @@ def scheme_of(name: str, num_heads: int, **settings: object) -> PositionScheme:
     return scheme
 
 
+def request(k_pos, queries=None, window=None, dtype=torch.float32, dropout=0.0) -> Request:
+    """A pass over these positions, or over so many; the last `queries` of them are those of the queries."""
+    k_pos = torch.arange(k_pos) if isinstance(k_pos, int) else k_pos
+    q_pos = k_pos[len(k_pos) - (queries or len(k_pos)) :]
+    return Request(q_pos, k_pos, int(k_pos[-1] - k_pos[0]), window, dtype, dropout)
+
+
 def attend(backend, scheme, q, k, v, positions=None, window=None, dropout=0.0) -> torch.Tensor:
     """A pass through a backend, or through the one of a name and what it falls back on; queries come last."""
-    if isinstance(backend, str):
-        backend = Backends(backend, "test")
-    k_pos = torch.arange(k.shape[2], device=k.device) if positions is None else positions
-    q_pos, span = k_pos[len(k_pos) - q.shape[2] :], int(k_pos[-1] - k_pos[0])
-    if isinstance(backend, Backends):
-        return backend.prepare(scheme, q_pos, k_pos, span, window, q.dtype, dropout)(q, k, v)
-    return backend(q, k, v, backend.prepare(scheme, q_pos, k_pos, span, window, q.dtype), None, dropout)
+    positions = torch.arange(k.shape[2], device=k.device) if positions is None else positions
+    asked = request(positions, q.shape[2], window, q.dtype, dropout)
+    server = backend if isinstance(backend, AttentionBackend) else Backends(backend, "test")
+    return server.prepare(scheme, asked)(q, k, v, None)
 
 
 def draw(batch: int, heads: int, length: int, dim: int, size: float = 1.0) -> list[torch.Tensor]:

@@ -23,7 +23,6 @@ assert np.isfinite(score_tokens(model, tokens, 0, length)).all()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
 
-
 BACKENDS = ["sdpa", pytest.param("native", marks=pytest.mark.skipif(bool(why_not()), reason=why_not()))]
 
 

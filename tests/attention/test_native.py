@@ -12,7 +12,7 @@ from alibi_lm.attention.native_library import ROWS
 from alibi_lm.positions.alibi import alibi_slopes
 
 from . import kernels
-from .kernels import assert_within, draw, run, scheme_of
+from .kernels import assert_within, draw, request, run, scheme_of
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f"attention=native: {native.why_not()}")
 BUDGET = 3e-6
@@ -41,8 +41,8 @@ def attend(q, k, v, grad, bias=None, window=None) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-@pytest.mark.parametrize("length", [1, 2, 6, 47, 48, 49, 63, 64, 65, 97, 128, 200, 333])
-@pytest.mark.parametrize("num_heads", [1, 3, 6])
+@pytest.mark.parametrize("length", [1, 2, 47, 48, 49, 63, 64, 65, 97, 333])
+@pytest.mark.parametrize("num_heads", [1, 6])
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("none", {}), ("alibi", {}), ("alibi", {"learned_slopes": True}), ("t5", {}), ("t5", {"max_distance": 20})],
@@ -56,8 +56,7 @@ def test_every_scheme_equals_eager(name, settings, num_heads, length):
 
 
 @pytest.mark.parametrize("dim", [1, 8, 10, 16, 20, 32, 33, 64, 128])
-@pytest.mark.parametrize("length", [5, 70, 150])
-def test_every_head_dim(dim, length):
+def test_every_head_dim(dim, length=150):
     q, k, v, grad = draw(2, 3, length, dim)
     bias = torch.randn(3, length)  # no scheme's: neither line nor steps
     for given in (None, bias):
@@ -72,8 +71,7 @@ def test_a_window_hides_what_lies_outside(window, biased):
     assert_within(attend(q, k, v, grad, bias, window), definition(q, k, v, grad, bias, window), BUDGET)
 
 
-@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize("length", [700, 1100])
+@pytest.mark.parametrize(("length", "size"), [(700, 0.1), (700, 4.0), (1100, 1.0)])
 def test_steep_heads_equal_the_definition(length, size):
     q, k, v, grad = draw(1, 8, length, 16, size)
     bias = alibi_bias(8, length)
@@ -104,7 +102,12 @@ def test_the_reach_is_what_the_formula_says():
     """q = 0 makes every score 0: the far keys' weight is a geometric series over the query's own 1."""
     q, k, v = torch.zeros(1, 2, 500, 8), *torch.randn(2, 1, 2, 500, 8)
     slopes = torch.tensor([0.5, 0.25])
-    reach = native.forward(q, k, v, -slopes[:, None] * torch.arange(500), 500)[2]
+    bias = -slopes[:, None] * torch.arange(500)
+    reach = native.forward(q, k, v, bias, 500)[2]
+    for constant in (-32.0, 32.0):
+        assert torch.equal(native.forward(q, k, v, bias + constant, 500)[2], reach)
+    k[0, 1, 10, 0] = math.nan
+    assert (native.forward(q, k, v, bias, 500)[2][0, 1] == 500).all()  # nobody knows its weight
     for slope, found in zip(slopes.tolist(), reach[0], strict=True):
         assert len(set(found.tolist())) == 1
         total = [sum(math.exp(-slope * d) for d in range(start, 500)) for start in (found[0] - 1, found[0])]
@@ -179,21 +182,6 @@ def test_what_is_not_finite_is_passed_on(part, bad, biased):
         assert torch.equal(finite, expected) and not expected.all()
 
 
-def test_a_key_that_is_not_a_number_is_never_too_far_away():
-    q, k, v, _ = draw(1, 1, 700, 8)
-    k[0, 0, 10, 0] = math.nan
-    bias = -0.5 * torch.arange(700)[None]
-    assert (native.forward(q, k, v, bias, 700)[2] == 700).all()
-    assert native.attend(q, k, v, bias, 700)[0, 0, 10:].isnan().all()
-
-
-def test_a_constant_added_to_the_bias_changes_no_reach():
-    q, k, v, _ = draw(1, 8, 700, 8)
-    bias = alibi_bias(8, 700)
-    reaches = [native.forward(q, k, v, bias + constant, 700)[2] for constant in (-32.0, 0.0, 32.0)]
-    assert torch.equal(reaches[0], reaches[1]) and torch.equal(reaches[1], reaches[2])
-
-
 def test_a_gradient_that_is_not_finite_is_passed_on():
     q, k, v, grad = draw(1, 1, 130, 8)
     grad[0, 0, 100, 0] = math.nan
@@ -254,17 +242,9 @@ def test_a_compiler_sees_the_operators_as_they_are():
             torch.library.opcheck(native._operator_backward, arguments)
 
 
-def chosen(
-    name: str, length: int = 80, dtype=torch.float32, positions=None, queries=None, window=None, dropout=0.0
-):
+def chosen(name: str, positions=80, **facts) -> str:
     """The backend that serves a pass where native was asked for."""
-    k_pos = torch.arange(length) if positions is None else positions
-    q_pos, span = k_pos[-(queries or length) :], int(k_pos[-1] - k_pos[0])
-    return (
-        Backends("native", name)
-        .prepare(scheme_of(name, 3), q_pos, k_pos, span, window, dtype, dropout)
-        .backend.name
-    )
+    return Backends("native", name).choose(scheme_of(name, 3), request(positions, **facts)).name
 
 
 @pytest.mark.parametrize(
@@ -291,7 +271,7 @@ def test_gaps_matter_where_a_distance_does():
 
 
 @pytest.mark.parametrize("name", ["none", "alibi", "t5"])
-@pytest.mark.parametrize("window", [None, 6, 30])
+@pytest.mark.parametrize("window", [None, 30])
 def test_positions_with_gaps_do_not_take_the_distance_of_their_indices(name, window):
     scheme, (q, k, v, _), positions = scheme_of(name, 3), draw(1, 3, 100, 8), torch.arange(100) * 10
     eager, native_or_sdpa, sdpa = (

@@ -1,7 +1,6 @@
 """Compiling the kernel: once a machine, from nothing else than a compiler, and a clear word where that fails."""
 
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -66,7 +65,7 @@ def fake_compiler(tmp_path, monkeypatch):
 @pytest.fixture
 def quick_compiler(fake_compiler, request):
     """A compiler that copies what the real one has made before."""
-    library = Path(native_library.find().library._name)
+    library = Path(native_library.find()._name)
     request.getfixturevalue("anew")
     fake_compiler(f'cp {library} "$2"')
 
@@ -78,7 +77,7 @@ def test_it_is_compiled_once(quick_compiler, anew, caplog):
         (library,) = anew.glob("*.so")
         made = library.stat().st_mtime_ns
         forget()
-        assert native_library.find().library is not None
+        assert not isinstance(native_library.find(), str)
     assert library.stat().st_mtime_ns == made
     assert [record.message for record in caplog.records] == [
         "compiling the attention kernel for this processor, once; it takes some seconds"
@@ -141,12 +140,6 @@ def test_without_a_place_to_keep_it_each_process_has_its_own(
     assert not list(tmp_path.glob("alibi_lm-*"))
 
 
-@needs_compiler
-def test_the_compiler_may_come_with_arguments(monkeypatch):
-    monkeypatch.setenv("CXX", f"{shutil.which('c++') or shutil.which('g++')} -g0")
-    assert native_library._compiler()[1:] == ["-g0"]
-
-
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
@@ -186,11 +179,7 @@ def test_what_killed_compilers_left_is_swept_away(anew, fake_compiler):
     fake_compiler("exit 3")
     message_of_native()
     (lock,) = anew.glob("*.lock")
-    names = [
-        f"{lock.name.removesuffix('.so.lock')}-killed",
-        "of-another-machine-now",
-        "of-another-machine-long-ago",
-    ]
+    names = [f"{lock.name.removesuffix('.so.lock')}-killed", "another-machine-now", "another-machine-long-ago"]
     for name in names:
         (anew / name).mkdir()
         (anew / name / "half.so").write_text("half")
@@ -212,14 +201,22 @@ def test_what_computes_something_else_is_refused(anew, tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_another_processor_compiler_or_source_has_a_library_of_its_own(monkeypatch):
-    command = [*native_library._compiler(), *native_library._flags()]
-    first = native_library._name(command)
-    assert native_library._name(command) == first
-    assert native_library._name([*command, "-O1"]) != first
-    read = Path.read_text
-    for file, added in (("cpuinfo", "flags : fewer\n"), ("native.cpp", "//")):
+def test_another_processor_compiler_or_source_has_a_library_of_its_own(
+    quick_compiler, anew, monkeypatch, tmp_path
+):
+    """The compiler may come with arguments, which count too."""
+    read, command = Path.read_text, os.environ["CXX"]
+    changes = [
+        lambda changed: None,
+        lambda changed: changed.setenv("CXX", f"{command} -g0"),
+        lambda changed: changed.setattr(native_library, "SOURCE", tmp_path / "native.cpp"),
+        lambda changed: changed.setattr(
+            Path, "read_text", lambda self, **_: read(self) + "flags : fewer\n" * (self.name == "cpuinfo")
+        ),
+    ]
+    (tmp_path / "native.cpp").write_text(read(native_library.SOURCE) + "//")
+    for number, change in enumerate(changes, start=1):
         with monkeypatch.context() as changed:
-            text = lambda self, file=file, added=added, **_: read(self) + added * (self.name == file)  # noqa: E731
-            changed.setattr(Path, "read_text", text)
-            assert native_library._name(command) != first
+            change(changed)
+            forget()
+            assert backend() == "native" and len(list(anew.glob("*.so"))) == number

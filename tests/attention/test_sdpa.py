@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alibi_lm.attention import sdpa
-from alibi_lm.attention.sdpa import SdpaAttention
+from alibi_lm.attention.sdpa import SdpaAttention, key_bias_columns
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 
@@ -27,12 +26,11 @@ SCHEMES = [("none", {}), ("alibi", {}), ("alibi", {"learned_slopes": True}), ("t
 
 
 @pytest.mark.parametrize("dtype", BUDGET)
-@pytest.mark.parametrize("length", [1, 2, 65, 200])
-@pytest.mark.parametrize("num_heads", [1, 6])
+@pytest.mark.parametrize("length", [1, 65, 200])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("name", "settings"), SCHEMES)
-def test_equal_to_eager(name, settings, num_heads, length, dtype, route):
-    scheme = scheme_of(name, num_heads, **settings)
+def test_equal_to_eager(name, settings, length, dtype, route):
+    scheme = scheme_of(name, 6, **settings)
     # Parameters are float32, and so is the sum that makes their gradient.
     budget = max(BUDGET[dtype], 1e-5 if settings else 0)
     if dtype != torch.float64:
@@ -50,22 +48,10 @@ def test_windows_equal_to_eager(name, dtype, route):
     assert_within(run(ROUTES[route], scheme, 90, dtype, window=17), expected, max(BUDGET[dtype], 1e-5))
 
 
-def test_which_route_is_taken():
-    def prepared(name, length, dtype=torch.float32, window=None):
-        positions = torch.arange(length)
-        return SdpaAttention().prepare(scheme_of(name, 2), positions, positions, length - 1, window, dtype)
-
-    assert prepared("none", 300) == sdpa.SdpaPrepared()
-    assert prepared("alibi", 300).key_bias is not None and prepared("alibi", 300).mask is None
-    for other in (prepared("alibi", 256), prepared("alibi", 300, torch.float64), prepared("t5", 300)):
-        assert other.key_bias is None and other.mask is not None
-    assert prepared("none", 300, window=20).mask is not None
-
-
 def test_columns_in_bfloat16_carry_the_whole_bias():
     """Positions to 8,191 take 13 bits: one bfloat16 column would round them by up to 32."""
     key_bias = scheme_of("alibi", 6).key_bias(torch.arange(8192))
-    queries, keys = sdpa._columns(key_bias, 64, torch.bfloat16)
+    queries, keys = key_bias_columns(key_bias, 64, torch.bfloat16)
     for columns in (queries, keys):
         assert torch.equal(columns, columns.bfloat16().float()) and columns.shape[-1] == 8
     product = (queries.double() * keys.double()).sum(-1)[0] / 8
@@ -102,6 +88,9 @@ def test_no_tensor_grows_with_the_square_of_the_length(name):
     config, length = ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=32), 3000
     model = TransformerLM(config, POSITIONS[name](), "sdpa", 20, 64)
     tokens = torch.randint(0, 20, (1, length))
+    with LargestTensor() as seen:
+        run("eager", scheme_of("alibi", 1), 200, torch.float32)
+    assert seen.elements >= 200 * 200
     for context in (torch.no_grad, torch.enable_grad):
         with LargestTensor() as seen, context():
             nats = model.nats(tokens, tokens)
@@ -116,9 +105,3 @@ def test_a_mask_in_evaluation_stays_within_its_bound():
         sliced = attend(SdpaAttention(mask_elements=100_000), scheme, q, k, v)
     assert 100_000 // 2 < seen.elements <= 100_000 + 2 * 800
     torch.testing.assert_close(sliced, attend(SdpaAttention(), scheme, q, k, v))
-
-
-def test_the_detector_sees_a_square_tensor():
-    with LargestTensor() as seen:
-        run("eager", scheme_of("alibi", 1), 200, torch.float32)
-    assert seen.elements >= 200 * 200

@@ -84,7 +84,7 @@ def test_the_first_tail_as_a_whole_and_its_kept_words_among_themselves(expected:
     kept = expected["kept_words"]
     model = reduced_model(expected, "eager").double()
     hidden = model.hidden(renumbered(expected["input_ids"].long(), kept)[None])[0, ROWS]
-    tail = model.vocabulary.log_probs(hidden)[:, CUTOFFS[0] : CUTOFFS[0] + len(kept)]
+    tail = model.vocabulary.logits(hidden)[:, CUTOFFS[0] : CUTOFFS[0] + len(kept)]
     torch.testing.assert_close(tail.logsumexp(-1), expected["tail_log_prob"], rtol=0, atol=1e-5)
     theirs = expected["kept_log_probs"].double()
     torch.testing.assert_close(tail - tail[:, :1], theirs - theirs[:, :1], rtol=0, atol=1e-5)

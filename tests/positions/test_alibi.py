@@ -1,10 +1,15 @@
-"""ALiBi against its paper: numbers written out or computed here in float64, and Hugging Face's module."""
+"""ALiBi against its paper: numbers written out or computed here in float64, and Hugging Face's module.
+
+docs/what_alibi_is.md names these tests, one for each mistake."""
 
 import math
 
 import pytest
 import torch
 
+from alibi_lm.attention import Request
+from alibi_lm.attention.eager import EagerAttention
+from alibi_lm.attention.sdpa import SdpaAttention
 from alibi_lm.positions.alibi import Alibi, AlibiConfig, alibi_slopes
 from alibi_lm.positions.base import PositionShape
 
@@ -82,9 +87,6 @@ def test_bias_is_not_scaled_by_head_dim():
 
 def test_scores_are_scaled_before_the_bias_is_added():
     """softmax(q.k / sqrt(K) - m (i - j)) v, in float64, by hand."""
-    from alibi_lm.attention.eager import EagerAttention
-    from alibi_lm.attention.sdpa import SdpaAttention
-
     q, k, v = (torch.randn(1, 8, 5, 16, dtype=torch.float64) for _ in range(3))
     positions = torch.arange(5)
     expected = torch.zeros_like(v)
@@ -97,8 +99,8 @@ def test_scores_are_scaled_before_the_bias_is_added():
             for j in range(i + 1):
                 expected[0, h, i] += weights[j] / sum(weights) * v[0, h, j]
     for backend in (EagerAttention(), SdpaAttention()):
-        prepared = backend.prepare(alibi(), positions, positions, 4, None, q.dtype)
-        torch.testing.assert_close(backend(q, k, v, prepared, None, 0.0), expected, rtol=1e-12, atol=1e-12)
+        attend = backend.prepare(alibi(), Request(positions, positions, 4, None, q.dtype, 0.0))
+        torch.testing.assert_close(attend(q, k, v, None), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_bias_is_causal_only_finite():

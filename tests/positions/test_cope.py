@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from alibi_lm.attention import Backends
-from alibi_lm.model.transformer import KeyValueCache
+from alibi_lm.attention import Backends, Request
 from alibi_lm.positions.base import PositionShape
 from alibi_lm.positions.cope import Cope, CopeConfig
 
@@ -83,8 +82,8 @@ def test_outputs_and_gradients_equal_the_authors(golden, backend, dtype, budget)
     q, k, v = (golden[name][None].to(dtype).requires_grad_() for name in "qkv")
     scheme = cope(golden["emb"].T, q.shape[1]).to(dtype)
     positions = torch.arange(q.shape[2])
-    attend = Backends(backend, "cope").prepare(scheme, positions, positions, len(positions) - 1, None, dtype, 0.0)
-    out = attend(q, k, v)
+    request = Request(positions, positions, len(positions) - 1, None, dtype, 0.0)
+    out = Backends(backend, "cope").prepare(scheme, request)(q, k, v, None)
     torch.testing.assert_close(out[0].double(), golden["out_default"], rtol=0, atol=budget)
     grads = torch.autograd.grad(out, (q, k, scheme.table), golden["cot"][None].to(dtype))
     for mine, theirs in zip(grads, (golden["grad_q"], golden["grad_k"], golden["grad_emb"].T), strict=True):
@@ -104,22 +103,3 @@ def test_each_layer_counts_for_itself(tiny_model):
 def test_it_starts_as_no_positions_at_all(tiny_model):
     tokens = torch.randint(0, 50, (1, 30))
     torch.testing.assert_close(tiny_model("cope")(tokens), tiny_model("none")(tokens), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_decoding_token_by_token(tiny_model, backend):
-    model, tokens, cache = (
-        tiny_model("cope", backend, num_positions=4),
-        torch.randint(0, 50, (2, 20)),
-        KeyValueCache(),
-    )
-    with torch.no_grad():
-        for scheme in model.schemes:
-            scheme.table.normal_()
-        steps = [model(token, cache=cache) for token in tokens.split(1, dim=1)]
-        torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
-
-
-def test_settings_are_checked():
-    with pytest.raises(ValueError, match=r"position\.num_positions = 1"):
-        CopeConfig(num_positions=1)

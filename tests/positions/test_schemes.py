@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alibi_lm.positions.base import PositionShape
+from alibi_lm.positions.cope import CopeConfig
 from alibi_lm.positions.learned import LearnedConfig
 from alibi_lm.positions.rotary import RotaryConfig, rotate_pairs
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
@@ -46,11 +47,6 @@ def test_sinusoidal_is_added_and_survives_half_precision():
         SinusoidalConfig().build(shape()).bfloat16().vectors(torch.tensor([5801])),
         scheme.vectors(torch.tensor([5801])),
     )
-
-
-def test_sinusoidal_needs_an_even_width():
-    with pytest.raises(ValueError, match=r"model_dim = 33 with position=sinusoidal"):
-        SinusoidalConfig().build(PositionShape(33, 11, 3, 2, 64, 64))
 
 
 def test_learned_adds_the_row_of_each_position():
@@ -130,16 +126,9 @@ def test_yarn_equals_hugging_face():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 2048}
     config = LlamaConfig(
-        hidden_size=256,
-        num_attention_heads=2,
-        max_position_embeddings=8192,
-        rope_parameters={
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "rope_theta": 10000.0,
-            "original_max_position_embeddings": 2048,
-        },
+        hidden_size=256, num_attention_heads=2, max_position_embeddings=8192, rope_parameters=yarn
     )
     inv_freq, amplitude = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
     ours = RotaryConfig(scaling="yarn", factor=4.0).build(shape(model_dim=256, train_length=2048))
@@ -154,34 +143,11 @@ def test_rotary_automatic_factor_follows_the_context():
     torch.testing.assert_close(same.inv_freq, RotaryConfig().build(shape()).inv_freq)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"theta": 1.0}, "theta = 1.0"), ({"scaling": "dynamic"}, "scaling"), ({"factor": 0.5}, "factor = 0.5")],
-)
-def test_rotary_settings_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        RotaryConfig(**settings)
-
-
 def test_t5_buckets_against_a_table():
     """32 buckets to distance 128: one each up to 15, then logarithmic, 113 and beyond in the last."""
-    first = {d: d for d in range(16)}
-    borders = {
-        16: 16,
-        18: 16,
-        19: 17,
-        20: 17,
-        21: 18,
-        45: 23,
-        46: 24,
-        90: 29,
-        91: 29,
-        112: 30,
-        113: 31,
-        10**6: 31,
-    }
-    distance = torch.tensor(list(first | borders))
-    assert t5_bucket(distance, 32, 128).tolist() == list((first | borders).values())
+    far = {16: 16, 18: 16, 19: 17, 20: 17, 21: 18, 45: 23, 46: 24, 90: 29, 91: 29, 112: 30, 113: 31, 10**6: 31}
+    table = {d: d for d in range(16)} | far
+    assert t5_bucket(torch.tensor(list(table)), 32, 128).tolist() == list(table.values())
 
 
 def test_t5_buckets_equal_hugging_face():
@@ -210,7 +176,21 @@ def test_t5_default_max_distance_is_within_training():
     assert T5Config().build(shape(train_length=8)).max_distance == 17
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"num_buckets": 31}, "31"), ({"max_distance": 16}, "16")])
-def test_t5_settings_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        T5Config(**settings)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RotaryConfig(theta=1.0), "theta = 1.0"),
+        (lambda: RotaryConfig(scaling="dynamic"), "scaling = 'dynamic'. Allowed: none, linear, ntk, yarn"),
+        (lambda: RotaryConfig(factor=0.5), "factor = 0.5"),
+        (lambda: RotaryConfig().build(shape(model_dim=6)), "model_dim / num_heads = 3 with position=rotary"),
+        (lambda: T5Config(num_buckets=31), "num_buckets = 31"),
+        (lambda: T5Config(max_distance=16), "max_distance = 16"),
+        (lambda: SinusoidalConfig(variant="learned"), "variant = 'learned'"),
+        (lambda: SinusoidalConfig().build(shape(33, 3)), "model_dim = 33 with position=sinusoidal"),
+        (lambda: CopeConfig(num_positions=1), "position.num_positions = 1"),
+    ],
+)
+def test_settings_are_checked(build, message):
+    with pytest.raises(ValueError) as caught:
+        build()
+    assert message in str(caught.value)
