@@ -319,6 +319,13 @@ def load_run(
     precision = runtime.resolve_precision(where, precision)
     config = load_config(folder)
     if position:
+        own = config.position.name
+        name = position.get("name", own) if isinstance(position, Mapping) else None
+        require(
+            name == own,
+            f"position = {position}. The run was trained with position={own}; another scheme is another model. "
+            'Give settings of its own scheme as a mapping, such as {"scaling": "yarn"} for rotary.',
+        )
         try:
             changed = OmegaConf.merge(OmegaConf.structured(config.position), position)
             config = dataclasses.replace(config, position=OmegaConf.to_object(changed))
