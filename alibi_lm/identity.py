@@ -178,6 +178,14 @@ def require_same_settings(config: TrainConfig, folder: Path) -> None:
     )
 
 
+def same_place(config: TrainConfig, folder: Path) -> bool:
+    """Whether a run's text is asked for from where the run in a folder has it, however the path is written."""
+    here, there = (
+        "" if c.data.path is None else str(Path(c.data.path).resolve()) for c in (config, load_config(folder))
+    )
+    return here == there
+
+
 def require_same_text(folder: Path, corpus: Corpus) -> None:
     """Refuse to continue a run on another text, or with another tokenizer."""
     record = folder / CORPUS_FILE

@@ -136,6 +136,9 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 identity.require_same_settings(config, folder)
             if done is not None:
                 identity.require_own_files(folder, None)
+                # A place is no setting of a run. Where it is another one, the text there may be another, too.
+                if not identity.same_place(config, folder):
+                    identity.require_same_text(folder, prepare(config.data, config.tokenizer))
                 say(f"{folder}: already finished at step {done.get('steps')}. Use overwrite=true to start over.")
             distributed.gather_objects(done, world)  # the other processes do as this one does
             if done is not None:
