@@ -232,6 +232,14 @@ def require_same_settings(config: TrainConfig, folder: Path) -> None:
     )
 
 
+def same_place(config: TrainConfig, folder: Path) -> bool:
+    """Whether a run's text is asked for from where the run in a folder has it, however the path is written."""
+    here, there = (
+        "" if c.data.path is None else str(Path(c.data.path).resolve()) for c in (config, load_config(folder))
+    )
+    return here == there
+
+
 def require_same_text(folder: Path, corpus: Corpus) -> None:
     """Refuse to continue a run on another text, or with another tokenizer."""
     record = folder / CORPUS_FILE
@@ -443,6 +451,13 @@ def load_run(
     precision = runtime.resolve_precision(where, precision)
     config = load_config(folder)
     if position:
+        own = config.position.name
+        name = position.get("name", own) if isinstance(position, Mapping) else None
+        require(
+            name == own,
+            f"position = {position}. The run was trained with position={own}; another scheme is another model. "
+            'Give settings of its own scheme as a mapping, such as {"scaling": "yarn"} for rotary.',
+        )
         try:
             changed = OmegaConf.merge(OmegaConf.structured(config.position), position)
             config = dataclasses.replace(config, position=OmegaConf.to_object(changed))

@@ -110,6 +110,7 @@ def existing_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device = {device!r}. Use cpu, cuda or cuda:<index>.") from error
+    require(found.type in ("cpu", "cuda"), f"device = {device}. Use cpu, cuda or cuda:<index>.")
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = found.index or 0

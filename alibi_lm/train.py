@@ -135,6 +135,9 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 runs.require_same_settings(config, folder)
             if done is not None:
                 runs.require_own_files(folder, None)
+                # A place is no setting of a run. Where it is another one, the text there may be another, too.
+                if not runs.same_place(config, folder):
+                    runs.require_same_text(folder, prepare(config.data, config.tokenizer))
                 step = done.get("steps")
                 print(f"{folder}: already finished at step {step}. Use overwrite=true to start over.", flush=True)
             distributed.gather_objects(done, world)  # the other processes do as this one does

@@ -126,8 +126,10 @@ class TransformerLM(nn.Module):
             (B, T, D).
 
         Raises:
-            ValueError: positions out of order or past the scheme's table, or a pass that the backend cannot serve.
+            ValueError: positions out of order or past the scheme's table, a window without a key, or a pass that
+                the backend cannot serve.
         """
+        require(window is None or window >= 1, f"window = {window}. Use a whole number >= 1, or None.")
         length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
         # Ends of the positions as Python numbers, where they can be known without reading the device.
         if positions is None:
@@ -190,7 +192,16 @@ class TransformerLM(nn.Module):
 
         (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. In
         training mode a scheme that draws its positions does so here, from torch's global generator.
+
+        Raises:
+            ValueError: inputs and targets of unequal shapes; see also `hidden`.
         """
+        # Ids are not looked at: on a GPU that would stop every step.
+        require(
+            input_ids.shape == target_ids.shape,
+            f"target_ids of shape {tuple(target_ids.shape)} with input_ids of shape {tuple(input_ids.shape)}. "
+            "They must be equal: target t follows input t.",
+        )
         if self.training and options.get("positions") is None:
             options["positions"] = self.training_positions(input_ids.shape[1])
         return self.nats_of(self.hidden(input_ids, **options), target_ids)
@@ -233,6 +244,8 @@ class TransformerLM(nn.Module):
         hits: bool = False,
     ) -> Scores:
         check_ids(self.vocab_size, input_ids, target_ids)
+        width = input_ids.shape[1]
+        require(0 <= score_from < width, f"score_from = {score_from}. Allowed: 0 to {width - 1}.")
         with runtime.autocast(self.device, self.precision):
             hidden = self.hidden(input_ids, positions=positions, window=window)[:, score_from:]
             targets = target_ids[:, score_from:]
@@ -242,6 +255,7 @@ class TransformerLM(nn.Module):
             return Scores(nats, self.vocabulary.first_choices(hidden.flatten(0, 1)).view_as(targets) == targets)
 
     def serve(self, length: int) -> None:
+        require(length >= 1, f"inference length = {length}. Use a whole number >= 1.")
         if length == self.schemes[0].shape.context_length:
             return
         rebuilt = self._build_schemes(replace(self.schemes[0].shape, context_length=length))
@@ -250,6 +264,22 @@ class TransformerLM(nn.Module):
         self.positions = rebuilt.to(self.device).train(self.training)
 
     def refuses(self, capability: str) -> str:
+        """Why something cannot be had from this model; empty where it can.
+
+        Args:
+            capability: `positions` or `window` of `score`, which can always be had; or `training`, on the device
+                where the model is.
+        """
+        if capability != "training":
+            return ""
+        positions = torch.arange(self.train_length, device=self.device)
+        dropout = self.config.attention_dropout
+        request = Request(positions, positions, self.train_length - 1, None, torch.float32, dropout)
+        try:
+            with torch.enable_grad():
+                self.backend.choose(self.schemes[0], request)
+        except ValueError as error:
+            return str(error)
         return ""
 
     def num_parameters(self) -> int:
