@@ -136,8 +136,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             if done is not None:
                 runs.require_own_files(folder, None)
                 # A place is no setting of a run. Where it is another one, the text there may be another, too.
-                if not runs.same_place(config, folder):
-                    runs.require_same_text(folder, prepare(config.data, config.tokenizer))
+                if not runs.same_place(config, folder) and (corpus := _corpus_at_hand(config)):
+                    runs.require_same_text(folder, corpus)
                 step = done.get("steps")
                 print(f"{folder}: already finished at step {step}. Use overwrite=true to start over.", flush=True)
             distributed.gather_objects(done, world)  # the other processes do as this one does
@@ -154,6 +154,14 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 raise
     finally:
         distributed.stop()
+
+
+def _corpus_at_hand(config: TrainConfig) -> Corpus | None:
+    """The text that the settings name; None where it cannot be had, which a finished run does not need."""
+    try:
+        return prepare(config.data, config.tokenizer)
+    except ValueError:
+        return None
 
 
 def require_trainable(config: TrainConfig, device: torch.device) -> None:
