@@ -440,6 +440,8 @@ def load_run(
         ValueError: an argument out of range, not a run folder, no whole checkpoint, files of another run, or
             weights that do not fit the config.
     """
+    require(isinstance(folder, str | Path), f"folder = {folder!r}. Give the path of a run folder.")
+    require(isinstance(checkpoint, str), f"checkpoint = {checkpoint!r}. Use best, last or step:<number>.")
     folder = Path(folder)
     whole = isinstance(inference_length, numbers.Integral) and not isinstance(inference_length, bool)
     require(

@@ -67,15 +67,26 @@ def test_a_device_that_is_not_supported_is_refused(
 
 def test_arguments_out_of_range_are_refused(tiny_model: Build) -> None:
     model, ids = tiny_model("alibi"), torch.zeros(2, 6, dtype=torch.int64)
-    for window in (0, -3):
+    for window in (0, -3, 2.5):
         with pytest.raises(ValueError, match=f"window = {window}"):
             model(ids, window=window)
     for score_from in (-1, 6, 7):
         with pytest.raises(ValueError, match=f"score_from = {score_from}"):
             model.score(ids, ids, score_from=score_from)
-    for length in (0, -5):
+    for length in (0, -5, 2.5):
         with pytest.raises(ValueError, match=f"inference length = {length}"):
             model.serve(length)
     for targets in (ids[:1], ids[:, :5]):
         with pytest.raises(ValueError, match="target_ids of shape"):
             model.nats(ids, targets)
+    for call in (model, model.hidden):
+        with pytest.raises(ValueError, match="input_ids = a tensor of shape"):
+            call(ids.float())
+
+
+def test_arguments_of_another_kind_are_refused(trained: tuple[Path, Callable[[Path], list[str]]]) -> None:
+    for folder in (None, 5):
+        with pytest.raises(ValueError, match=f"folder = {folder}"):
+            load_run(folder)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="checkpoint = None"):
+        load_run(trained[0] / "run", checkpoint=None)  # type: ignore[arg-type]

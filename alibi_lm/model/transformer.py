@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -129,7 +130,12 @@ class TransformerLM(nn.Module):
             ValueError: positions out of order or past the scheme's table, a window without a key, or a pass that
                 the backend cannot serve.
         """
-        require(window is None or window >= 1, f"window = {window}. Use a whole number >= 1, or None.")
+        if not torch.compiler.is_compiling():  # the compiler has checked shapes, and would stop at the words
+            check_ids(None, input_ids)
+        require(
+            window is None or (isinstance(window, int) and window >= 1),
+            f"window = {window}. Use a whole number >= 1, or None.",
+        )
         length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
         # Ends of the positions as Python numbers, where they can be known without reading the device.
         if positions is None:
@@ -196,12 +202,7 @@ class TransformerLM(nn.Module):
         Raises:
             ValueError: inputs and targets of unequal shapes; see also `hidden`.
         """
-        # Ids are not looked at: on a GPU that would stop every step.
-        require(
-            input_ids.shape == target_ids.shape,
-            f"target_ids of shape {tuple(target_ids.shape)} with input_ids of shape {tuple(input_ids.shape)}. "
-            "They must be equal: target t follows input t.",
-        )
+        check_ids(None, input_ids, target_ids)
         if self.training and options.get("positions") is None:
             options["positions"] = self.training_positions(input_ids.shape[1])
         return self.nats_of(self.hidden(input_ids, **options), target_ids)
@@ -255,7 +256,9 @@ class TransformerLM(nn.Module):
             return Scores(nats, self.vocabulary.first_choices(hidden.flatten(0, 1)).view_as(targets) == targets)
 
     def serve(self, length: int) -> None:
-        require(length >= 1, f"inference length = {length}. Use a whole number >= 1.")
+        require(
+            isinstance(length, Integral) and length >= 1, f"inference length = {length}. Use a whole number >= 1."
+        )
         if length == self.schemes[0].shape.context_length:
             return
         rebuilt = self._build_schemes(replace(self.schemes[0].shape, context_length=length))
