@@ -130,7 +130,7 @@ class TransformerLM(nn.Module):
             ValueError: positions out of order or past the scheme's table, a window without a key, or a pass that
                 the backend cannot serve.
         """
-        if not torch.compiler.is_compiling():  # the compiler has checked shapes, and would stop at the words
+        if not torch.compiler.is_compiling():  # words of an error would break the graph
             check_ids(None, input_ids)
         require(
             window is None or (isinstance(window, int) and window >= 1),
