@@ -76,5 +76,5 @@ publish: $(STAMP)  ## copy the experiment's results to docs/results, without wei
 bench: $(STAMP)  ## measure speed and memory per scheme, backend and length
 	$(BIN)/python scripts/bench.py $(ARGS)
 
-status: $(STAMP)  ## list the experiment's runs: finished, running, failed, missing
+status: $(STAMP)  ## list the experiment's runs: finished, running, failed, partial, missing
 	$(BIN)/python scripts/sweep_status.py experiment=$(EXPERIMENT) $(ARGS)

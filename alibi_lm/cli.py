@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,13 +38,18 @@ def command(config: type[C]) -> Callable[[Callable[[C], int | None]], Callable[.
 
 
 def experiment_command(job: Callable[[str, list[str]], int | None]) -> Callable[..., None]:
-    """A command that takes an experiment and Hydra overrides of its runs: job(experiment, overrides)."""
+    """A command that takes an experiment and Hydra overrides of its runs: job(experiment, overrides).
+
+    `-h` prints the job's docstring without its sections for readers of the code.
+    """
+    about = re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(job) or "")[0]
+    settings = "experiment=quick\n      The experiment.\n  Any setting of scripts/train.py, for all its runs."
 
     def work(given: list[str]) -> int | None:
         names = [a.removeprefix("experiment=") for a in given if a.startswith("experiment=")]
         return job(names[-1] if names else "quick", [a for a in given if not a.startswith("experiment=")])
 
-    return _main(lambda: f"{job.__doc__}\n\nexperiment=quick, and settings of training (train.py).", work)
+    return _main(lambda: f"{about}\n\nSettings, as name=value:\n  {settings}", work)
 
 
 def _main(text: Callable[[], str], work: Callable[[list[str]], int | None]) -> Callable[..., None]:

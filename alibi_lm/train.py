@@ -210,9 +210,10 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     run = Run(config, folder, world, device, corpus, model, optimizer, batches, nats)
     store = CheckpointStore(folder / CHECKPOINTS, config.keep_last, config.keep_every)
     progress = restore(run, store)
-    verb = f"resumes at step {progress.step}" if progress.step else "starts"
+    step, steps = progress.step, config.steps
+    begin = f"resumes at step {step} of {steps}" if step else f"starts, {steps} steps"
     run.say(
-        f"{folder.name}: {verb} of {config.steps}; {model.num_parameters():,} parameters, "
+        f"{folder.name}: {begin}; {model.num_parameters():,} parameters, "
         f"{run.tokens_per_step:,} tokens a step, {corpus.name}, attention={model.backend.name}"
     )
     facts = {"num_parameters": model.num_parameters(), "corpus": corpus.hash, "backend": model.backend.name}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import MISSING
 
-from alibi_lm.cli import command
+from alibi_lm.cli import command, experiment_command
 from alibi_lm.settings import parse, require, usage
 
 
@@ -151,3 +151,23 @@ def test_help_names_every_setting_with_its_meaning(capsys: pytest.CaptureFixture
     assert "source=...\n      What to read." in printed and "name=null" in printed
     assert "lengths=[]\n      Lengths; empty: all." in printed and "where.path=null\n      A folder." in printed
     assert "draw=false" in usage(Config, "About.") and usage(Config, "About.").startswith("About.\n")
+
+
+def test_help_of_a_command_on_an_experiment_leaves_out_what_only_its_caller_needs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def job(experiment: str, overrides: list[str]) -> int:
+        """Do it all.
+
+        Twice, if asked.
+
+        Returns:
+            Exit status.
+        """
+        return 0
+
+    with pytest.raises(SystemExit) as end:
+        experiment_command(job)(["--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and "Exit status" not in printed
+    assert printed.startswith("Do it all.\n\nTwice, if asked.\n\nSettings, as name=value:\n  experiment=quick\n")

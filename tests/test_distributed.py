@@ -195,7 +195,7 @@ def test_the_command_of_the_documentation(place: Path) -> None:
     """The script itself on two processes: trains, says once that it is finished, and ends mistakes at once."""
     command = [str(ROOT / "scripts" / "train.py"), *overrides(place, "steps=4", "output_dir=by_script")]
     done = torchrun(*command, cwd=place)
-    assert done.stdout.count("starts of 4") == 1
+    assert done.stdout.count("starts, 4 steps;") == 1
     assert json.loads((place / "by_script" / "finished.json").read_text())["steps"] == 4
     done = torchrun(*command, cwd=place)
     assert done.stdout.count("already finished at step 4") == 1

@@ -56,13 +56,14 @@ class PositionScheme(nn.Module):
     """A position scheme; every hook is a no-op until a subclass defines it.
 
     Hooks are pure functions of their arguments and the module's parameters. Their arithmetic is float32 or
-    better, whatever the dtype of the model; the attention backend casts once.
+    better, whatever the dtype of the model; the attention backend casts once. So parameters are converted where
+    they are used (`weight.float()`): a layer such as `nn.Linear` would compute in the model's dtype.
     """
 
     max_position: int | None = None
     """Number of positions that the scheme has; None where any position is defined."""
     translation_invariant: ClassVar[bool] = True
-    """Whether shifting all positions by a constant changes nothing."""
+    """Whether shifting all positions by a constant changes nothing; False where absolute ones count."""
     per_layer: ClassVar[bool] = False
     """Whether each layer has its own instance, with its own parameters; else one instance serves all layers."""
     cache_inputs: ClassVar[bool] = False

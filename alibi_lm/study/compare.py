@@ -220,8 +220,9 @@ def common_lengths(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> list[int]:
 
 def title(rows: Sequence[ResultRow]) -> str:
     """Name of one side: scheme, training length, seeds."""
-    seeds = ", ".join(sorted({"?" if row.seed is None else str(row.seed) for row in rows}))
-    return f"{label(rows[0].position)} trained at {rows[0].train_length} (seeds {seeds})"
+    seeds = sorted({"?" if row.seed is None else str(row.seed) for row in rows})
+    named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+    return f"{label(rows[0].position)} trained at {rows[0].train_length} ({named})"
 
 
 def _over_documents(

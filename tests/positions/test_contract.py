@@ -179,9 +179,10 @@ def test_shift_of_all_positions(trained, name, settings, attention):
         difference = max((model(tokens, positions=positions + s) - here).abs().max() for s in shifts)
     rounding = ROUNDING * size_of_an_output(model, tokens)
     if model.schemes[0].translation_invariant:
-        assert difference < rounding
+        hint = "where absolute positions count, say so: translation_invariant = False"
+        assert difference < rounding, hint
     else:
-        assert difference > 10 * rounding
+        assert difference > 10 * rounding, "shifts change nothing: leave translation_invariant at True"
 
 
 @variants()
@@ -280,7 +281,10 @@ class InDouble(TorchFunctionMode):
 
 @variants("distance_bias", "bias")
 def test_bias_keeps_its_precision_in_a_half_precision_model(name, settings):
-    """Parameters are rounded by the cast itself; the arithmetic on them must not be."""
+    """Parameters are rounded by the cast itself; the arithmetic on them must not be.
+
+    An `nn.Linear` computes in the dtype of its weights: use `functional.linear(x, weight.to(x.dtype), ...)`.
+    """
     scheme = scheme_of(name, settings).bfloat16()
     reference = scheme_of(name, settings)
     reference.load_state_dict(scheme.state_dict())

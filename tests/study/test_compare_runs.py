@@ -91,6 +91,7 @@ def test_patterns_must_mean_seeds_of_one_kind():
     assert [r.seed for r in select(rows, "alibi_L64_s?", PLAIN, "a")] == [1, 2]
     assert len(select(rows, "outputs/quick/runs/t5_L64_s*", PLAIN, "a")) == 1
     assert title(select(rows, "alibi_L64_s?", PLAIN, "a")) == "ALiBi trained at 64 (seeds 1, 2)"
+    assert title(select(rows, "t5_L64_s*", PLAIN, "a")) == "T5 bias trained at 64 (seed 1)"
     with pytest.raises(
         ValueError, match=r"a = \*_L64_s1 means runs that are not seeds of each other .alibi L=64, t5 L=64"
     ):
