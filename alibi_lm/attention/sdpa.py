@@ -125,7 +125,8 @@ class DenseMask:
         if self.kept is not None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.kept, dropout_p=self.dropout)
         parts = []
-        for rows, columns in self._slices(self._rows_per_slice(len(q) if self.by_content else 1)):
+        # The largest first: a process that keeps freed memory then finds room for all the others in it.
+        for rows, columns in reversed(self._slices(self._rows_per_slice(len(q) if self.by_content else 1))):
             queries, keys = q[:, :, rows], k[:, :, columns]
             mask = self._mask(rows, columns)
             if self.by_content:
@@ -136,7 +137,7 @@ class DenseMask:
             parts.append(
                 F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=self.dropout)
             )
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=2)
 
     def _rows_per_slice(self, batch: int) -> int:
         return max(1, self.most // (batch * self.scheme.shape.num_heads * len(self.k_pos)))
