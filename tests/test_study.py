@@ -60,7 +60,7 @@ def test_the_gpu_study_from_one_command_at_toy_size(tmp_path, write_text, comman
     """`wt103_gpu` with a model that a CPU trains in seconds: some of its runs, all of its measurements."""
     text = write_text(tmp_path / "text")
     for path in text.glob("*.tokens"):
-        path.write_text(path.read_text() * (20 if "train" in path.name else 8))
+        path.write_text(path.read_text() * (20 if "train" in path.name else 40))
     toy = [
         "data.path=text", "device=cpu", "threads=1", "tracking=jsonl", "steps=2", "tokens_per_step=3072",
         "compile=false",
