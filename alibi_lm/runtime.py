@@ -33,7 +33,7 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     created after it is set.
 
     cuDNN's attention is not used: torch 2.11 prefers it on recent GPUs, where it rounds dropout rates to
-    sixteenths and its backward pass gives NaN for some masked rows (pytorch issue 196678).
+    sixteenths and its backward pass gives NaN for some masked rows (PyTorch report 196678).
 
     Args:
         device: `auto` (CUDA if there is one), `cpu` or `cuda`.
