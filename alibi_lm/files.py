@@ -49,7 +49,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         OSError: as from the system; the old file is untouched and nothing is left beside it.
     """
     with whole_file(Path(path)) as file:
-        file.write(text.encode())
+        # A name that the locale could not decode goes back to the bytes that it came from.
+        file.write(text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

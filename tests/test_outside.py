@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alibi_lm.files import read_json, write_json
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.runs import load_run
 from tests.conftest import Command
@@ -90,3 +91,9 @@ def test_arguments_of_another_kind_are_refused(trained: tuple[Path, Callable[[Pa
             load_run(folder)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checkpoint = None"):
         load_run(trained[0] / "run", checkpoint=None)  # type: ignore[arg-type]
+
+
+def test_a_name_that_an_ascii_locale_could_not_decode_is_written_as_it_is(tmp_path: Path) -> None:
+    name = "\u00fcmlaut"
+    write_json(tmp_path / "record.json", {"folder": name.encode().decode("ascii", "surrogateescape")})
+    assert read_json(tmp_path / "record.json") == {"folder": name}

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class TokenStore:
         """Where the nats of a pass lie (beside them hits, and the record with the suffix `.json`)."""
         name = re.sub(r"[^A-Za-z0-9_.+=-]", "_", run)
         if name != run or len(name) > 120:  # names that were changed must stay apart
-            name = f"{name[:100]}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
+            name = f"{name[:100]}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:8]}"
         digest = hashlib.sha256(json.dumps(_plain(identity, scoring), sort_keys=True).encode()).hexdigest()
         return self.folder / name / f"{scoring.slug}-{digest[:12]}.nats"
 
