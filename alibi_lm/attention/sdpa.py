@@ -124,9 +124,12 @@ class DenseMask:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
         if self.kept is not None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.kept, dropout_p=self.dropout)
+        slices = self._slices(self._rows_per_slice(len(q) if self.by_content else 1))
+        # Where no mask waits for a backward pass, the largest comes first: a process that keeps freed memory then
+        # finds room for all the others in it.
+        largest_first = not torch.is_grad_enabled()
         parts = []
-        # The largest first: a process that keeps freed memory then finds room for all the others in it.
-        for rows, columns in reversed(self._slices(self._rows_per_slice(len(q) if self.by_content else 1))):
+        for rows, columns in reversed(slices) if largest_first else slices:
             queries, keys = q[:, :, rows], k[:, :, columns]
             mask = self._mask(rows, columns)
             if self.by_content:
@@ -137,7 +140,9 @@ class DenseMask:
             parts.append(
                 F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=self.dropout)
             )
-        return parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=2)
+        if largest_first:
+            parts.reverse()
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _rows_per_slice(self, batch: int) -> int:
         return max(1, self.most // (batch * self.scheme.shape.num_heads * len(self.k_pos)))
