@@ -502,7 +502,7 @@ def test_forged_optimizer_entries_are_refused(store: CheckpointStore) -> None:
             Checkpoint(path).restore(*trained())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(
         st.binary(max_size=80),

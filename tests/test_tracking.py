@@ -129,7 +129,7 @@ def test_damage_in_the_middle_is_an_error_and_changes_nothing(tmp_path: Path, li
     assert path.read_text() == content
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.integers(1, 99), st.none() | st.text(max_size=5) | st.integers()), max_size=5),
     cut=st.integers(0, 40),
@@ -152,7 +152,7 @@ def test_any_cut_keeps_every_whole_row(
     assert read_metrics(path) == [row for row in whole if row["step"] <= resume_step]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -66,7 +66,7 @@ def test_word_file_alone_gives_the_same_ids(word, tmp_path):
         assert alone.encode(line).ids == word.encode(f"{line}\n").tolist()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), max_size=8))
 def test_bpe_gives_any_text_back_exactly(bpe, lines):
     text = "".join(f"{line}\n" for line in lines)

@@ -239,7 +239,7 @@ def test_other_documents_are_refused(scores):
 # ---- how many seeds
 
 
-@pytest.mark.parametrize("gap", [0.6, 1.0, 3.0])
+@pytest.mark.parametrize("gap", [0.3, 0.6, 1.0, 3.0])
 def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     seeds = seeds_to_settle(gap, 1.0, 0.0)
 
