@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from in_double import InDouble
 
 from alibi_lm.attention import Backends
 from alibi_lm.attention.native import why_not
@@ -20,6 +20,7 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("alibi", {"learned_slopes": True}),
     ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
+    ("rotary", {"rotated_share": 0.5, "frequency_share": 0.5}),
     ("cope", {"num_positions": 5, "scaled_term": False}),
 ]
 SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
@@ -267,16 +268,6 @@ def test_every_parameter_gets_a_gradient(tiny_model, name, settings, attention):
 def test_weights_load_strictly_at_another_context_length(trained, tiny_model, name, settings):
     short, long = trained(name, "eager", settings), tiny_model(name, context_length=512, **settings)
     long.load_state_dict(short.state_dict(), strict=True)
-
-
-class InDouble(TorchFunctionMode):
-    """Every step to float32 goes to float64 instead."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        double = {torch.float32: torch.float64}
-        args = [double.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
-        kwargs = {k: double.get(a, a) if isinstance(a, torch.dtype) else a for k, a in (kwargs or {}).items()}
-        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
 
 
 @variants("distance_bias", "bias")

@@ -1,0 +1,187 @@
+"""Position schemes against what their authors' code returned: outputs, and gradients of trained parameters.
+
+Every size and setting comes from the files of `$ALIBI_LM_GOLDEN_DIR/schemes`, so that other files of the same form
+can be tried. What is tested are the classes that a run is built with: in float64 (`InDouble`), and as they are, in
+float32. Each number of the authors' is compared to the tolerance that the README of those files gives.
+
+Letters: B batch, T tokens, S keys, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from in_double import InDouble
+from torch import Tensor
+
+from alibi_lm.attention import Backends, Request
+from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
+
+
+@dataclass
+class Golden:
+    """One scheme's file, in one precision."""
+
+    arrays: dict[str, Tensor]
+    setting: dict[str, Any]
+    dtype: torch.dtype
+    budget: float
+    """Largest absolute difference."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """An array of the file; floating ones in the dtype of the test."""
+        array = self.arrays[name]
+        return array.to(self.dtype) if array.is_floating_point() else array
+
+    def build(self, name: str, model_dim: int | None = None, **settings: Any) -> PositionScheme:
+        """The scheme of a config, for the sizes of the file."""
+        heads = self.setting.get("H", 1)
+        head_dim = self.setting.get("D", self.setting.get("head_dim", 2))
+        length = self.setting.get("T", 64)
+        shape = PositionShape(model_dim or heads * head_dim, head_dim, heads, 2, length, length)
+        return POSITIONS[name](**settings).build(shape).to(self.dtype)
+
+    def in_precision(self) -> Any:
+        """The mode in which a scheme computes in the dtype of the test."""
+        return InDouble() if self.dtype == torch.float64 else nullcontext()
+
+    def close(self, mine: Tensor, theirs: str | Tensor, times: float = 1.0) -> None:
+        """Assert equality to the budget, times a factor."""
+        expected = self.arrays[theirs].double() if isinstance(theirs, str) else theirs.double()
+        torch.testing.assert_close(mine.detach().double(), expected, rtol=0, atol=times * self.budget)
+
+    def close_where_visible(self, mine: Tensor, theirs: str, q_pos: Tensor, k_pos: Tensor) -> None:
+        """The same for the pairs that a causal mask leaves: (..., T, S)."""
+        hidden = k_pos > q_pos[:, None]
+        expected = self.arrays[theirs].double()
+        self.close(mine.masked_fill(hidden, 0.0), expected.masked_fill(hidden, 0.0))
+
+    def close_bias(self, scheme: PositionScheme, whole: str, part: str = "", q_pos: Tensor | None = None) -> None:
+        """The bias of all pairs, and of some late queries."""
+        k_pos = torch.arange(self.arrays[whole].shape[-1])
+        with self.in_precision():
+            self.close_where_visible(scheme.bias(k_pos, k_pos), whole, k_pos, k_pos)
+            if part:
+                q_pos = self["q_pos"] if q_pos is None else q_pos
+                self.close_where_visible(scheme.bias(q_pos, k_pos), part, q_pos, k_pos)
+
+    def close_gradients(self, scheme: PositionScheme, output: Tensor, times: float, **names: str) -> None:
+        """Gradients of sum(cot * output) with respect to parameters: name of the parameter = that of the array."""
+        parameters = dict(scheme.named_parameters())
+        grads = torch.autograd.grad(output, [parameters[n] for n in names], self["cot"].to(output.dtype))
+        for gradient, theirs in zip(grads, names.values(), strict=True):
+            self.close(gradient, self.arrays[theirs].view_as(gradient), times)
+
+
+def fill(scheme: PositionScheme, **values: Tensor) -> PositionScheme:
+    """Set parameters of a scheme."""
+    parameters = dict(scheme.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    return scheme
+
+
+def golden(name: str, float64: float, float32: float) -> Callable[[Any], Any]:
+    """Run a test with a scheme's file, in both precisions with their budgets."""
+    cases = [(name, torch.float64, float64), (name, torch.float32, float32)]
+    return pytest.mark.parametrize("data", cases, ids=["float64", "float32"], indirect=True)
+
+
+@pytest.fixture
+def data(request: pytest.FixtureRequest) -> Golden:
+    """The file of a scheme, opened."""
+    name, dtype, budget = request.param
+    folder = os.environ.get("ALIBI_LM_GOLDEN_DIR")
+    if not folder:
+        pytest.skip(f"ALIBI_LM_GOLDEN_DIR is not set: {name} NOT compared with the authors' code")
+    path = Path(folder) / "schemes" / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"there is no {path}: {name} NOT compared with the authors' code")
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: torch.from_numpy(file[key].copy()) for key in file.files if file[key].dtype.kind in "fiu"}
+        return Golden(arrays, json.loads(str(file["meta"]))["setting"], dtype, budget)
+
+
+def attend(
+    data: Golden,
+    scheme: PositionScheme,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor | None,
+    window: int | None = None,
+) -> Tensor:
+    """A whole pass through `eager`: (B, H, T, K) -> (B, H, T, K)."""
+    positions = torch.arange(q.shape[2])
+    with data.in_precision():
+        q, k = scheme.transform_qk(q, k, scheme.tables(positions))
+        asked = Request(positions, positions, len(positions) - 1, window, data.dtype, 0.0)
+        return Backends("eager", "golden").prepare(scheme, asked)(q, k, v, x)
+
+
+def halves_to_neighbours(x: Tensor, width: int) -> Tensor:
+    """Pairs (k, k + width / 2) of the first `width` dimensions become neighbours, as in `rotate_pairs`."""
+    order = torch.arange(width).view(2, -1).T.flatten()
+    return torch.cat([x[..., order], x[..., width:]], dim=-1)
+
+
+@golden("alibi", 1e-14, 1e-6)
+def test_golden_scheme_alibi(data: Golden) -> None:
+    from alibi_lm.positions.alibi import alibi_slopes
+
+    for row, heads in enumerate(data["heads"].tolist()):
+        data.close(torch.tensor(alibi_slopes(heads), dtype=torch.float64), data.arrays["slopes"][row, :heads])
+    scheme = data.build("alibi")
+    data.close_bias(scheme, "bias", "bias_offset")
+    # Their tensor grows with the key's position and leaves out what softmax does not see.
+    key_bias = scheme.key_bias(torch.arange(data.setting["T"]))
+    data.close(key_bias - key_bias[:, :1], data.arrays["bias_authors"][:, 0], times=10)
+
+
+@golden("t5", 1e-14, 1e-6)
+def test_golden_scheme_t5(data: Golden) -> None:
+    from alibi_lm.positions.t5 import t5_bucket
+
+    sizes = {name: data.setting[name] for name in ("num_buckets", "max_distance")}
+    assert torch.equal(t5_bucket(data["distances"], **sizes), data["buckets"])
+    scheme = fill(data.build("t5", **sizes), table=data["table"])
+    data.close_bias(scheme, "bias", "bias_offset")
+    positions = torch.arange(data.setting["T"])
+    with data.in_precision():
+        data.close_gradients(scheme, scheme.bias(positions, positions), 20, table="grad_table")
+
+
+@golden("partial_rotary", 1e-12, 2e-6)
+def test_golden_scheme_partial_rotary(data: Golden) -> None:
+    share, theta = data.setting["partial_rotary_factor"], data.setting["theta"]
+    scheme = data.build("rotary", rotated_share=share, theta=theta)
+    width = int(data.setting["head_dim"] * share)
+    torch.testing.assert_close(scheme.inv_freq, data.arrays["inv_freq"], rtol=0, atol=1e-14)
+    with data.in_precision():
+        inputs = (halves_to_neighbours(data[name], width) for name in "qk")
+        outputs = scheme.transform_qk(*inputs, scheme.tables(data["positions"].long()))
+    for mine, name in zip(outputs, ("q_out", "k_out"), strict=True):
+        data.close(mine, halves_to_neighbours(data.arrays[name], width))
+
+
+@golden("rope_scaling", 1e-12, 1e-12)
+def test_golden_scheme_p_rope(data: Golden) -> None:
+    """Frequencies are float64 in either precision."""
+    compared = 0
+    for case, setting in data.setting.items():
+        shape = PositionShape(setting["head_dim"], setting["head_dim"], 1, 2, 64, 64)
+        for percent in (n.removeprefix(f"{case}_p_rope_") for n in data.arrays if n.startswith(f"{case}_p_rope_")):
+            config = POSITIONS["rotary"](theta=setting["theta"], frequency_share=int(percent) / 100)
+            data.close(config.build(shape).inv_freq, f"{case}_p_rope_{percent}")
+            compared += 1
+    assert compared
