@@ -11,6 +11,7 @@ from typing import Protocol
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
+from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
 from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
@@ -35,6 +36,8 @@ POSITIONS: dict[str, type] = {
     "alibi": AlibiConfig,
     "t5": T5Config,
     "cope": CopeConfig,
+    "kerple_log": KerpleLogConfig,
+    "kerple_power": KerplePowerConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

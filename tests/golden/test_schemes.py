@@ -185,3 +185,22 @@ def test_golden_scheme_p_rope(data: Golden) -> None:
             data.close(config.build(shape).inv_freq, f"{case}_p_rope_{percent}")
             compared += 1
     assert compared
+
+
+def kerple(data: Golden, name: str, first: str, second: str) -> None:
+    scheme = fill(data.build(name), **{n: data[n] for n in (first, second)})
+    positions = torch.arange(data.setting["T"])
+    data.close_bias(scheme, "bias", "bias_last_row", positions[-1:])
+    with data.in_precision():
+        names = {n: f"grad_{n}" for n in (first, second)}
+        data.close_gradients(scheme, scheme.bias(positions, positions), 20, **names)
+
+
+@golden("kerple_log", 1e-12, 3e-6)
+def test_golden_scheme_kerple_log(data: Golden) -> None:
+    kerple(data, "kerple_log", "r1", "r2")
+
+
+@golden("kerple_power", 1e-10, 2e-4)
+def test_golden_scheme_kerple_power(data: Golden) -> None:
+    kerple(data, "kerple_power", "a", "p")
