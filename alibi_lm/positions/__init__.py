@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from alibi_lm.positions.alibi import AlibiConfig
+from alibi_lm.positions.bam import BamConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
@@ -38,6 +39,7 @@ POSITIONS: dict[str, type] = {
     "cope": CopeConfig,
     "kerple_log": KerpleLogConfig,
     "kerple_power": KerplePowerConfig,
+    "bam": BamConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

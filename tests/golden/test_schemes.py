@@ -204,3 +204,19 @@ def test_golden_scheme_kerple_log(data: Golden) -> None:
 @golden("kerple_power", 1e-10, 2e-4)
 def test_golden_scheme_kerple_power(data: Golden) -> None:
     kerple(data, "kerple_power", "a", "p")
+
+
+@golden("bam", 1e-11, 5e-5)
+def test_golden_scheme_bam(data: Golden) -> None:
+    for reading, start in (("code", "scale_init_code"), ("readme", "alpha_init_readme")):
+        scheme = data.build("bam", start=reading)
+        data.close(scheme.alpha, start, times=1e5 if data.dtype == torch.float64 else 1)  # made in float32
+        fill(scheme, alpha=data[start])
+        data.close_bias(scheme, f"bias_init_{reading}")
+    values = {name: data[name] for name in ("alpha", "beta", "mu")}
+    scheme = fill(data.build("bam", trained_centre=True), **values)
+    data.close_bias(scheme, "bias", "bias_offset")
+    positions = torch.arange(data.setting["T"])
+    with data.in_precision():
+        names = {name: f"grad_{name}" for name in values}
+        data.close_gradients(scheme, scheme.bias(positions, positions), 20, **names)

@@ -22,6 +22,7 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
     ("rotary", {"rotated_share": 0.5, "frequency_share": 0.5}),
     ("cope", {"num_positions": 5, "scaled_term": False}),
+    ("bam", {"trained_centre": True, "start": "readme"}),
 ]
 SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 BACKENDS = ("eager", "sdpa", *([] if why_not() else ["native"]))
