@@ -12,6 +12,7 @@ from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.bam import BamConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
+from alibi_lm.positions.fox import FoxConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
 from alibi_lm.positions.rotary import RotaryConfig
@@ -40,6 +41,7 @@ POSITIONS: dict[str, type] = {
     "kerple_log": KerpleLogConfig,
     "kerple_power": KerplePowerConfig,
     "bam": BamConfig,
+    "fox": FoxConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

@@ -220,3 +220,41 @@ def test_golden_scheme_bam(data: Golden) -> None:
     with data.in_precision():
         names = {name: f"grad_{name}" for name in values}
         data.close_gradients(scheme, scheme.bias(positions, positions), 20, **names)
+
+
+@golden("fox", 1e-11, 1e-5)
+def test_golden_scheme_fox(data: Golden) -> None:
+    heads = data.setting["H"]
+    scheme = fill(data.build("fox", model_dim=heads), weight=torch.eye(heads), gate_bias=torch.zeros(heads))
+    logits, log_gate = data["gate_logits"], data["log_gate"].requires_grad_()
+    reset = log_gate.detach() == log_gate.detach().min()  # their hard reset is no gate of these logits
+    mine = scheme.features(logits)
+    data.close(mine.masked_fill(reset, 0.0), data.arrays["log_gate"].masked_fill(reset, 0.0))
+
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    positions = torch.arange(q.shape[2])
+    with data.in_precision():
+        bias = scheme.content_bias(q, k, log_gate, positions, positions)
+    data.close_where_visible(bias, "bias", positions, positions)
+    out = attend(data, scheme, q, k, v, log_gate)
+    data.close(out.transpose(1, 2), "out")
+    (gradient,) = torch.autograd.grad(out, log_gate, data["cot"].transpose(1, 2))
+    data.close(gradient, "grad_log_gate", times=20)
+    data.close(attend(data, scheme, q, k, v, log_gate, window=6).transpose(1, 2), "out_window6")
+    # The authors' start of fixed gates, for decay times 2 to 300. Parameters are made in float32.
+    start = data.build("fox", gates="bias", shortest=2.0, longest=300.0).gate_bias
+    data.close(start, "fixed_gate_bias_init", times=1e5 if data.dtype == torch.float64 else 1)
+
+
+@golden("cable", 1e-12, 1e-5)
+def test_golden_scheme_cable(data: Golden) -> None:
+    heads = data.setting["H"]
+    scheme = fill(
+        data.build("fox", model_dim=heads, scaled=False), weight=-torch.eye(heads), gate_bias=torch.zeros(heads)
+    )
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    positions, x = torch.arange(q.shape[2]), scheme.features(data["gate_input"])
+    with data.in_precision():
+        bias = scheme.content_bias(q, k, x, positions, positions)
+    data.close_where_visible(bias, "bias", positions, positions)
+    data.close(attend(data, scheme, q, k, v, x).transpose(1, 2), "out")

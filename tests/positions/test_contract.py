@@ -23,6 +23,8 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("rotary", {"rotated_share": 0.5, "frequency_share": 0.5}),
     ("cope", {"num_positions": 5, "scaled_term": False}),
     ("bam", {"trained_centre": True, "start": "readme"}),
+    ("fox", {"gates": "bias", "scaled": False}),
+    ("fox", {"gates": "fixed"}),
 ]
 SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 BACKENDS = ("eager", "sdpa", *([] if why_not() else ["native"]))
