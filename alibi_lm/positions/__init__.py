@@ -12,6 +12,7 @@ from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.bam import BamConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
+from alibi_lm.positions.fire import FireConfig
 from alibi_lm.positions.fox import FoxConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
@@ -42,6 +43,7 @@ POSITIONS: dict[str, type] = {
     "kerple_power": KerplePowerConfig,
     "bam": BamConfig,
     "fox": FoxConfig,
+    "fire": FireConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

@@ -258,3 +258,21 @@ def test_golden_scheme_cable(data: Golden) -> None:
         bias = scheme.content_bias(q, k, x, positions, positions)
     data.close_where_visible(bias, "bias", positions, positions)
     data.close(attend(data, scheme, q, k, v, x).transpose(1, 2), "out")
+
+
+@golden("fire", 1e-12, 2e-6)
+def test_golden_scheme_fire(data: Golden) -> None:
+    weights = {name: data[name] for name in ("w1", "b1", "w2", "b2", "c")}
+    positions = torch.arange(data.setting["T"])
+    for reading in ("arithmetic", "dape"):
+        scheme = data.build("fire", reading=reading, hidden=data.setting["mlp_width"])
+        fill(scheme, **weights)
+        data.close_bias(scheme, f"bias_{reading}_m1")  # the multiplier as it starts
+        fill(scheme, multiplier=data["m"])
+        data.close_bias(scheme, f"bias_{reading}_m")
+        if reading == "arithmetic":
+            drawn = data["positions_random"].long()
+            with data.in_precision():
+                data.close_where_visible(scheme.bias(drawn, drawn), "bias_random", drawn, drawn)
+                names = {"c": "grad_c", "multiplier": "grad_m", "w1": "grad_w1"}
+                data.close_gradients(scheme, scheme.bias(positions, positions), 20, **names)
