@@ -17,6 +17,7 @@ from alibi_lm.positions.fox import FoxConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
 from alibi_lm.positions.rotary import RotaryConfig
+from alibi_lm.positions.sandwich import SandwichConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config
 
@@ -44,6 +45,7 @@ POSITIONS: dict[str, type] = {
     "bam": BamConfig,
     "fox": FoxConfig,
     "fire": FireConfig,
+    "sandwich": SandwichConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

@@ -276,3 +276,11 @@ def test_golden_scheme_fire(data: Golden) -> None:
                 data.close_where_visible(scheme.bias(drawn, drawn), "bias_random", drawn, drawn)
                 names = {"c": "grad_c", "multiplier": "grad_m", "w1": "grad_w1"}
                 data.close_gradients(scheme, scheme.bias(positions, positions), 20, **names)
+
+
+@golden("sandwich", 1e-11, 1e-5)
+def test_golden_scheme_sandwich(data: Golden) -> None:
+    scheme = data.build("sandwich", width=data.setting["dbar"])
+    data.close_bias(scheme, "bias", "bias_offset")
+    if data.dtype == torch.float32:
+        data.close_bias(scheme, "bias_f32")
