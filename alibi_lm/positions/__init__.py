@@ -20,6 +20,7 @@ from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sandwich import SandwichConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config
+from alibi_lm.positions.xpos import XposConfig
 
 
 class PositionConfig(Protocol):
@@ -46,6 +47,7 @@ POSITIONS: dict[str, type] = {
     "fox": FoxConfig,
     "fire": FireConfig,
     "sandwich": SandwichConfig,
+    "xpos": XposConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

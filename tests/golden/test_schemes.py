@@ -284,3 +284,24 @@ def test_golden_scheme_sandwich(data: Golden) -> None:
     data.close_bias(scheme, "bias", "bias_offset")
     if data.dtype == torch.float32:
         data.close_bias(scheme, "bias_f32")
+
+
+@golden("xpos", 1e-12, 1e-5)
+def test_golden_scheme_xpos(data: Golden) -> None:
+    heads, dim = data.setting["H"], data.setting["head_dim"]
+    for suffix in ("", "2"):
+        q, k = data[f"q{suffix}"], data[f"k{suffix}"]
+        length = q.shape[1]
+        # Their centre is half the sequence at hand, ours half the longest one to be served.
+        shape = PositionShape(heads * dim, dim, heads, 2, length, length)
+        scheme = POSITIONS["xpos"](scale_base=data.setting["scale_base"]).build(shape)
+        positions = torch.arange(length)
+        with data.in_precision():
+            q_out, k_out = scheme.transform_qk(q, k, scheme.tables(positions))
+            last, _ = scheme.transform_qk(q[:, -1:], k[:, -1:], scheme.tables(positions[-1:]))
+        data.close(q_out, f"q{suffix}_out")
+        data.close(k_out, f"k{suffix}_out")
+        data.close(scheme.zeta, "scale")
+        if not suffix:
+            data.close(last, "q_last_out")
+            data.close(q_out @ k_out.mT * dim**-0.5, "scores")
