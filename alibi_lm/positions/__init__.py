@@ -20,6 +20,7 @@ from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sandwich import SandwichConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config
+from alibi_lm.positions.transformer_xl import TransformerXLConfig
 from alibi_lm.positions.xpos import XposConfig
 
 
@@ -48,6 +49,7 @@ POSITIONS: dict[str, type] = {
     "fire": FireConfig,
     "sandwich": SandwichConfig,
     "xpos": XposConfig,
+    "transformer_xl": TransformerXLConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

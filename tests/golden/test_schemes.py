@@ -305,3 +305,22 @@ def test_golden_scheme_xpos(data: Golden) -> None:
         if not suffix:
             data.close(last, "q_last_out")
             data.close(q_out @ k_out.mT * dim**-0.5, "scores")
+
+
+@golden("transformer_xl", 1e-12, 1e-5)
+@torch.no_grad()
+def test_golden_scheme_transformer_xl(data: Golden) -> None:
+    q, k, memory = data["q"], data["k"], data.setting["memory"]
+    k_pos = torch.arange(k.shape[2])
+    q_pos = k_pos[memory:]
+    for clamp, keys, name in (
+        (None, slice(memory, None), "scores"),
+        (None, slice(None), "scores_memory"),
+        (data.setting["clamp_len"], slice(None), "scores_memory_clamped"),
+    ):
+        scheme = data.build("transformer_xl", clamp_distance=clamp)
+        fill(scheme, w_r=data["w_r"], u=data["u"], v=data["v_bias"])
+        with data.in_precision():
+            bias = scheme.content_bias(q, k[:, :, keys], None, q_pos, k_pos[keys])
+        scores = q @ k[:, :, keys].mT * q.shape[-1] ** -0.5 + bias
+        data.close_where_visible(scores, name, q_pos, k_pos[keys])
