@@ -18,6 +18,7 @@ from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
 from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sandwich import SandwichConfig
+from alibi_lm.positions.shaw import ShawConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config
 from alibi_lm.positions.transformer_xl import TransformerXLConfig
@@ -50,6 +51,7 @@ POSITIONS: dict[str, type] = {
     "sandwich": SandwichConfig,
     "xpos": XposConfig,
     "transformer_xl": TransformerXLConfig,
+    "shaw": ShawConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

@@ -324,3 +324,27 @@ def test_golden_scheme_transformer_xl(data: Golden) -> None:
             bias = scheme.content_bias(q, k[:, :, keys], None, q_pos, k_pos[keys])
         scores = q @ k[:, :, keys].mT * q.shape[-1] ** -0.5 + bias
         data.close_where_visible(scores, name, q_pos, k_pos[keys])
+
+
+@golden("shaw", 1e-12, 5e-6)
+def test_golden_scheme_shaw(data: Golden) -> None:
+    """Their tables begin with the farthest key; what lies ahead of a query is never used."""
+    clip = data.setting["c"]
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    positions = torch.arange(q.shape[2])
+    tables = {f"table_{kind}": data[f"table_{kind}"][: clip + 1].flip(0) for kind in "kv"}
+    keys_only = fill(data.build("shaw", clip=clip, values=False), table_k=tables["table_k"])
+    bias = keys_only.content_bias(q, k, None, positions, positions)
+    data.close_where_visible(q @ k.mT * q.shape[-1] ** -0.5 + bias, "scores", positions, positions)
+    data.close(attend(data, keys_only, q, k, v, None).transpose(1, 2), "out_keys_only")
+
+    scheme = fill(data.build("shaw", clip=clip), **tables)
+    out = attend(data, scheme, q, k, v, None)
+    data.close(out.transpose(1, 2), "out")
+    for kind in "kv":
+        (gradient,) = torch.autograd.grad(
+            out, dict(scheme.named_parameters())[f"table_{kind}"], data["cot"].transpose(1, 2), retain_graph=True
+        )
+        expected = data.arrays[f"grad_table_{kind}"]
+        data.close(gradient.flip(0), expected[: clip + 1], times=20)
+        assert not expected[clip + 1 :].any()

@@ -25,6 +25,7 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("bam", {"trained_centre": True, "start": "readme"}),
     ("fox", {"gates": "bias", "scaled": False}),
     ("fox", {"gates": "fixed"}),
+    ("shaw", {"clip": 5, "values": False}),
 ]
 SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 BACKENDS = ("eager", "sdpa", *([] if why_not() else ["native"]))
