@@ -16,6 +16,7 @@ from alibi_lm.positions.fire import FireConfig
 from alibi_lm.positions.fox import FoxConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
+from alibi_lm.positions.pope import PopeConfig
 from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sandwich import SandwichConfig
 from alibi_lm.positions.shaw import ShawConfig
@@ -52,6 +53,7 @@ POSITIONS: dict[str, type] = {
     "xpos": XposConfig,
     "transformer_xl": TransformerXLConfig,
     "shaw": ShawConfig,
+    "pope": PopeConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

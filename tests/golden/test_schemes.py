@@ -348,3 +348,17 @@ def test_golden_scheme_shaw(data: Golden) -> None:
         expected = data.arrays[f"grad_table_{kind}"]
         data.close(gradient.flip(0), expected[: clip + 1], times=20)
         assert not expected[clip + 1 :].any()
+
+
+@golden("pope", 1e-12, 1e-5)
+def test_golden_scheme_pope(data: Golden) -> None:
+    scheme = fill(data.build("pope"), phase=data["phase"])
+    data.close(scheme.inv_freq, "inv_freq")
+    positions = data["positions"].long()
+    with data.in_precision():
+        q, k = scheme.transform_qk(data["q"], data["k"], scheme.tables(positions))
+        data.close(q / 2**0.5, "q_out")  # ours is divided by the root of the doubled width
+        data.close(k, "k_out")
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        data.close_where_visible(scores, "scores", positions, positions)
+        data.close_gradients(scheme, scores, 20, phase="grad_phase")
