@@ -21,21 +21,21 @@ def code_blocks(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "auto"])
-def test_the_scheme_of_the_four_steps_works(tiny_config, tmp_path, monkeypatch, attention):
-    source = next(b for b in code_blocks("python") if "class Kerple" in b)
-    (tmp_path / "kerple.py").write_text(source)
+def test_the_scheme_of_the_steps_works(tiny_config, tmp_path, monkeypatch, attention):
+    source = next(b for b in code_blocks("python") if "class LogDecay" in b)
+    (tmp_path / "log_decay.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    import kerple
+    import log_decay
 
     torch.manual_seed(1)
-    model = TransformerLM(tiny_config, kerple.KerpleConfig(), attention, 50, 64).eval()
+    model = TransformerLM(tiny_config, log_decay.LogDecayConfig(), attention, 50, 64).eval()
     tokens = torch.randint(0, 50, (2, 200))
     whole = model(tokens)
     cache = KeyValueCache()
     pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split([120, 1, 79], dim=1)], dim=1)
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=2e-6)
     whole.sum().backward()
-    assert (model.schemes[0].log_r.grad != 0).all()
+    assert (model.schemes[0].rate.grad != 0).all()
     bias = model.schemes[0].bias(torch.tensor([5]), torch.tensor([0, 5]))
     torch.testing.assert_close(bias[:, 0], torch.tensor([-6.0, -1.0]).abs().log().mul(-1).repeat(3, 1))
 
@@ -50,7 +50,7 @@ def test_every_file_it_names_exists(page):
         text,
     )
     assert links or named
-    new = {"alibi_lm/positions/kerple.py"}  # what a reader of the README writes
+    new = {"alibi_lm/positions/log_decay.py"}  # what a reader of the README writes
     for target in {*links, *named} - new:
         assert (ROOT / target).exists() or (ROOT / "alibi_lm" / target).exists(), target
 
