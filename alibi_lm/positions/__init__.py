@@ -16,6 +16,7 @@ from alibi_lm.positions.fire import FireConfig
 from alibi_lm.positions.fox import FoxConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
+from alibi_lm.positions.path import PathConfig
 from alibi_lm.positions.pope import PopeConfig
 from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sandwich import SandwichConfig
@@ -54,6 +55,7 @@ POSITIONS: dict[str, type] = {
     "transformer_xl": TransformerXLConfig,
     "shaw": ShawConfig,
     "pope": PopeConfig,
+    "path": PathConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

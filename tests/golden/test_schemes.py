@@ -362,3 +362,22 @@ def test_golden_scheme_pope(data: Golden) -> None:
         scores = q @ k.mT * q.shape[-1] ** -0.5
         data.close_where_visible(scores, "scores", positions, positions)
         data.close_gradients(scheme, scores, 20, phase="grad_phase")
+
+
+@golden("path", 1e-12, 3e-6)
+def test_golden_scheme_path(data: Golden) -> None:
+    """Directions and betas are put in the place of those made from the input."""
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    w, beta, log_gate = (data[name].transpose(1, 2).requires_grad_() for name in ("w", "beta", "log_gate"))
+    positions = torch.arange(q.shape[2])
+    for gate, suffix in ((None, ""), (log_gate, "_gated")):
+        scheme = data.build("path", forget_gate=gate is not None)
+        scheme.reflections = lambda x, gate=gate: (w, beta, gate)
+        scores = scheme.scores(q, k, q, positions, positions)
+        data.close_where_visible(scores, f"scores{suffix}", positions, positions)
+        out = attend(data, scheme, q, k, v, q)
+        data.close(out.transpose(1, 2), f"out{suffix}")
+        if gate is None:
+            grads = torch.autograd.grad(out, (w, beta), data["cot"].transpose(1, 2))
+            for gradient, name in zip(grads, ("grad_w", "grad_beta"), strict=True):
+                data.close(gradient.transpose(1, 2), name, times=20)
