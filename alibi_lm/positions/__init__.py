@@ -24,6 +24,7 @@ from alibi_lm.positions.shaw import ShawConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config
 from alibi_lm.positions.transformer_xl import TransformerXLConfig
+from alibi_lm.positions.wall import WallConfig
 from alibi_lm.positions.xpos import XposConfig
 
 
@@ -56,6 +57,7 @@ POSITIONS: dict[str, type] = {
     "shaw": ShawConfig,
     "pope": PopeConfig,
     "path": PathConfig,
+    "wall": WallConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

@@ -381,3 +381,23 @@ def test_golden_scheme_path(data: Golden) -> None:
             grads = torch.autograd.grad(out, (w, beta), data["cot"].transpose(1, 2))
             for gradient, name in zip(grads, ("grad_w", "grad_beta"), strict=True):
                 data.close(gradient.transpose(1, 2), name, times=20)
+
+
+@golden("wall", 1e-12, 3e-6)
+def test_golden_scheme_wall(data: Golden) -> None:
+    """The code's 1 / ln 2 has 8 digits: only what was made with the exact one is compared to all of them."""
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    positions = torch.arange(q.shape[2])
+    gates, scalar = data["log_gate"].flatten(2), data["log_gate_scalar"]
+    scheme = data.build("wall")
+    scores = scheme.scores(q, k, gates, positions, positions)
+    data.close_where_visible(scores, "scores_exact", positions, positions)
+    out = attend(data, scheme, q, k, v, gates).transpose(1, 2)
+    data.close(out, "out_exact")
+    window = attend(data, scheme, q, k, v, gates, window=6).transpose(1, 2)
+    both = torch.cat([gates, scalar], dim=-1)
+    gated = attend(data, data.build("wall", scalar_gate=True), q, k, v, both).transpose(1, 2)
+    data.budget = max(data.budget, 2e-7)
+    data.close_where_visible(scores, "scores", positions, positions)
+    for mine, name in ((out, "out"), (window, "out_window6"), (gated, "out_scalar_gate")):
+        data.close(mine, name)

@@ -27,6 +27,7 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("fox", {"gates": "fixed"}),
     ("shaw", {"clip": 5, "values": False}),
     ("path", {"forget_gate": True}),
+    ("wall", {"scalar_gate": True}),
 ]
 SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 BACKENDS = ("eager", "sdpa", *([] if why_not() else ["native"]))
