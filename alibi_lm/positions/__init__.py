@@ -14,6 +14,7 @@ from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
 from alibi_lm.positions.fire import FireConfig
 from alibi_lm.positions.fox import FoxConfig
+from alibi_lm.positions.grape_ap import GrapeApConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
 from alibi_lm.positions.path import PathConfig
@@ -58,6 +59,7 @@ POSITIONS: dict[str, type] = {
     "pope": PopeConfig,
     "path": PathConfig,
     "wall": WallConfig,
+    "grape_ap": GrapeApConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

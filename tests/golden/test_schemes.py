@@ -401,3 +401,14 @@ def test_golden_scheme_wall(data: Golden) -> None:
     data.close_where_visible(scores, "scores", positions, positions)
     for mine, name in ((out, "out"), (window, "out_window6"), (gated, "out_scalar_gate")):
         data.close(mine, name)
+
+
+@golden("grape_ap", 1e-11, 1e-5)
+def test_golden_scheme_grape_ap(data: Golden) -> None:
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    positions, p = torch.arange(q.shape[2]), data["p"].flatten(2)
+    scheme = data.build("grape_ap", width=data.setting["p_head_dim"])
+    data.close(scheme.slopes, "slopes")
+    bias = scheme.content_bias(q, k, p, positions, positions)
+    data.close_where_visible(bias, "bias", positions, positions)
+    data.close(attend(data, scheme, q, k, v, p).transpose(1, 2), "out")
