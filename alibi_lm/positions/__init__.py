@@ -12,6 +12,7 @@ from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.bam import BamConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
+from alibi_lm.positions.dape import DapeConfig
 from alibi_lm.positions.fire import FireConfig
 from alibi_lm.positions.fox import FoxConfig
 from alibi_lm.positions.grape_ap import GrapeApConfig
@@ -60,6 +61,7 @@ POSITIONS: dict[str, type] = {
     "path": PathConfig,
     "wall": WallConfig,
     "grape_ap": GrapeApConfig,
+    "dape": DapeConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]
