@@ -412,3 +412,22 @@ def test_golden_scheme_grape_ap(data: Golden) -> None:
     bias = scheme.content_bias(q, k, p, positions, positions)
     data.close_where_visible(bias, "bias", positions, positions)
     data.close(attend(data, scheme, q, k, v, p).transpose(1, 2), "out")
+
+
+@golden("cope", 1e-12, 5e-6)
+def test_golden_scheme_cope(data: Golden) -> None:
+    q, k, v = (data[name][None].requires_grad_() for name in "qkv")
+    positions, table = torch.arange(q.shape[2]), data["emb"].T
+    for scaled, kind in ((True, "default"), (False, "nodiv")):
+        scheme = data.build("cope", num_positions=len(table), scaled_term=scaled)
+        fill(scheme, table=table)
+        bias = scheme.content_bias(q, k, None, positions, positions)
+        scores = (q @ k.mT * q.shape[-1] ** -0.5 + bias)[0]
+        data.close_where_visible(scores, f"scores_{kind}", positions, positions)
+        out = attend(data, scheme, q, k, v, None)
+        data.close(out[0], f"out_{kind}")
+        if scaled:
+            grads = torch.autograd.grad(out, (q, k, scheme.table), data["cot"][None])
+            for gradient, name in zip(grads, ("grad_q", "grad_k", "grad_emb"), strict=True):
+                theirs = data.arrays[name]
+                data.close(gradient.squeeze(0), theirs.T if name == "grad_emb" else theirs, times=20)
