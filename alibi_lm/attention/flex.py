@@ -42,8 +42,11 @@ class FlexAttention(AttentionBackend):
         """Shape and blocks of the last causal mask: it depends on lengths alone, so it is kept."""
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        by_content = scheme.defines("content_bias", "content_key_bias")
-        return more_than_a_bias(scheme) or ("it needs the full score matrix" if by_content else "")
+        if reason := more_than_a_bias(scheme):
+            return reason
+        if scheme.defines("content_bias"):
+            return "it needs the full score matrix"
+        return "its bias is made from content" if scheme.defines("content_key_bias") else ""
 
     def refuses(self, scheme: PositionScheme, request: Request) -> str:
         if request.dropout:

@@ -1,4 +1,4 @@
-// Causal attention on the CPU with a bias per head and distance, and its gradients.
+// Causal attention on the CPU with a bias per head and distance, or per head and key, and its gradients.
 //
 // Scores exist in tiles of ROWS queries x KEYS keys that stay in the cache from the product that makes them to the
 // product that uses them up; nothing of size T x T is ever written. Three things are left out that a general kernel
@@ -8,6 +8,9 @@
 // - a mask: the bias of a head is one line over distances, which each query reads from its own place on.
 //
 // Scores are in base 2 throughout: exp(s) = 2^(s log2 e), where log2 e is multiplied into queries and bias.
+//
+// A bias per key is a sum over all keys before, far larger than its differences. So it comes in double, and what is
+// added to scores is the difference to the first query of the block, which softmax does not see.
 //
 // Letters: B batch, H heads, T tokens (queries and keys), K head dim, D = K padded to whole register tiles.
 // i, j count queries and keys, i0 and j0 are the first ones of a tile, b h one head of one sequence.
@@ -209,9 +212,11 @@ struct Call {
   const float* bias;  // (H, T) of each distance, or null
   float* log_sum;     // (B, H, T): log2 of the sum of 2^score
   int64_t* reach;     // (B, H, ceil(T / ROWS)): distances below it count, for each block of queries
+  const double* key_bias;  // (B, H, T) of each key, or null
   // The backward pass alone:
   View grad_out, grad_q, grad_k, grad_v;
-  float* grad_bias;  // (B, H, T), or null
+  float* grad_bias;      // (B, H, T), or null
+  float* grad_key_bias;  // (B, H, T), or null
 };
 }
 
@@ -293,6 +298,33 @@ void sum_tails(const Call& c, int64_t h, float* tails) {
   }
 }
 
+// The same for a bias per key b_j: the keys up to j weigh at most 2^(b_i + log2 sum_{l <= j} 2^bias(l) - bias(i)) of the
+// own one of query i. `sums` has room for T numbers.
+void find_reaches_by_key(const Call& c, int64_t b, int64_t h, double* sums, float* q_row, float* k_row, int64_t D) {
+  const int64_t blocks = (c.T + ROWS - 1) / ROWS, head = b * c.H + h;
+  const double* bias = c.key_bias + head * c.T;
+  double total = -INFINITY;
+  for (int64_t j = 0; j < c.T; j++) {
+    const double next = bias[j] * LOG2E, top = std::max(next, total);
+    if (top > -INFINITY) total = top + std::log2(1 + std::exp2(std::min(next, total) - top));
+    sums[j] = total;
+  }
+  float key = 0;
+  for (int64_t block = 0; block < blocks; block++) {
+    double limit = INFINITY;
+    for (int64_t i = block * ROWS; i < std::min(c.T, (block + 1) * ROWS); i++) {
+      copy_row(q_row, c.q.row(b, h, i), c.K, D);
+      copy_row(k_row, c.k.row(b, h, i), c.K, D);
+      key = larger(key, dot(k_row, k_row, D));
+      const float excess = c.scale * LOG2E * (std::sqrt(dot(q_row, q_row, D) * key) - dot(q_row, k_row, D));
+      const double own = NEGLIGIBLE + bias[i] * LOG2E - std::max(excess, 0.0f);  // NaN stays
+      limit = own < limit || own != own ? own : limit;
+    }
+    const double* counting = std::partition_point(sums, sums + c.T, [&](double sum) { return sum <= limit; });
+    c.reach[head * blocks + block] = block * ROWS - (counting - sums) + 1;
+  }
+}
+
 // The part of a tile that has something to see: on the diagonal its last rows and its first keys.
 struct Tile {
   int64_t i0, j0, rows, keys;
@@ -341,16 +373,26 @@ INLINE void soften(int64_t rows, int64_t keys, float* scores, float* top, float*
   }
 }
 
-// Adds the bias to a tile of scores and hides keys where the tile has some to hide.
-INLINE void bias_and_hide(const Call& c, Lines& lines, int64_t h, const Tile& tile, float* scores) {
+// The bias of the keys of a tile relative to the first query of its block, in base 2; null without one.
+INLINE const float* key_line(const Call& c, int64_t head, int64_t block, const Tile& tile, float* line) {
+  if (!c.key_bias) return nullptr;
+  const double *bias = c.key_bias + head * c.T, own = bias[block * ROWS];
+  for (int64_t j = 0; j < tile.keys; j++) line[j] = tile.j0 + j < c.T ? float((bias[tile.j0 + j] - own) * LOG2E) : 0;
+  return line;
+}
+
+// Adds the biases to a tile of scores and hides keys where the tile has some to hide.
+INLINE void bias_and_hide(const Call& c, Lines& lines, int64_t h, const Tile& tile, const float* of_keys, float* scores) {
   const int64_t newest = tile.i0 + tile.rows - 1;
   const bool edge = tile.j0 + tile.keys - 1 > tile.i0 || newest - tile.j0 >= c.window;
-  if (!edge && !c.bias) return;
+  if (!edge && !c.bias && !of_keys) return;
   for (int64_t i = tile.i0; i <= newest; i++, scores += KEYS) {
     if (c.bias) {
       const float* line = lines.at(h, i, tile.j0);
       for (int64_t j = 0; j < tile.keys; j += LANES) store(scores + j, load(scores + j) + load(line + j));
     }
+    if (of_keys)
+      for (int64_t j = 0; j < tile.keys; j += LANES) store(scores + j, load(scores + j) + load(of_keys + j));
     if (edge) hide(scores, tile.keys, i - tile.j0, c.window);
   }
 }
@@ -367,9 +409,14 @@ void attend(const Call& c) {
     in_parallel(c.threads, c.H, 0, [&](int64_t h, float*) { sum_tails(c, h, tails + h * c.T); });
 
   // Keys as (tile, D, KEYS), values as (T, D), zeros past the last token.
-  in_parallel(c.threads, c.B * c.H, KEYS * s.D, [&](int64_t head, float* rows) {
+  in_parallel(c.threads, c.B * c.H, KEYS * s.D + (c.key_bias ? 2 * c.T : 0), [&](int64_t head, float* rows) {
     const int64_t b = head / c.H, h = head % c.H;
-    find_reaches(c, b, h, tails + (c.bias ? h * c.T : 0), rows, rows + s.D, s.D);
+    if (c.key_bias && !c.bias)
+      find_reaches_by_key(c, b, h, reinterpret_cast<double*>(rows + KEYS * s.D), rows, rows + s.D, s.D);
+    else if (c.key_bias)
+      std::fill_n(c.reach + head * s.blocks, s.blocks, c.T);
+    else
+      find_reaches(c, b, h, tails + (c.bias ? h * c.T : 0), rows, rows + s.D, s.D);
     for (int64_t j0 = 0; j0 < s.keys; j0 += KEYS) {
       float *key = keys + (head * s.keys + j0) * s.D, *value = values + (head * s.keys + j0) * s.D;
       copy_tile(rows, c.k, b, h, j0, c, s.D);
@@ -378,9 +425,9 @@ void attend(const Call& c) {
     }
   });
 
-  in_parallel(c.threads, c.B * c.H * s.blocks, ROWS * (2 * s.D + KEYS + 2), [&](int64_t task, float* queries) {
-    float *out = queries + ROWS * s.D, *scores = out + ROWS * s.D;
-    float *top = scores + ROWS * KEYS, *sums = top + ROWS;
+  in_parallel(c.threads, c.B * c.H * s.blocks, ROWS * (2 * s.D + KEYS + 2) + KEYS, [&](int64_t task, float* queries) {
+    float *out = queries + ROWS * s.D, *scores = out + ROWS * s.D, *line = scores + ROWS * KEYS;
+    float *top = line + KEYS, *sums = top + ROWS;
     // The last queries, which see most, come first.
     const int64_t head = task / s.blocks, block = s.blocks - 1 - task % s.blocks, b = head / c.H, h = head % c.H;
     const int64_t i0 = block * ROWS, rows = std::min<int64_t>(ROWS, c.T - i0);
@@ -393,7 +440,7 @@ void attend(const Call& c) {
       const int64_t skip = tile.i0 - i0, packed = (head * s.keys + j0) * s.D;
       float* sum_up = out + skip * s.D;
       multiply<false>(tile.rows, tile.keys, c.K, queries + skip * s.D, s.D, keys + packed, KEYS, scores, KEYS);
-      bias_and_hide(c, lines, h, tile, scores);
+      bias_and_hide(c, lines, h, tile, key_line(c, head, block, tile, line), scores);
       soften(tile.rows, tile.keys, scores, top + skip, sums + skip, sum_up, s.D);
       multiply<true>(tile.rows, s.D, tile.keys, scores, KEYS, values + packed, s.D, sum_up, s.D);
     }
@@ -407,13 +454,14 @@ void attend(const Call& c) {
 void differentiate(const Call& c) {
   const Shape s(c);
   Lines lines(c);
-  const int64_t of_tile = 6 * KEYS * s.D + 2 * ROWS * KEYS;
+  const int64_t of_tile = 6 * KEYS * s.D + 2 * ROWS * KEYS + 2 * KEYS;
   const int64_t of_head = c.T * (3 * s.D + 1) + (c.grad_bias ? c.T + MARGIN : 0);
   in_parallel(c.threads, c.B * c.H, of_tile + of_head, [&](int64_t head, float* key) {
     const int64_t b = head / c.H, h = head % c.H;
     float *value = key + KEYS * s.D, *key_t = value + KEYS * s.D, *value_t = key_t + KEYS * s.D;
     float *grad_k = value_t + KEYS * s.D, *grad_v = grad_k + KEYS * s.D;
     float *weights = grad_v + KEYS * s.D, *grad_scores = weights + ROWS * KEYS;
+    float *line = grad_scores + ROWS * KEYS, *of_keys = line + KEYS;  // key biases of a tile, and their gradients
     float *queries = key + of_tile, *grads = queries + c.T * s.D, *grad_q = grads + c.T * s.D, *inner = grad_q + c.T * s.D;
     float* grad_line = inner + c.T;  // as in Lines
 
@@ -432,6 +480,7 @@ void differentiate(const Call& c) {
       transpose(key_t, key, s.D);
       transpose(value_t, value, s.D);
       std::fill(grad_k, grad_k + 2 * KEYS * s.D, 0.0f);  // and grad_v
+      std::fill(of_keys, of_keys + KEYS, 0.0f);
       for (int64_t block = j0 / ROWS; block < s.blocks; block++) {
         if (j0 < first_key(c, c.reach[head * s.blocks + block], block * ROWS)) continue;
         const Tile tile(c, block, j0);
@@ -439,7 +488,7 @@ void differentiate(const Call& c) {
         const float *query = queries + first, *grad = grads + first;
         multiply<false>(tile.rows, tile.keys, c.K, query, s.D, key_t, KEYS, weights, KEYS);
         multiply<false>(tile.rows, tile.keys, c.K, grad, s.D, value_t, KEYS, grad_scores, KEYS);
-        bias_and_hide(c, lines, h, tile, weights);
+        bias_and_hide(c, lines, h, tile, key_line(c, head, block, tile, line), weights);
         for (int64_t r = 0; r < tile.rows; r++) {
           const int64_t i = tile.i0 + r;
           const float log_sum = c.log_sum[head * c.T + i], mean = inner[i];
@@ -453,6 +502,8 @@ void differentiate(const Call& c) {
             float* line = grad_line + c.T - 1 - i + j0;
             for (int64_t j = 0; j < tile.keys; j += LANES) store(line + j, load(line + j) + load(g + j));
           }
+          if (c.grad_key_bias)
+            for (int64_t j = 0; j < tile.keys; j += LANES) store(of_keys + j, load(of_keys + j) + load(g + j));
         }
         multiply<true, true>(tile.keys, s.D, tile.rows, weights, KEYS, grad, s.D, grad_v, s.D);
         multiply<true, true>(tile.keys, s.D, tile.rows, grad_scores, KEYS, query, s.D, grad_k, s.D);
@@ -462,6 +513,7 @@ void differentiate(const Call& c) {
         // The queries had scale log2 e in them.
         copy_row(c.grad_k.row(b, h, j0 + j), grad_k + j * s.D, c.K, c.K, 1 / LOG2E);
         copy_row(c.grad_v.row(b, h, j0 + j), grad_v + j * s.D, c.K, c.K);
+        if (c.grad_key_bias) c.grad_key_bias[head * c.T + j0 + j] = of_keys[j];
       }
     }
     for (int64_t i = 0; i < c.T; i++) copy_row(c.grad_q.row(b, h, i), grad_q + i * s.D, c.K, c.K, c.scale);

@@ -1,8 +1,9 @@
 """Attention on the CPU by a kernel of this package, compiled for the machine's processor (`native.cpp`).
 
-It serves every full pass in float32 whose bias, if any, depends on head and distance: no bias, ALiBi, T5, and
-any scheme that defines `PositionScheme.distance_bias`, trained or not; with or without a window. What it does not
-serve goes to `sdpa`: other devices and dtypes, cached decoding, dropout of attention weights, positions with gaps.
+It serves every full pass in float32 whose bias, if any, depends on head and distance (`distance_bias` of a scheme:
+ALiBi, T5 and others), trained or not, or is a number per key made from content (`content_key_bias`: forget gates);
+with or without a window. What it does not serve goes to `sdpa`: other devices and dtypes, cached decoding, dropout
+of attention weights, positions with gaps.
 
 Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, N blocks of queries.
 """
@@ -30,7 +31,7 @@ class NativeAttention(AttentionBackend):
     name = "native"
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        if scheme.defines("content_bias", "content_key_bias"):
+        if scheme.defines("content_bias"):
             return "it needs the full score matrix"
         return more_than_a_bias(scheme) or (
             "its bias is more than a function of distance" if scheme.defines("bias") else ""
@@ -52,11 +53,15 @@ class NativeAttention(AttentionBackend):
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         tokens = len(request.k_pos)
         bias, window = scheme.distance_bias(torch.arange(tokens)), request.window or tokens
-        return equal_widths(lambda q, k, v, x: attend(q, k, v, bias, window))
+        return equal_widths(
+            lambda q, k, v, x: attend(q, k, v, bias, window, scheme.content_key_bias(x, request.k_pos))
+        )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> Tensor:
-    """Causal attention with a bias per head and distance.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int, key_bias: Tensor | None = None
+) -> Tensor:
+    """Causal attention with a bias per head and distance, and one per key.
 
     Args:
         q: (B, H, T, K) float32 on the CPU.
@@ -64,6 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) ->
         v: (B, H, T, K).
         bias: (H, T) float32, of distances 0 to T - 1; None: no bias.
         window: a query sees the keys at distances below it; at least 1.
+        key_bias: (B, H, T) float64, of each key, up to a constant; None: none.
 
     Returns:
         (B, H, T, K).
@@ -71,21 +77,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) ->
     Raises:
         ValueError: tensors of other shapes, dtypes or devices; the kernel would read past their ends.
     """
-    _check(q, k, v, bias)
+    _check(q, k, v, bias, key_bias)
     # The kernel reads each vector as a run of numbers, whatever its stride.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     # The first call of an operator loads the whole of the compiler, which takes longer than all else at a start.
     run = _operator if torch.compiler.is_compiling() else _Attention.apply
-    return run(q, k, v, bias, window)[0]
+    return run(q, k, v, bias, window, key_bias)[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-    for name, x, shape in (("q", q, q.shape), ("k", k, q.shape), ("v", v, q.shape), ("bias", bias, q.shape[1:3])):
-        if x is not None and not (x.is_cpu and x.dtype == torch.float32 and x.shape == shape):
+HOOKS = {"bias": "distance_bias", "key_bias": "content_key_bias"}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_bias: Tensor | None) -> None:
+    for name, x, shape, dtype in (
+        *((name, x, q.shape, torch.float32) for name, x in (("q", q), ("k", k), ("v", v))),
+        ("bias", bias, q.shape[1:3], torch.float32),
+        ("key_bias", key_bias, q.shape[:3], torch.float64),
+    ):
+        if x is not None and not (x.is_cpu and x.dtype == dtype and x.shape == shape):
             raise ValueError(
                 f"attention = native got {name} of shape {tuple(x.shape)}, {x.dtype}, on {x.device.type}. "
-                f"It takes {tuple(shape)}, torch.float32, on the CPU"
-                + (": that is what a scheme's distance_bias gives." if name == "bias" else ".")
+                f"It takes {tuple(shape)}, {dtype}, on the CPU"
+                + (f": that is what a scheme's {HOOKS[name]} gives." if name in HOOKS else ".")
             )
 
 
@@ -93,7 +106,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
 def why_not() -> str:
     """Why the kernel does not serve here; empty where it does.
 
-    It is tried once: 70 tokens, more than a tile of queries or of keys, with a bias and without.
+    It is tried once: 70 tokens, more than a tile of queries or of keys, with each kind of bias and without.
     """
     library = native_library.find()
     if isinstance(library, str):
@@ -112,14 +125,16 @@ def why_not() -> str:
         slopes = torch.tensor([[0.5], [0.01]], dtype=torch.float32, requires_grad=True)
         bias = -slopes * torch.arange(70)
         distance = torch.arange(70)[:, None] - torch.arange(70)
-        for given, window in ((None, 70), (bias, 70), (bias, 7)):
+        of_keys = (slopes * torch.arange(70)).double()[None]
+        for given, window, by_key in ((None, 70, None), (bias, 70, None), (bias, 7, None), (None, 70, of_keys)):
             scores = q @ k.mT * 10**-0.5 + (0 if given is None else given[:, distance.clamp_min(0)])
+            scores = scores if by_key is None else scores + by_key.float()[:, :, None]
             expected = scores.masked_fill((distance < 0) | (distance >= window), -math.inf).softmax(-1) @ v
             try:
-                got = attend(q, k, v, given, window)
+                got = attend(q, k, v, given, window, by_key)
             except (AttributeError, RuntimeError) as error:
                 return f"what was compiled cannot be called ({error})"
-            leaves = [q, k, v] if given is None else [q, k, v, slopes]
+            leaves = [q, k, v] if given is None and by_key is None else [q, k, v, slopes]
             mine, theirs = (
                 torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for out in (got, expected)
             )
@@ -142,14 +157,14 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "H", "T", "K", "threads", "window")),
         ("scale", ctypes.c_float),
         *((name, _View) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_void_p) for name in ("bias", "log_sum", "reach")),
+        *((name, ctypes.c_void_p) for name in ("bias", "log_sum", "reach", "key_bias")),
         *((name, _View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
-        ("grad_bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("grad_bias", "grad_key_bias")),
     ]
 
 
 def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> None:
-    """Call the kernel; every tensor must be float32 (reach: int64), and alive until this returns."""
+    """Call the kernel; tensors must be float32 (reach: int64, key_bias: float64), and alive until this returns."""
     batch, heads, tokens, dim = q.shape
     library = native_library.find()
     assert not isinstance(library, str)
@@ -162,11 +177,13 @@ def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> Non
         raise RuntimeError(f"attention = native: no memory for {batch} x {heads} heads of {tokens} tokens.")
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int, key_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend: output (B, H, T, K), log2 of the sum of exponentials (B, H, T), distances that count (B, H, N)."""
     out, log_sum, reach = _results(q)
-    bias = None if bias is None else bias.contiguous()
-    _run("forward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach)
+    bias, key_bias = _contiguous(bias), _contiguous(key_bias)
+    _run("forward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach, key_bias=key_bias)
     return out, log_sum, reach
 
 
@@ -177,21 +194,34 @@ def backward(
     v: Tensor,
     bias: Tensor | None,
     window: int,
+    key_bias: Tensor | None,
     out: Tensor,
     log_sum: Tensor,
     reach: Tensor,
     of_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, and of the bias (H, T) if `of_bias`, else empty; from what `forward` returned."""
+    of_key_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the bias (H, T) and the key bias (B, H, T) float64, from what `forward` returned.
+
+    Those of biases are empty unless asked for.
+    """
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    bias, key_bias = _contiguous(bias), _contiguous(key_bias)
     grad_q, grad_k, grad_v = (_empty_like(x) for x in (q, k, v))
     grad_bias = q.new_empty(q.shape[:3]) if of_bias else None
+    grad_key_bias = q.new_empty(q.shape[:3]) if of_key_bias else None
     _run(
-        "backward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach,
+        "backward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach, key_bias=key_bias,
         grad_out=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias,
+        grad_key_bias=grad_key_bias,
     )  # fmt: skip
-    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias.sum(0)
+    empty = q.new_empty(0)
+    of_distances = empty if grad_bias is None else grad_bias.sum(0)
+    return grad_q, grad_k, grad_v, of_distances, (empty if grad_key_bias is None else grad_key_bias).double()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -211,8 +241,8 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # A compiler sees these two operators as they are. Its cache on disk knows them by name: another signature needs
 # another name.
-_operator = torch.library.custom_op("alibi_lm::native_attention", forward, mutates_args=())
-_operator_backward = torch.library.custom_op("alibi_lm::native_attention_backward", backward, mutates_args=())
+_operator = torch.library.custom_op("alibi_lm::attention", forward, mutates_args=())
+_operator_backward = torch.library.custom_op("alibi_lm::attention_backward", backward, mutates_args=())
 
 
 @_operator.register_fake
@@ -221,24 +251,25 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_operator_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_bias = q.new_empty(q.shape[1:3]) if rest[-1] else q.new_empty(0)
-    return _empty_like(q), _empty_like(k), _empty_like(v), grad_bias
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grad_bias = q.new_empty(q.shape[1:3]) if rest[-2] else q.new_empty(0)
+    grad_key_bias = q.new_empty(q.shape[:3] if rest[-1] else 0, dtype=torch.float64)
+    return _empty_like(q), _empty_like(k), _empty_like(v), grad_bias, grad_key_bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, bias, ctx.window = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(q, k, v, *([bias] if ctx.has_bias else []), *output)
+    q, k, v, bias, ctx.window, key_bias = inputs
+    ctx.has = bias is not None, key_bias is not None
+    ctx.save_for_backward(q, k, v, *(x for x in (bias, key_bias) if x is not None), *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, run: Callable[..., tuple[Tensor, ...]], grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, *rest = ctx.saved_tensors
-    bias = rest.pop(0) if ctx.has_bias else None
-    of_bias = ctx.needs_input_grad[3]
-    *grads, grad_bias = run(grad, q, k, v, bias, ctx.window, *rest, of_bias)
-    return *grads, grad_bias if of_bias else None, None
+    bias, key_bias = (rest.pop(0) if given else None for given in ctx.has)
+    of_bias, of_key_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    *grads, grad_bias, grad_key_bias = run(grad, q, k, v, bias, ctx.window, key_bias, *rest, of_bias, of_key_bias)
+    return *grads, grad_bias if of_bias else None, None, grad_key_bias if of_key_bias else None
 
 
 _operator.register_autograd(lambda ctx, grad, *_: _gradients(ctx, _operator_backward, grad), setup_context=_save)

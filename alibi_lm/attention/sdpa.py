@@ -2,9 +2,10 @@
 
 Three routes, all equal to `eager`:
 - no bias: the plain causal kernel;
-- a bias that is a function of the key (`PositionScheme.key_bias`, ALiBi): the plain causal kernel with the bias as
-  extra columns of queries and keys; no (T, S) tensor exists. On a CPU those columns cost 20 to 30% of attention's
-  time, which `native`, where there is a C++ compiler, does not;
+- a bias that is a function of the key (`PositionScheme.key_bias`, ALiBi) or a number per key made from content
+  (`content_key_bias`, forget gates): the plain causal kernel with the bias as extra columns of queries and keys;
+  no (T, S) tensor exists. Scores are rounded as numbers of the bias's size. On a CPU those columns cost 20 to 30%
+  of attention's time, which `native`, where there is a C++ compiler, does not;
 - any other bias, a window, or queries that are not all of the keys: a dense additive mask, built once per forward
   pass when it is small and in slices of queries when it is not. In training, a bias that is trained or depends on
   content needs memory for all scores.
@@ -57,21 +58,32 @@ class SdpaAttention(AttentionBackend):
 
     def _prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         k_pos, dropout = request.k_pos, request.dropout
-        if request.whole and request.window is None and not scheme.defines("content_bias", "content_key_bias"):
-            if not scheme.defines("bias", "distance_bias"):
+        if request.whole and request.window is None and not scheme.defines("content_bias"):
+            by_content, by_position = scheme.defines("content_key_bias"), scheme.defines("bias", "distance_bias")
+            if not by_content and not by_position:
                 return lambda q, k, v, x: F.scaled_dot_product_attention(
                     q, k, v, is_causal=True, dropout_p=dropout
                 )
             long = len(k_pos) > self.short or not k_pos.is_cpu
-            key_bias = scheme.key_bias(k_pos) if long and request.dtype in EXACT_COLUMNS else None
+            exact = long and request.dtype in EXACT_COLUMNS
+            if exact and by_content and not by_position:
+                return lambda q, k, v, x: _with_columns(q, k, v, _from_the_middle(scheme, x, k_pos), dropout)
+            key_bias = scheme.key_bias(k_pos) if exact and not by_content else None
             if key_bias is not None:
-                bias = key_bias
+                bias = key_bias[None]
                 return lambda q, k, v, x: _with_columns(q, k, v, bias, dropout)
         return DenseMask(scheme, request, self.mask_elements)
 
 
+def _from_the_middle(scheme: PositionScheme, x: Tensor | None, k_pos: Tensor) -> Tensor:
+    """The content bias of each key, less that of the middle one: (B, H, S) float32."""
+    bias = scheme.content_key_bias(x, k_pos)
+    assert bias is not None
+    return (bias - bias[..., len(k_pos) // 2, None]).float()
+
+
 def _with_columns(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, dropout: float) -> Tensor:
-    """Causal attention with a bias per head and key, (H, S) float32, as extra columns of queries and keys."""
+    """Causal attention with a bias per key, (B or 1, H, S) float32, as extra columns of queries and keys."""
     head_dim = q.shape[-1]
     q_columns, k_columns = (
         c.to(q.dtype).expand(len(q), -1, -1, -1) for c in key_bias_columns(key_bias, head_dim, q.dtype)
@@ -95,12 +107,12 @@ def key_bias_columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tup
     float32.
 
     Args:
-        key_bias: (H, S) float32.
+        key_bias: (..., H, S) float32.
         head_dim: of the unextended heads.
         dtype: of queries and keys.
 
     Returns:
-        (1, H, S, C), (1, H, S, C) with C a multiple of 8, which fused kernels ask for.
+        (..., H, S, C), (..., H, S, C) with C a multiple of 8, which fused kernels ask for.
     """
     rest, pieces = key_bias * head_dim**0.5, []
     for _ in range(3 if dtype == torch.bfloat16 else 1):
@@ -108,7 +120,7 @@ def key_bias_columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tup
         rest = rest - pieces[-1]
     k_columns = torch.stack(pieces, dim=-1)
     padding = (0, -len(pieces) % 8)
-    return F.pad(torch.ones_like(k_columns), padding)[None], F.pad(k_columns, padding)[None]
+    return F.pad(torch.ones_like(k_columns), padding), F.pad(k_columns, padding)
 
 
 class DenseMask:

@@ -12,10 +12,13 @@ from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.bam import BamConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
+from alibi_lm.positions.dape import DapeConfig
 from alibi_lm.positions.fire import FireConfig
 from alibi_lm.positions.fox import FoxConfig
+from alibi_lm.positions.grape_ap import GrapeApConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
+from alibi_lm.positions.path import PathConfig
 from alibi_lm.positions.pope import PopeConfig
 from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sandwich import SandwichConfig
@@ -23,6 +26,7 @@ from alibi_lm.positions.shaw import ShawConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config
 from alibi_lm.positions.transformer_xl import TransformerXLConfig
+from alibi_lm.positions.wall import WallConfig
 from alibi_lm.positions.xpos import XposConfig
 
 
@@ -54,6 +58,10 @@ POSITIONS: dict[str, type] = {
     "transformer_xl": TransformerXLConfig,
     "shaw": ShawConfig,
     "pope": PopeConfig,
+    "path": PathConfig,
+    "wall": WallConfig,
+    "grape_ap": GrapeApConfig,
+    "dape": DapeConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

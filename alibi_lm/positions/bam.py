@@ -73,9 +73,8 @@ class Bam(PositionScheme):
             nn.init.zeros_(self.mu)
 
     def distance_bias(self, distance: Tensor) -> Tensor:
-        alpha, beta, mu = (
-            None if x is None else x.float().view(-1, *[1] * distance.dim())
-            for x in (self.alpha, self.beta, self.mu)
-        )
-        far = distance.float() if mu is None else (distance + 2 * mu.sinh()).abs()
-        return -alpha.exp() * (far + 1e-5) ** beta
+        per_head = (-1, *[1] * distance.dim())
+        far = distance.float()
+        if self.mu is not None:
+            far = (far + 2 * self.mu.float().sinh().view(per_head)).abs()
+        return -self.alpha.float().exp().view(per_head) * (far + 1e-5) ** self.beta.float().view(per_head)

@@ -67,7 +67,8 @@ class Pope(PositionScheme):
 
     def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         # Backends divide by the root of twice the width of a head.
-        return polar(q, *tables[:2], factor=2**0.5), polar(k, *tables[2:])
+        cos, sin, cos_k, sin_k = tables
+        return polar(q, cos, sin, 2**0.5), polar(k, cos_k, sin_k)
 
 
 def polar(x: Tensor, cos: Tensor, sin: Tensor, factor: float = 1.0) -> Tensor:

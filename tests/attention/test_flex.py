@@ -17,8 +17,11 @@ SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 SERVED = sorted(n for n in POSITIONS if not Backends("flex", n).refuses_scheme(POSITIONS[n]().build(SHAPE)))
 
 
-@pytest.mark.parametrize("name", SERVED)
-@pytest.mark.parametrize(("length", "window", "step"), [(1, None, 1), (130, None, 1), (130, 5, 1), (130, 5, 4)])
+@pytest.mark.parametrize(
+    ("name", "length", "window", "step"),
+    [(name, *case) for name in SERVED for case in ((130, None, 1), (130, 5, 4))]
+    + [(name, *case) for name in ("none", "alibi", "t5") for case in ((1, None, 1), (130, 5, 1))],
+)
 def test_forward_equals_eager(tiny_model, name, length, window, step):
     tokens, positions = torch.randint(0, 50, (2, length)), torch.arange(length) * step
     with torch.no_grad():

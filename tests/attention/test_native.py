@@ -238,8 +238,14 @@ def test_a_compiler_sees_the_operators_as_they_are():
         torch.library.opcheck(native._operator, (*leaves, bias, 100))
         with torch.no_grad():
             saved = native.forward(q, k, v, bias, 100)
-            arguments = (grad, q, k, v, bias, 100, *saved, bias is not None)
+            arguments = (grad, q, k, v, bias, 100, None, *saved, bias is not None, False)
             torch.library.opcheck(native._operator_backward, arguments)
+    key_bias = torch.randn(2, 4, 100, dtype=torch.float64)
+    torch.library.opcheck(native._operator, (q, k, v, None, 100, key_bias.requires_grad_()))
+    with torch.no_grad():
+        saved = native.forward(q, k, v, None, 100, key_bias)
+        arguments = (grad, q, k, v, None, 100, key_bias, *saved, False, True)
+        torch.library.opcheck(native._operator_backward, arguments)
 
 
 def chosen(name: str, positions=80, **facts) -> str:

@@ -51,7 +51,7 @@ def test_windows_equal_to_eager(name, dtype, route):
 def test_columns_in_bfloat16_carry_the_whole_bias():
     """Positions to 8,191 take 13 bits: one bfloat16 column would round them by up to 32."""
     key_bias = scheme_of("alibi", 6).key_bias(torch.arange(8192))
-    queries, keys = key_bias_columns(key_bias, 64, torch.bfloat16)
+    queries, keys = key_bias_columns(key_bias[None], 64, torch.bfloat16)
     for columns in (queries, keys):
         assert torch.equal(columns, columns.bfloat16().float()) and columns.shape[-1] == 8
     product = (queries.double() * keys.double()).sum(-1)[0] / 8

@@ -187,7 +187,8 @@ def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, 
     model = tiny_model(position, "auto", train_length=64)
     points = offset(group([model], tokens, position), [0, 1, 29, 56], width=8, every=2)
     assert points[0]["largest"] < 1e-6
-    if model.positions[0].translation_invariant:
+    # FIRE counts absolute positions past its threshold of 512 alone.
+    if model.positions[0].translation_invariant or position == "fire":
         assert all(p["largest"] < 2e-5 and abs(p["nats"]) < 1e-5 for p in points)
     else:
         assert all(p["largest"] > 1e-3 for p in points[1:])

@@ -362,3 +362,72 @@ def test_golden_scheme_pope(data: Golden) -> None:
         scores = q @ k.mT * q.shape[-1] ** -0.5
         data.close_where_visible(scores, "scores", positions, positions)
         data.close_gradients(scheme, scores, 20, phase="grad_phase")
+
+
+@golden("path", 1e-12, 3e-6)
+def test_golden_scheme_path(data: Golden) -> None:
+    """Directions and betas are put in the place of those made from the input."""
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    w, beta, log_gate = (data[name].transpose(1, 2).requires_grad_() for name in ("w", "beta", "log_gate"))
+    positions = torch.arange(q.shape[2])
+    for gate, suffix in ((None, ""), (log_gate, "_gated")):
+        scheme = data.build("path", forget_gate=gate is not None)
+        scheme.reflections = lambda x, gate=gate: (w, beta, gate)
+        scores = scheme.scores(q, k, q, positions, positions)
+        data.close_where_visible(scores, f"scores{suffix}", positions, positions)
+        out = attend(data, scheme, q, k, v, q)
+        data.close(out.transpose(1, 2), f"out{suffix}")
+        if gate is None:
+            grads = torch.autograd.grad(out, (w, beta), data["cot"].transpose(1, 2))
+            for gradient, name in zip(grads, ("grad_w", "grad_beta"), strict=True):
+                data.close(gradient.transpose(1, 2), name, times=20)
+
+
+@golden("wall", 1e-12, 3e-6)
+def test_golden_scheme_wall(data: Golden) -> None:
+    """The code's 1 / ln 2 has 8 digits: only what was made with the exact one is compared to all of them."""
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    positions = torch.arange(q.shape[2])
+    gates, scalar = data["log_gate"].flatten(2), data["log_gate_scalar"]
+    scheme = data.build("wall")
+    scores = scheme.scores(q, k, gates, positions, positions)
+    data.close_where_visible(scores, "scores_exact", positions, positions)
+    out = attend(data, scheme, q, k, v, gates).transpose(1, 2)
+    data.close(out, "out_exact")
+    window = attend(data, scheme, q, k, v, gates, window=6).transpose(1, 2)
+    both = torch.cat([gates, scalar], dim=-1)
+    gated = attend(data, data.build("wall", scalar_gate=True), q, k, v, both).transpose(1, 2)
+    data.budget = max(data.budget, 2e-7)
+    data.close_where_visible(scores, "scores", positions, positions)
+    for mine, name in ((out, "out"), (window, "out_window6"), (gated, "out_scalar_gate")):
+        data.close(mine, name)
+
+
+@golden("grape_ap", 1e-11, 1e-5)
+def test_golden_scheme_grape_ap(data: Golden) -> None:
+    q, k, v = (data[name].transpose(1, 2) for name in "qkv")
+    positions, p = torch.arange(q.shape[2]), data["p"].flatten(2)
+    scheme = data.build("grape_ap", width=data.setting["p_head_dim"])
+    data.close(scheme.slopes, "slopes")
+    bias = scheme.content_bias(q, k, p, positions, positions)
+    data.close_where_visible(bias, "bias", positions, positions)
+    data.close(attend(data, scheme, q, k, v, p).transpose(1, 2), "out")
+
+
+@golden("cope", 1e-12, 5e-6)
+def test_golden_scheme_cope(data: Golden) -> None:
+    q, k, v = (data[name][None].requires_grad_() for name in "qkv")
+    positions, table = torch.arange(q.shape[2]), data["emb"].T
+    for scaled, kind in ((True, "default"), (False, "nodiv")):
+        scheme = data.build("cope", num_positions=len(table), scaled_term=scaled)
+        fill(scheme, table=table)
+        bias = scheme.content_bias(q, k, None, positions, positions)
+        scores = (q @ k.mT * q.shape[-1] ** -0.5 + bias)[0]
+        data.close_where_visible(scores, f"scores_{kind}", positions, positions)
+        out = attend(data, scheme, q, k, v, None)
+        data.close(out[0], f"out_{kind}")
+        if scaled:
+            grads = torch.autograd.grad(out, (q, k, scheme.table), data["cot"][None])
+            for gradient, name in zip(grads, ("grad_q", "grad_k", "grad_emb"), strict=True):
+                theirs = data.arrays[name]
+                data.close(gradient.squeeze(0), theirs.T if name == "grad_emb" else theirs, times=20)

@@ -1,0 +1,80 @@
+"""DAPE: a network across heads adds to each score a number made from the score itself and a bias. A reference.
+
+Source: Zheng et al. 2024, "DAPE: Data-Adaptive Positional Encoding for Length Extrapolation", arXiv 2405.14722,
+section 3; the authors' code is chuanyang-Zheng/DAPE (commit bde344a).
+
+    z[h, i, j] = q_i . k_j / sqrt(head_dim)
+    scores[:, i, j] = z[:, i, j] + b[:, i, j] + f([z[:, i, j], b[:, i, j]])
+
+b is the bias of another scheme (`base`), f a network 2 num_heads -> 32 -> num_heads with a leaky ReLU, the same
+for all pairs. Each layer has its own f and b.
+
+This is a reference without a fast path: every pair passes through the network, so fused kernels get a dense mask.
+
+Past the trained length: defined wherever the base is.
+Differs from the paper: nothing; its second version also convolves over keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alibi_lm.positions.alibi import AlibiConfig
+from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.kerple import KerpleLogConfig
+from alibi_lm.settings import require
+
+BASES: dict[str, type] = {"kerple_log": KerpleLogConfig, "alibi": AlibiConfig}
+HIDDEN = 32
+
+
+@dataclass
+class DapeConfig:
+    """A network on scores and biases (a reference without a fast path)."""
+
+    name: str = "dape"
+    base: str = "kerple_log"
+    """Scheme of the bias: kerple_log or alibi."""
+
+    def __post_init__(self) -> None:
+        require(self.base in BASES, f"position.base = {self.base!r}. Allowed: {', '.join(BASES)}.")
+
+    def build(self, shape: PositionShape) -> Dape:
+        return Dape(self, shape)
+
+
+class Dape(PositionScheme):
+    """The network and the bias of one layer."""
+
+    per_layer = True
+
+    def __init__(self, config: DapeConfig, shape: PositionShape) -> None:
+        super().__init__(shape)
+        self.base: PositionScheme = BASES[config.base]().build(shape)
+        heads = shape.num_heads
+        self.w1, self.b1 = nn.Parameter(torch.empty(HIDDEN, 2 * heads)), nn.Parameter(torch.empty(HIDDEN))
+        self.w2, self.b2 = nn.Parameter(torch.empty(heads, HIDDEN)), nn.Parameter(torch.empty(heads))
+        self.initialise()
+
+    def initialise(self) -> None:
+        """The base as it starts, the network as torch draws linear layers."""
+        self.base.initialise()
+        for weights in ((self.w1, self.b1), (self.w2, self.b2)):
+            bound = weights[0].shape[1] ** -0.5
+            for parameter in weights:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        bias = self.base.bias(q_pos, k_pos)
+        assert bias is not None
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            scores = q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5
+            bias = bias.to(dtype).expand_as(scores)
+            w1, b1, w2, b2 = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
+            hidden = F.leaky_relu(F.linear(torch.cat([scores, bias], dim=1).movedim(1, -1), w1, b1))
+            return bias + F.linear(hidden, w2, b2).movedim(-1, 1)
