@@ -97,8 +97,8 @@ def decode(
         lines: the bias of at least as many distances as keys are held; None: no bias.
         new: keys and values (B, H, T, K) of the T tokens, to be put in their places first; None: they are there.
         norms: (B, H) float32, the largest norm of a key so far, brought up to date.
-        lost: (B, H, T) float32 to be filled with log2 of an upper bound of the share of attention that keys outside
-            of the window, or no longer held, would have had. Needs `norms` and the tails of `lines`.
+        lost: (B, H, T) float32 to be filled with log2 of an upper bound of the share of attention that keys
+            outside of the window, or no longer held, would have had. Needs `norms` and the tails of `lines`.
 
     Returns:
         (B, H, T, K).

@@ -1,4 +1,4 @@
-"""How far back a head must see: a bound on the attention weight that distant keys can have, and the window it gives.
+"""How far back a head must see: a bound on the attention weight of distant keys, and the window that it gives.
 
 Let b(d) be the bias of a head at distance d, and B an upper bound on the score of any key minus the score of the
 query's own key, both before the bias. The weight of a key at distance d, relative to the own key's, is at most
@@ -138,9 +138,9 @@ def excess_from_weights(
 class BiasTail:
     """The logarithms of the sums in (1): how much weight the bias leaves to all keys from a distance on.
 
-    Sums are exact up to distance `DENSE`, upper bounds beyond (blocks by their first term), and reach to streams of
-    `LONGEST_STREAM` tokens. So any bias that does not grow with the distance is served, without a formula of its
-    own; one whose sum does not converge asks for windows past `LARGEST_WINDOW`, and is refused.
+    Sums are exact up to distance `DENSE`, upper bounds beyond (blocks by their first term), and reach to streams
+    of `LONGEST_STREAM` tokens. So any bias that does not grow with the distance is served, without a formula of
+    its own; one whose sum does not converge asks for windows past `LARGEST_WINDOW`, and is refused.
 
     Args:
         bias: see `bounds_from_weights`.
