@@ -165,7 +165,10 @@ class BiasTail:
         assert line is not None
         self.line = line.to("cpu", torch.float64)
         """(H, N): the bias at each distance of the grid."""
-        require(bool((self.line.diff(dim=1) <= 1e-6).all()), "its bias grows with the distance somewhere")
+        require(
+            bool((self.line.diff(dim=1) <= 1e-6).all()),
+            "its bias grows with the distance somewhere",
+        )
         widths = self.distance.diff(append=self.distance[-1:] + 1)
         terms = self.line + widths.double().log()
         self.tail = terms.flip(1).logcumsumexp(1).flip(1) - self.line[:, :1]

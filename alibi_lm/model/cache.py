@@ -55,7 +55,7 @@ class KeyValueCache:
 
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
-        self.first = self.next_position = self.length = 0
+        self.first = self.next_position = self.tokens_seen = 0
         self.lost_share: float | None = 0.0
         self._buffers: list[list[Tensor | None]] = []
         self._positions = torch.empty(0, dtype=torch.int64)
@@ -63,35 +63,35 @@ class KeyValueCache:
     @property
     def positions(self) -> Tensor | None:
         """(S,) int64; None when empty."""
-        return self._positions[: self.length] if self.length else None
+        return self._positions[: self.tokens_seen] if self.tokens_seen else None
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Of each layer k and v, each (B, H, S, K), and the layer's input (B, S, D) for schemes that read it."""
-        return [self._held(layer, self.length) for layer in range(len(self._buffers))]
+        return [self._held(layer, self.tokens_seen) for layer in range(len(self._buffers))]
 
     @property
     def keys_held(self) -> float:
         """Keys of a sequence that are kept, mean over heads and layers."""
-        return float(self.length)
+        return float(self.tokens_seen)
 
     def key_positions(self, positions: Tensor) -> Tensor:
         """Positions of the keys of a pass: those seen and the new ones."""
-        new = self.length + len(positions)
+        new = self.tokens_seen + len(positions)
         if new > len(self._positions) or self._positions.device != positions.device:
-            grown = positions.new_empty(max(self.capacity, 2 * self.length, new))
-            grown[: self.length] = self._positions[: self.length]
+            grown = positions.new_empty(max(self.capacity, 2 * self.tokens_seen, new))
+            grown[: self.tokens_seen] = self._positions[: self.tokens_seen]
             self._positions = grown
-        self._positions[self.length : new] = positions
+        self._positions[self.tokens_seen : new] = positions
         return self._positions[:new]
 
     def begin(self, first: int, last: int, tokens: int, window: int | None) -> None:
         """Note the pass that starts now: first position of all keys, last one, its tokens and its window."""
-        self._coming = (first, last + 1, self.length + tokens)
+        self._coming = (first, last + 1, self.tokens_seen + tokens)
 
     def advance(self) -> None:
         """Count the tokens of the pass, which has succeeded."""
-        self.first, self.next_position, self.length = self._coming
+        self.first, self.next_position, self.tokens_seen = self._coming
 
     def attend(
         self,
@@ -123,7 +123,7 @@ class KeyValueCache:
             if new is not None:
                 self._buffers[layer][index] = self._append(self._buffers[layer][index], new, dim)
         assert position.attend is not None
-        return position.attend(q, *self._held(layer, self.length + k.shape[2]))
+        return position.attend(q, *self._held(layer, self.tokens_seen + k.shape[2]))
 
     def _held(self, layer: int, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
         k, v, x = self._buffers[layer]
@@ -131,7 +131,7 @@ class KeyValueCache:
         return k[:, :, :length], v[:, :, :length], None if x is None else x[:, :length]
 
     def _append(self, buffer: Tensor | None, new: Tensor, dim: int) -> Tensor:
-        seen, total = self.length, self.length + new.shape[dim]
+        seen, total = self.tokens_seen, self.tokens_seen + new.shape[dim]
         if buffer is None or buffer.shape[dim] < total or not seen:
             shape = list(new.shape)
             shape[dim] = max(self.capacity, total if not seen else max(total, 2 * seen))
@@ -248,14 +248,14 @@ class WindowCache(KeyValueCache):
     def begin(self, first: int, last: int, tokens: int, window: int | None) -> None:
         require(window is None, f"window = {window} with a cache that has windows of its own. Leave it out.")
         require(
-            last + 1 == self.length + tokens,
-            f"position {last} for token {self.length + tokens - 1} of a cache that rolls. Leave positions out.",
+            last + 1 == self.tokens_seen + tokens,
+            f"A window counts tokens, and token {self.tokens_seen + tokens - 1} has position {last}. Leave positions out.",
         )
         super().begin(first, last, tokens, window)
 
     @property
     def keys_held(self) -> float:
-        return float(torch.stack([w.clamp_max(self.length).double().mean() for w in self.windows]).mean())
+        return float(torch.stack([w.clamp_max(self.tokens_seen).double().mean() for w in self.windows]).mean())
 
     def attend(
         self,
@@ -270,7 +270,7 @@ class WindowCache(KeyValueCache):
         if layer not in self._stores:
             self._stores[layer] = _Layer(self.windows[layer].tolist(), k)
         store = self._stores[layer]
-        assert store.seen == self.length and k.shape[0] == len(store.norms), "a pass has failed before"
+        assert store.seen == self.tokens_seen and k.shape[0] == len(store.norms), "a pass has failed before"
         if self.grows is not None:
             self._grow(layer, store, q, k, self.grows)
         if store.first[0].shape[2] < self.sinks:

@@ -189,7 +189,7 @@ class TransformerLM(nn.Module):
         if cache is None or not cache.attends:
             k_pos = positions
             if cache is not None:
-                k_pos, first = cache.key_positions(positions), cache.first if cache.length else first
+                k_pos, first = cache.key_positions(positions), cache.first if cache.tokens_seen else first
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             dropout = self.config.attention_dropout if self.training else 0.0
