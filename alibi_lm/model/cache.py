@@ -249,7 +249,8 @@ class WindowCache(KeyValueCache):
         require(window is None, f"window = {window} with a cache that has windows of its own. Leave it out.")
         require(
             last + 1 == self.tokens_seen + tokens,
-            f"A window counts tokens, and token {self.tokens_seen + tokens - 1} has position {last}. Leave positions out.",
+            f"positions end at {last} with {self.tokens_seen + tokens} tokens, and a window counts tokens. "
+            "Leave positions out.",
         )
         super().begin(first, last, tokens, window)
 

@@ -27,23 +27,27 @@ from alibi_lm.settings import require
 POLICIES = ("full", "proved", "certified", "window")
 
 
-def weight_windows(model: TransformerLM, lost_share: float = LOST_SHARE) -> tuple[list[Tensor], list[Tensor]]:
-    """The proof for a model of ours: of each layer the excess B and the window of each head, (H,) each.
+def weight_excess(model: TransformerLM) -> list[Tensor]:
+    """The bound B of a model of ours from its weights, for every input: of each layer (H,) float64."""
+    found = []
+    for block in model.layers:
+        norm, qkv = block.attention_norm, block.attention.qkv
+        (w_q, w_k, _), (b_q, _, _) = qkv.weight.chunk(3), qkv.bias.chunk(3)
+        found.append(excess_from_weights(w_q, w_k, b_q, norm.weight, norm.bias, block.attention.num_heads))
+    return found
+
+
+def weight_windows(model: TransformerLM, lost_share: float = LOST_SHARE) -> list[Tensor]:
+    """The window of each head by that bound: of each layer (H,) int64.
 
     Raises:
         ValueError: the scheme has no bound, and why.
     """
-    excesses, windows = [], []
-    tails = bias_tails(model)
-    for layer, block in enumerate(model.layers):
-        norm, qkv = block.attention_norm, block.attention.qkv
-        (w_q, w_k, _), (b_q, _, _) = qkv.weight.chunk(3), qkv.bias.chunk(3)
-        excesses.append(excess_from_weights(w_q, w_k, b_q, norm.weight, norm.bias, block.attention.num_heads))
-        try:
-            windows.append(tails[layer].windows(excesses[-1], lost_share))
-        except ValueError as error:
-            raise ValueError(_refusal(model, str(error))) from None
-    return excesses, windows
+    try:
+        pairs = zip(bias_tails(model), weight_excess(model), strict=True)
+        return [tail.windows(excess, lost_share) for tail, excess in pairs]
+    except ValueError as error:
+        raise ValueError(_refusal(model, str(error))) from None
 
 
 def bias_tails(model: TransformerLM) -> list[BiasTail]:
@@ -53,11 +57,8 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
         ValueError: the scheme has none, and why.
     """
     if reason := no_bound(model.schemes[0]):
-        raise ValueError(_refusal(model, reason))
-    try:
-        tails = [BiasTail(scheme.distance_bias) for scheme in model.schemes]
-    except ValueError as error:
-        raise ValueError(_refusal(model, str(error))) from None
+        raise ValueError(reason)
+    tails = [BiasTail(scheme.distance_bias) for scheme in model.schemes]
     return tails * (len(model.layers) // len(tails))
 
 
@@ -117,10 +118,13 @@ def open_cache(
         require(not reason, f"cache = window with position={model.position.name}: {reason}. Use cache=full.")
         same = torch.full((heads,), window + sinks)
         return WindowCache([same.clone() for _ in range(layers)], native, sinks=sinks)
-    tails = bias_tails(model)
+    require(0 < lost_share < 1, f"lost_share = {lost_share}. Use a number above 0 and below 1, such as 1e-6.")
+    try:
+        tails = bias_tails(model)
+    except ValueError as error:
+        raise ValueError(_refusal(model, str(error))) from None
     if policy == "proved":
-        return WindowCache(weight_windows(model, lost_share)[1], native, tails, proved=lost_share)
-    tails[0].windows(torch.zeros(heads), lost_share)  # refuses a share out of range
+        return WindowCache(weight_windows(model, lost_share), native, tails, proved=lost_share)
     return WindowCache(
         [torch.ones(heads, dtype=torch.int64) for _ in range(layers)], native, tails, grows=lost_share
     )

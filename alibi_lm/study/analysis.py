@@ -24,6 +24,7 @@ TITLES = {
     "fixed": "Perplexity of the same tokens by tokens of context",
     "decomposition": "Why the loss changes beyond the trained length",
     "offset": "Change of the loss when all positions are shifted",
+    "windows": "Keys that each head must keep",
 }
 AT = {"fixed": "context", "offset": "offset"}
 """What the points of a view stand at, where it is not the inference length."""
