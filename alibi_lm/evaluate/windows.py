@@ -1,6 +1,6 @@
 """How many keys each head must keep: by the bound from the weights, and truly, on a text.
 
-The bound is that of `model/bound.py`. What is truly needed is measured: the least window whose loss is no more than
+The bound is that of `model/bound.py`. What is truly needed is measured: the least window that loses no more than
 the share for any query of the first tokens of the text, in the full pass.
 
 Shape letters: B batch, T queries, S keys, H heads, K head dim.

@@ -47,7 +47,9 @@ def analysis_figure(found: Analysis) -> Figure:
     if found.view == "windows":
         cells: list[Any] = list(window_panels(found))
         size = (2.9, 2.6)
-        remarks.append("Lines: proved by the weights for every input. Crosses: needed on the text.")
+        remarks.append(
+            "Lines: proved by the weights for every input. Crosses: needed on the text (dashed: its end)."
+        )
     elif found.view in ("documents", "decomposition"):
         # What has nothing to show is told in words.
         shown = [s for s in found.series if any(not p.get("reason") for p in s.points[-1:])] or found.series

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ def window_panels(found: Analysis) -> Iterator[Callable[[Axes], None]]:
 
 
 def _panel(axis: Axes, series: Series, layer: int) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     points = sorted((p for p in series.points if p.get("layer") == layer), key=lambda p: p["slope"])
     dress(axis, f"{series.name} L={series.train_length}, layer {layer}")
     axis.set_xscale("log", base=2)
@@ -38,6 +41,8 @@ def _panel(axis: Axes, series: Series, layer: int) -> None:
         axis.plot(slopes, [p["windows"][share] for p in points], "-o", color=color, markersize=3.5, label=share)
         axis.plot(slopes, [p["needed"][share] for p in points], "x", color=color, markersize=5)
     axis.axhline(points[0]["measured_on"], color="#999999", linewidth=0.9, dashes=(3, 2), zorder=1)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"2^{math.log2(v):g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     axis.set_xlabel("slope, log axis", fontsize=8.5, labelpad=1)
     axis.set_ylabel("keys, log axis", fontsize=8.5)
     axis.legend(title="lost share", fontsize=7, title_fontsize=7, frameon=False)
