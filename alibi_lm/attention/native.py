@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alibi_lm.attention import native_library
-from alibi_lm.attention.base import Attend, AttentionBackend, Request
+from alibi_lm.attention.base import Attend, AttentionBackend, Request, equal_widths, more_than_a_bias
 from alibi_lm.attention.decode import HeldKeys, Lines, decode
 from alibi_lm.positions.base import PositionScheme
 
@@ -33,9 +33,11 @@ class NativeAttention(AttentionBackend):
     name = "native"
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        if scheme.defines("content_bias"):
+        if scheme.defines("content_bias", "content_key_bias"):
             return "it needs the full score matrix"
-        return "its bias is more than a function of distance" if scheme.defines("bias") else ""
+        return more_than_a_bias(scheme) or (
+            "its bias is more than a function of distance" if scheme.defines("bias") else ""
+        )
 
     def refuses(self, scheme: PositionScheme, request: Request) -> str:
         if not request.k_pos.is_cpu:
@@ -46,6 +48,8 @@ class NativeAttention(AttentionBackend):
             return f"model.attention_dropout = {request.dropout}, and the kernel drops no attention weights"
         if not request.whole and torch.is_grad_enabled():
             return "cached decoding has no gradients"
+        if not request.whole and scheme.defines("content_key_bias"):
+            return "cached decoding has no bias per key"
         if request.gaps and (scheme.defines("distance_bias") or request.window is not None):
             return "the positions have gaps"
         return ""
@@ -57,9 +61,9 @@ class NativeAttention(AttentionBackend):
         tokens = len(request.k_pos)
         if not request.whole:
             lines = self._lines(scheme, tokens) if scheme.defines("distance_bias") else None
-            return lambda q, k, v, x: attend_to_cache(q, k, v, lines, request.window or tokens)
+            return equal_widths(lambda q, k, v, x: attend_to_cache(q, k, v, lines, request.window or tokens))
         bias, window = scheme.distance_bias(torch.arange(tokens)), request.window or tokens
-        return lambda q, k, v, x: attend(q, k, v, bias, window)
+        return equal_widths(lambda q, k, v, x: attend(q, k, v, bias, window))
 
     def _lines(self, scheme: PositionScheme, tokens: int) -> Lines | None:
         """The bias of at least `tokens` distances, kept until the scheme's parameters change."""

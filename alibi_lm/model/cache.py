@@ -67,7 +67,7 @@ class KeyValueCache:
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Of each layer k and v, each (B, H, S, K), and the layer's input (B, S, D) for schemes that read it."""
+        """Of each layer k, v (B, H, S, K), and features of its input (B, S, F) for schemes that read it."""
         return [self._held(layer, self.tokens_seen) for layer in range(len(self._buffers))]
 
     @property
@@ -110,7 +110,7 @@ class KeyValueCache:
             q: (B, H, T, K).
             k: (B, H, T, K).
             v: (B, H, T, K).
-            x: (B, T, D) or None.
+            x: features of the layer's input, (B, T, F), or None.
             raw_k: (B, H, T, K), the keys before `transform_qk`.
             position: of the pass.
 
@@ -172,8 +172,8 @@ class _Buffer:
 class _Layer:
     """The keys of one layer, and what the kernel must know of them."""
 
-    def __init__(self, windows: list[int], like: Tensor) -> None:
-        self.seen = 0
+    def __init__(self, windows: list[int], like: Tensor, value_dim: int) -> None:
+        self.seen, self.value_dim = 0, value_dim
         self.held = HeldKeys(len(windows), like.shape[-1])
         self.norms = _empty(like.float(), [len(like), len(windows)]).zero_()
         self.first: tuple[Tensor, Tensor] = (like[:, :, :0], like[:, :, :0])
@@ -190,7 +190,8 @@ class _Layer:
         self.buffers = []
         for heads in [list(range(len(windows)))] if alike else [[h] for h in range(len(windows))]:
             window = windows[heads[0]]
-            k, v = (_empty(like, [len(like), len(heads), window + CHUNK, like.shape[-1]]) for _ in "kv")
+            shape = [len(like), len(heads), window + CHUNK]
+            k, v = (_empty(like, [*shape, dim]) for dim in (like.shape[-1], self.value_dim))
             buffer = _Buffer(heads, window, k, v)
             for before in old:
                 if heads[0] in before.heads:
@@ -269,7 +270,7 @@ class WindowCache(KeyValueCache):
         position: LayerPositions,
     ) -> Tensor:
         if layer not in self._stores:
-            self._stores[layer] = _Layer(self.windows[layer].tolist(), k)
+            self._stores[layer] = _Layer(self.windows[layer].tolist(), k, v.shape[-1])
         store = self._stores[layer]
         assert store.seen == self.tokens_seen and k.shape[0] == len(store.norms), "a pass has failed before"
         if self.grows is not None:
@@ -293,7 +294,7 @@ class WindowCache(KeyValueCache):
         if self.sinks and store.seen > store.buffers[0].window:
             self._place_sinks(store, scheme)
         lost = None if self.tails is None else q.new_empty(q.shape[:3], dtype=torch.float32)
-        if self.native and q.is_cpu and q.dtype == torch.float32:
+        if self.native and q.is_cpu and q.dtype == torch.float32 and q.shape == v.shape:
             out = decode(q, store.held, lines, (k, v), None if lines is None else store.norms, lost)
         else:
             out = self._plain(layer, store, q, k, v, line, lost)

@@ -110,6 +110,8 @@ class Part:
     """Sequences of a batch that have their positions and their cache in common."""
 
     rows: slice
+    at: Tensor
+    """(T,) int64, their positions."""
     positions: list[LayerPositions]
     """Of each scheme; layer n takes number n modulo their number."""
     cache: KeyValueCache | None
@@ -138,7 +140,7 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, raw_k: Tensor, v: Tensor, x: Tensor, layer: int, part: Part) -> Tensor:
         position = part.positions[layer % len(part.positions)]
         q, k = position.scheme.transform_qk(q, raw_k, position.tables)
-        inputs = x if position.scheme.cache_inputs else None
+        inputs = position.scheme.features(x) if position.scheme.cache_inputs else None
         if part.cache is not None:
             return part.cache.attend(layer, q, k, v, inputs, raw_k, position)
         assert position.attend is not None

@@ -62,10 +62,17 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
     return tails * (len(model.layers) // len(tails))
 
 
+def more_than_distance(scheme: PositionScheme) -> str:
+    """Why a scheme cannot go on without the keys that a window drops; empty where it can."""
+    if scheme.defines("bias", "content_bias", "content_key_bias"):
+        return "its bias is more than a function of the distance"
+    return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
+
+
 def no_bound(scheme: PositionScheme) -> str:
     """Why nothing bounds the weight of distant keys under a scheme; empty where its bias may."""
-    if scheme.defines("bias", "content_bias"):
-        return "its bias is more than a function of the distance"
+    if reason := more_than_distance(scheme):
+        return reason
     if not scheme.defines("distance_bias"):
         return "it has no bias that falls with the distance"
     return "it changes queries and keys by their positions" if scheme.defines("transform_qk") else ""
@@ -113,8 +120,7 @@ def open_cache(
         reason = ""
         if not scheme.translation_invariant or model.max_length is not None:
             reason = "its positions are absolute, so that a window cannot roll on"
-        elif scheme.defines("bias", "content_bias"):
-            reason = "its bias is more than a function of the distance"
+        reason = reason or more_than_distance(scheme)
         require(not reason, f"cache = window with position={model.position.name}: {reason}. Use cache=full.")
         same = torch.full((heads,), window + sinks)
         return WindowCache([same.clone() for _ in range(layers)], native, sinks=sinks)

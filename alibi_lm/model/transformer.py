@@ -142,19 +142,20 @@ class TransformerLM(nn.Module):
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.hidden(input_ids, positions, cache, window)
-        x = self.vocabulary.embed(input_ids)
-        if self.config.scale_embeddings:
-            x = x * math.sqrt(self.config.model_dim)
         if cache is None or isinstance(cache, KeyValueCache):
-            own = [(slice(None), cache)]
+            parts = [self._part(slice(None), cache, positions, input_ids, window)]
         else:
             require(
                 len(cache) == len(input_ids),
                 f"{len(cache)} caches with {len(input_ids)} rows of input_ids. Give one for each row.",
             )
-            own = [(slice(row, row + 1), one) for row, one in enumerate(cache)]
-        embedded, parts = zip(*(self._part(x, rows, one, positions, window) for rows, one in own), strict=True)
-        x = self.dropout(embedded[0] if len(embedded) == 1 else torch.cat(embedded))
+            rows = (slice(row, row + 1) for row in range(len(cache)))
+            parts = [self._part(*pair, positions, input_ids, window) for pair in zip(rows, cache, strict=True)]
+        x = self.vocabulary.embed(input_ids)
+        if self.config.scale_embeddings:
+            x = x * math.sqrt(self.config.model_dim)
+        added = [self.schemes[0].add_to_embeddings(x[part.rows], part.at) for part in parts]
+        x = self.dropout(added[0] if len(added) == 1 else torch.cat(added))
         for layer, block in enumerate(self.layers):
             x = block(x, layer, parts)
         for part in parts:
@@ -164,18 +165,18 @@ class TransformerLM(nn.Module):
 
     def _part(
         self,
-        x: Tensor,
         rows: slice,
         cache: KeyValueCache | None,
         positions: Tensor | None,
+        input_ids: Tensor,
         window: int | None,
-    ) -> tuple[Tensor, Part]:
-        """Some rows of the word vectors with their positions added, and what attention needs of these."""
-        length, start = x.shape[1], 0 if cache is None else cache.next_position
+    ) -> Part:
+        """What attention needs of some rows; it looks at no weights before the positions are known."""
+        length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
         # Ends of the positions as Python numbers, where they can be known without reading the device.
         if positions is None:
             first, last = start, start + length - 1
-            positions = torch.arange(start, start + length, device=x.device)
+            positions = torch.arange(start, start + length, device=input_ids.device)
         else:
             first, last = _ends(positions, length, start)
         limit = self.max_length
@@ -184,14 +185,13 @@ class TransformerLM(nn.Module):
                 f"position={self.position.name} has {limit} positions; got position {last}. "
                 f"Use inference_length <= {limit}, or a scheme that is defined past its trained length."
             )
-        x = self.schemes[0].add_to_embeddings(x[rows], positions)
         request = None
         if cache is None or not cache.attends:
             k_pos = positions
             if cache is not None:
                 k_pos, first = cache.key_positions(positions), cache.first if cache.tokens_seen else first
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            device, dtype = positions.device.type, self.layers[0].attention.qkv.weight.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
             dropout = self.config.attention_dropout if self.training else 0.0
             request = Request(positions, k_pos, last - first, window, dtype, dropout)
         if cache is not None:
@@ -202,7 +202,7 @@ class TransformerLM(nn.Module):
             )
             for scheme in self.schemes
         ]
-        return x, Part(rows, shared, cache)
+        return Part(rows, positions, shared, cache)
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
         """Scores of the next token, before the softmax.
