@@ -21,7 +21,7 @@ FLOORS = [
     {"model", "tasks"},
     {"config"},
     {"runs"},
-    {"evaluate", "interop", "study"},
+    {"evaluate", "generation", "interop", "study"},
     {"train", "benchmarks"},
     {"experiment"},
     {"cli"},

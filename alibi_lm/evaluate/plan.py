@@ -17,14 +17,21 @@ import torch
 from alibi_lm.checkpoint import CheckpointError
 from alibi_lm.config import EvaluationConfig, TrainConfig, load_config
 from alibi_lm.data.corpus import Corpus, prepare
-from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.score import mean_nats
 from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
-from alibi_lm.runs import CORPUS_FILE, experiment_folder, finished, folder_identity, load_run, run_folders
+from alibi_lm.runs import (
+    CORPUS_FILE,
+    experiment_folder,
+    finished,
+    folder_identity,
+    load_run,
+    run_folders,
+    run_tokenizer,
+)
 from alibi_lm.settings import require
 from alibi_lm.tasks.text import TextTask
 
@@ -130,16 +137,7 @@ def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
     """
     changes = {name: value for name, value in dataclasses.asdict(config.data).items() if value is not None}
     data = dataclasses.replace(run.config.data, **changes)
-    path = run.folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(path)
-    record = run.folder / CORPUS_FILE
-    if record.is_file():
-        trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
-        require(
-            tokenizer.hash == trained_with,
-            f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
-            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run anew.",
-        )
+    tokenizer = run_tokenizer(run.folder)
     return prepare(data, tokenizer, splits=(run.settings.split,))
 
 
