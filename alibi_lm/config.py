@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm.attention import ATTENTION
-from alibi_lm.data.text import NAMES, DataConfig
+from alibi_lm.data.config import NAMES, DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES

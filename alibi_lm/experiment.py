@@ -123,6 +123,8 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
     from alibi_lm.evaluate.sweep import describe, evaluate, log_curve
     from alibi_lm.study.figures import draw
 
+    if config.model is not None:
+        import alibi_lm.interop.huggingface  # noqa: F401, lets transformers load exported runs
     world = distributed.start(config.device)
     failure = None
     try:
@@ -147,6 +149,8 @@ def analyse_and_draw(config: EvaluateConfig) -> None:
     from alibi_lm.evaluate.sweep import analyse
     from alibi_lm.study.view_figures import draw_analysis
 
+    if config.model is not None:
+        import alibi_lm.interop.huggingface  # noqa: F401
     for path in analyse(config):
         drawn = draw_analysis(path)
         print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)

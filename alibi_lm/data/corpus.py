@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from alibi_lm import files
 from alibi_lm.data import text as texts
-from alibi_lm.data.text import SPLITS, DataConfig, Passage, Source
+from alibi_lm.data.config import DataConfig
+from alibi_lm.data.text import SPLITS, Passage, Source
 from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer, TokenizerConfig
 from alibi_lm.files import fingerprint, sha256_of, whole_file, write_json
 from alibi_lm.settings import require
@@ -488,7 +489,7 @@ def encode_split(source: Source, split: str, tokenizer: TextTokenizer, folder: P
 
         end = np.array([] if tokenizer.document_end_id is None else [tokenizer.document_end_id])
         passages = source.passages(split)
-        for batch in _batches(_whole(passages) if tokenizer.whole_documents else passages):
+        for batch in _batches(_whole(passages) if getattr(tokenizer, "whole_documents", False) else passages):
             pieces = [passage.text for passage in batch]
             for passage, text, ids in zip(batch, pieces, tokenizer.encode_batch(pieces), strict=True):
                 if passage.starts_document:

@@ -29,7 +29,8 @@ class HubTokenizer:
     """
 
     kind = "hf"
-    whole_documents = True  # some put a blank before each piece
+    whole_documents = True
+    """A document that is cut between lines may give other ids: some put a blank before each piece."""
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer

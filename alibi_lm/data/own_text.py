@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from alibi_lm.data.config import DataConfig
 from alibi_lm.data.text import (
     BYTE_ORDER_MARK,
     PASSAGE_LINES,
     SPLITS,
-    DataConfig,
     Passage,
     Source,
     split_of_file,

@@ -53,8 +53,6 @@ class TextTokenizer(Protocol):
     """Id that ends each document in a stream, or None where lines have their own end."""
     unknown_id: int | None
     """Id of what is outside the vocabulary, or None where nothing is."""
-    whole_documents: bool
-    """Whether a document that is cut between lines may give other ids than in one piece."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of texts as they stand, newlines included: nothing is added at their ends."""
@@ -182,8 +180,6 @@ TOKENIZERS: dict[str, type[TokenizerConfig]] = {"word": WordConfig, "bpe": BPECo
 
 class Tokenizer:
     """A fixed vocabulary; made by a config's `train`, `load` or `from_fairseq_dictionary`."""
-
-    whole_documents = False
 
     def __init__(self, content: bytes) -> None:
         from tokenizers import Tokenizer as Backend

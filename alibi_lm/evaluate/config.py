@@ -11,7 +11,7 @@ from typing import Any
 
 from alibi_lm.attention import ATTENTION
 from alibi_lm.config import MODES, SPLITS, EvaluationConfig, TrainConfig
-from alibi_lm.data.text import DataConfig
+from alibi_lm.data.config import DataConfig
 from alibi_lm.runs import experiment_folder
 from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import require

@@ -74,6 +74,8 @@ class HuggingFaceLM:
         return f"transformers {importlib.metadata.version('transformers')}"
 
     def serve(self, length: int) -> None:
+        if hasattr(self.model, "serve"):  # an exported run of ours
+            self.model.serve(length)
         # MPT builds its biases for max_seq_len keys. A longer table starts with the same numbers, counted from the
         # last key, so it changes no result at shorter lengths.
         own = getattr(self.model.config, "max_seq_len", None)
@@ -260,7 +262,7 @@ def _longest(model: nn.Module, config: Any) -> int | None:
     mask = torch.ones_like(ids)
     try:
         model(ids, position_ids=torch.full((1, 1), limit), attention_mask=mask, use_cache=False)
-    except (IndexError, RuntimeError):
+    except (IndexError, RuntimeError, ValueError):
         return limit
     return None
 
