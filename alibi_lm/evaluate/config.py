@@ -24,6 +24,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "fixed": ("contexts", "every"),
     "decomposition": ("lengths", "stride"),
     "offset": ("offsets", "width", "every"),
+    "safe_length": ("lengths",),
 }
 """The views and the settings that each understands."""
 CURVE = ("lengths", "mode", "stride", "tracking")
@@ -83,7 +84,7 @@ class EvaluateConfig:
 
     view: str = "curve"
     """curve (scripts/evaluate.py), or one of scripts/analyse.py: perplexity, position, last, documents, fixed,
-    decomposition, offset, all."""
+    decomposition, offset, safe_length, all."""
     experiment: str = "quick"
     """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
     runs: str | None = None

@@ -22,6 +22,7 @@ from alibi_lm.evaluate import views
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, OpenRun, PlannedRun, open_run, plan, raise_failures
+from alibi_lm.evaluate.safe_length import safe_length, verdict
 from alibi_lm.evaluate.store import Stored
 from alibi_lm.files import read_json, write_text
 from alibi_lm.model.hub_folder import dotted
@@ -316,7 +317,7 @@ def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
 
 def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
     """One curve of a view."""
-    found = {
+    found: dict[str, Any] = {
         "position": group.position,
         "train_length": group.train_length,
         "corpus": opened[0].passes.text.corpus,
@@ -327,6 +328,9 @@ def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: vie
         "interval": "seeds and documents" if len(opened) > 1 else "documents, given this seed",
         "points": _points(config, view, opened[0].plan.settings.lengths, group),
     }
+    if view == "safe_length":
+        found |= verdict(found["points"])
+        print(f"  {found['verdict']}", flush=True)
     return found | ({"note": group.note} if group.note else {})
 
 
@@ -340,6 +344,8 @@ def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.
         return views.last(group, lengths, config.last)
     if view == "documents":
         return views.documents(group, config.lengths or sorted({trained, max(lengths)}))
+    if view == "safe_length":
+        return safe_length(group, lengths)
     if view == "fixed":
         contexts = sorted(config.contexts or lengths)
         return views.fixed(group, contexts, config.every or max(1, group.num_tokens // 1000))
