@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from alibi_lm.config import register, to_config
+from alibi_lm.config import register, spelled, to_config
 from alibi_lm.settings import describe_error, parse, usage
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -74,6 +74,7 @@ def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], 
         def main() -> None:
             import hydra
 
+            sys.argv[1:] = spelled(sys.argv[1:], config)
             root = CONFIGS / Path(name).parent
             run = hydra.main(version_base="1.3", config_path=str(root), config_name=Path(name).name)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which words them

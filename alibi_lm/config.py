@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm.attention import ATTENTION
-from alibi_lm.data.text import DataConfig
+from alibi_lm.data.config import NAMES, DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
@@ -197,6 +199,18 @@ def register(root: str = "train", config: type = TrainConfig) -> None:
         if fields.get(group) in (Any, "Any"):
             for name, node in registry.items():
                 store.store(group=group, name=name, node=node)
+    if root in ("evaluate", "analyse"):
+        for name in NAMES:
+            store.store(group="data", name=name, node={"name": name})
+    else:
+        store.repo.pop("data", None)
+
+
+def spelled(overrides: Sequence[str], config: type) -> list[str]:
+    """Overrides as Hydra takes them: it has no room for `model=hf:...` and `+model.<key>=...` under one name."""
+    if "model_config" not in {field.name for field in dataclasses.fields(config)}:
+        return list(overrides)
+    return [re.sub(r"^(\+*)model\.", r"\1model_config.", override) for override in overrides]
 
 
 def to_config(cfg: DictConfig) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 
-from alibi_lm.config import TrainConfig, load_config, register, to_config
+from alibi_lm.config import TrainConfig, load_config, register, spelled, to_config
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.runs import Status, differing_settings, experiment_folder, failed, run_name, short_hash, status
 from alibi_lm.runtime import allowed_cores
@@ -48,7 +48,7 @@ def compose(overrides: list[str], name: str = "train", config: type = TrainConfi
     root = ROOT / "configs" / name
     register(root.name, config)
     loader = ConfigLoaderImpl(create_config_search_path(str(root.parent)))
-    cfg = loader.load_configuration(root.name, overrides=overrides, run_mode=RunMode.RUN)
+    cfg = loader.load_configuration(root.name, overrides=spelled(overrides, config), run_mode=RunMode.RUN)
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.resolve(cfg)
@@ -123,6 +123,8 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
     from alibi_lm.evaluate.sweep import describe, evaluate, log_curve
     from alibi_lm.study.figures import draw
 
+    if config.model is not None:
+        import alibi_lm.interop.huggingface  # noqa: F401, lets transformers load exported runs
     world = distributed.start(config.device)
     failure = None
     try:
@@ -147,6 +149,8 @@ def analyse_and_draw(config: EvaluateConfig) -> None:
     from alibi_lm.evaluate.sweep import analyse
     from alibi_lm.study.view_figures import draw_analysis
 
+    if config.model is not None:
+        import alibi_lm.interop.huggingface  # noqa: F401
     for path in analyse(config):
         drawn = draw_analysis(path)
         print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)

@@ -10,7 +10,7 @@ import yaml
 
 from alibi_lm import experiment
 from alibi_lm.config import GROUPS, EvaluationConfig, TrainConfig, from_dict, load_config, to_dict
-from alibi_lm.data.text import DataConfig
+from alibi_lm.data.config import DataConfig
 from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.experiment import compose, planned_runs, run_folder
 from alibi_lm.model.transformer import ModelConfig

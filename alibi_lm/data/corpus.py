@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from alibi_lm import files
 from alibi_lm.data import text as texts
-from alibi_lm.data.text import SPLITS, DataConfig, Passage, Source
+from alibi_lm.data.config import DataConfig
+from alibi_lm.data.text import SPLITS, Passage, Source
 from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer, TokenizerConfig
 from alibi_lm.files import fingerprint, sha256_of, whole_file, write_json
 from alibi_lm.settings import require
@@ -165,6 +166,10 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.name == "python_stdlib":
         return texts.StandardLibrarySource()
+    if config.name in ("text", "hub"):
+        from alibi_lm.data.own_text import FileSource, HubTextSource
+
+        return FileSource(config) if config.name == "text" else HubTextSource(config)
     if config.path is not None:
         return texts.FolderSource(config.name, config.path)
     from alibi_lm.data.hub import HubSource
@@ -442,6 +447,8 @@ class _SourceFolder:
 def _description(identity: dict[str, Any], splits: dict[str, Any]) -> str:
     if "python" in identity:
         return f"Python {identity['python']} standard library"
+    if "title" in identity:
+        return str(identity["title"])
     other = [split for split, entry in splits.items() if str(entry.get("identity")).startswith("not")]
     return texts.TITLES[identity["name"]] + (f" (not the original: {', '.join(other)})" if other else "")
 
@@ -481,7 +488,8 @@ def encode_split(source: Source, split: str, tokenizer: TextTokenizer, folder: P
             counts["tokens"] += len(ids)
 
         end = np.array([] if tokenizer.document_end_id is None else [tokenizer.document_end_id])
-        for batch in _batches(source.passages(split)):
+        passages = source.passages(split)
+        for batch in _batches(_whole(passages) if getattr(tokenizer, "whole_documents", False) else passages):
             pieces = [passage.text for passage in batch]
             for passage, text, ids in zip(batch, pieces, tokenizer.encode_batch(pieces), strict=True):
                 if passage.starts_document:
@@ -515,6 +523,21 @@ def encode_split(source: Source, split: str, tokenizer: TextTokenizer, folder: P
         "documents_fingerprint": fingerprint(documents_path),
         "text_sha256": text_digest.hexdigest(),
     }
+
+
+def _whole(passages: Iterator[Passage]) -> Iterator[Passage]:
+    """Documents in one piece each, up to BATCH_CHARACTERS."""
+    joined: Passage | None = None
+    size = 0
+    for passage in passages:
+        if joined is None or passage.starts_document or size >= BATCH_CHARACTERS:
+            if joined is not None:
+                yield joined
+            joined, size = Passage([], passage.starts_document), 0
+        joined.lines.extend(passage.lines)
+        size += sum(map(len, passage.lines)) + len(passage.lines)
+    if joined is not None:
+        yield joined
 
 
 def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:

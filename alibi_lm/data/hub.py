@@ -1,4 +1,4 @@
-"""WikiText from the Hugging Face hub through `datasets`: cache first, then the network.
+"""Text from the Hugging Face hub through `datasets`, WikiText above all: cache first, then the network.
 
 Without a network `datasets` retries for 24 seconds, and for minutes where a server accepts and never answers.
 So the cache is asked first with the network switched off, and the hub is probed once with a short time-out
@@ -12,17 +12,18 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from alibi_lm.data.text import BYTE_ORDER_MARK, WIKITEXT_BORDERS, Passage, Source, heading_style, wikitext_passages
 
 REPOSITORY = "Salesforce/wikitext"
 HUB_CONFIGS = {"wikitext2": "wikitext-2-v1", "wikitext103": "wikitext-103-v1"}
 PROBE_SECONDS = 5.0
+T = TypeVar("T")
 
 
 class HubSource(Source):
@@ -41,9 +42,8 @@ class HubSource(Source):
         if split not in self._splits:
             rows = load_split(self.config, split)
             if "text" not in rows.column_names:
-                raise _unavailable(
-                    self.config, f"its rows have no `text` column, only {', '.join(rows.column_names)}"
-                )
+                reason = f"its rows have no `text` column, only {', '.join(rows.column_names)}"
+                raise _unavailable(REPOSITORY, self.config, reason)
             if len(rows) == 0:
                 raise ValueError(f"data={self.name}: the hub's {split} split of {REPOSITORY} is empty.")
             self._splits[split] = rows
@@ -85,16 +85,63 @@ class HubSource(Source):
         return None
 
 
-def load_split(config: str, split: str) -> Any:
-    """One split as a `datasets.Dataset` with a `text` column, a row a line, memory-mapped from the cache.
+def load_split(config: str | None, split: str, repository: str = REPOSITORY) -> Any:
+    """One split as a `datasets.Dataset`, memory-mapped from the cache.
 
     Args:
-        config: the repository's subset, such as `wikitext-103-v1`.
-        split: train, validation or test.
+        config: the repository's subset, such as `wikitext-103-v1`; None: its only one.
+        split: its name there.
+        repository: on the hub, or a folder in its form.
 
     Raises:
         ValueError: the text is neither cached nor to be had, with what to do instead.
     """
+    import datasets
+
+    return _loaded(repository, config, lambda: datasets.load_dataset(repository, config, split=split), split)
+
+
+def split_names(repository: str, config: str | None) -> list[str]:
+    """Names of the splits of a set of the hub, or of a folder in its form.
+
+    Raises:
+        ValueError: it is neither cached nor to be had, with what to do instead.
+    """
+    import datasets
+
+    return list(_loaded(repository, config, lambda: datasets.get_dataset_split_names(repository, config)))
+
+
+def stream_split(
+    repository: str, config: str | None, split: str, column: str, most_bytes: int
+) -> tuple[list[str] | None, list[str]]:
+    """The texts of a split from its beginning, until they are `most_bytes` long; no more is downloaded.
+
+    Returns:
+        The texts, None where there is no such column, and the names of the columns.
+
+    Raises:
+        ValueError: the set is not to be had.
+    """
+    import datasets
+
+    def read() -> tuple[list[str] | None, list[str]]:
+        texts: list[str] = []
+        size = 0
+        for row in datasets.load_dataset(repository, config, split=split, streaming=True):
+            if not isinstance(row.get(column), str):
+                return None, list(row)
+            texts.append(row[column])
+            size += len(texts[-1].encode())
+            if size >= most_bytes:
+                break
+        return texts, [column]
+
+    return _loaded(repository, config, read)
+
+
+def _loaded(repository: str, config: str | None, load: Callable[[], T], split: str | None = None) -> T:
+    """What `load` gives: from the cache, else from the network; of a split, also from a cache that is locked."""
     import datasets
     from huggingface_hub import constants
 
@@ -103,26 +150,30 @@ def load_split(config: str, split: str) -> Any:
     offline = bool(constants.HF_HUB_OFFLINE) or bool(datasets.config.HF_HUB_OFFLINE)
     try:
         with _network_off():
-            return datasets.load_dataset(REPOSITORY, config, split=split)
+            return load()
     except Exception as error:  # their kinds differ by version; all but those of the disk mean "not in the cache"
         not_cached = error
+    if Path(repository).is_dir():
+        raise _unavailable(repository, config, _first_line(not_cached)) from not_cached
     blocked = _disk_error(not_cached)
     if blocked is not None:
         folder = datasets.config.HF_DATASETS_CACHE
         try:
-            return _read_without_lock(Path(folder), config, split)
+            return cast(T, _read_without_lock(Path(folder), repository, config, split))
         except Exception:
             reason = f"its cache {folder} cannot be used ({blocked}); make it writable or set HF_DATASETS_CACHE"
-            raise _unavailable(config, reason) from not_cached
+            raise _unavailable(repository, config, reason) from not_cached
     if offline:
-        raise _unavailable(config, "HF_HUB_OFFLINE is set and the text is not in the cache") from not_cached
+        reason = "HF_HUB_OFFLINE is set and the text is not in the cache"
+        raise _unavailable(repository, config, reason) from not_cached
     obstacle = _obstacle(constants.ENDPOINT)
     if obstacle:
-        raise _unavailable(config, obstacle) from not_cached
+        raise _unavailable(repository, config, obstacle) from not_cached
     try:
-        return datasets.load_dataset(REPOSITORY, config, split=split)
+        return load()
     except Exception as error:  # download, format and disk errors of four libraries
-        raise _unavailable(config, f"{type(error).__name__}: {_first_line(error)}") from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise _unavailable(repository, config, reason) from error
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
@@ -136,7 +187,7 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _read_without_lock(cache: Path, config: str, split: str) -> Any:
+def _read_without_lock(cache: Path, repository: str, config: str | None, split: str | None) -> Any:
     """A finished split from the cache of `datasets`, which takes a lock there even to read.
 
     Raises:
@@ -145,7 +196,7 @@ def _read_without_lock(cache: Path, config: str, split: str) -> Any:
     import datasets
     from datasets.arrow_reader import ArrowReader
 
-    finished = cache.glob(f"{REPOSITORY.replace('/', '___')}/{config}/*/*/dataset_info.json")
+    finished = cache.glob(f"{repository.replace('/', '___')}/{config or '*'}/*/*/dataset_info.json")
     folder = max(finished, key=lambda path: path.stat().st_mtime).parent
     info = datasets.DatasetInfo.from_directory(str(folder))
     reader = ArrowReader(str(folder), info)
@@ -195,7 +246,13 @@ def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _unavailable(config: str, reason: str) -> ValueError:
+def _unavailable(repository: str, config: str | None, reason: str) -> ValueError:
+    if repository != REPOSITORY:
+        name = repository + (f" {config}" if config else "")
+        return ValueError(
+            f"data.repo = {name} could not be had: {reason}. Check the name and data.config; without a network, "
+            "give text files by data=text data.path=<folder>. HF_ENDPOINT=<url> sets a mirror."
+        )
     return ValueError(
         f"The text {config} of {REPOSITORY} could not be had from the hub: {reason}. Without a network, give "
         "a folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens by data.path=<folder>, or use "

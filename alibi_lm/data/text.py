@@ -15,48 +15,17 @@ import stat
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alibi_lm.files import file_record, file_unchanged
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require
 
 SPLITS = ("train", "validation", "test")
-NAMES = ("python_stdlib", "wikitext2", "wikitext103")
 PASSAGE_LINES = 1024
 """Most lines in a passage: bounds memory where a text has no headings."""
 BYTE_ORDER_MARK = "\ufeff"
-
-
-@dataclass
-class DataConfig:
-    """Which text, and where its prepared token streams are kept."""
-
-    name: str = "python_stdlib"
-    """`python_stdlib`, `wikitext2` or `wikitext103`."""
-    path: str | None = setting(None, counts="no")
-    """Folder with wiki.train.tokens, wiki.valid.tokens, wiki.test.tokens; null takes the text from the hub.
-    Only the files of the splits that are used have to exist. Not for `python_stdlib`."""
-    cache_dir: str = setting("data", counts="no")
-    """Folder of prepared streams; a relative one is relative to the current folder."""
-
-    def __post_init__(self) -> None:
-        require(self.name in NAMES, f"data.name = {self.name!r}. Allowed: {', '.join(NAMES)}.")
-        require(
-            self.path is None or self.name != "python_stdlib",
-            f"data.path = {self.path} has no effect with data=python_stdlib, which reads the running "
-            "Python's own library. Leave data.path out, or use data=wikitext103 or data=wikitext2 with it.",
-        )
-        require(
-            self.path is None or bool(self.path.strip()),
-            "data.path is empty. Give a folder of .tokens files, or leave it out for the hub's text.",
-        )
-        require(
-            bool(self.cache_dir.strip()),
-            "data.cache_dir is empty. Give a folder for the prepared streams, such as `data`.",
-        )
 
 
 class Passage(NamedTuple):

@@ -1,4 +1,4 @@
-"""From lines of text to token ids and back: words, or byte-level pairs (BPE), both kept as one JSON file.
+"""From lines of text to token ids and back: words, byte-level pairs (BPE) or bytes, each kept as one JSON file.
 
 Word level, as fairseq prepares WikiText-103 for the paper: a line is its whitespace-separated words followed by
 `</s>`, a blank line a lone `</s>`. Ids: 0 `<s>`, 1 `<pad>`, 2 `</s>`, 3 `<unk>`, then the words of the training
@@ -148,7 +148,33 @@ class BPEConfig(TokenizerConfig):
         return Tokenizer(backend.to_str(pretty=True).encode())
 
 
-TOKENIZERS: dict[str, type[TokenizerConfig]] = {"word": WordConfig, "bpe": BPEConfig}
+@dataclass
+class BytesConfig(TokenizerConfig):
+    """The 256 bytes and `<|endoftext|>`: BPE without a merge. Byte b has id b + 1."""
+
+    name: str = "bytes"
+
+    @property
+    def label(self) -> str:
+        return "bytes"
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers
+
+        # The library writes a byte as a visible character: itself, or the next free one from 256 on.
+        visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+        free = iter(range(256, 512))
+        characters = [chr(byte if byte in visible else next(free)) for byte in range(256)]
+        vocabulary = {END_OF_TEXT: END_OF_TEXT_ID} | {c: 1 + byte for byte, c in enumerate(characters)}
+        backend = Backend(models.BPE(vocabulary, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([END_OF_TEXT])
+        return Tokenizer(backend.to_str(pretty=True).encode())
+
+
+TOKENIZERS: dict[str, type[TokenizerConfig]] = {"word": WordConfig, "bpe": BPEConfig, "bytes": BytesConfig}
 """Kinds of tokenizer by name."""
 
 

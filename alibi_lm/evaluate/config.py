@@ -11,6 +11,7 @@ from typing import Any
 
 from alibi_lm.attention import ATTENTION
 from alibi_lm.config import MODES, SPLITS, EvaluationConfig, TrainConfig
+from alibi_lm.data.config import DataConfig
 from alibi_lm.model.streaming import POLICIES
 from alibi_lm.runs import experiment_folder
 from alibi_lm.runtime import DEVICES, PRECISIONS
@@ -27,6 +28,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "decomposition": ("lengths", "stride"),
     "offset": ("offsets", "width", "every"),
     "windows": (),
+    "safe_length": ("lengths",),
 }
 """The views and the settings that each understands."""
 CURVE = ("lengths", "mode", "stride", "tracking", "cache", "lost_share", "window", "sinks")
@@ -38,9 +40,46 @@ class EvaluateData:
     """Which text to evaluate on, where it is not the run's own."""
 
     path: str | None = None
-    """Folder of wiki.valid.tokens / wiki.test.tokens; null: the run's own corpus."""
+    """Folder of wiki.valid.tokens / wiki.test.tokens; null: the run's own corpus. data=text: folder, file or glob
+    of text."""
     cache_dir: str | None = None
     """Where prepared streams go; null: as in the run's config."""
+    name: str | None = None
+    """data=text, data=hub, data=wikitext103, ...: another text than the run's own."""
+    repo: str | None = None
+    """data=hub: name of the set."""
+    config: str | None = None
+    """data=hub: its subset."""
+    column: str | None = None
+    """data=text, data=hub: the field or column that holds the text; null: text."""
+    split_by: str | None = None
+    """data=text, data=hub: what deals documents to the splits; null: all of data=text is the evaluated split, and
+    data=hub has splits of its own."""
+    max_tokens: int | None = None
+    """data=text, data=hub: read no more than about this many tokens, counted as 4 bytes each."""
+
+    def apply(self, own: DataConfig | None) -> DataConfig:
+        """The text to evaluate on.
+
+        Args:
+            own: that of the run; None: the model has none.
+
+        Raises:
+            ValueError: settings that do not fit together, or no text at all.
+        """
+        changes = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if self.name is None:
+            if own is None:
+                raise ValueError(
+                    "data is not given, and this model has no text of its own. Give data=text data.path=<folder "
+                    "or file>, data=hub data.repo=<name>, or data=wikitext103."
+                )
+            return dataclasses.replace(own, **changes)
+        if own is not None:
+            changes.setdefault("cache_dir", own.cache_dir)
+        if self.name == "text":
+            changes.setdefault("split_by", "none")
+        return DataConfig(**changes)
 
 
 @dataclass
@@ -49,11 +88,20 @@ class EvaluateConfig:
 
     view: str = "curve"
     """curve (scripts/evaluate.py), or one of scripts/analyse.py: perplexity, position, last, documents, fixed,
-    decomposition, offset, windows, all."""
+    decomposition, offset, windows, safe_length, all."""
     experiment: str = "quick"
     """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
     runs: str | None = None
     """A run folder or a glob of them."""
+    model: str | None = None
+    """A model of Hugging Face's transformers in place of runs: hf:<folder or hub name>. `+model.<key>=<value>`
+    changes a key of its config for the test, and rows say so."""
+    model_config: dict[str, Any] = field(default_factory=dict)
+    """model: what `+model.<key>=<value>` says."""
+    train_length: int | None = None
+    """model: tokens of its training sequences, where its config does not tell or is wrong."""
+    trust_remote_code: bool = False
+    """model: whether Python code that comes with it may run."""
     lengths: list[int] | None = None
     """Inference lengths; null: those in the config.yaml of each run, which are its experiment's at that time."""
     mode: str | None = None
@@ -123,13 +171,23 @@ class EvaluateConfig:
             re.fullmatch(r"best|last|step:\d+", self.checkpoint) is not None,
             f"checkpoint = {self.checkpoint!r}. Allowed: best, last, step:<number> of one that was kept.",
         )
-        for name in ("experiment", "runs", "tokens_dir", "output_dir"):
+        require(
+            self.model is None or (self.runs is None and not self.position),
+            "model = ... with runs or position: those are of runs of alibi_lm. Give one or the other.",
+        )
+        for name in ("model_config", "train_length", "trust_remote_code"):
+            shown, value = "+model.<key>" if name == "model_config" else name, getattr(self, name)
+            require(
+                self.model is not None or not value,
+                f"{shown} = {value} has no effect without model=hf:<folder or hub name>.",
+            )
+        for name in ("experiment", "runs", "tokens_dir", "output_dir", "model"):
             value = getattr(self, name)
             require(
                 value is None or bool(value.strip()),
                 f"{name} is empty. Give a value, or leave {name} out for the default.",
             )
-        for name in ("stride", "every", "last", "width", "tokens_per_forward", "threads"):
+        for name in ("stride", "every", "last", "width", "tokens_per_forward", "threads", "train_length"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} = {value}. Use a whole number >= 1.")
         for name, least in (("lengths", 1), ("contexts", 1), ("offsets", 0)):
@@ -168,14 +226,20 @@ class EvaluateConfig:
     def output(self) -> Path:
         """Folder of the results."""
         kind = "extrapolation" if self.view == "curve" else "analysis"
-        return Path(self.output_dir) if self.output_dir else experiment_folder(self.experiment) / kind
+        return Path(self.output_dir) if self.output_dir else self._home / kind
+
+    @property
+    def _home(self) -> Path:
+        """Folder of the experiment, or of the model's results."""
+        model = (self.model or "").removeprefix("hf:").rstrip("/").split("/")[-1]
+        return experiment_folder(model or self.experiment)
 
     @property
     def tokens(self) -> Path:
         """Folder of per-token results: evaluation and analysis have one and the same."""
         if self.tokens_dir:
             return Path(self.tokens_dir)
-        curves = self.output if self.view == "curve" else experiment_folder(self.experiment) / "extrapolation"
+        curves = self.output if self.view == "curve" else self._home / "extrapolation"
         return curves / "tokens"
 
     def settings(self, run: TrainConfig) -> EvaluationConfig:

@@ -5,7 +5,6 @@ A run that fails stops no other: what went wrong is told at the end, by `FailedR
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alibi_lm import runtime
 from alibi_lm.checkpoint import CheckpointError
 from alibi_lm.config import EvaluationConfig, TrainConfig, load_config
 from alibi_lm.data.corpus import Corpus, prepare
+from alibi_lm.data.hub_tokenizer import HubTokenizer
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.score import mean_nats
 from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
+from alibi_lm.model.hub_folder import PREFIX, HubFolder, open_hub_folder
+from alibi_lm.model.huggingface import HuggingFaceLM, load_huggingface
+from alibi_lm.model.interface import LanguageModel
+from alibi_lm.positions.base import NoneConfig
 from alibi_lm.runs import (
     CORPUS_FILE,
     experiment_folder,
@@ -31,6 +36,7 @@ from alibi_lm.runs import (
     load_run,
     run_folders,
     run_tokenizer,
+    short_hash,
 )
 from alibi_lm.settings import require
 from alibi_lm.tasks.text import TextTask
@@ -69,11 +75,14 @@ class PlannedRun:
     config: TrainConfig
     settings: EvaluationConfig
     run_id: str
+    found: HubFolder | None = None
+    """Where the model is one of transformers: all that is known of it. `config` then holds only its training
+    length, the text, and its kind as the name of its position scheme."""
 
     @property
     def name(self) -> str:
         """What rows and figures call it."""
-        return self.folder.resolve().name
+        return self.folder.resolve().name if self.found is None else self.found.name
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
         ValueError: no run, a run that is not finished, two runs of one name, or rows of another run of that name
             in the results.
     """
+    if config.model is not None:
+        return [plan_model(config)], {}
     pattern = config.runs or str(experiment_folder(config.experiment) / "runs" / "*")
     folders = run_folders(pattern)
     require(
@@ -129,14 +140,62 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
     return list(runs.values()), failures
 
 
+def plan_model(config: EvaluateConfig) -> PlannedRun:
+    """Plan the evaluation of `model=hf:...`; its weights are not read yet.
+
+    Raises:
+        ValueError: see `open_hub_folder`; no text.
+    """
+    assert config.model is not None
+    data = config.data.apply(None)
+    found = open_hub_folder(config.model, config.model_config, config.train_length, config.trust_remote_code)
+    length = found.train_length
+    known = TrainConfig(
+        position=NoneConfig(str(found.config.model_type)),
+        data=data,
+        train_length=length,
+        tokens_per_step=length,
+        evaluation=EvaluationConfig(sorted({max(1, length // 2), length, 2 * length, 4 * length})),
+    )
+    place = Path(config.model.removeprefix(PREFIX))
+    return PlannedRun(place, known, config.settings(known), short_hash(found.files, digits=12), found)
+
+
+def open_model(config: EvaluateConfig, run: PlannedRun, device: torch.device) -> tuple[Corpus, HuggingFaceLM]:
+    """The text, encoded by the model's own tokenizer, and the model.
+
+    Raises:
+        ValueError: no tokenizer, one that does not fit the model, or see `load_huggingface`.
+    """
+    found, precision = run.found, runtime.resolve_precision(device, config.precision)
+    assert found is not None
+    tokenizer = HubTokenizer(found.folder, found.trust_remote_code)
+    words = int(found.config.get_text_config().vocab_size)
+    require(
+        tokenizer.vocab_size <= words,
+        f"model = {found.source} has {words} words, its tokenizer {tokenizer.vocab_size}: they do not belong "
+        "together. Put the model's own tokenizer into its folder.",
+    )
+    corpus = prepare(run.config.data, tokenizer, splits=(run.settings.split,))
+    model = load_huggingface(found, device, precision, config.attention)
+    settings = {name: value for name, value in found.config.to_dict().items() if name != "_name_or_path"}
+    settings |= {
+        "files": found.files,
+        "attention": model.attention,
+        "precision": precision,
+        "library": model.version,
+    }
+    model.identity = short_hash(settings, digits=12)
+    return corpus, model
+
+
 def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
     """The text to evaluate on, encoded with the run's own tokenizer.
 
     Raises:
         ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
     """
-    changes = {name: value for name, value in dataclasses.asdict(config.data).items() if value is not None}
-    data = dataclasses.replace(run.config.data, **changes)
+    data = config.data.apply(run.config.data)
     tokenizer = run_tokenizer(run.folder)
     return prepare(data, tokenizer, splits=(run.settings.split,))
 
@@ -147,6 +206,9 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
     Raises:
         ValueError: see `open_corpus` and `load_run`.
     """
+    if config.model is not None:
+        corpus, foreign = open_model(config, run, device)
+        return _opened(config, run, corpus, foreign, foreign.attention, world)
     corpus = open_corpus(config, run)
     model = load_run(
         run.folder,
@@ -161,7 +223,21 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         f"{run.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
         "Put the run's own tokenizer back.",
     )
+    opened = _opened(config, run, corpus, model, model.backend.name, world)
+    _check_validation(config, opened)
+    return opened
+
+
+def _opened(
+    config: EvaluateConfig,
+    run: PlannedRun,
+    corpus: Corpus,
+    model: LanguageModel,
+    attention: str,
+    world: World | None,
+) -> OpenRun:
     stream = corpus.split(run.settings.split)
+    scheme = run.config.position.name if run.found is None else ""
     text = TextTask(
         stream.tokens,
         corpus.start_id,
@@ -174,11 +250,9 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         stream.bytes,
     )
     store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
-    passes = Passes(model, text, store, tokens_per_forward, world, run.config.position.name)
-    way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
-    opened = OpenRun(run, corpus, passes, way)
-    _check_validation(config, opened)
-    return opened
+    passes = Passes(model, text, store, tokens_per_forward, world, scheme)
+    way = {"checkpoint": config.checkpoint, "attention": attention, "precision": str(model.precision)}
+    return OpenRun(run, corpus, passes, way)
 
 
 def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from alibi_lm.evaluate import views
 from alibi_lm.evaluate.config import STREAM, VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, OpenRun, PlannedRun, open_run, plan, raise_failures
+from alibi_lm.evaluate.safe_length import safe_length, verdict
 from alibi_lm.evaluate.store import Stored
 from alibi_lm.evaluate.stream import Policy, measure_stream
 from alibi_lm.evaluate.windows import head_windows
 from alibi_lm.files import read_json, write_text
+from alibi_lm.model.hub_folder import dotted
 from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.results.rows import ResultRow, perplexity_of, read_rows, refuse_another_run, upsert_rows, write_csv
 from alibi_lm.results.statistics import per_document_sums
@@ -147,7 +150,8 @@ def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
     by_word, word_reason = perplexity_of(total, fields["words"]) if fields["words"] else (None, None)
     if reason is None and word_reason is not None:
         reason = f"word_perplexity is null: {word_reason}"
-    return ResultRow(**fields, nats=total, perplexity=perplexity, word_perplexity=by_word, reason=reason)
+    row = ResultRow(**fields, nats=total, perplexity=perplexity, word_perplexity=by_word, reason=reason)
+    return replace(row, extra=row.extra | {"bits_per_byte": row.bits_per_byte})
 
 
 def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
@@ -160,13 +164,15 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
         "device": trained.get("device"),
         "documents": documents,
     } | opened.way
+    if run.found is not None:
+        extra |= {"model": run.found.source, "train_length_from": run.found.train_length_from}
     if documents == 1:
         extra["note"] = views.ONE_DOCUMENT
     return {
         "run": run.name,
         "position": run.config.position.name,
         "train_length": run.config.train_length,
-        "seed": run.config.seed,
+        "seed": run.config.seed if run.found is None else None,
         "changes": changes_of(config),
         "run_id": run.run_id,
         "folder": str(run.folder),
@@ -177,6 +183,7 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
 def changes_of(config: EvaluateConfig) -> dict[str, Any]:
     """What is changed for the test, as rows name it: settings of the scheme, and the step of a checkpoint."""
     changes = {f"position.{name}": value for name, value in config.position.items()}
+    changes |= {f"model.{name}": value for name, value in dotted(config.model_config)}
     return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
 
@@ -185,7 +192,7 @@ def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
 
     None where the run's own training text is not at hand.
     """
-    if config.data.path is not None or config.position:
+    if config.data.path is not None or config.data.name is not None or config.position:
         return None
     task, vocab_size = opened.passes.text, opened.corpus.vocab_size
     try:
@@ -210,6 +217,9 @@ def describe(row: ResultRow) -> str:
     if row.value is None:
         found = "not evaluated" if row.loss is None else f"{row.loss:.4f} nats per token, no {row.metric}"
         return f"{name}{length}:{task} {found}, {row.reason}"
+    if row.bits_per_byte is not None and "model" in row.extra:
+        found = f"{row.bits_per_byte:.4f} bits per byte, perplexity {row.perplexity:.3f} per token"
+        return f"{name}{length}: {found}, {row.word_perplexity or math.inf:.3f} per word"
     speed = "" if row.tokens_per_second is None else f" ({row.tokens_per_second:,.0f} tokens/s)"
     kept = ""
     if row.mode == STREAM:
@@ -322,7 +332,7 @@ def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
 
 def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
     """One curve of a view."""
-    found = {
+    found: dict[str, Any] = {
         "position": group.position,
         "train_length": group.train_length,
         "corpus": opened[0].passes.text.corpus,
@@ -333,6 +343,9 @@ def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: vie
         "interval": "seeds and documents" if len(opened) > 1 else "documents, given this seed",
         "points": _points(config, view, opened[0].plan.settings.lengths, group),
     }
+    if view == "safe_length":
+        found |= verdict(found["points"])
+        print(f"  {found['verdict']}", flush=True)
     return found | ({"note": group.note} if group.note else {})
 
 
@@ -348,6 +361,8 @@ def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.
         return views.last(group, lengths, config.last)
     if view == "documents":
         return views.documents(group, config.lengths or sorted({trained, max(lengths)}))
+    if view == "safe_length":
+        return safe_length(group, lengths)
     if view == "fixed":
         contexts = sorted(config.contexts or lengths)
         return views.fixed(group, contexts, config.every or max(1, group.num_tokens // 1000))

@@ -29,7 +29,7 @@ from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig
-from alibi_lm.data.text import DataConfig
+from alibi_lm.data.config import DataConfig
 from alibi_lm.data.tokenizers import Tokenizer, WordConfig
 from alibi_lm.files import sha256_of, write_json, write_text
 from alibi_lm.model.transformer import ACTIVATIONS, ModelConfig, TransformerLM

@@ -145,6 +145,11 @@ class ResultRow:
             raise ValueError(f"{name} = {value}; it must be at least 1")
 
     @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that each byte of the text costs, one measure for all tokenizers; None where it is not known."""
+        return None if self.nats is None or not self.bytes else self.nats / math.log(2) / self.bytes
+
+    @property
     def key(self) -> RowKey:
         """What makes two rows the same measurement: the later one replaces the earlier one."""
         return RowKey(

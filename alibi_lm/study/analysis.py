@@ -25,6 +25,7 @@ TITLES = {
     "decomposition": "Why the loss changes beyond the trained length",
     "offset": "Change of the loss when all positions are shifted",
     "windows": "Keys that each head must keep",
+    "safe_length": "How far each model may be read",
 }
 AT = {"fixed": "context", "offset": "offset"}
 """What the points of a view stand at, where it is not the inference length."""
@@ -60,6 +61,8 @@ class Series:
     """Settings changed for the test."""
     note: str = ""
     """What the reader must know of it, such as why it has no intervals."""
+    verdict: str = ""
+    """safe_length: what it says in words."""
 
     @property
     def name(self) -> str:

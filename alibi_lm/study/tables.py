@@ -129,6 +129,7 @@ _NOTES = {
     "decomposition": "Nats per token with interval, and the factor of perplexity (below 1 is better).",
     "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
     "windows": "Keys per head by the share of attention that may be lost; in brackets those needed on the text.",
+    "safe_length": "Perplexity per token; in brackets its ratio to that at the training length.",
 }
 
 
@@ -139,7 +140,8 @@ def analysis_markdown(found: Analysis) -> str:
     lines = [f"## {TITLES[found.view]}", "", _NOTES[found.view] + " " + found.provenance + ".", ""]
     if not found.same_text:
         lines += ["NOT THE SAME TEXT: levels cannot be compared between rows.", ""]
-    return "\n".join(lines) + "\n" + table.markdown()
+    told = [f"- {s.name}, L = {s.train_length}: {s.verdict}" for s in found.series if s.verdict]
+    return "\n".join([*lines, *told, *([""] if told else [])]) + "\n" + table.markdown()
 
 
 def _grid(found: Analysis) -> Table:

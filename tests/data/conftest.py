@@ -2,7 +2,8 @@
 
 import pytest
 
-from alibi_lm.data.text import TOKENS_FILES, DataConfig
+from alibi_lm.data.config import DataConfig
+from alibi_lm.data.text import TOKENS_FILES
 
 TRAIN = """\
  \n\

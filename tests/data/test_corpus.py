@@ -15,8 +15,9 @@ import pytest
 
 from alibi_lm import files
 from alibi_lm.data import corpus as module
+from alibi_lm.data.config import DataConfig
 from alibi_lm.data.corpus import open_corpus, prepare, report, verify
-from alibi_lm.data.text import SPLITS, DataConfig
+from alibi_lm.data.text import SPLITS
 from alibi_lm.data.tokenizers import BPEConfig, Tokenizer, TokenizerConfig, WordConfig
 
 from .conftest import TEST, TRAIN, VALIDATION
@@ -349,7 +350,7 @@ def test_an_interruption_at_any_file_leaves_nothing_half_done(config, tmp_path):
 PROCESS = """\
 import sys, time
 from alibi_lm.data import corpus
-from alibi_lm.data.text import DataConfig
+from alibi_lm.data.config import DataConfig
 from alibi_lm.data.tokenizers import Tokenizer, WordConfig
 encode_split, encode_batch, made = corpus.encode_split, Tokenizer.encode_batch, []
 def counted(source, split, *rest):

@@ -26,7 +26,7 @@ import json, os, sys, time
 import datasets
 from huggingface_hub import constants
 from alibi_lm.data.corpus import prepare
-from alibi_lm.data.text import DataConfig
+from alibi_lm.data.config import DataConfig
 from alibi_lm.data.tokenizers import WordConfig
 for line in sys.stdin:
     task = json.loads(line)

@@ -3,7 +3,8 @@
 import pytest
 
 from alibi_lm.data import text
-from alibi_lm.data.text import SPLITS, DataConfig, StandardLibrarySource, split_of_file
+from alibi_lm.data.config import DataConfig
+from alibi_lm.data.text import SPLITS, StandardLibrarySource, split_of_file
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,68 @@
+"""The settings of a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alibi_lm.settings import require, setting
+
+NAMES = ("python_stdlib", "wikitext2", "wikitext103", "text", "hub")
+SPLIT_BY = ("auto", "given", "file", "hash", "none")
+
+
+@dataclass
+class DataConfig:
+    """Which text, and where its prepared token streams are kept."""
+
+    name: str = "python_stdlib"
+    """`python_stdlib`, `wikitext2`, `wikitext103`, `text` (files of your own) or `hub` (a set of the hub)."""
+    path: str | None = setting(None, counts="no")
+    """wikitext: folder with wiki.train.tokens, wiki.valid.tokens, wiki.test.tokens; null takes the text from the
+    hub. Only the files of the splits that are used have to exist. text: a folder, a file or a glob of .txt, .jsonl
+    or .parquet files."""
+    cache_dir: str = setting("data", counts="no")
+    """Folder of prepared streams; a relative one is relative to the current folder."""
+    repo: str | None = None
+    """hub: name of the set, such as roneneldan/TinyStories."""
+    config: str | None = None
+    """hub: the set's subset, where it has several."""
+    column: str = "text"
+    """text, hub: the field of .jsonl lines, or the column, that holds the text."""
+    split_by: str = "auto"
+    """text, hub: what deals documents to the splits: auto, given, file, hash or none (see data/own_text.py)."""
+    max_tokens: int | None = None
+    """text, hub: read no more than about this many tokens, counted as 4 bytes each; the hub's text is streamed."""
+
+    def __post_init__(self) -> None:
+        require(self.name in NAMES, f"data.name = {self.name!r}. Allowed: {', '.join(NAMES)}.")
+        require(self.split_by in SPLIT_BY, f"data.split_by = {self.split_by!r}. Allowed: {', '.join(SPLIT_BY)}.")
+        require(
+            self.path is None or self.name not in ("python_stdlib", "hub"),
+            f"data.path = {self.path} has no effect with data={self.name}. Leave data.path out, or use data=text, "
+            "data=wikitext103 or data=wikitext2 with it.",
+        )
+        require(
+            self.path is None or bool(self.path.strip()),
+            "data.path is empty. Give a folder of text, or leave it out.",
+        )
+        own = ("text", "hub")
+        for setting_name, default, users in (
+            ("repo", None, ("hub",)), ("config", None, ("hub",)), ("column", "text", own),
+            ("split_by", "auto", own), ("max_tokens", None, own),
+        ):  # fmt: skip
+            value = getattr(self, setting_name)
+            require(
+                value == default or self.name in users,
+                f"data.{setting_name} = {value} has no effect with data={self.name}. It belongs to data="
+                f"{' and data='.join(users)}.",
+            )
+        require(self.name != "text" or self.path is not None, "data=text needs data.path=<file, folder or glob>.")
+        require(self.name != "hub" or self.repo is not None, "data=hub needs data.repo=<owner>/<name>.")
+        require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"data.max_tokens = {self.max_tokens}. Use a whole number >= 1.",
+        )
+        require(
+            bool(self.cache_dir.strip()),
+            "data.cache_dir is empty. Give a folder for the prepared streams, such as `data`.",
+        )

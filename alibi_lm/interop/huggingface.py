@@ -1,0 +1,238 @@
+"""Our runs as models of Hugging Face's transformers: exported, loaded by AutoModelForCausalLM, generated from.
+
+    import alibi_lm.interop.huggingface
+    model = AutoModelForCausalLM.from_pretrained("<exported folder>")
+
+The import registers this kind of model; nothing of it is code in the folder, so no `trust_remote_code` is needed.
+The folder holds config.json, model.safetensors, and a tokenizer that AutoTokenizer loads.
+
+Where transformers asks for something that a run cannot give, such as a padded batch, it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from omegaconf import MISSING
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from alibi_lm.config import from_dict, load_config
+from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.files import write_json
+from alibi_lm.model.layers import KeyValueCache
+from alibi_lm.runs import build_model, load_run
+from alibi_lm.settings import require
+
+NOT_EXPORTED = ("data", "study", "measurements", "output_dir", "tracking", "evaluation")
+"""Settings that say nothing of the model."""
+
+
+class RunConfig(PretrainedConfig):
+    """The config of an exported run.
+
+    Args:
+        settings: those of the run's config.yaml, nested.
+        vocab_size: of its tokenizer.
+        attention: backend.
+    """
+
+    model_type = "alibi_lm"
+
+    def __init__(
+        self,
+        settings: dict[str, Any] | None = None,
+        vocab_size: int = 0,
+        attention: str = "auto",
+        **others: Any,
+    ) -> None:
+        model = (settings or {}).get("model", {})
+        self.settings, self.vocab_size, self.attention = settings, vocab_size, attention
+        self.max_position_embeddings = (settings or {}).get("train_length")
+        self.num_hidden_layers, self.hidden_size = model.get("num_layers"), model.get("model_dim")
+        self.num_attention_heads = model.get("num_heads")
+        super().__init__(**others)
+
+
+class RunCache(Cache):
+    """Our cache of keys and values, as generation asks for one."""
+
+    def __init__(self) -> None:
+        self.inner = KeyValueCache()
+        super().__init__(layers=[])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far."""
+        return self.inner.next_position
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows of the beams that go on."""
+        self.inner.layers = [
+            (k[beam_idx], v[beam_idx], None if x is None else x[beam_idx]) for k, v, x in self.inner.layers
+        ]
+
+
+class RunForCausalLM(PreTrainedModel, GenerationMixin):
+    """A trained run behind the interface of transformers."""
+
+    config_class = RunConfig
+    base_model_prefix = "run"
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        require(config.settings is not None, "config.settings is missing: this is no exported run.")
+        self.run = build_model(from_dict(config.settings or {}), config.vocab_size, config.attention)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As of any model of transformers."""
+        loaded = super().from_pretrained(*args, **options)
+        run = (loaded[0] if isinstance(loaded, tuple) else loaded).run
+        # transformers builds a model without numbers, and fills in what is in the file. The tables of a scheme,
+        # which are computed, come with the scheme, and that is built anew for another length.
+        run.serve(run.train_length + 1)
+        run.serve(run.train_length)
+        return loaded
+
+    def serve(self, length: int) -> None:
+        """Get ready for sequences of `length` tokens: schemes with automatic scaling depend on it."""
+        self.run.serve(length)
+
+    def _init_weights(self, module: Any) -> None:
+        """All weights come from the file."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: RunCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """As of any causal model of transformers.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S), all ones.
+            past_key_values: what an earlier call returned.
+            labels: (B, T) int64, the inputs again; -100 is not scored. Gives `loss`, mean nats per token.
+            use_cache: whether to return keys and values.
+            position_ids: (B, T) int64, the same in all rows; None: from the cache's last on.
+            logits_to_keep: only those of the last tokens; 0: all.
+            others: ignored switches of the library, such as `return_dict`.
+
+        Raises:
+            ValueError: a padded batch, or rows with unequal positions.
+        """
+        require(
+            attention_mask is None or bool(attention_mask.all()),
+            "attention_mask has zeros: runs of alibi_lm know no padding. Give texts of one length.",
+        )
+        positions = None
+        if position_ids is not None:
+            positions = position_ids[0]
+            require(
+                bool((position_ids == positions).all()),
+                "position_ids differ between the rows of a batch. Give rows of the same positions.",
+            )
+        cache = past_key_values if past_key_values is not None else RunCache() if use_cache else None
+        hidden = self.run.hidden(input_ids, positions, None if cache is None else cache.inner)
+        logits = self.run.vocabulary.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, config: Any, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        if config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RunCache()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, past_key_values: RunCache | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Only the tokens that the cache has not seen."""
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = options.get("attention_mask")
+        return {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "attention_mask": mask}
+
+
+AutoConfig.register(RunConfig.model_type, RunConfig, exist_ok=True)
+AutoModelForCausalLM.register(RunConfig, RunForCausalLM, exist_ok=True)
+
+
+@dataclass
+class ExportConfig:
+    """Settings of scripts/export_huggingface.py."""
+
+    run: str = MISSING
+    """A finished run folder."""
+    output_dir: str = MISSING
+    """Where the model goes: a new or empty folder."""
+    checkpoint: str = "best"
+    """best (lowest validation loss), last, or step:<number> of one that was kept."""
+
+
+def export_huggingface(config: ExportConfig) -> Path:
+    """Write a run as a folder that transformers loads, and load it once to see that it is the same model.
+
+    Raises:
+        ValueError: no run, a folder that holds something, or a model that comes back different.
+    """
+    folder, output = Path(config.run), Path(config.output_dir)
+    require(
+        not output.exists() or (output.is_dir() and not any(output.iterdir())),
+        f"output_dir = {output} holds something. Give a new folder.",
+    )
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    model = load_run(folder, checkpoint=config.checkpoint)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    exported = RunForCausalLM(RunConfig(_plain(load_config(folder)), model.vocab_size)).eval()
+    exported.run.load_state_dict(model.state_dict())
+    exported.save_pretrained(output)
+    _write_tokenizer(tokenizer, output)
+    again = AutoModelForCausalLM.from_pretrained(output)
+    ids = torch.arange(min(model.train_length, 64))[None] % model.vocab_size
+    with torch.inference_mode():
+        require(
+            torch.equal(again(ids).logits, model(ids)),
+            f"{output} does not come back as the same model. Please report this, with the run's config.yaml.",
+        )
+    return output
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """What the model depends on, as JSON; where text and runs lay is nobody's business."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = {name: value for name, value in settings.items() if name not in NOT_EXPORTED}
+    return kept | {"tracking": {"name": "jsonl"}}
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """The tokenizer's file so that the library alone gives the same ids, and how its special tokens are called."""
+    tokenizer.save(folder / "tokenizer.json")
+    special: dict[str, Any] = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    if tokenizer.kind == "word":
+        # Our own code makes a word of each line end; in the file it is a step of its own.
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": " </s> "}
+        content["post_processor"] = None
+        write_json(folder / "tokenizer.json", content)
+        special = {"bos_token": "</s>", "unk_token": "<unk>"}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(folder / "tokenizer_config.json", kind | special)

@@ -1,0 +1,160 @@
+"""Our runs in EleutherAI's lm-evaluation-harness (pip install 'alibi_lm[lm_eval]').
+
+    import alibi_lm.interop.lm_eval, lm_eval
+    lm_eval.simple_evaluate("alibi_lm", model_args={"run": "<folder>", "max_length": 256}, tasks=["lambada"])
+
+Sequences of one length share a pass, so nothing is padded, and the batch size changes no score beyond rounding.
+Rolling log-likelihoods are those of our evaluator: nonoverlapping windows, the last one short. (The harness itself
+gives the last window a full context, which makes its perplexity a little lower.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from alibi_lm import runtime
+from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.model.layers import KeyValueCache
+from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.runs import load_run
+from alibi_lm.settings import require
+from alibi_lm.tasks.text import TextTask
+
+
+@register_model("alibi_lm")
+class RunLM(TemplateLM):
+    """A trained run.
+
+    Args:
+        run: the run folder.
+        max_length: most tokens that it reads at once; None: its training length.
+        checkpoint: best, last or step:<number>.
+        batch_size: sequences of a pass.
+        device: auto, cpu or cuda.
+        precision: float32, bfloat16 or auto.
+        others: what the harness hands to all models, such as `max_batch_size`; they have no effect.
+
+    Raises:
+        ValueError: no run, or more tokens than it has positions.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        max_length: int | None = None,
+        checkpoint: str = "best",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        precision: str = "float32",
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        where = runtime.start(device or "auto")
+        self.model: TransformerLM = load_run(
+            run, int(max_length) if max_length else None, checkpoint, device=where, precision=precision
+        )
+        self.tokenizer_ = Tokenizer.load(Path(run) / "tokenizer.json")
+        self.max_length = int(max_length or self.model.train_length)
+        limit = self.model.max_length
+        require(
+            limit is None or self.max_length <= limit,
+            f"max_length = {self.max_length}: {self.model.label} has {limit} positions. Use less.",
+        )
+        require(str(batch_size).isdigit(), f"batch_size = {batch_size}. Use a whole number.")
+        self.batch_size = int(batch_size)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text."""
+        return self.tokenizer_.start_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
+        """Ids of a text as it stands."""
+        return self.tokenizer_.encode(string).tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **others: Any
+    ) -> list[tuple[float, bool]]:
+        """Sum of the log-probabilities of each continuation, and whether it is what the model would say."""
+        inputs, targets, wanted = [], [], []
+        for _, context, continuation in requests:
+            both = [*context, *continuation][-self.max_length - 1 :]
+            inputs.append(both[:-1])
+            targets.append(both[1:])
+            wanted.append(min(len(continuation), len(both) - 1))
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda k: -len(inputs[k]))
+        with tqdm(total=len(order), disable=disable_tqdm or None, leave=False) as bar:
+            while order:
+                length = len(inputs[order[0]])
+                batch = [k for k in order[: self.batch_size] if len(inputs[k]) == length]
+                order = order[len(batch) :]
+                ids, wanted_ids = (
+                    torch.tensor([rows[k] for k in batch], device=self.model.device) for rows in (inputs, targets)
+                )
+                self.model.serve(length)
+                scores = self.model.score(ids, wanted_ids, hits=True)
+                assert scores.hits is not None
+                for k, nats, hits in zip(batch, scores.nats.double(), scores.hits, strict=True):
+                    found[k] = -float(nats[-wanted[k] :].sum()), bool(hits[-wanted[k] :].all())
+                bar.update(len(batch))
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each text, its windows as in our evaluation."""
+        found = []
+        for request in tqdm(requests, disable=disable_tqdm or None, leave=False):
+            tokens = self.tokenizer_.encode(request.args[0])
+            nats = np.zeros(len(tokens))
+            self.model.serve(self.max_length)
+            for batch in TextTask(tokens, self.eot_token_id).batches(
+                self.max_length, self.max_length * self.batch_size
+            ):
+                ids, targets = (part.to(self.model.device) for part in (batch.input_ids, batch.target_ids))
+                nats[batch.numbers] = self.model.score(ids, targets).nats.double().cpu().numpy()
+            found.append(-float(nats.sum()))
+        return found
+
+    @torch.inference_mode()
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The most probable next tokens, until a stop string, the end of the text or `max_gen_toks`.
+
+        Raises:
+            ValueError: sampling is asked for.
+        """
+        found = []
+        for request in tqdm(requests, disable=disable_tqdm or None, leave=False):
+            context, options = request.args
+            require(
+                not options.get("do_sample") and not options.get("temperature"),
+                f"gen_kwargs = {options}. Runs of alibi_lm generate greedily here: leave do_sample out.",
+            )
+            stops = options.get("until") or []
+            stops = [stops] if isinstance(stops, str) else list(stops)
+            most = min(int(options.get("max_gen_toks", 256)), self.max_length - 1)
+            ids = [self.eot_token_id, *self.tok_encode(context)][-(self.max_length - most) :]
+            found.append(self._generate(ids, stops, most))
+        return found
+
+    def _generate(self, ids: list[int], stops: list[str], most: int) -> str:
+        cache, new, text = KeyValueCache(), list[int](), ""
+        self.model.serve(self.max_length)
+        step = torch.tensor([ids], device=self.model.device)
+        while len(new) < most:
+            id = int(self.model(step, cache=cache, last=True).argmax())
+            if id == self.tokenizer_.document_end_id:
+                break
+            new.append(id)
+            text = self.tokenizer_.decode(new)
+            if cuts := [text.index(stop) for stop in stops if stop in text]:
+                return text[: min(cuts)]
+            step = torch.tensor([[id]], device=self.model.device)
+        return text

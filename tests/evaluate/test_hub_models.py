@@ -1,0 +1,265 @@
+"""model=hf:... from the command's settings to rows and views, and what is refused before any work."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from hub_models import VOCAB, build, configs, save
+
+from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
+from alibi_lm.evaluate.sweep import analyse, evaluate
+from alibi_lm.experiment import compose
+from alibi_lm.results.rows import read_rows
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+TEXT = [f"Document {k}: " + " ".join(f"word{(k * j) % 17}" for j in range(12)) + "\n" for k in range(6)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Six documents of plain text, and no other file."""
+    folder = tmp_path_factory.mktemp("text")
+    for k, content in enumerate(TEXT):
+        (folder / f"{k}.txt").write_text(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with every architecture."""
+    place = tmp_path_factory.mktemp("models")
+    for name in configs():
+        save(build(name), place / name)
+    return place
+
+
+@pytest.fixture
+def settings(models, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, **more):
+        more = {"lengths": [16, 32, 48]} | more
+        data = more.pop("data", EvaluateData(name="text", path=str(text), cache_dir=str(tmp_path / "cache")))
+        return EvaluateConfig(model=f"hf:{models / name}", device="cpu", threads=1, data=data, **more)
+
+    return make
+
+
+QUICK = ("bloom", "falcon", "gpt2", "mistral", "mpt")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(configs())]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_architecture_end_to_end(name, models, settings):
+    rows = list(evaluate(settings(name)))
+    assert [row.inference_length for row in rows] == [16, 32, 48]
+    ids = [0] + [t for content in TEXT for t in [*(b + 1 for b in content.encode()), 0]]
+    for row in rows:
+        if name in ("gpt2", "opt") and row.inference_length > 32:
+            assert row.nats is None and "has 32 positions" in row.reason
+            continue
+        size = len("".join(TEXT).encode())
+        assert (row.run, row.position, row.train_length, row.seed) == (name, configs()[name].model_type, 32, None)
+        assert (row.bytes, row.tokens) == (size, size + len(TEXT)), "a document end follows each document"
+        assert row.bits_per_byte == row.extra["bits_per_byte"] == row.nats / math.log(2) / row.bytes
+        assert row.word_perplexity == pytest.approx(math.exp(row.nats / row.words))
+        assert row.extra["documents"] == 6 and row.extra["model"].endswith(name)
+    # By transformers alone: the stream in windows of 16, each target after the token before it.
+    from transformers import AutoModelForCausalLM
+
+    model, stream, total = AutoModelForCausalLM.from_pretrained(models / name), torch.tensor(ids), 0.0
+    for start in range(0, len(ids) - 1, 16):
+        inputs, targets = stream[start : start + 16], stream[start + 1 : start + 17]
+        with torch.no_grad():
+            logits = model(inputs[None, : len(targets)], use_cache=False).logits[0].double()
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    assert rows[0].nats == pytest.approx(total, rel=1e-5)
+
+
+def test_all_views_of_an_alibi_model(settings):
+    """The window goes in through the model's own mask, so that its curve is taken apart like that of our runs."""
+    config = settings("bloom", view="decomposition", lengths=[32, 64], stride=8)
+    (path,) = analyse(config)
+    (series,) = json.loads(path.read_text())["series"]
+    (point,) = series["points"]
+    assert path.parent.parent.name == "bloom" and series["position"] == "bloom"
+    parts = [point[part]["nats"] for part in ("early_tokens", "positions_beyond", "keys_beyond")]
+    assert sum(parts) == pytest.approx(point["total"]["nats"]) and any(abs(p) > 1e-4 for p in parts)
+    assert point["largest_early_difference"] < 1e-3
+    (path,) = analyse(settings("bloom", view="offset", lengths=None, offsets=[0, 8]))
+    points = json.loads(path.read_text())["series"][0]["points"]
+    assert points[0]["nats"] == 0 and "cannot be given positions" in points[1]["reason"]
+
+
+def test_changes_stand_in_the_row_and_in_its_key(settings, text, models, tmp_path):
+    overrides = [
+        f"model=hf:{models / 'llama'}", "data=text", f"data.path={text}", f"data.cache_dir={tmp_path}",
+        "lengths=[48]",
+        "+model.rope_scaling.rope_type=linear", "+model.rope_scaling.factor=2.0", "device=cpu", "threads=1",
+    ]  # fmt: skip
+    changed = compose(overrides, "evaluation/evaluate", EvaluateConfig)
+    assert changed.data.name == "text" and changed.output.parts[-2:] == ("llama", "extrapolation")
+    rows = [*evaluate(settings("llama", lengths=[48])), *evaluate(changed)]
+    assert rows[1].changes == {"model.rope_scaling.rope_type": "linear", "model.rope_scaling.factor": 2.0}
+    assert rows[0].key != rows[1].key and abs(rows[0].nats - rows[1].nats) > 1e-2
+    assert len(read_rows(changed.output / "results.jsonl")) == 2
+    (named,) = evaluate(settings("llama", lengths=[48], train_length=16))
+    assert named.train_length == 16 and named.extra["train_length_from"] == "train_length"
+
+
+def test_results_are_kept_by_weights_and_settings(settings, models, tmp_path, monkeypatch):
+    first = list(evaluate(settings("qwen2", lengths=[16])))
+    with monkeypatch.context() as patched:
+        patched.setattr("alibi_lm.model.huggingface.HuggingFaceLM.score", None)
+        assert [row.nats for row in evaluate(settings("qwen2", lengths=[16]))] == [first[0].nats]
+    other = tmp_path / "elsewhere" / "qwen2"
+    save(build("qwen2", seed=1), other)
+    config = settings("qwen2", lengths=[16])
+    again = dataclasses.replace(config, model=f"hf:{other}", output_dir=str(config.output))
+    with pytest.raises(ValueError, match="another run of the same name"):
+        list(evaluate(again))
+
+
+def _no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def _no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def _pickled(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+def _shard_missing(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _weights_missing(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.h.0.ln_1.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _encoder(folder):
+    _edit(folder, model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)
+
+
+def _masked(folder):
+    _edit(folder, model_type="bert", architectures=["BertForMaskedLM"])
+
+
+def _foreign(folder):
+    _edit(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
+
+
+def _unknown(folder):
+    _edit(folder, model_type="mine")
+
+
+def _no_length(folder):
+    _edit(folder, model_type="bloom", architectures=["BloomForCausalLM"], n_positions=None, n_ctx=None)
+
+
+def _not_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def _nan(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.1.ln_1.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def _larger_tokenizer(folder):
+    from alibi_lm.data.tokenizers import word_tokenizer
+
+    word_tokenizer([f"w{k}" for k in range(2 * VOCAB)]).save(folder / "tokenizer.json")
+
+
+def _edit(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_no_config, ["no config.json"]),
+        (_no_weights, ["holds no weights"]),
+        (_pickled, ["pickled", "pytorch_model.bin", "save_pretrained"]),
+        (_shard_missing, ["1 of 2 files", "model-00002-of-00002.safetensors"]),
+        (_weights_missing, ["transformer.h.0.ln_1.weight", "random numbers"]),
+        (_truncated, ["cannot be loaded"]),
+        (_encoder, ["no causal language model", "T5ForConditionalGeneration"]),
+        (_masked, ["no causal language model", "BertForMaskedLM"]),
+        (_foreign, ["trust_remote_code=true"]),
+        (_unknown, ["knows no model_type 'mine'"]),
+        (_no_length, ["train_length=<tokens>"]),
+        (_not_json, ["is not a JSON file"]),
+        (_nan, ["NaN", "precision=float32"]),
+        (_no_tokenizer, ["holds no tokenizer"]),
+        (_larger_tokenizer, ["has 260 words", "do not belong"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_wrong_with_a_folder_is_told_before_any_work(damage, words, models, settings, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models / "gpt2", folder)
+    damage(folder)
+    config = EvaluateConfig(model=f"hf:{folder}", lengths=[16], device="cpu", data=settings("gpt2").data)
+    with pytest.raises(ValueError) as error:
+        list(evaluate(config))
+    for part in words:
+        assert part in str(error.value)
+    assert not (config.output / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings_", "words"),
+    [
+        ({"model": "hf:nobody/nothing"}, ["hf:nobody/nothing", "HF_HUB_OFFLINE"]),
+        ({"model": "hf:./nowhere"}, ["no such folder"]),
+        ({"model": "hf:bad name!"}, ["neither a folder nor a name on the hub"]),
+        ({"model": "outputs/quick/runs/x"}, ["model=hf:<folder or hub name>", "runs=<folder>"]),
+        ({"model": "hf:x", "runs": "y"}, ["one or the other"]),
+        ({"train_length": 5}, ["no effect without model"]),
+        ({"trust_remote_code": True}, ["no effect without model"]),
+        ({"model_config": {"a": 1}}, ["+model.<key>", "no effect"]),
+    ],
+)
+def test_wrong_settings(settings_, words, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        data = EvaluateData(name="text", path=str(text))
+        list(evaluate(EvaluateConfig(**{"lengths": [8], "device": "cpu", "data": data} | settings_)))
+    for part in words:
+        assert part in str(error.value)
+
+
+def test_a_model_needs_a_text(settings):
+    with pytest.raises(ValueError, match=r"data=text data\.path"):
+        list(evaluate(settings("gpt2", data=EvaluateData())))

@@ -1,0 +1,132 @@
+"""A run of ours as a model of transformers: the same scores, the same tokens, the same rows."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
+from alibi_lm.evaluate.sweep import evaluate
+from alibi_lm.experiment import compose
+from alibi_lm.interop.huggingface import ExportConfig, export_huggingface
+from alibi_lm.model.layers import KeyValueCache
+from alibi_lm.runs import load_run
+from alibi_lm.train import train
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+WORDS = "one two three four five six seven eight nine ten a b c d e f".split()
+RUNS = {
+    "plain": ["position=alibi", "tokenizer=bytes"],
+    "adaptive": ["position=alibi", "tokenizer=word", "model.adaptive_cutoffs=[8,12]", "model.adaptive_factor=2"],
+    "learned": ["position=learned", "tokenizer=word"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    for split, count in (("train", 60), ("validation", 12), ("test", 4)):
+        (folder / split).mkdir()
+        for k in range(count):
+            lines = [" ".join(WORDS[(k * j + i) % 16] for j in range(1, 7)) for i in range(3)]
+            (folder / split / f"{k}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(place):
+    """name -> (run folder, exported folder)."""
+    found = {}
+    for name, settings in RUNS.items():
+        config = compose(
+            [
+                "experiment=smoke", "train_length=16", "steps=6", "tokens_per_step=128", "data=text",
+                *settings,
+                f"data.path={place}", f"data.cache_dir={place / 'cache'}", "model.model_dim=16",
+                "model.ffn_dim=16",
+                "device=cpu", "threads=1", "evaluation.lengths=[16]",
+            ]
+        )  # fmt: skip
+        train(config, place / "runs" / name)
+        output = export_huggingface(ExportConfig(str(place / "runs" / name), str(place / "exported" / name)))
+        found[name] = place / "runs" / name, output
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_scores_and_loss(name, exported):
+    from transformers import AutoModelForCausalLM
+
+    run, folder = exported[name]
+    ours, theirs = load_run(run, 16), AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(ours.vocab_size, (3, 16))
+    with torch.inference_mode():
+        found = theirs(ids, labels=ids)
+        torch.testing.assert_close(found.logits, ours(ids), atol=1e-6, rtol=0)
+        expected = -ours.log_prob(ids[:, :-1], ids[:, 1:]).mean()
+        torch.testing.assert_close(found.loss, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(ids, logits_to_keep=2).logits, found.logits[:, -2:], atol=1e-5, rtol=0)
+    assert not any("alibi_lm" in path.name or path.suffix == ".py" for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_generation_is_ours_token_by_token(name, exported):
+    """With the cache and without, greedy and by beams; far past the training length where it can be."""
+    from transformers import AutoModelForCausalLM
+
+    run, folder = exported[name]
+    ours, theirs = load_run(run, 16), AutoModelForCausalLM.from_pretrained(folder)
+    prompt, count = torch.randint(4, ours.vocab_size, (2, 5)), 11 if name == "learned" else 30
+    options = {
+        "max_new_tokens": count,
+        "min_new_tokens": count,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    found = theirs.generate(prompt, **options)
+    assert torch.equal(found, theirs.generate(prompt, use_cache=False, **options))
+    cache, step, expected = KeyValueCache(), prompt, prompt
+    with torch.inference_mode():
+        for _ in range(count):
+            step = ours(step, cache=cache, last=True).argmax(-1)
+            expected = torch.cat([expected, step], dim=1)
+    assert torch.equal(found, expected)
+    beams = theirs.generate(prompt, num_beams=3, **options)
+    assert torch.equal(beams, theirs.generate(prompt, num_beams=3, use_cache=False, **options))
+    assert (beams != found).any() or name != "plain", "beams take another way somewhere"
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_and_back_with_the_same_rows(name, exported, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, folder = exported[name]
+    data = EvaluateData(path=str(place), name="text", split_by="given", cache_dir=str(tmp_path / "cache"))
+    config = EvaluateConfig(runs=str(run), lengths=[8, 16, 40], device="cpu", threads=1, data=data, output_dir="a")
+    back = dataclasses.replace(config, runs=None, model=f"hf:{folder}", output_dir="b")
+    for ours, theirs in zip(evaluate(config), evaluate(back), strict=True):
+        for field in ("inference_length", "train_length", "tokens", "words", "bytes"):
+            assert getattr(theirs, field) == getattr(ours, field)
+        assert (ours.nats is None) == (theirs.nats is None) == (name == "learned" and ours.inference_length == 40)
+        if ours.nats is not None:
+            for field in ("nats", "perplexity", "word_perplexity"):
+                assert getattr(theirs, field) == pytest.approx(getattr(ours, field), rel=1e-7)
+        assert (theirs.corpus == ours.corpus) or name != "plain"
+
+
+def test_what_it_refuses(exported, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run, folder = exported["plain"]
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.ones(2, 4, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="know no padding"):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="differ between the rows"):
+        model(ids, position_ids=torch.arange(8).view(2, 4))
+    with pytest.raises(ValueError, match="holds something"):
+        export_huggingface(ExportConfig(str(run), str(folder)))
+    with pytest.raises(ValueError, match="no run folder"):
+        export_huggingface(ExportConfig(str(tmp_path), str(tmp_path / "new")))
