@@ -63,7 +63,7 @@ def run_folder(config: TrainConfig) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir)
     own = {"experiment": config.experiment, "position": config.position.name}
-    own |= {"train_length": str(config.train_length), "seed": str(config.seed)}
+    own |= {"train_length": str(config.train_length), "seed": str(config.seed), "task": config.task.name}
     differences = differing_settings(config, compose([f"{name}={value}" for name, value in own.items()]))
     name = run_name(config, short_hash(differences) if differences else "")
     return experiment_folder(config.experiment) / "runs" / name

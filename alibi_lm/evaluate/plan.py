@@ -26,6 +26,7 @@ from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
 from alibi_lm.runs import CORPUS_FILE, experiment_folder, finished, folder_identity, load_run, run_folders
 from alibi_lm.settings import require
+from alibi_lm.tasks.items import ItemTask, Synthetic
 from alibi_lm.tasks.text import TextTask
 
 EXPECTED = (ValueError, OSError, CheckpointError)
@@ -71,10 +72,11 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run with its model and its text, ready to be scored."""
+    """A run with its model and what it is asked, ready to be scored."""
 
     plan: PlannedRun
-    corpus: Corpus
+    corpus: Corpus | None
+    """Of a run that was trained on a text."""
     passes: Passes
     way: dict[str, str]
     """How it is scored: checkpoint, attention, precision; each row names them."""
@@ -144,12 +146,12 @@ def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
 
 
 def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, world: World | None = None) -> OpenRun:
-    """Load a run's model, once for all lengths, and open its text.
+    """Load a run's model, once for all lengths, and open its text, or the items of its task.
 
     Raises:
         ValueError: see `open_corpus` and `load_run`.
     """
-    corpus = open_corpus(config, run)
+    corpus = None if isinstance(run.config.task, Synthetic) else open_corpus(config, run)
     model = load_run(
         run.folder,
         checkpoint=config.checkpoint,
@@ -158,6 +160,12 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         position=config.position or None,
         precision=config.precision,
     )
+    store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
+    way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
+    if corpus is None:
+        items = ItemTask(run.config.task, run.config.train_length, run.settings.split)
+        passes = Passes(model, items, store, tokens_per_forward, world, run.config.position.name)
+        return OpenRun(run, None, passes, way)
     require(
         model.vocab_size == corpus.vocab_size,
         f"{run.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
@@ -175,9 +183,7 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         stream.words,
         stream.bytes,
     )
-    store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
     passes = Passes(model, text, store, tokens_per_forward, world, run.config.position.name)
-    way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
     opened = OpenRun(run, corpus, passes, way)
     _check_validation(config, opened)
     return opened

@@ -1,1 +1,10 @@
 """Tasks: what a model is asked to predict, and how well it did."""
+
+from alibi_lm.tasks.base import TaskConfig
+from alibi_lm.tasks.board import BOARD
+from alibi_lm.tasks.recall import MQAR, Induction, MQARExtrapolate
+
+TASKS: dict[str, type] = {"text": TaskConfig} | {
+    kind().name: kind for kind in (*BOARD, MQAR, MQARExtrapolate, Induction)
+}
+"""What a run can be trained on, by the name of its entry in the config group `task`."""

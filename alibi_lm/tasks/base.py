@@ -17,6 +17,17 @@ from torch import Tensor
 from alibi_lm.distributed import World
 
 
+@dataclass
+class TaskConfig:
+    """What a run is trained on; this one: its text, and nothing else. The class of a task is a subclass."""
+
+    name: str = "text"
+
+    def width(self, length: int) -> int:
+        """Most input tokens of a training sequence of this length."""
+        return length
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences of one length.
@@ -67,6 +78,10 @@ class Task(ABC):
     def identity(self) -> str:
         """What targets and inputs depend on, beside the length; stored results are known by it."""
 
+    def width(self, length: int) -> int:
+        """Most input tokens of a sequence at an inference length, which a task may count in units of its own."""
+        return length
+
     @abstractmethod
     def num_targets(self, length: int) -> int:
         """How many targets count at an inference length."""
@@ -80,10 +95,14 @@ class Task(ABC):
         """All targets, each in exactly one batch; with several processes, this one's share.
 
         Args:
-            length: most tokens of a sequence.
+            length: the inference length.
             tokens_per_forward: tokens of a batch; one sequence at least.
             world: the processes that share the work.
         """
+
+    def parts(self, length: int) -> dict[str, np.ndarray]:
+        """Groups that are also told apart, by name: (n,) int64 indices into `groups`; empty for most tasks."""
+        return {}
 
     def refuses(self, length: int) -> str:
         """Why there is nothing to measure at this length; empty where there is."""
