@@ -32,6 +32,7 @@ from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
 from alibi_lm.runs import CHECKPOINTS, build_model, finished, load_run, run_lock
 from alibi_lm.settings import require
+from alibi_lm.tasks.items import Synthetic
 from alibi_lm.tasks.training import Batches, TrainingData, of_task, of_text
 from alibi_lm.tracking import Tracker, open_tracker
 
@@ -161,7 +162,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def _data(config: TrainConfig) -> TrainingData:
     """What the settings name to be trained on; a text is prepared."""
-    if config.task.name != "text":
+    if isinstance(config.task, Synthetic):
         return of_task(config.task, config.train_length)
     return of_text(prepare(config.data, config.tokenizer), config.train_length)
 

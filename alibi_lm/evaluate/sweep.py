@@ -153,7 +153,7 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
     run, task = opened.plan, opened.passes.task
     trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
     extra: dict[str, Any] = {
-        "corpus_name": read_json(own)["description"] if own.is_file() else getattr(opened.corpus, "name", "items"),
+        "corpus_name": read_json(own)["description"] if own.is_file() else getattr(opened.corpus, "name", ""),
         "tokens_seen": trained.get("tokens_seen"),
         "device": trained.get("device"),
     } | opened.way
@@ -299,7 +299,7 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             )
             first = opened[0].plan.config
             group = views.Group(first.position.name, first.train_length, [run.passes for run in opened])
-            corpora[str(opened[0].passes.text.corpus)] = opened[0].corpus.name
+            corpora[str(opened[0].passes.text.corpus)] = getattr(opened[0].corpus, "name", "")
             for name in names:
                 print(f"{name}: {', '.join(group.labels)}", flush=True)
                 series[name].append(_series(config, name, opened, group))

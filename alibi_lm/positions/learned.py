@@ -4,9 +4,10 @@ Source: Gehring et al. 2017, arXiv 1705.03122; GPT-2 (Radford et al. 2019).
 
     x_p += table[p],    p = 0 .. train_length - 1
 
-Past the trained length: refused, because no row exists. The evaluator reports the reason and goes on. With a longer
-table and random offsets in training (Huang et al. 2025, arXiv 2410.02140) every row is trained, and the scheme
-reaches as far as its table. Differs from that source: one offset for all sequences of a pass.
+Past the trained length: refused, because no row exists. The evaluator reports the reason and goes on.
+
+With more rows and random offsets in training (Huang et al. 2025, arXiv 2410.02140) every row is trained, and the
+scheme reaches as far as its table. Differs from that source: one offset for all sequences of a pass.
 Differs from the paper: the ALiBi paper names this scheme (footnote 4) but does not run it.
 """
 
@@ -51,7 +52,7 @@ class Learned(PositionScheme):
         rows = config.rows or shape.train_length
         require(
             rows >= shape.train_length,
-            f"position.rows = {rows} with {shape.train_length} tokens of a training sequence. Use at least as many.",
+            f"position.rows = {rows}, but a training sequence has {shape.train_length} tokens. Use as many.",
         )
         self.max_position, self.random_offset = rows, config.random_offset
         self.table = nn.Parameter(torch.empty(rows, shape.model_dim))

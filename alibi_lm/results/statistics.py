@@ -288,9 +288,9 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
 def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float]:
     """The 95% interval of a mean accuracy over seeds that were all asked the same items.
 
-    One seed: Wilson's, which says nothing about another training run. Several: the variance of the seeds' mean, and
-    that of a share of `items` independent ones (with two successes and two failures added, as Agresti and Coull 1998
-    have it), the most that the choice of the items can add; the critical value is that of `critical_value`.
+    One seed: Wilson's, which says nothing of another training run. Several: the variance of the seeds' mean, and
+    that of a share of `items` independent ones, the most that the choice of the items can add. In the latter two
+    successes and two failures are added (Agresti and Coull 1998). The critical value is that of `critical_value`.
 
     Args:
         shares: accuracy of each seed, in [0, 1].

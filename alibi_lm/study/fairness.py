@@ -48,7 +48,8 @@ def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> 
     own = [row for row in rows if row.run is not None]
     members: dict[str, set[str]] = {}
     for row in own:
-        members.setdefault(records[row.run].task if row.run in records else "text", set()).add(str(row.run))
+        run = str(row.run)
+        members.setdefault(records[run].task if run in records else "text", set()).add(run)
     found = []
     for task, runs in sorted(members.items()):  # runs of different tasks are never compared
         part = [*_of_rows([row for row in own if row.run in runs])]

@@ -35,7 +35,7 @@ def fit(curve: Curve) -> tuple[int, int]:
 
 
 def effective_length(curve: Curve) -> int | None:
-    """Longest length with a mean accuracy of `RETRIEVES` up to which no length has less; None: not even the first."""
+    """Longest length up to which no mean accuracy is below `RETRIEVES`; None: not even the first is as good."""
     found = None
     for length in curve.lengths:
         if curve.value(length) < RETRIEVES:
@@ -84,8 +84,8 @@ def summary(rows: Sequence[ResultRow], words: Mapping[str, str]) -> str:
         return ""
     table = Table(["task", "scheme", "trained at", "seeds that fit", "effective length"], body, 2)
     notes = (
-        f"\nA seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. Effective "
-        f"length: the longest up to which the mean accuracy is {RETRIEVES} or more.\n"
+        f"\nA seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. "
+        f"Effective length: the longest up to which the mean accuracy is {RETRIEVES} or more.\n"
     )
     return "\n## Accuracies: what was learned, and how far it reaches\n\n" + table.markdown() + notes
 

@@ -4,7 +4,6 @@ from alibi_lm.tasks.base import TaskConfig
 from alibi_lm.tasks.board import BOARD
 from alibi_lm.tasks.recall import MQAR, Induction, MQARExtrapolate
 
-TASKS: dict[str, type] = {"text": TaskConfig} | {
-    kind().name: kind for kind in (*BOARD, MQAR, MQARExtrapolate, Induction)
-}
+_KINDS: tuple[type, ...] = (TaskConfig, *BOARD, MQAR, MQARExtrapolate, Induction)
+TASKS: dict[str, type] = {kind().name: kind for kind in _KINDS}
 """What a run can be trained on, by the name of its entry in the config group `task`."""

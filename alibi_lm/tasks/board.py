@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from alibi_lm.settings import require
 from alibi_lm.tasks.items import Item, UpTo, answered
 
 BOS, SEP, EOS, FIRST = 0, 1, 2, 3
@@ -110,18 +111,27 @@ class UniqueCopy(BoardTask):
     """Say the input again, n different symbols: each has one successor, which is found by looking it up."""
 
     name: str = "unique_copy"
-    alphabet: ClassVar[int] = 150
+    symbols: int = 150
+    """Different symbols; as many as the longest input has at least."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.symbols >= 2, f"task.symbols = {self.symbols}. Use a whole number >= 2.")
+
+    @property
+    def vocab_size(self) -> int:
+        return FIRST + self.symbols
 
     def answer(self, length: int) -> int:
         return length
 
     def refuses(self, length: int) -> str:
-        if length > self.alphabet:
-            return f"{self.name} has {self.alphabet} symbols, which cannot make {length} different ones"
+        if length > self.symbols:
+            return f"{self.name} has {self.symbols} symbols, which cannot make {length} different ones"
         return super().refuses(length)
 
     def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = draw.permutation(self.alphabet)[:length]
+        found = draw.permutation(self.symbols)[:length]
         return found, found
 
 
@@ -132,7 +142,7 @@ class Sort(UniqueCopy):
     name: str = "sort"
 
     def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = draw.permutation(self.alphabet)[:length]
+        found = draw.permutation(self.symbols)[:length]
         return found, np.sort(found)
 
 

@@ -84,8 +84,8 @@ class MQAR(Synthetic):
 class MQARExtrapolate(MQAR):
     """MQAR longer than trained: the same pairs, more filler.
 
-    Half of the training sequences have L / 2 tokens and half of the pairs, the others L tokens and all pairs; those
-    of a test all pairs.
+    Half of the training sequences have L / 2 tokens and half of the pairs, the others L tokens and all pairs. A
+    test has all pairs.
     """
 
     name: str = "mqar_extrapolate"

@@ -161,7 +161,10 @@ def test_a_model_that_knows_the_future_has_everything_right(name):
     assert blind.value == 0
 
 
-@pytest.mark.parametrize(("name", "says"), [("bin_majority", FIRST), ("majority", FIRST + 3), ("parity", FIRST + 2)])
+CONSTANTS = [("bin_majority", FIRST), ("majority", FIRST + 3), ("parity", FIRST + 2)]
+
+
+@pytest.mark.parametrize(("name", "says"), CONSTANTS)
 def test_a_constant_answer_has_the_accuracy_of_chance(name, says):
     task = ItemTask(TASKS[name](), 40)
     (row,) = measure(Passes(BestConstant(says), task), 80, position="toy")
