@@ -164,7 +164,7 @@ def _data(config: TrainConfig) -> TrainingData:
     """What the settings name to be trained on; a text is prepared."""
     if isinstance(config.task, Synthetic):
         return of_task(config.task, config.train_length)
-    return of_text(prepare(config.data, config.tokenizer), config.train_length)
+    return of_text(prepare(config.data, config.tokenizer), config.train_length, config.task)
 
 
 def _data_at_hand(config: TrainConfig) -> TrainingData | None:

@@ -25,7 +25,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "offset": ("offsets", "width", "every"),
 }
 """The views and the settings that each understands."""
-CURVE = ("lengths", "mode", "stride", "tracking")
+CURVE = ("lengths", "mode", "stride", "task", "tracking")
 """The settings that `view=curve` understands."""
 
 
@@ -52,6 +52,8 @@ class EvaluateConfig:
     """A run folder or a glob of them."""
     lengths: list[int] | None = None
     """Inference lengths; null: those in the config.yaml of each run, which are its experiment's at that time."""
+    task: str | None = None
+    """curve: what is asked: text, needle, passkey or the task of the runs; null: all that a run was trained on."""
     mode: str | None = None
     """curve: nonoverlapping or sliding; null: the experiment's own."""
     stride: int | None = None

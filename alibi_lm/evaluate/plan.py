@@ -26,7 +26,9 @@ from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
 from alibi_lm.runs import CORPUS_FILE, experiment_folder, finished, folder_identity, load_run, run_folders
 from alibi_lm.settings import require
+from alibi_lm.tasks.base import Task
 from alibi_lm.tasks.items import ItemTask, Synthetic
+from alibi_lm.tasks.needle import NeedleConfig, NeedleTask, PasskeyTask
 from alibi_lm.tasks.text import TextTask
 
 EXPECTED = (ValueError, OSError, CheckpointError)
@@ -78,8 +80,11 @@ class OpenRun:
     corpus: Corpus | None
     """Of a run that was trained on a text."""
     passes: Passes
+    """Over its text, or over the items of its task."""
     way: dict[str, str]
     """How it is scored: checkpoint, attention, precision; each row names them."""
+    asked: list[Passes]
+    """Everything that rows are made of: the text, needles in it, and what else was asked for."""
 
 
 def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]]:
@@ -165,9 +170,10 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
     if corpus is None:
         items = ItemTask(run.config.task, run.config.train_length, run.settings.split)
         passes = Passes(model, items, store, tokens_per_forward, world, run.config.position.name)
-        return OpenRun(run, None, passes, way)
+        _require_task(config, run, (items.name,))
+        return OpenRun(run, None, passes, way, [passes])
     require(
-        model.vocab_size == corpus.vocab_size,
+        model.vocab_size == corpus.vocab_size + run.config.task.added_tokens,
         f"{run.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
         "Put the run's own tokenizer back.",
     )
@@ -184,9 +190,28 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         stream.bytes,
     )
     passes = Passes(model, text, store, tokens_per_forward, world, run.config.position.name)
-    opened = OpenRun(run, corpus, passes, way)
+    tasks: dict[str, Task] = {"text": text}
+    if isinstance(run.config.task, NeedleConfig):
+        needles = NeedleTask(
+            run.config.task, stream.tokens, corpus.start_id, corpus.vocab_size, stream.split, stream.hash
+        )
+        tasks["needle"] = needles
+    own = [config.task] if config.task else list(tasks)
+    if config.task == "passkey":
+        tasks["passkey"] = PasskeyTask(corpus.tokenizer, stream.split)
+    _require_task(config, run, (*tasks, "passkey"))
+    asked = [dataclasses.replace(passes, task=tasks[name]) for name in own]
+    opened = OpenRun(run, corpus, passes, way, asked)
     _check_validation(config, opened)
     return opened
+
+
+def _require_task(config: EvaluateConfig, run: PlannedRun, known: tuple[str, ...]) -> None:
+    require(
+        config.task is None or config.task in known,
+        f"task = {config.task}: {run.name} was trained on {run.config.task.name}, and can be asked "
+        f"{', '.join(dict.fromkeys(known))}. Use one of these, or leave task out.",
+    )
 
 
 def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:

@@ -72,9 +72,10 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                     if world.is_main:
                         upsert_rows(results, [row])
                     yield row
-            common = _common(config, opened)
-            for length in run.settings.lengths:
-                yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
+            for passes in opened.asked:
+                common = _common(config, opened, passes.task)
+                for length in run.settings.lengths:
+                    yield from measure(passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
             failures[run.name] = error
     if world.is_main and results.exists():
@@ -148,9 +149,9 @@ def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
     return ResultRow(**fields, nats=total, perplexity=perplexity, word_perplexity=by_word, reason=reason)
 
 
-def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
-    """Fields of all rows of a run."""
-    run, task = opened.plan, opened.passes.task
+def _common(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[str, Any]:
+    """Fields of all rows of a run and a task."""
+    run = opened.plan
     trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
     extra: dict[str, Any] = {
         "corpus_name": read_json(own)["description"] if own.is_file() else getattr(opened.corpus, "name", ""),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +23,9 @@ class TaskConfig:
     """What a run is trained on; this one: its text, and nothing else. The class of a task is a subclass."""
 
     name: str = "text"
+
+    added_tokens: ClassVar[int] = 0
+    """Tokens that a model has beyond those of its text."""
 
     def width(self, length: int) -> int:
         """Most input tokens of a training sequence of this length."""

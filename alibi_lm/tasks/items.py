@@ -141,41 +141,25 @@ class ItemBatches:
         return int(self.batch(step)[2].sum())
 
 
-class ItemTask(Task):
-    """A task as the scorer sees it: the items of a validation, or of a test.
-
-    Args:
-        task: its settings.
-        train_length: L.
-        split: `validation`, whose items are of training lengths, or `test`.
-    """
+class Items(Task):
+    """A list of items at each length, as the scorer sees it. A subclass makes the list (`draw`)."""
 
     metrics = ("accuracy",)
     mode = "items"
+    by_target = False
+    """Whether each target of an answer is judged by itself."""
 
-    def __init__(self, task: Synthetic, train_length: int, split: str = "test") -> None:
-        self.task, self.train_length, self.split, self.name = task, train_length, split, task.name
-        self.count = task.items if split == "test" else task.validation_items
-        self.corpus = hashlib.sha256(self.identity.encode()).hexdigest()[:12]
+    def __init__(self) -> None:
         self._kept: tuple[int, list[Item]] = (0, [])
 
-    @property
-    def identity(self) -> str:
-        settings = {k: v for k, v in asdict(self.task).items() if k not in ("items", "validation_items")}
-        return f"{settings} {self.split} {self.count} items, trained at {self.train_length}"
-
-    def width(self, length: int) -> int:
-        return self.task.width(length)
+    @abstractmethod
+    def draw(self, length: int) -> list[Item]:
+        """All items at a length."""
 
     def items(self, length: int) -> list[Item]:
-        """All items at a length; those of the last one asked for are kept."""
+        """The same; those of the last length asked for are kept."""
         if self._kept[0] != length:
-            first = HELD_OUT[self.split]
-            beyond = self.train_length if self.split == "test" else None
-            self._kept = (
-                length,
-                [self.task.draw([first, length, index], length, beyond) for index in range(self.count)],
-            )
+            self._kept = length, self.draw(length)
         return self._kept[1]
 
     def num_targets(self, length: int) -> int:
@@ -183,10 +167,7 @@ class ItemTask(Task):
 
     def groups(self, length: int) -> np.ndarray:
         counts = [int(item.counted.sum()) for item in self.items(length)]
-        return np.arange(sum(counts)) if self.task.by_target else np.cumsum([0, *counts[:-1]])
-
-    def refuses(self, length: int) -> str:
-        return self.task.refuses(length)
+        return np.arange(sum(counts)) if self.by_target else np.cumsum([0, *counts[:-1]])
 
     def batches(self, length: int, tokens_per_forward: int = 8192, world: World | None = None) -> Iterator[Batch]:
         world = world or World()
@@ -201,3 +182,35 @@ class ItemTask(Task):
             numbers = np.where(mask, np.cumsum(mask, axis=1) - 1 + firsts[list(indices)][:, None], -1)
             # Targets before the first answer of the batch need no scores.
             yield Batch(inputs, targets, numbers[:, int(mask.any(axis=0).argmax()) :])
+
+
+class ItemTask(Items):
+    """Items that are drawn: those of a validation, or of a test.
+
+    Args:
+        task: its settings.
+        train_length: L.
+        split: `validation`, whose items are of training lengths, or `test`.
+    """
+
+    def __init__(self, task: Synthetic, train_length: int, split: str = "test") -> None:
+        super().__init__()
+        self.task, self.train_length, self.split, self.name = task, train_length, split, task.name
+        self.by_target = task.by_target
+        self.count = task.items if split == "test" else task.validation_items
+        self.corpus = hashlib.sha256(self.identity.encode()).hexdigest()[:12]
+
+    @property
+    def identity(self) -> str:
+        settings = {k: v for k, v in asdict(self.task).items() if k not in ("items", "validation_items")}
+        return f"{settings} {self.split} {self.count} items, trained at {self.train_length}"
+
+    def width(self, length: int) -> int:
+        return self.task.width(length)
+
+    def draw(self, length: int) -> list[Item]:
+        first, beyond = HELD_OUT[self.split], self.train_length if self.split == "test" else None
+        return [self.task.draw([first, length, index], length, beyond) for index in range(self.count)]
+
+    def refuses(self, length: int) -> str:
+        return self.task.refuses(length)

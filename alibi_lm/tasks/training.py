@@ -13,8 +13,9 @@ from alibi_lm.data.corpus import Corpus
 from alibi_lm.data.tokenizers import TextTokenizer
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.settings import require
-from alibi_lm.tasks.base import Task
+from alibi_lm.tasks.base import Task, TaskConfig
 from alibi_lm.tasks.items import ItemBatches, ItemTask, Synthetic
+from alibi_lm.tasks.needle import NeedleBatches, NeedleConfig, refuses
 from alibi_lm.tasks.text import TextTask
 
 
@@ -55,26 +56,38 @@ class TrainingData:
     make_batches: Callable[[int, int], Batches]
 
 
-def of_text(corpus: Corpus, length: int) -> TrainingData:
-    """A text in windows of `length` tokens.
+def of_text(corpus: Corpus, length: int, task: TaskConfig) -> TrainingData:
+    """A text in windows of `length` tokens, some with needles where that is the task.
 
     Raises:
-        ValueError: the text is shorter than a window.
+        ValueError: the text is shorter than a window, or a window than a needle.
     """
     train, validation = corpus.split("train"), corpus.split("validation")
     require(
         length <= train.num_tokens,
         f"train_length = {length} is longer than the training text: {train.num_tokens} tokens.",
     )
+
+    def batches(rows: int, seed: int) -> Batches:
+        if isinstance(task, NeedleConfig):
+            first = corpus.vocab_size
+            return NeedleBatches(task, train.tokens, corpus.start_id, length, rows, seed, first)
+        return TrainingBatches(train.tokens, corpus.start_id, length, rows, seed)
+
+    if isinstance(task, NeedleConfig):
+        require(
+            not refuses(length),
+            f"train_length = {length} with task=needle: {refuses(length)}. Use a longer train_length.",
+        )
     return TrainingData(
         corpus.name,
-        corpus.vocab_size,
+        corpus.vocab_size + task.added_tokens,
         corpus.manifest,
         corpus.tokenizer,
         corpus.hash,
         train.hash,
         TextTask(validation.tokens, corpus.start_id),
-        lambda rows, seed: TrainingBatches(train.tokens, corpus.start_id, length, rows, seed),
+        batches,
     )
 
 
