@@ -96,7 +96,9 @@ def provenance(rows: Iterable[ResultRow], view: View) -> str:
         ("corpus " if len(texts) == 1 else f"{len(texts)} texts: ") + ", ".join(sorted(texts)),
         _either(f"{row.tokens:,}" for row in own) + f" {what}",
         *sorted({str(row.extra["note"]) for row in own if row.extra.get("note")}),
-        f"{len(seeds)} seeds, means of the loss" if len(seeds) > 1 else "one seed",
+        (f"{len(seeds)} seeds" + (", means of the loss" if view.metric == "perplexity" else ""))
+        if len(seeds) > 1
+        else "one seed",
         "commit " + _either(_short(row.commit) for row in own),
     ]
     return "; ".join(parts)

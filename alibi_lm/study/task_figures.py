@@ -72,7 +72,13 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
 
 
 def summary(rows: Sequence[ResultRow], words: Mapping[str, str]) -> str:
-    """A section of `table.md`: which seeds learned the task where it was trained, and how far each scheme gets."""
+    """A section of `table.md`; empty where nothing has an accuracy."""
+    title = "## Accuracies: what was learned, and how far it reaches"
+    return "".join(f"\n{title}\n\n{table.markdown()}" for table in summary_table(rows, words))
+
+
+def summary_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Table]:
+    """Which seeds learned the task where it was trained, and how far each scheme gets; none without accuracies."""
     body = []
     for view in accuracy_views(rows):
         for curve in curves(rows, view, words):
@@ -80,14 +86,12 @@ def summary(rows: Sequence[ResultRow], words: Mapping[str, str]) -> str:
             longest = effective_length(curve)
             row = [view.task, label(curve.position, curve.variant), str(curve.train_length), f"{good} of {runs}"]
             body.append([*row, "none" if longest is None else str(longest)])
-    if not body:
-        return ""
-    table = Table(["task", "scheme", "trained at", "seeds that fit", "effective length"], body, 2)
-    notes = (
-        f"\nA seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. "
-        f"Effective length: the longest up to which the mean accuracy is {RETRIEVES} or more.\n"
-    )
-    return "\n## Accuracies: what was learned, and how far it reaches\n\n" + table.markdown() + notes
+    notes = [
+        f"A seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. Effective "
+        f"length: the longest up to which the mean accuracy is {RETRIEVES} or more."
+    ]
+    header = ["task", "scheme", "trained at", "seeds that fit", "effective length"]
+    return [Table(header, body, 2, notes)] if body else []
 
 
 def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, float]]) -> None:
