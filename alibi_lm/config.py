@@ -26,6 +26,8 @@ from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import check_values, require, setting
+from alibi_lm.tasks import TASKS
+from alibi_lm.tasks.base import TaskConfig
 from alibi_lm.tracking import TRACKING
 
 CONFIG_FILE = "config.yaml"
@@ -78,6 +80,7 @@ class TrainConfig:
     optimizer: Any = setting(None, counts="run")
     schedule: Any = setting(None, counts="run")
     tracking: Any = setting(None, counts="no")
+    task: Any = setting(default_factory=TaskConfig, counts="run")
     evaluation: EvaluationConfig = setting(default_factory=EvaluationConfig, counts="no")
     experiment: str = setting("quick", counts="label")
     """Name of the experiment; its runs lie in outputs/<experiment>/runs."""
@@ -86,7 +89,7 @@ class TrainConfig:
     measurements: list[str] = setting(default_factory=list, counts="no")
     """What `make study` measures of the runs beside the curve, in this order: scripts and their settings."""
     train_length: int = setting(64, counts="run")
-    """Tokens of a training sequence (the paper's L)."""
+    """Tokens of a training sequence (the paper's L); of a task, the longest length, in the task's own measure."""
     seed: int = setting(1, counts="run")
     """Of initialisation, data order and dropout; >= 0."""
     steps: int = setting(1000, counts="run")
@@ -170,6 +173,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "tracking": TRACKING,
+    "task": TASKS,
 }
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
@@ -275,6 +279,8 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
         root = OmegaConf.structured(TrainConfig)
         for group in ("model", "data", "evaluation", *GROUPS):
             chosen = settings.get(group, None if group in GROUPS else {})
+            if chosen is None and root[group] is not None:
+                continue  # a group that came later, with its default
             require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
             if registry := GROUPS.get(group):
                 name = str(chosen.get("name"))  # type: ignore[union-attr]

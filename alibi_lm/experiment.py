@@ -20,6 +20,7 @@ from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.runs import Status, differing_settings, experiment_folder, failed, run_name, short_hash, status
 from alibi_lm.runtime import allowed_cores
 from alibi_lm.settings import describe_error, require
+from alibi_lm.tasks.items import Synthetic
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def run_folder(config: TrainConfig) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir)
     own = {"experiment": config.experiment, "position": config.position.name}
-    own |= {"train_length": str(config.train_length), "seed": str(config.seed)}
+    own |= {"train_length": str(config.train_length), "seed": str(config.seed), "task": config.task.name}
     differences = differing_settings(config, compose([f"{name}={value}" for name, value in own.items()]))
     name = run_name(config, short_hash(differences) if differences else "")
     return experiment_folder(config.experiment) / "runs" / name
@@ -108,9 +109,11 @@ def _named(name: str, overrides: list[str]) -> list[str]:
 
 
 def prepare_corpus(config: TrainConfig) -> None:
-    """Prepare the corpus, verify every hash, and print what was found."""
+    """Prepare the corpus, verify every hash, and print what was found; nothing where a run has a task instead."""
     from alibi_lm.data.corpus import prepare, report, verify
 
+    if isinstance(config.task, Synthetic):
+        return
     corpus = prepare(config.data, config.tokenizer)
     verify(corpus)
     print(report(corpus), flush=True)

@@ -233,10 +233,29 @@ class FairseqCosineConfig:
         return shrink * (self.min_lr + (peak_lr - self.min_lr) * wave)
 
 
+@dataclass
+class LinearConfig:
+    """Linear warm-up from 0, then linear down to 0 at the run's end."""
+
+    name: str = "linear"
+    warmup_steps: int = 0
+    """Steps until the peak is reached; step n < warmup_steps uses (n + 1) / warmup_steps of it."""
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
+
+    def lr(self, step: int, total_steps: int, peak_lr: float) -> float:
+        """Learning rate of an update; see `CosineConfig.lr`."""
+        if step < self.warmup_steps:
+            return peak_lr * (step + 1) / self.warmup_steps
+        return peak_lr * max(0.0, (total_steps - step) / max(1, total_steps - self.warmup_steps))
+
+
 SCHEDULES: dict[str, type] = {
     "cosine": CosineConfig,
     "constant": ConstantConfig,
     "fairseq_cosine": FairseqCosineConfig,
+    "linear": LinearConfig,
 }
 
 

@@ -32,11 +32,11 @@ from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
 from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
-from alibi_lm.data.corpus import Corpus
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import read_json, read_json_if_whole, write_json, write_text
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, require
+from alibi_lm.tasks.training import TrainingData
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]
@@ -63,12 +63,14 @@ def run_folders(runs: str | Path) -> list[Path]:
 
 
 def run_name(config: TrainConfig, suffix: str = "") -> str:
-    """Name of a run, for example `alibi_L64_s1`, or `alibi_L64_s1_0f3a9c21` with a suffix.
+    """Name of a run, for example `alibi_L64_s1`, or `alibi_L50_s1_sort_0f3a9c21` with its task and a suffix.
 
     Raises:
         ValueError: it would not be a plain file name.
     """
-    name = f"{config.position.name}_L{config.train_length}_s{config.seed}" + (f"_{suffix}" if suffix else "")
+    task = "" if config.task.name == "text" else config.task.name
+    parts = [f"{config.position.name}_L{config.train_length}_s{config.seed}", task, suffix]
+    name = "_".join(part for part in parts if part)
     require(
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is not None,
         f"run name = {name!r} is not a plain folder name. "
@@ -241,7 +243,7 @@ def same_place(config: TrainConfig, folder: Path) -> bool:
     return here == there
 
 
-def require_same_text(folder: Path, corpus: Corpus) -> None:
+def require_same_text(folder: Path, corpus: TrainingData) -> None:
     """Refuse to continue a run on another text, or with another tokenizer."""
     record = folder / CORPUS_FILE
     if not record.is_file() or not any((folder / CHECKPOINTS).glob("*")):
@@ -276,14 +278,15 @@ def require_readable(config: TrainConfig) -> None:
     require(not changed, f"{CONFIG_FILE} would not hold these settings: {'; '.join(changed)}. Use plain values.")
 
 
-def write_records(config: TrainConfig, folder: Path, corpus: Corpus, model: TransformerLM) -> None:
+def write_records(config: TrainConfig, folder: Path, corpus: TrainingData, model: TransformerLM) -> None:
     """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
     if not (folder / CONFIG_FILE).exists():
         write_text(folder / CONFIG_FILE, to_yaml(config))
     environment = runtime.environment(model.device) | {"attention": model.backend.name}
     write_json(folder / "environment.json", environment)
-    write_json(folder / CORPUS_FILE, corpus.manifest)
-    corpus.tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / CORPUS_FILE, dict(corpus.manifest))
+    if corpus.tokenizer is not None:
+        corpus.tokenizer.save(folder / "tokenizer.json")
 
 
 def delete_run(folder: Path) -> None:
@@ -407,8 +410,8 @@ def build_model(
         attention: backend, where it is not the config's own.
         context_length: longest sequence to be served; None: train_length.
     """
-    backend = attention or config.attention.name
-    return TransformerLM(config.model, config.position, backend, vocab_size, config.train_length, context_length)
+    backend, train_length = attention or config.attention.name, config.task.width(config.train_length)
+    return TransformerLM(config.model, config.position, backend, vocab_size, train_length, context_length)
 
 
 def run_tokenizer(folder: Path) -> Tokenizer:

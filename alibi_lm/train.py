@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,14 +25,15 @@ from tqdm import tqdm
 from alibi_lm import distributed, runs, runtime
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, to_dict
-from alibi_lm.data.corpus import Corpus, prepare
-from alibi_lm.data.windows import TrainingBatches
+from alibi_lm.data.corpus import prepare
 from alibi_lm.distributed import StopSignals, World
-from alibi_lm.evaluate.score import Stopped, mean_nats, score_tokens
+from alibi_lm.evaluate.score import Stopped, mean_nats, score
 from alibi_lm.model.transformer import CompiledNats, TransformerLM
 from alibi_lm.optim import build_optimizer
 from alibi_lm.runs import CHECKPOINTS, build_model, finished, load_run, run_lock
 from alibi_lm.settings import require
+from alibi_lm.tasks.items import Synthetic
+from alibi_lm.tasks.training import Batches, TrainingData, of_task, of_text
 from alibi_lm.tracking import Tracker, open_tracker
 
 SELF_CHECK_TOLERANCE = 1e-3
@@ -70,6 +72,8 @@ class Progress:
     """Loss of each step since the last row of metrics."""
     metrics_rows: int = 0
     """Rows of metrics.jsonl by now."""
+    solved: bool = False
+    """Whether every item of the last validation was right, which ends the training on a task."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,16 @@ class Run:
     folder: Path
     world: World
     device: torch.device
-    corpus: Corpus
+    data: TrainingData
     model: TransformerLM
     optimizer: torch.optim.Optimizer
-    batches: TrainingBatches
-    nats: Callable[[Tensor, Tensor], Tensor]
+    batches: Batches
+    nats: Callable[..., Tensor]
     """The model's, or its compiled form."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Targets of an optimizer step, over all processes."""
+        """Targets of an optimizer step on a text, over all processes."""
         return self.config.rows_per_step * self.config.train_length
 
     @cached_property
@@ -136,8 +140,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
             if done is not None:
                 runs.require_own_files(folder, None)
                 # A place is no setting of a run. Where it is another one, the text there may be another, too.
-                if not runs.same_place(config, folder) and (corpus := _corpus_at_hand(config)):
-                    runs.require_same_text(folder, corpus)
+                if not runs.same_place(config, folder) and (data := _data_at_hand(config)):
+                    runs.require_same_text(folder, data)
                 step = done.get("steps")
                 print(f"{folder}: already finished at step {step}. Use overwrite=true to start over.", flush=True)
             distributed.gather_objects(done, world)  # the other processes do as this one does
@@ -156,10 +160,17 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         distributed.stop()
 
 
-def _corpus_at_hand(config: TrainConfig) -> Corpus | None:
-    """The text that the settings name; None where it cannot be had, which a finished run does not need."""
+def _data(config: TrainConfig) -> TrainingData:
+    """What the settings name to be trained on; a text is prepared."""
+    if isinstance(config.task, Synthetic):
+        return of_task(config.task, config.train_length)
+    return of_text(prepare(config.data, config.tokenizer), config.train_length, config.task)
+
+
+def _data_at_hand(config: TrainConfig) -> TrainingData | None:
+    """The same; None where it cannot be had, which a finished run does not need."""
     try:
-        return prepare(config.data, config.tokenizer)
+        return _data(config)
     except ValueError:
         return None
 
@@ -188,35 +199,28 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     """The run itself, with its folder locked by the main process."""
     began = time.perf_counter()
     # The main process prepares the corpus, the others find it done.
-    corpus = prepare(config.data, config.tokenizer) if world.is_main else None
+    data = _data(config) if world.is_main else None
     distributed.barrier(world)
-    corpus = corpus or prepare(config.data, config.tokenizer)
-    train_split = corpus.split("train")
-    require(
-        config.train_length <= train_split.num_tokens,
-        f"train_length = {config.train_length} is longer than the training text: {train_split.num_tokens} tokens.",
-    )
+    data = data or _data(config)
     torch.manual_seed(config.seed)
-    model = build_model(config, corpus.vocab_size).to(device)
+    model = build_model(config, data.vocab_size).to(device)
     model.precision = config.precision  # of validation; a step has its own
     if world.is_main:
-        runs.require_same_text(folder, corpus)
-        runs.write_records(config, folder, corpus, model)
+        runs.require_same_text(folder, data)
+        runs.write_records(config, folder, data, model)
     optimizer = build_optimizer(config.optimizer, model)
-    batches = TrainingBatches(
-        train_split.tokens, corpus.start_id, config.train_length, config.rows_per_step, config.seed
-    )
+    batches = data.make_batches(config.rows_per_step, config.seed)
     nats = CompiledNats(model) if config.compile else model.nats
-    run = Run(config, folder, world, device, corpus, model, optimizer, batches, nats)
+    run = Run(config, folder, world, device, data, model, optimizer, batches, nats)
     store = CheckpointStore(folder / CHECKPOINTS, config.keep_last, config.keep_every)
     progress = restore(run, store)
     step, steps = progress.step, config.steps
     begin = f"resumes at step {step} of {steps}" if step else f"starts, {steps} steps"
     run.say(
         f"{folder.name}: {begin}; {model.num_parameters():,} parameters, "
-        f"{run.tokens_per_step:,} tokens a step, {corpus.name}, attention={model.backend.name}"
+        f"{run.tokens_per_step:,} tokens a step, {data.name}, attention={model.backend.name}"
     )
-    facts = {"num_parameters": model.num_parameters(), "corpus": corpus.hash, "backend": model.backend.name}
+    facts = {"num_parameters": model.num_parameters(), "corpus": data.hash, "backend": model.backend.name}
     with StopSignals(world) as signals:
         tracker = Tracker()
         if world.is_main:
@@ -234,7 +238,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
             "num_parameters": model.num_parameters(),
             "validation_loss": progress.validation_loss,
             "best_validation_loss": progress.best_validation_loss,
-            "corpus": train_split.hash,
+            "corpus": data.train_hash,
             "device": runtime.environment(device)["device"],
         }
         if not world.is_main:
@@ -248,7 +252,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         runs.mark_finished(folder, result)
     assert progress.validation_loss is not None
     run.say(
-        f"{folder.name}: finished {config.steps} steps in {time.perf_counter() - began:,.0f} s; validation "
+        f"{folder.name}: finished {progress.step} steps in {time.perf_counter() - began:,.0f} s; validation "
         f"loss {progress.validation_loss:.4f} nats per token. Run folder: {folder}\n"
         f"Next: python scripts/evaluate.py experiment={config.experiment} {shlex.quote(f'runs={folder}')}"
     )
@@ -267,7 +271,7 @@ def _loop(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker
         disable=not (run.world.is_main and sys.stderr.isatty()),
     )
     clock, timed = time.perf_counter(), progress.step
-    while progress.step < steps or progress.validation_due:
+    while (progress.step < steps and not progress.solved) or progress.validation_due:
         if not progress.validation_due:  # it is where the run was stopped before a validation
             pending.append((progress.step + 1, *step(run, progress.step)))
             progress.step += 1
@@ -301,7 +305,7 @@ def _loop(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker
                 better = validate(run, tracker, progress, signals)
             except Stopped:
                 stop = signals.agreed()
-        last = progress.step == steps
+        last = progress.step == steps or progress.solved
         if progress.step % config.checkpoint_every == 0 or last or stop or better:
             collect(store, progress, pending)
             save(run, store, progress, tracker)
@@ -315,7 +319,8 @@ def _loop(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker
 def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
     """One optimizer step (counted from 0).
 
-    The gradient is that of the sum of nats over all processes and micro-batches, divided by the number of targets.
+    The gradient is that of the sum of nats over all processes and micro-batches, divided by the number of targets;
+    of an item of a task the targets of its answer count.
 
     Returns:
         Mean nats per token before the update, and the gradient norm before clipping; on the device.
@@ -326,15 +331,15 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
     share = distributed.shard(config.rows_per_step, run.world)
     micro_rows = max(1, (config.micro_batch_tokens or run.tokens_per_step) // config.train_length)
     total = torch.zeros((), device=run.device)
+    num_targets = run.batches.targets(number)
     for first in range(share.start, share.stop, micro_rows):
-        inputs, targets = run.batches.batch(number, slice(first, min(first + micro_rows, share.stop)))
+        batch = run.batches.batch(number, slice(first, min(first + micro_rows, share.stop)))
         if run.device.type == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        inputs = inputs.to(run.device, non_blocking=True)
-        targets = targets.to(run.device, non_blocking=True)
+            batch = tuple(tensor.pin_memory() for tensor in batch)
+        batch = tuple(tensor.to(run.device, non_blocking=True) for tensor in batch)
         with runtime.autocast(run.device, config.precision):
-            nats = run.nats(inputs, targets).sum()
-        (nats / run.tokens_per_step).backward()
+            nats = run.nats(*batch).sum()
+        (nats / num_targets).backward()
         total += nats.detach()
     distributed.all_reduce_gradients(model, run.world)
     distributed.all_reduce_sum(total, run.world)
@@ -346,7 +351,7 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total / run.tokens_per_step, norm
+    return total / num_targets, norm
 
 
 def collect(store: CheckpointStore, progress: Progress, pending: list[tuple[int, Tensor, Tensor]]) -> float:
@@ -383,9 +388,15 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     Raises:
         Stopped: a process was asked to stop. The validation is still due.
     """
-    loss = _validation_loss(run, run.model, signals, run.world)
-    perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else None
-    tracker.log(progress.step, {"validation/loss": loss, "validation/perplexity": perplexity})
+    loss, accuracy = _validation(run, run.model, signals, run.world)
+    values: dict[str, float | None] = {"validation/loss": loss}
+    if accuracy is None:
+        values["validation/perplexity"] = math.exp(loss) if loss < math.log(sys.float_info.max) else None
+    else:
+        values["validation/accuracy"] = accuracy
+        progress.solved = accuracy == 1 and run.config.task.stop_when_solved
+        run.say(f"{run.folder.name}: step {progress.step}, validation accuracy {accuracy:.4f}")
+    tracker.log(progress.step, values)
     progress.validation_due, progress.validation_loss = False, loss if math.isfinite(loss) else None
     best = progress.best_validation_loss
     better = loss < (math.inf if best is None else best)
@@ -394,18 +405,22 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     return better
 
 
-def _validation_loss(run: Run, model: TransformerLM, signals: StopSignals, world: World | None = None) -> float:
-    nats = score_tokens(
+def _validation(
+    run: Run, model: TransformerLM, signals: StopSignals, world: World | None = None
+) -> tuple[float, float | None]:
+    """Mean nats of the validation's targets, and the share of its items that are right, of a task."""
+    task, length = run.data.validation, run.config.train_length
+    scored = score(
         model,
-        run.corpus.split("validation").tokens,
-        run.corpus.start_id,
-        run.config.train_length,
-        tokens_per_forward=run.config.evaluation.tokens_per_forward,
+        task.batches(length, run.config.evaluation.tokens_per_forward, world),
+        task.num_targets(length),
+        hits="accuracy" in task.metrics,
         world=world,
         progress="self-check" if world is None else "validation",
         interrupt=lambda: signals.received != 0,
     )
-    return mean_nats(nats)
+    right = None if scored.hits is None else np.logical_and.reduceat(scored.hits, task.groups(length))
+    return mean_nats(scored.nats), None if right is None else float(right.mean())
 
 
 def save(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker) -> None:
@@ -414,8 +429,8 @@ def save(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker)
         progress.metrics_rows = tracker.rows
         state = asdict(progress) | run.signature
         state |= {
-            "vocab_size": run.corpus.vocab_size,
-            "corpus": run.corpus.hash,
+            "vocab_size": run.data.vocab_size,
+            "corpus": run.data.hash,
             "tokens_seen": progress.step * run.tokens_per_step,
         }
         store.save(progress.step, run.model, run.optimizer, state)
@@ -464,8 +479,8 @@ def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float
     """
     config = run.config
     options = {"attention": config.attention.name, "device": run.device, "precision": config.precision}
-    model = load_run(run.folder, config.train_length, "last", **options)
-    loss, trained = _validation_loss(run, model, signals), result["validation_loss"]
+    model = load_run(run.folder, config.task.width(config.train_length), "last", **options)
+    loss, trained = _validation(run, model, signals)[0], result["validation_loss"]
     require(
         trained is not None and abs(loss - trained) <= SELF_CHECK_TOLERANCE,
         f"self-check: the evaluator gives {loss} nats per token at train_length = {config.train_length}, the "

@@ -1,9 +1,9 @@
 """Attention on the CPU by a kernel of this package, compiled for the machine's processor (`native.cpp`).
 
 It serves every pass in float32 whose bias, if any, depends on head and distance (`distance_bias` of a scheme:
-ALiBi, T5 and others), trained or not; with or without a window; with a cache too (`decode.py`), without gradients then.
-A full pass may have a number per key made from content (`content_key_bias`: forget gates). What it does not serve
-goes to `sdpa`: other devices and dtypes, dropout of attention weights, positions with gaps.
+ALiBi, T5 and others), trained or not; with or without a window; with a cache too (`decode.py`), then without
+gradients. A full pass may have a number per key made from content (`content_key_bias`: forget gates). What it does
+not serve goes to `sdpa`: other devices and dtypes, dropout of attention weights, positions with gaps.
 
 Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, N blocks of queries.
 """

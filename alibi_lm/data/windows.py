@@ -82,6 +82,10 @@ class TrainingBatches:
         """
         return cut_windows(self.tokens, self.start_id, self.blocks(step)[rows] * self.length, self.length)
 
+    def targets(self, step: int) -> int:
+        """How many targets a step has: all of them count."""
+        return self.rows * self.length
+
 
 def scoring_windows(num_tokens: int, length: int, stride: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Windows that score each target of a stream exactly once.

@@ -31,7 +31,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "safe_length": ("lengths",),
 }
 """The views and the settings that each understands."""
-CURVE = ("lengths", "mode", "stride", "tracking", "cache", "lost_share", "window", "sinks")
+CURVE = ("lengths", "mode", "stride", "task", "tracking", "cache", "lost_share", "window", "sinks")
 """The settings that `view=curve` understands."""
 
 
@@ -104,6 +104,8 @@ class EvaluateConfig:
     """model: whether Python code that comes with it may run."""
     lengths: list[int] | None = None
     """Inference lengths; null: those in the config.yaml of each run, which are its experiment's at that time."""
+    task: str | None = None
+    """curve: what is asked: text, needle, passkey or the task of the runs; null: all that a run was trained on."""
     mode: str | None = None
     """curve: nonoverlapping, sliding, or stream (the whole split as one window, in place of the lengths); null:
     the experiment's own."""

@@ -169,7 +169,7 @@ class Passes:
             return found
         started = time.perf_counter()
         runtime.reset_peak_memory(model.device)
-        model.serve(scoring.length)
+        model.serve(self.task.width(scoring.length))
         label = f"{model.label}: {scoring.mode} @ {scoring.length}"
         scored = score(model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
         seconds, memory = time.perf_counter() - started, runtime.peak_memory_bytes(model.device)

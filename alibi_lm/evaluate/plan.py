@@ -5,6 +5,7 @@ A run that fails stops no other: what went wrong is told at the end, by `FailedR
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ from alibi_lm.runs import (
     short_hash,
 )
 from alibi_lm.settings import require
+from alibi_lm.tasks.base import Task
+from alibi_lm.tasks.items import ItemTask, Synthetic
+from alibi_lm.tasks.needle import NeedleConfig, NeedleTask, PasskeyTask
 from alibi_lm.tasks.text import TextTask
 
 EXPECTED = (ValueError, OSError, CheckpointError)
@@ -87,13 +91,17 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run with its model and its text, ready to be scored."""
+    """A run with its model and what it is asked, ready to be scored."""
 
     plan: PlannedRun
-    corpus: Corpus
+    corpus: Corpus | None
+    """Of a run that was trained on a text."""
     passes: Passes
+    """Over its text, or over the items of its task."""
     way: dict[str, str]
     """How it is scored: checkpoint, attention, precision; each row names them."""
+    asked: list[Passes]
+    """Everything that rows are made of: the text, needles in it, and what else was asked for."""
 
 
 def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]]:
@@ -201,15 +209,15 @@ def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
 
 
 def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, world: World | None = None) -> OpenRun:
-    """Load a run's model, once for all lengths, and open its text.
+    """Load a run's model, once for all lengths, and open its text, or the items of its task.
 
     Raises:
         ValueError: see `open_corpus` and `load_run`.
     """
     if config.model is not None:
-        corpus, foreign = open_model(config, run, device)
-        return _opened(config, run, corpus, foreign, foreign.attention, world)
-    corpus = open_corpus(config, run)
+        text, foreign = open_model(config, run, device)
+        return _opened(config, run, text, foreign, foreign.attention, world)
+    corpus = None if isinstance(run.config.task, Synthetic) else open_corpus(config, run)
     model = load_run(
         run.folder,
         checkpoint=config.checkpoint,
@@ -218,8 +226,15 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         position=config.position or None,
         precision=config.precision,
     )
+    if corpus is None:
+        items = ItemTask(run.config.task, run.config.train_length, run.settings.split)
+        store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
+        passes = Passes(model, items, store, tokens_per_forward, world, run.config.position.name)
+        way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
+        _require_task(config, run, (items.name,))
+        return OpenRun(run, None, passes, way, [passes])
     require(
-        model.vocab_size == corpus.vocab_size,
+        model.vocab_size == corpus.vocab_size + run.config.task.added_tokens,
         f"{run.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
         "Put the run's own tokenizer back.",
     )
@@ -252,7 +267,26 @@ def _opened(
     store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
     passes = Passes(model, text, store, tokens_per_forward, world, scheme)
     way = {"checkpoint": config.checkpoint, "attention": attention, "precision": str(model.precision)}
-    return OpenRun(run, corpus, passes, way)
+    tasks: dict[str, Task] = {"text": text}
+    if isinstance(run.config.task, NeedleConfig):
+        needles = NeedleTask(
+            run.config.task, stream.tokens, corpus.start_id, corpus.vocab_size, stream.split, stream.hash
+        )
+        tasks["needle"] = needles
+    own = [config.task] if config.task else list(tasks)
+    if config.task == "passkey":
+        tasks["passkey"] = PasskeyTask(corpus.tokenizer, stream.split)
+    _require_task(config, run, (*tasks, "passkey"))
+    asked = [dataclasses.replace(passes, task=tasks[name]) for name in own]
+    return OpenRun(run, corpus, passes, way, asked)
+
+
+def _require_task(config: EvaluateConfig, run: PlannedRun, known: tuple[str, ...]) -> None:
+    require(
+        config.task is None or config.task in known,
+        f"task = {config.task}: {run.name} was trained on {run.config.task.name}, and can be asked "
+        f"{', '.join(dict.fromkeys(known))}. Use one of these, or leave task out.",
+    )
 
 
 def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:

@@ -33,6 +33,9 @@ from alibi_lm.results.rows import ResultRow, perplexity_of, read_rows, refuse_an
 from alibi_lm.results.statistics import per_document_sums
 from alibi_lm.runs import CORPUS_FILE, finished, short_hash
 from alibi_lm.settings import counting, require
+from alibi_lm.tasks.base import Task
+from alibi_lm.tasks.items import Synthetic
+from alibi_lm.tasks.text import TextTask
 from alibi_lm.tracking import open_tracker
 
 CURVE_COLUMNS = (
@@ -67,24 +70,26 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
     for run in runs:
         try:
             opened = open_run(config, run, device, world)
-            text = opened.passes.text
-            if (text.corpus, text.split) not in texts:
-                texts.add((text.corpus, text.split))
+            task = opened.passes.task
+            if (task.corpus, task.split) not in texts:
+                texts.add((task.corpus, task.split))
                 if row := _baseline(config, opened):
                     if world.is_main:
                         upsert_rows(results, [row])
                     yield row
-            common = _common(config, opened)
             if config.mode == STREAM:
                 policy = Policy(config.cache or "full", config.lost_share, config.window, config.sinks)
+                common = _common(config, opened, opened.passes.text)
                 row, sums = measure_stream(opened.passes, policy, **common)
                 if world.is_main:
                     upsert_rows(results, [row])
                     upsert_documents(config.output / "documents.jsonl", [sums] if sums else [])
                 yield row
                 continue
-            for length in run.settings.lengths:
-                yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
+            for passes in opened.asked:
+                common = _common(config, opened, passes.task)
+                for length in run.settings.lengths:
+                    yield from measure(passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
             failures[run.name] = error
     if world.is_main and results.exists():
@@ -111,7 +116,7 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
     } | common
     fields |= {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
     fields |= {"task": task.name, "inference_length": length, "tokens": task.num_targets(length)}
-    reason = task.refuses(length) or passes.refuses(length)
+    reason = task.refuses(length) or passes.refuses(task.width(length))
     if reason:
         rows = [ResultRow(**fields, metric=metric, reason=reason) for metric in task.metrics]
         sums: list[DocumentSums] = []
@@ -121,7 +126,7 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
         if scored.seconds:
             fields["tokens_per_second"] = fields["tokens"] / scored.seconds
         groups = task.groups(length)
-        rows = [_row(metric, scored, groups, fields) for metric in task.metrics]
+        rows = [_row(metric, scored, groups, fields, task.parts(length)) for metric in task.metrics]
         sums = [
             DocumentSums(row.key, *per_document_sums(scored.nats, groups))
             for row in rows
@@ -134,10 +139,15 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
     return rows
 
 
-def _row(metric: str, scored: Stored, groups: np.ndarray, fields: dict[str, Any]) -> ResultRow:
+def _row(
+    metric: str, scored: Stored, groups: np.ndarray, fields: dict[str, Any], parts: dict[str, np.ndarray]
+) -> ResultRow:
     if metric == "accuracy":
         assert scored.hits is not None
         right = np.logical_and.reduceat(scored.hits, groups)
+        if parts:
+            shares = {name: float(right[members].mean()) for name, members in parts.items()}
+            fields = fields | {"extra": fields.get("extra", {}) | {"by_part": shares}}
         return ResultRow(**fields, metric=metric, value=float(right.mean()), n=len(right))
     return _perplexity_row(float(scored.nats.sum(dtype=np.float64)), fields)
 
@@ -154,20 +164,23 @@ def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
     return replace(row, extra=row.extra | {"bits_per_byte": row.bits_per_byte})
 
 
-def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
-    """Fields of all rows of a run."""
-    run, documents = opened.plan, len(opened.passes.text.groups(opened.plan.config.train_length))
+def _common(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[str, Any]:
+    """Fields of all rows of a run and a task."""
+    run = opened.plan
     trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
     extra: dict[str, Any] = {
-        "corpus_name": read_json(own)["description"] if own.is_file() else opened.corpus.name,
+        "corpus_name": read_json(own)["description"] if own.is_file() else getattr(opened.corpus, "name", ""),
         "tokens_seen": trained.get("tokens_seen"),
         "device": trained.get("device"),
-        "documents": documents,
     } | opened.way
     if run.found is not None:
         extra |= {"model": run.found.source, "train_length_from": run.found.train_length_from}
-    if documents == 1:
-        extra["note"] = views.ONE_DOCUMENT
+    if isinstance(task, TextTask):
+        extra["documents"] = documents = len(task.groups(run.config.train_length))
+        if documents == 1:
+            extra["note"] = views.ONE_DOCUMENT
+    else:
+        extra["trained_steps"] = trained.get("steps")
     return {
         "run": run.name,
         "position": run.config.position.name,
@@ -190,8 +203,11 @@ def changes_of(config: EvaluateConfig) -> dict[str, Any]:
 def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     """The row of a model that knows only how often each token occurs in the training text (add-one smoothed).
 
-    None where the run's own training text is not at hand.
+    For a task, that of the best constant answer, where there is one that is ever right. None where the run's own
+    training text is not at hand.
     """
+    if opened.corpus is None:
+        return _chance(opened.passes.task, opened.plan.config.task.chance)
     if config.data.path is not None or config.data.name is not None or config.position:
         return None
     task, vocab_size = opened.passes.text, opened.corpus.vocab_size
@@ -207,6 +223,15 @@ def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     fields = {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
     fields |= {"position": "unigram", "tokens": len(task.tokens), "commit": runtime.code_version()[0]}
     return _perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
+
+
+def _chance(task: Task, share: float) -> ResultRow | None:
+    if not share:
+        return None
+    return ResultRow(
+        position="constant", mode="items", split=task.split, corpus=task.corpus, tokens=1, task=task.name,
+        metric="accuracy", value=share, n=1, commit=runtime.code_version()[0],
+    )  # fmt: skip
 
 
 def describe(row: ResultRow) -> str:
@@ -273,6 +298,12 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
     )
     device = runtime.start(config.device, threads=config.threads)
     runs, failures = plan(config)
+    for run in runs:
+        require(
+            not isinstance(run.config.task, Synthetic),
+            f"view = {config.view} needs a text, and {run.name} was trained on items of {run.config.task.name}. "
+            "Use view=curve (scripts/evaluate.py), or name runs that were trained on a text.",
+        )
     total = len(runs) + len(failures)
     names = list(VIEWS) if config.view == "all" else [config.view]
     series: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -295,7 +326,7 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             )
             first = opened[0].plan.config
             group = views.Group(first.position.name, first.train_length, [run.passes for run in opened])
-            corpora[str(opened[0].passes.text.corpus)] = opened[0].corpus.name
+            corpora[str(opened[0].passes.text.corpus)] = getattr(opened[0].corpus, "name", "")
             for name in names:
                 print(f"{name}: {', '.join(group.labels)}", flush=True)
                 series[name].append(_series(config, name, opened, group))

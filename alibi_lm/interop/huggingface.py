@@ -76,9 +76,7 @@ class RunCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the beams that go on."""
-        self.inner.layers = [
-            (k[beam_idx], v[beam_idx], None if x is None else x[beam_idx]) for k, v, x in self.inner.layers
-        ]
+        self.inner.take_rows(beam_idx)
 
 
 class RunForCausalLM(PreTrainedModel, GenerationMixin):

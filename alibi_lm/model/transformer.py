@@ -225,11 +225,12 @@ class TransformerLM(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         return self(input_ids)
 
-    def nats(self, input_ids: Tensor, target_ids: Tensor, **options: Any) -> Tensor:
+    def nats(self, input_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None, **options: Any) -> Tensor:
         """Minus the natural logarithm of each target's probability, for training.
 
-        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. In
-        training mode a scheme that draws its positions does so here, from torch's global generator.
+        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. With
+        `counted`, (B, T) bool, of those targets alone, (N,). In training mode a scheme that draws its positions
+        does so here, from torch's global generator.
 
         Raises:
             ValueError: inputs and targets of unequal shapes; see also `hidden`.
@@ -237,10 +238,12 @@ class TransformerLM(nn.Module):
         check_ids(None, input_ids, target_ids)
         if self.training and options.get("positions") is None:
             options["positions"] = self.training_positions(input_ids.shape[1])
-        return self.nats_of(self.hidden(input_ids, **options), target_ids)
+        return self.nats_of(self.hidden(input_ids, **options), target_ids, counted)
 
-    def nats_of(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
-        """The same from hidden states: (B, T, D), (B, T) int64 -> (B, T)."""
+    def nats_of(self, hidden: Tensor, target_ids: Tensor, counted: Tensor | None = None) -> Tensor:
+        """The same from hidden states: (B, T, D), (B, T) int64 -> (B, T), or (N,) with `counted`."""
+        if counted is not None:
+            return self.vocabulary.nats(hidden[counted], target_ids[counted])
         return self.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
 
     def training_positions(self, length: int) -> Tensor | None:
@@ -355,8 +358,8 @@ class CompiledNats:
         self.model = model
         self.hidden = torch.compile(model.hidden, dynamic=False)
 
-    def __call__(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
-        """Minus the natural logarithm of each target's probability: (B, T), (B, T) int64 -> (B, T).
+    def __call__(self, input_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Minus the natural logarithm of each target's probability, as `model.nats`.
 
         Raises:
             ValueError: compilation failed, most often because there is no C++ compiler.
@@ -379,4 +382,4 @@ class CompiledNats:
                 f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n"
                 f"{advice}, or use compile=false."
             ) from error
-        return model.nats_of(hidden, target_ids)
+        return model.nats_of(hidden, target_ids, counted)

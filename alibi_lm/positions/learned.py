@@ -5,6 +5,9 @@ Source: Gehring et al. 2017, arXiv 1705.03122; GPT-2 (Radford et al. 2019).
     x_p += table[p],    p = 0 .. train_length - 1
 
 Past the trained length: refused, because no row exists. The evaluator reports the reason and goes on.
+
+With more rows and random offsets in training (Huang et al. 2025, arXiv 2410.02140) every row is trained, and the
+scheme reaches as far as its table. Differs from that source: one offset for all sequences of a pass.
 Differs from the paper: the ALiBi paper names this scheme (footnote 4) but does not run it.
 """
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.settings import require
 
 
 @dataclass
@@ -23,21 +27,42 @@ class LearnedConfig:
     """One trained vector per position."""
 
     name: str = "learned"
+    rows: int | None = None
+    """Positions of the table; null: train_length."""
+    random_offset: bool = False
+    """Begin each training pass at a random position of the table."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.rows is None or self.rows >= 1, f"position.rows = {self.rows}. Use a whole number >= 1, or null."
+        )
 
     def build(self, shape: PositionShape) -> Learned:
-        return Learned(shape)
+        return Learned(shape, self)
 
 
 class Learned(PositionScheme):
-    """A table of train_length rows."""
+    """A table of train_length rows, or as many as are asked for."""
 
     translation_invariant = False
 
-    def __init__(self, shape: PositionShape) -> None:
+    def __init__(self, shape: PositionShape, config: LearnedConfig | None = None) -> None:
         super().__init__(shape)
-        self.max_position = shape.train_length
-        self.table = nn.Parameter(torch.empty(shape.train_length, shape.model_dim))
+        config = config or LearnedConfig()
+        rows = config.rows or shape.train_length
+        require(
+            rows >= shape.train_length,
+            f"position.rows = {rows}, but a training sequence has {shape.train_length} tokens. Use as many.",
+        )
+        self.max_position, self.random_offset = rows, config.random_offset
+        self.table = nn.Parameter(torch.empty(rows, shape.model_dim))
         self.initialise()
+
+    def training_positions(self, generator: torch.Generator, length: int) -> Tensor | None:
+        """From a uniform offset on, so that the last position is within the table."""
+        if not self.random_offset:
+            return None
+        return torch.arange(length) + torch.randint(len(self.table) - length + 1, (), generator=generator)
 
     def initialise(self) -> None:
         """Normal, standard deviation model_dim^-0.5 (the scale of the token embeddings before sqrt(D))."""

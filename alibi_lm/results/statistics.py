@@ -285,6 +285,28 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
     return max(0.0, float(center - half)), min(1.0, float(center + half))
 
 
+def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float]:
+    """The 95% interval of a mean accuracy over seeds that were all asked the same items.
+
+    One seed: Wilson's, which says nothing of another training run. Several: the variance of the seeds' mean, and
+    that of a share of `items` independent ones, the most that the choice of the items can add. In the latter two
+    successes and two failures are added (Agresti and Coull 1998). The critical value is that of `critical_value`.
+
+    Args:
+        shares: accuracy of each seed, in [0, 1].
+        items: of each, 2 or more.
+    """
+    mean = float(np.mean(shares))
+    if len(shares) == 1:
+        return wilson_interval(mean, items)
+    share = (mean * items + 2) / (items + 4)
+    of_items, of_seeds = share * (1 - share) / (items + 4), float(np.var(shares, ddof=1)) / len(shares)
+    part, degrees = np.asarray(of_seeds / (of_seeds + of_items)), np.asarray(len(shares) - 1.0)
+    critical = float(critical_value(part, degrees, np.asarray(items - 1.0), 0.95))
+    half = critical * float(np.sqrt(of_seeds + of_items))
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, note: str) -> Interval:
     """The interval of parts of shape (); `seeds` is the smaller number on either side."""
     from scipy import stats

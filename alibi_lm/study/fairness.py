@@ -8,7 +8,7 @@ Which settings can, each config field says itself (`alibi_lm.settings`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alibi_lm.results.rows import ResultRow
@@ -46,8 +46,16 @@ def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> 
         records: of its runs, from `alibi_lm.study.records.find_records`.
     """
     own = [row for row in rows if row.run is not None]
-    runs = {row.run for row in own}
-    found = [*_of_rows(own), *_of_records({run: records[run] for run in records if run in runs})]
+    members: dict[str, set[str]] = {}
+    for row in own:
+        run = str(row.run)
+        members.setdefault(records[run].task if run in records else "text", set()).add(run)
+    found = []
+    for task, runs in sorted(members.items()):  # runs of different tasks are never compared
+        part = [*_of_rows([row for row in own if row.run in runs])]
+        part += _of_records({run: records[run] for run in records if run in runs})
+        several = len(members) > 1
+        found += [replace(item, what=f"task {task}, {item.what}") if several else item for item in part]
     return sorted(found, key=lambda item: (not item.matters, item.what))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import Curve, View, baselines, curves, views
 from alibi_lm.results.rows import ResultRow, read_rows
-from alibi_lm.results.statistics import wilson_interval
+from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper import paper_curves
 from alibi_lm.study.plots import Line, Panel, build, fits, save
@@ -68,8 +68,11 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
         for suffix in ("png", "svg"):
             written.append(folder / f"{name}.{suffix}")
             save(figure, written[-1])
+    from alibi_lm.study import task_figures
+
+    written += task_figures.draw_tasks(folder, rows, words)
     table = folder / "table.md"
-    write_text(table, markdown(rows, words, unfair))
+    write_text(table, markdown(rows, words, unfair) + task_figures.summary(rows, words))
     return [*written, table]
 
 
@@ -141,7 +144,8 @@ def curve_panels(
     published = [_line(curve, train_length, every) for curve in dotted]
     panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label, dotted=published)
     if metric == "accuracy":
-        return [panel(trained, limits=(-0.03, 1.03), levels=dict(base)), None]
+        x_label = "length in the task's own measure, log axis"
+        return [panel(trained, limits=(-0.03, 1.03), levels=dict(base), x_label=x_label), None]
     log_y = _range(drawn) > CLOSE_UP_FROM and metric == "perplexity"
     whole = panel(trained + (", whole range" if close else ""), log_y=log_y)
     whole = replace(whole, levels={name: value for name, value in base.items() if fits(whole, value)})
@@ -204,8 +208,8 @@ def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
         notes.append(" to ".join(f"{value:.4g}" for value in y))
     several = max(len(runs) for runs in curve.losses.values()) > 1
     low, high = [], []
-    if curve.metric == "accuracy" and not several:
-        ends_of = [wilson_interval(value, curve.items[n]) for n, value in zip(x, y, strict=True)]
+    if curve.metric == "accuracy":
+        ends_of = [accuracy_interval(list(curve.losses[n].values()), curve.items[n]) for n in x]
         low, high = [a for a, _ in ends_of], [b for _, b in ends_of]
     elsewhere = curve.train_length in curve.losses and curve.train_length != train_length
     return Line(

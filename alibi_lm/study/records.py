@@ -43,6 +43,11 @@ class RunRecord:
         return self.finished.get("corpus") or self.train_split.get("sha256")
 
     @property
+    def task(self) -> str:
+        """What it was trained on: `text`, or the name of a task."""
+        return str(self.config.get("task.name", "text"))
+
+    @property
     def train_split(self) -> dict[str, Any]:
         """What corpus.json says of it."""
         return (self.corpus.get("splits") or {}).get("train") or {}
@@ -109,9 +114,10 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
         if row.run is not None and records[row.run].config:
             first.setdefault(row.run, row)
             texts.setdefault(row.run, set()).add(row.corpus)
-    groups: dict[tuple[str, int | None], list[RunRecord]] = {}
+    groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run, row in first.items():
-        groups.setdefault((row.position, row.train_length), []).append(records[run])
+        key = row.position, row.train_length, records[run].task
+        groups.setdefault(key, []).append(records[run])
     found: dict[str, str] = {}
     for members in groups.values():
         readable = all(record.readable for record in members)

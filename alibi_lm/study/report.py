@@ -19,6 +19,7 @@ from alibi_lm.study.figures import draw
 from alibi_lm.study.paper import caveats, compare, comparison_table
 from alibi_lm.study.records import RunRecord, show
 from alibi_lm.study.tables import Table, provenance, view_table
+from alibi_lm.study.task_figures import summary_table
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -60,7 +61,7 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
     own = folder.name == "extrapolation"  # of an experiment; a published one has all in one folder
     name = folder.parent.name if own else folder.name
     found = views(rows)
-    pictures = [path for path in drawn if path.suffix == ".svg"]
+    pictures = [path for path in drawn if path.suffix == ".svg" and path.name.startswith("extrapolation")]
     titles = [f"Results by inference length, {view.title}" for view in found]
     figures = dict(zip(titles, pictures, strict=True))
     # Figures of the analyses, and whatever else was drawn here; not what an earlier set of results left behind.
@@ -76,6 +77,7 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
         *(_figure(index, label, path) for index, (label, path) in enumerate(figures.items(), start=1)),
         "<h2>Tables</h2>",
         *(f"<h3>{_text(view.title)}</h3>{view_table(rows, view, words).html()}" for view in found),
+        *(f"<h3>Accuracies</h3>{table.html()}" for table in summary_table(rows, words)),
         "<h2>The paper's claims</h2>",
         *(f"<h3>{_text(group)}</h3>{_coloured(table.html())}" for group, table in claims.items()),
         f'<p class="soft small">{_text(NUMBERS_NOTE)}</p>',

@@ -11,6 +11,7 @@ from typing import Any
 
 from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, view_of, views
 from alibi_lm.results.rows import ResultRow
+from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.style import label
@@ -79,6 +80,8 @@ def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] |
     notes = _numbered(reasons)
     if view.metric == "perplexity":
         notes.append("In brackets: ratio to the value at the training length (bold).")
+    if view.metric == "accuracy":
+        notes.append("Mean over all seeds; in brackets its 95% interval, over seeds and items.")
     return Table(["scheme", "trained at", "runs", *map(str, lengths)], body, 3, notes)
 
 
@@ -93,7 +96,9 @@ def provenance(rows: Iterable[ResultRow], view: View) -> str:
         ("corpus " if len(texts) == 1 else f"{len(texts)} texts: ") + ", ".join(sorted(texts)),
         _either(f"{row.tokens:,}" for row in own) + f" {what}",
         *sorted({str(row.extra["note"]) for row in own if row.extra.get("note")}),
-        f"{len(seeds)} seeds, means of the loss" if len(seeds) > 1 else "one seed",
+        (f"{len(seeds)} seeds" + (", means of the loss" if view.metric == "perplexity" else ""))
+        if len(seeds) > 1
+        else "one seed",
         "commit " + _either(_short(row.commit) for row in own),
     ]
     return "; ".join(parts)
@@ -105,6 +110,9 @@ def _cell(curve: Curve, length: int, reasons: list[str]) -> str:
         return f"- {why}" if why else "-"
     digits = 2 if curve.metric == "perplexity" else 3
     value = f"{curve.value(length):.{digits}f}"
+    if curve.metric == "accuracy":
+        low, high = accuracy_interval(list(curve.losses[length].values()), curve.items[length])
+        value = f"{value} ({low:.2f}-{high:.2f})"
     ratio = curve.ratio(length)
     if length == curve.train_length and curve.metric == "perplexity":
         value = value if why else f"**{value}**"

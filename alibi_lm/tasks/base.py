@@ -10,11 +10,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from alibi_lm.distributed import World
+
+
+@dataclass
+class TaskConfig:
+    """What a run is trained on; this one: its text, and nothing else. The class of a task is a subclass."""
+
+    name: str = "text"
+
+    added_tokens: ClassVar[int] = 0
+    """Tokens that a model has beyond those of its text."""
+
+    def width(self, length: int) -> int:
+        """Most input tokens of a training sequence of this length."""
+        return length
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,10 @@ class Task(ABC):
     def identity(self) -> str:
         """What targets and inputs depend on, beside the length; stored results are known by it."""
 
+    def width(self, length: int) -> int:
+        """Most input tokens of a sequence at an inference length, which a task may count in units of its own."""
+        return length
+
     @abstractmethod
     def num_targets(self, length: int) -> int:
         """How many targets count at an inference length."""
@@ -80,10 +99,14 @@ class Task(ABC):
         """All targets, each in exactly one batch; with several processes, this one's share.
 
         Args:
-            length: most tokens of a sequence.
+            length: the inference length.
             tokens_per_forward: tokens of a batch; one sequence at least.
             world: the processes that share the work.
         """
+
+    def parts(self, length: int) -> dict[str, np.ndarray]:
+        """Groups that are also told apart, by name: (n,) int64 indices into `groups`; empty for most tasks."""
+        return {}
 
     def refuses(self, length: int) -> str:
         """Why there is nothing to measure at this length; empty where there is."""

@@ -1,0 +1,145 @@
+"""Figures and a table of accuracies: all tasks of an experiment together, and needles by depth and length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alibi_lm.results.curves import Curve, View, baselines, curves, views
+from alibi_lm.results.rows import ResultRow
+from alibi_lm.study import figures
+from alibi_lm.study.plots import build, dress, grid, save
+from alibi_lm.study.style import label, look
+from alibi_lm.study.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FIT = 0.99
+"""Accuracy at the training length from which a run counts as having learned its task there."""
+RETRIEVES = 0.85
+"""Mean accuracy that a length must reach to count as an effective one (RULER, arXiv 2404.06654, has 85.6%)."""
+
+
+def accuracy_views(rows: Sequence[ResultRow]) -> list[View]:
+    """The views of accuracies."""
+    return [view for view in views(rows) if view.metric == "accuracy"]
+
+
+def fit(curve: Curve) -> tuple[int, int]:
+    """Runs that learned their task at the training length, and all runs with a value there."""
+    own = curve.losses.get(curve.train_length, {}).values()
+    return sum(value >= FIT for value in own), len(own)
+
+
+def effective_length(curve: Curve) -> int | None:
+    """Longest length up to which no mean accuracy is below `RETRIEVES`; None: not even the first is as good."""
+    found = None
+    for length in curve.lengths:
+        if curve.value(length) < RETRIEVES:
+            break
+        found = length
+    return found
+
+
+def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Path]:
+    """`tasks.png` and `.svg` where there are several tasks, `depths.png` and `.svg` where items have depths."""
+    found, written = accuracy_views(rows), []
+    drawn = {}
+    if len(found) > 1:
+        panels = []
+        for view in found:
+            own = curves(rows, view, words)
+            length = own[0].train_length if len({c.train_length for c in own}) == 1 else None
+            panel = figures.curve_panels(own, length, baselines(rows, view))[0]
+            assert panel is not None
+            panels.append(figures.replace(panel, title=f"{view.task.replace('_', ' ')}, {panel.title}"))
+        remark = "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
+        drawn["tasks"] = build(
+            "Accuracy by length, all tasks", grid(panels, 2), _counts(rows, found), [remark], [], (3.6, 2.9)
+        )
+    depths = [partial(depth_panel, curve=curve, shares=shares) for curve, shares in _by_depth(rows, words)]
+    if depths:
+        origin = "share of items that are right, mean over seeds; " + _counts(rows, found)
+        drawn["depths"] = build("Accuracy by depth and length", grid(depths, 4), origin, [], [], (2.4, 2.0))
+    for name, figure in drawn.items():
+        for suffix in ("png", "svg"):
+            written.append(folder / f"{name}.{suffix}")
+            save(figure, written[-1])
+    return written
+
+
+def summary(rows: Sequence[ResultRow], words: Mapping[str, str]) -> str:
+    """A section of `table.md`; empty where nothing has an accuracy."""
+    title = "## Accuracies: what was learned, and how far it reaches"
+    return "".join(f"\n{title}\n\n{table.markdown()}" for table in summary_table(rows, words))
+
+
+def summary_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Table]:
+    """Which seeds learned the task where it was trained, and how far each scheme gets; none without accuracies."""
+    body = []
+    for view in accuracy_views(rows):
+        for curve in curves(rows, view, words):
+            good, runs = fit(curve)
+            longest = effective_length(curve)
+            row = [view.task, label(curve.position, curve.variant), str(curve.train_length), f"{good} of {runs}"]
+            body.append([*row, "none" if longest is None else str(longest)])
+    notes = [
+        f"A seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. Effective "
+        f"length: the longest up to which the mean accuracy is {RETRIEVES} or more."
+    ]
+    header = ["task", "scheme", "trained at", "seeds that fit", "effective length"]
+    return [Table(header, body, 2, notes)] if body else []
+
+
+def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, float]]) -> None:
+    """A heat map: lengths across, depths down (0: at the beginning)."""
+    dress(axis, label(curve.position, curve.variant), look(curve.position).color)
+    axis.grid(visible=False)
+    lengths = sorted(shares)
+    depths = sorted({depth for found in shares.values() for depth in found}, key=float)
+    values = [[shares[n].get(depth, float("nan")) for n in lengths] for depth in depths]
+    axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axis.set_yticks(range(0, len(depths), 2), depths[::2])
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            color = "white" if value < 0.6 else "black"
+            axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=color)
+    axis.set_xlabel(f"length in tokens (trained at {curve.train_length})", fontsize=8, labelpad=1)
+    axis.set_ylabel("depth", fontsize=8, labelpad=2)
+
+
+def _by_depth(
+    rows: Sequence[ResultRow], words: Mapping[str, str]
+) -> list[tuple[Curve, dict[int, dict[str, float]]]]:
+    """Curves whose rows tell depths apart: length -> depth -> mean share over the runs."""
+    found = []
+    for view in accuracy_views(rows):
+        for curve in curves(rows, view, words):
+            shares: dict[int, dict[str, float]] = {}
+            for length in curve.lengths:
+                own = [
+                    row.extra["by_part"]
+                    for row in rows
+                    if row.run in curve.losses[length]
+                    and (row.task, row.inference_length) == (view.task, length)
+                    and row.split == view.split
+                    and "by_part" in row.extra
+                ]
+                if own:
+                    shares[length] = {depth: sum(one[depth] for one in own) / len(own) for depth in own[0]}
+            if shares:
+                found.append((curve, shares))
+    return found
+
+
+def _counts(rows: Sequence[ResultRow], found: Sequence[View]) -> str:
+    own = [row for row in rows if row.run is not None and row.metric == "accuracy"]
+    seeds = {row.seed for row in own if row.seed is not None}
+    items = {row.n for row in own if row.n is not None}
+    commits = sorted({(row.commit or "unknown")[:10] for row in own})
+    most = f"{min(items):,} to {max(items):,}" if len(items) > 1 else f"{max(items, default=0):,}"
+    return f"{len(found)} tasks; {most} answers at each length; {len(seeds)} seeds; commit {' or '.join(commits)}"

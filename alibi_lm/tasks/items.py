@@ -1,0 +1,216 @@
+"""Tasks made of items: drawn from a seed and a number, for training and for test alike.
+
+An item is a sequence of its own. The loss and the score count its answer alone, and an item is right where the
+model's first choice is right at every target of the answer. That is the same as asking whether greedy decoding
+gives the answer: each target is predicted after the right ones before it.
+
+    training item i        generator of (seed of the run, i)
+    validation item i      generator of a seed of its own and i; lengths as in training
+    test item i            likewise; lengths beyond those of the training, the same items for every run
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alibi_lm.distributed import World
+from alibi_lm.settings import require, setting
+from alibi_lm.tasks.base import Batch, Task, TaskConfig
+
+TRAINING, HELD_OUT = 0, {"validation": 1, "test": 2}
+"""First number of every generator's seed: no test item comes from the stream of a training."""
+
+
+class Item(NamedTuple):
+    """One sequence."""
+
+    input_ids: np.ndarray
+    """(T,) int64."""
+    target_ids: np.ndarray
+    """(T,) int64; target t follows input t."""
+    counted: np.ndarray
+    """(T,) bool: the targets of the answer."""
+
+
+@dataclass
+class Synthetic(TaskConfig, ABC):
+    """A task whose items are drawn, with its settings; its `name` is its entry in the config group `task`.
+
+    Lengths are in the task's own measure, which its class names: symbols of the input, or tokens of the sequence.
+    """
+
+    name: str = ""
+    validation_items: int = 500
+    """Items of a validation, of lengths as in training."""
+    stop_when_solved: bool = True
+    """End the training when every item of a validation is right."""
+    items: int = setting(2000, counts="no")
+    """Items of a test at each length."""
+
+    least: ClassVar[int] = 1
+    """Shortest length."""
+    chance: ClassVar[float] = 0.0
+    """Accuracy of the best constant answer."""
+    by_target: ClassVar[bool] = False
+    """Whether each target of an answer is judged by itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("validation_items", "items"):
+            value = getattr(self, name)
+            require(value >= 1, f"task.{name} = {value}. Use a whole number >= 1.")
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Tokens of the task; id 0 also fills the ends of short sequences."""
+
+    @abstractmethod
+    def width(self, length: int) -> int:
+        """Most input tokens of an item of a length."""
+
+    @abstractmethod
+    def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
+        """Lengths that items are drawn from: of training and validation (None), or of a test at `length`."""
+
+    @abstractmethod
+    def item(self, draw: np.random.Generator, length: int) -> Item:
+        """Draw an item of exactly this length."""
+
+    def refuses(self, length: int) -> str:
+        """Why there are no items of this length; empty where there are."""
+        return f"{self.name} needs a length of {self.least} or more" if length < self.least else ""
+
+    def draw(self, seed: Sequence[int], length: int, train_length: int | None = None) -> Item:
+        """Item of a generator's seed, at one of the `lengths`."""
+        draw = np.random.default_rng(seed)
+        lengths = self.lengths(length, train_length)
+        return self.item(draw, int(lengths[int(draw.integers(len(lengths)))]))
+
+
+@dataclass
+class UpTo(Synthetic):
+    """A task trained at all lengths up to L and tested in steps of L: 1 to L, L + 1 to 2L, ..."""
+
+    def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
+        first = length - train_length + 1 if train_length is not None and length > train_length else self.least
+        return range(first, length + 1)
+
+
+def answered(question: np.ndarray, answer: np.ndarray) -> Item:
+    """The item of a question and its answer, of which the answer counts: two (length,) int64 vectors."""
+    tokens = np.concatenate([question, answer]).astype(np.int64)
+    counted = np.zeros(len(tokens) - 1, dtype=bool)
+    counted[len(question) - 1 :] = True
+    return Item(tokens[:-1], tokens[1:], counted)
+
+
+def stack(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of items, filled up with zeros that do not count: ids, ids and bool, each (B, longest)."""
+    shape = len(items), max(len(item.input_ids) for item in items)
+    both, counted = np.zeros((2, *shape), dtype=np.int64), np.zeros(shape, dtype=bool)
+    for row, item in enumerate(items):
+        width = len(item.input_ids)
+        both[0, row, :width], both[1, row, :width], counted[row, :width] = item
+    return torch.from_numpy(both[0]), torch.from_numpy(both[1]), torch.from_numpy(counted)
+
+
+class ItemBatches:
+    """Training batches of a task: batch n holds items n rows to (n + 1) rows - 1 of the seed."""
+
+    def __init__(self, task: Synthetic, length: int, rows: int, seed: int) -> None:
+        self.task, self.length, self.rows, self.seed = task, length, rows, seed
+        self._kept: tuple[int, tuple[Tensor, ...]] = (-1, ())
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Inputs, targets and which targets count, as in `stack`, of some rows of a step."""
+        if self._kept[0] != step:
+            numbers = range(step * self.rows, (step + 1) * self.rows)
+            self._kept = step, stack([self.task.draw([TRAINING, self.seed, n], self.length) for n in numbers])
+        return tuple(tensor[rows] for tensor in self._kept[1])
+
+    def targets(self, step: int) -> int:
+        """How many targets of a step count, over all rows."""
+        return int(self.batch(step)[2].sum())
+
+
+class Items(Task):
+    """A list of items at each length, as the scorer sees it. A subclass makes the list (`draw`)."""
+
+    metrics = ("accuracy",)
+    mode = "items"
+    by_target = False
+    """Whether each target of an answer is judged by itself."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[int, list[Item]] = (0, [])
+
+    @abstractmethod
+    def draw(self, length: int) -> list[Item]:
+        """All items at a length."""
+
+    def items(self, length: int) -> list[Item]:
+        """The same; those of the last length asked for are kept."""
+        if self._kept[0] != length:
+            self._kept = length, self.draw(length)
+        return self._kept[1]
+
+    def num_targets(self, length: int) -> int:
+        return 1 if self.refuses(length) else int(sum(item.counted.sum() for item in self.items(length)))
+
+    def groups(self, length: int) -> np.ndarray:
+        counts = [int(item.counted.sum()) for item in self.items(length)]
+        return np.arange(sum(counts)) if self.by_target else np.cumsum([0, *counts[:-1]])
+
+    def batches(self, length: int, tokens_per_forward: int = 8192, world: World | None = None) -> Iterator[Batch]:
+        world = world or World()
+        items = self.items(length)
+        firsts = np.cumsum([0, *(item.counted.sum() for item in items[:-1])])
+        own = range(world.rank, len(items), world.world_size)
+        rows = max(1, tokens_per_forward // self.width(length))
+        for start in range(0, len(own), rows):
+            indices = own[start : start + rows]
+            inputs, targets, counted = stack([items[index] for index in indices])
+            mask = counted.numpy()
+            numbers = np.where(mask, np.cumsum(mask, axis=1) - 1 + firsts[list(indices)][:, None], -1)
+            # Targets before the first answer of the batch need no scores.
+            yield Batch(inputs, targets, numbers[:, int(mask.any(axis=0).argmax()) :])
+
+
+class ItemTask(Items):
+    """Items that are drawn: those of a validation, or of a test.
+
+    Args:
+        task: its settings.
+        train_length: L.
+        split: `validation`, whose items are of training lengths, or `test`.
+    """
+
+    def __init__(self, task: Synthetic, train_length: int, split: str = "test") -> None:
+        super().__init__()
+        self.task, self.train_length, self.split, self.name = task, train_length, split, task.name
+        self.by_target = task.by_target
+        self.count = task.items if split == "test" else task.validation_items
+        self.corpus = hashlib.sha256(self.identity.encode()).hexdigest()[:12]
+
+    @property
+    def identity(self) -> str:
+        settings = {k: v for k, v in asdict(self.task).items() if k not in ("items", "validation_items")}
+        return f"{settings} {self.split} {self.count} items, trained at {self.train_length}"
+
+    def width(self, length: int) -> int:
+        return self.task.width(length)
+
+    def draw(self, length: int) -> list[Item]:
+        first, beyond = HELD_OUT[self.split], self.train_length if self.split == "test" else None
+        return [self.task.draw([first, length, index], length, beyond) for index in range(self.count)]
+
+    def refuses(self, length: int) -> str:
+        return self.task.refuses(length)

@@ -1,0 +1,123 @@
+"""What a run is trained on and validated with: a text, or the items of a task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from alibi_lm.data.corpus import Corpus
+from alibi_lm.data.tokenizers import TextTokenizer
+from alibi_lm.data.windows import TrainingBatches
+from alibi_lm.settings import require
+from alibi_lm.tasks.base import Task, TaskConfig
+from alibi_lm.tasks.items import ItemBatches, ItemTask, Synthetic
+from alibi_lm.tasks.needle import NeedleBatches, NeedleConfig, refuses
+from alibi_lm.tasks.text import TextTask
+
+
+class Batches(Protocol):
+    """Training batches, each a function of the seed and the step alone."""
+
+    def batch(self, step: int, rows: slice = ...) -> tuple[Tensor, ...]:
+        """Inputs and targets, (B, T) int64 each, and, where only some targets count, which: (B, T) bool."""
+        ...
+
+    def targets(self, step: int) -> int:
+        """How many targets of a step count, over all rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from.
+
+    Attributes:
+        name: for people.
+        vocab_size: of the model.
+        manifest: of corpus.json; its digests are part of the run's identity.
+        tokenizer: of a text, else None.
+        hash: of everything, for checkpoints.
+        train_hash: of what is trained on, for finished.json.
+        validation: scored at the training length.
+        make_batches: (rows, seed) -> batches.
+    """
+
+    name: str
+    vocab_size: int
+    manifest: Mapping[str, Any]
+    tokenizer: TextTokenizer | None
+    hash: str
+    train_hash: str
+    validation: Task
+    make_batches: Callable[[int, int], Batches]
+
+
+def of_text(corpus: Corpus, length: int, task: TaskConfig) -> TrainingData:
+    """A text in windows of `length` tokens, some with needles where that is the task.
+
+    Raises:
+        ValueError: the text is shorter than a window, or a window than a needle.
+    """
+    train, validation = corpus.split("train"), corpus.split("validation")
+    require(
+        length <= train.num_tokens,
+        f"train_length = {length} is longer than the training text: {train.num_tokens} tokens.",
+    )
+
+    def batches(rows: int, seed: int) -> Batches:
+        if isinstance(task, NeedleConfig):
+            first = corpus.vocab_size
+            return NeedleBatches(task, train.tokens, corpus.start_id, length, rows, seed, first)
+        return TrainingBatches(train.tokens, corpus.start_id, length, rows, seed)
+
+    if isinstance(task, NeedleConfig):
+        require(
+            not refuses(length),
+            f"train_length = {length} with task=needle: {refuses(length)}. Use a longer train_length.",
+        )
+    return TrainingData(
+        corpus.name,
+        corpus.vocab_size + task.added_tokens,
+        corpus.manifest,
+        corpus.tokenizer,
+        corpus.hash,
+        train.hash,
+        TextTask(validation.tokens, corpus.start_id),
+        batches,
+    )
+
+
+def of_task(task: Synthetic, length: int) -> TrainingData:
+    """Items of a task of up to `length`.
+
+    Raises:
+        ValueError: there are no such items.
+    """
+    require_possible(task, length, "train_length")
+    validation = ItemTask(task, length, "validation")
+    digest = hashlib.sha256(validation.identity.encode()).hexdigest()[:12]
+    manifest = {"description": f"items of {task.name}", "task": validation.identity}
+    return TrainingData(
+        f"items of {task.name}",
+        task.vocab_size,
+        manifest,
+        None,
+        digest,
+        digest,
+        validation,
+        lambda rows, seed: ItemBatches(task, length, rows, seed),
+    )
+
+
+def require_possible(task: Synthetic, length: int, name: str) -> None:
+    """Refuse a length that no item of the training has.
+
+    Raises:
+        ValueError: naming the setting `name`.
+    """
+    reason = task.refuses(length)
+    require(not reason, f"{name} = {length} with task={task.name}: {reason}. Use another {name} or task.")

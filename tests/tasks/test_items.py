@@ -1,0 +1,207 @@
+"""Items of tasks: against answers worked out in another way, and the same for the same seed and number."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.sweep import measure
+from alibi_lm.model.interface import Scores
+from alibi_lm.tasks import TASKS
+from alibi_lm.tasks.board import BOARD, BOS, EOS, FIRST, SEP
+from alibi_lm.tasks.items import ItemBatches, ItemTask, Synthetic
+from alibi_lm.tasks.recall import MQAR, Induction, MQARExtrapolate
+
+NAMES = [name for name, kind in TASKS.items() if issubclass(kind, Synthetic)]
+
+
+def right_answer(name, symbols):
+    """From the symbols of the input, by brute force."""
+    if name in ("bin_majority", "majority"):
+        ((best, count), *others) = Counter(symbols).most_common()
+        assert all(other < count for _, other in others), "a tie has no answer"
+        return [best]
+    if name == "interleaved_majority":
+        assert len(symbols) % 3 == 0
+        return [right_answer("bin_majority", symbols[k::3])[0] for k in range(3)]
+    if name in ("unique_copy", "repeat_copy"):
+        return list(symbols)
+    if name == "sort":
+        return sorted(symbols)
+    if name == "parity":
+        return [2 + symbols.count(1) % 2]
+    assert name == "addition"
+    text = "".join("01+"[s] for s in symbols)
+    first, second = text.split("+")
+    assert all(part == "0" or part[0] == "1" for part in (first, second)), "no leading zeros"
+    return [int(digit) for digit in bin(int(first, 2) + int(second, 2))[2:]]
+
+
+@pytest.mark.parametrize("kind", BOARD, ids=lambda k: k().name)
+def test_the_board_asks_what_it_says_and_counts_the_answer_alone(kind):
+    task, seen = kind(), Counter()
+    for number in range(300):
+        item = task.draw([0, 1, number], 21)
+        whole = [*item.input_ids, item.target_ids[-1]]
+        assert list(item.target_ids[:-1]) == list(item.input_ids[1:]), "target t follows input t"
+        assert whole[0] == BOS and whole[-1] == EOS
+        border = whole.index(SEP)
+        symbols = [int(t) - FIRST for t in whole[1:border]]
+        answer = [int(t) - FIRST for t in whole[border + 1 : -1]]
+        assert answer == right_answer(task.name, symbols)
+        assert list(np.flatnonzero(item.counted)) == list(range(border, len(item.input_ids)))
+        assert all(0 <= t < task.vocab_size for t in whole) and len(item.input_ids) <= task.width(21)
+        if task.name in ("unique_copy", "sort"):
+            assert len(set(symbols)) == len(symbols)
+        seen[len(symbols) + (task.name == "addition")] += 1
+    wanted = range(3, 22, 3) if task.name == "interleaved_majority" else range(task.least, 22)
+    assert set(seen) == set(wanted), "all lengths of a training, and no others"
+
+
+def test_a_test_beyond_the_training_lengths_begins_where_the_last_ended():
+    for length, wanted in ((5, range(1, 6)), (10, range(6, 11)), (12, range(8, 13))):
+        items = ItemTask(TASKS["repeat_copy"](items=200), 5).items(length)
+        assert {int(item.counted.sum()) - 1 for item in items} == set(wanted)
+
+
+def test_bits_are_uniform_in_their_number_and_a_tie_is_drawn_anew():
+    ones = Counter()
+    for number in range(3000):
+        item = TASKS["bin_majority"]().item(np.random.default_rng([7, number]), 4)
+        ones[int((item.input_ids[1:5] == FIRST + 1).sum())] += 1
+    assert set(ones) == {0, 1, 3, 4} and all(abs(count - 750) < 100 for count in ones.values())
+
+
+@pytest.mark.parametrize(("kind", "length"), [(MQAR, 64), (MQARExtrapolate, 64), (MQARExtrapolate, 200)])
+def test_each_query_of_mqar_has_the_value_of_its_key(kind, length):
+    task, gaps = kind(vocabulary=64), []
+    kinds = set()
+    for number in range(200):
+        item = task.draw([0, 1, number], length, 64 if length > 64 else None)
+        size, pairs = len(item.input_ids), int(item.counted.sum())
+        kinds.add((size, pairs))
+        keys, values = item.input_ids[: 2 * pairs : 2], item.input_ids[1 : 2 * pairs : 2]
+        known = dict(zip(keys, values, strict=True))
+        assert len(known) == pairs == len(set(values)) and keys.max() < 32 <= values.min() and keys.min() > 0
+        places = np.flatnonzero(item.counted)
+        assert (places >= 2 * pairs).all() and (places % 2 == 0).all()
+        assert sorted(item.input_ids[places]) == sorted(keys)
+        assert all(item.target_ids[p] == known[item.input_ids[p]] for p in places)
+        gaps += [(p - 2 * pairs) / (size - 2 * pairs) for p in places]
+    wanted = {(32, 4), (64, 8)} if kind is MQARExtrapolate and length == 64 else {(length, 8)}
+    assert kinds == wanted
+    assert np.mean(gaps) < 0.4, "near slots are more likely"
+
+
+def test_induction_asks_for_what_followed_the_sign():
+    for number in range(200):
+        item = Induction().draw([0, 1, number], 12)
+        where = np.flatnonzero(item.input_ids == 0)
+        assert len(where) == 2 and where[1] == 11 and list(np.flatnonzero(item.counted)) == [11]
+        assert item.target_ids[11] == item.input_ids[where[0] + 1] != 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_item_is_a_function_of_its_seed_and_number(name):
+    task = TASKS[name]()
+    batches, again = (ItemBatches(task, 40, 4, seed=3) for _ in range(2))
+    late = again.batch(5)
+    for step in range(6):
+        whole = batches.batch(step)
+    assert all(torch.equal(a, b) for a, b in zip(whole, late, strict=True))
+    assert batches.targets(5) == int(whole[2].sum())
+    halves = [again.batch(5, rows) for rows in (slice(0, 2), slice(2, 4))]
+    assert all(torch.equal(torch.cat(parts), a) for parts, a in zip(zip(*halves, strict=True), whole, strict=True))
+    other = ItemBatches(task, 40, 4, seed=4).batch(5)
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+    # A training never sees the items of a test.
+    tests = {item.input_ids.tobytes() for item in ItemTask(task, 40).items(40)}
+    seen = [row.tobytes() for row in whole[0].numpy()]
+    assert name in ("bin_majority", "parity", "repeat_copy") or not tests & set(seen)
+
+
+class Oracle:
+    """Answers by looking at the targets (`cheat`), or always the same token."""
+
+    train_length, max_length, precision, device = 8, None, "float32", torch.device("cpu")
+
+    def __init__(self, says=None):
+        self.says = says
+        self.label, self.identity = f"says_{says}_L8_s1", ""
+
+    def serve(self, length):
+        pass
+
+    def refuses(self, capability):
+        return ""
+
+    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
+        targets = target_ids[:, score_from:]
+        right = torch.ones_like(targets, dtype=torch.bool) if self.says is None else targets == self.says
+        return Scores(torch.zeros(targets.shape), right)
+
+
+class BestConstant(Oracle):
+    """Says a symbol at the first place of an answer and the layout's end after it."""
+
+    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
+        targets = target_ids[:, score_from:]
+        return Scores(torch.zeros(targets.shape), (targets == self.says) | (targets == EOS))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_knows_the_future_has_everything_right(name):
+    task = ItemTask(TASKS[name](items=50), 40)
+    (row,) = measure(Passes(Oracle(), task, tokens_per_forward=200), 80, position="toy")
+    assert (row.task, row.metric, row.mode, row.value) == (name, "accuracy", "items", 1.0)
+    assert row.n == 50 * (8 if "mqar" in name else 1)
+    (blind,) = measure(Passes(Oracle(says=0), task, tokens_per_forward=200), 80, position="toy")
+    assert blind.value == 0
+
+
+CONSTANTS = [("bin_majority", FIRST), ("majority", FIRST + 3), ("parity", FIRST + 2)]
+
+
+@pytest.mark.parametrize(("name", "says"), CONSTANTS)
+def test_a_constant_answer_has_the_accuracy_of_chance(name, says):
+    task = ItemTask(TASKS[name](), 40)
+    (row,) = measure(Passes(BestConstant(says), task), 80, position="toy")
+    assert row.value == pytest.approx(task.task.chance, abs=0.04)
+
+
+def test_a_wrong_label_or_mask_is_noticed():
+    """The checks above look at every token: each of these changes breaks one of them."""
+    task = TASKS["sort"]()
+    item = task.draw([0, 1, 5], 9)
+    border = int(np.flatnonzero(item.input_ids == SEP)[0])
+    symbols = [int(t) - FIRST for t in item.input_ids[1:border]]
+    shifted = np.roll(item.counted, 1)
+    assert list(np.flatnonzero(shifted)) != list(range(border, len(item.input_ids)))
+    swapped = item.target_ids[border:-1][::-1] - FIRST
+    assert len(symbols) > 1 and list(swapped) != right_answer("sort", symbols)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MQAR(vocabulary=16, pairs=8), "task.vocabulary = 16 has no 8 different keys and values"),
+        (lambda: MQAR(pairs=0), "task.pairs = 0"),
+        (lambda: Induction(vocabulary=2), "task.vocabulary = 2"),
+        (lambda: TASKS["sort"](items=0), "task.items = 0"),
+    ],
+)
+def test_settings_that_cannot_hold_an_answer_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "message"),
+    [("sort", 151, "150 symbols"), ("addition", 3, "length of 4"), ("mqar", 31, "needs 32 tokens"),
+     ("interleaved_majority", 2, "length of 3")],
+)  # fmt: skip
+def test_lengths_without_items_are_refused(name, length, message):
+    (row,) = measure(Passes(Oracle(), ItemTask(TASKS[name](), 40)), length, position="toy")
+    assert row.value is None and message in row.reason
