@@ -41,6 +41,12 @@ def perplexity(nats: float) -> float:
     return math.exp(min(nats, 700))
 
 
+def times(nats: float) -> str:
+    """The factor of perplexity that a change of the loss is, for people: `x1.00`, `x12.3`."""
+    factor = perplexity(nats)
+    return f"x{factor:.2f}" if factor < 10 else f"x{factor:.3g}"
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve: a scheme at a training length, its seeds together."""

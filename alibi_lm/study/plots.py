@@ -81,6 +81,8 @@ class Panel:
     """Published curves."""
     behind: list[Line] = field(default_factory=list)
     """Other lines, thin and grey."""
+    tick_points: bool = False
+    """Ticks of the x axis where the points are, in place of powers of two."""
     zero: bool = False
     """Changes against one at x = 0: both axes have a 0, and that of y is marked."""
 
@@ -228,7 +230,7 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
         pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
         axis.set_xlim(places[0] / pad, places[-1] * pad)
-        ticks = length_ticks(places[0], places[-1], trained or places[0])
+        ticks = places if panel.tick_points else length_ticks(places[0], places[-1], trained or places[0])
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))
