@@ -42,9 +42,8 @@ def perplexity(nats: float) -> float:
 
 
 def times(nats: float) -> str:
-    """The factor of perplexity that a change of the loss is, for people: `x1.00`, `x12.3`."""
-    factor = perplexity(nats)
-    return f"x{factor:.2f}" if factor < 10 else f"x{factor:.3g}"
+    """The factor of perplexity that a change of the loss is, for people, in three digits: `x1.00`, `x12.3`."""
+    return f"x{perplexity(nats):#.3g}".rstrip(".")
 
 
 @dataclass(frozen=True)

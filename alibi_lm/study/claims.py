@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from alibi_lm.results.curves import CHECKPOINT, Curve, View, curves, point_of, step_of, view_of
+from alibi_lm.results.curves import CHECKPOINT, Curve, View, curves, point_of, step_of, view_of, views
 from alibi_lm.results.documents import DocumentSums, read_documents
 from alibi_lm.results.rows import ResultRow, RowKey, read_rows
 from alibi_lm.study.analysis import Analysis, Series, read_analysis
-from alibi_lm.study.compare import Measured, Sample, Verdict, judge, measure, overall, power_note, sample
+from alibi_lm.study.compare import VERDICTS, Measured, Sample, Verdict, judge, measure, overall, power_note, sample
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper_claims import CLAIMS, NEAR, Claim, Side
 from alibi_lm.study.records import RunRecord, find_records, recipes
-from alibi_lm.study.tables import Table, escape
+from alibi_lm.study.tables import Table, escape, provenance
 
 NUMBERS_NOTE = (
     "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a claim "
@@ -194,10 +195,13 @@ def claims_tables(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Table]:
     return tables
 
 
-def claims_markdown(judged: Mapping[str, Sequence[Judged]], unfair: Sequence[Difference]) -> str:
+def claims_markdown(judged: Mapping[str, Sequence[Judged]], evidence: Evidence) -> str:
     """`claims.md`."""
+    counts = Counter(item.verdict for group in judged.values() for item in group)
     parts = ["# The paper's claims and these results\n"]
-    serious = [item for item in unfair if item.matters]
+    parts += [f"Judged on {escape(provenance(evidence.rows, view))}.\n" for view in views(evidence.rows)[:1]]
+    parts.append(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS) + ".\n")
+    serious = [item for item in evidence.unfair if item.matters]
     if serious:
         parts.append("**The runs differ in more than the scheme**, so no verdict below is about schemes alone:\n")
         parts.append("".join(f"- {escape(item.sentence)}\n" for item in serious))

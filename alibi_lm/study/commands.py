@@ -76,7 +76,7 @@ def claims(config: ClaimsConfig) -> None:
     for difference in evidence.unfair:
         if difference.matters:
             print(f"NOT A FAIR COMPARISON: {difference.sentence}")
-    write_text(folder / "claims.md", claims_markdown(judged, evidence.unfair))
+    write_text(folder / "claims.md", claims_markdown(judged, evidence))
     print(folder / "claims.md")
 
 
