@@ -265,7 +265,7 @@ def measurement(experiment: str, line: str, shared: list[str]) -> Work:
     allowed = {"evaluate": evaluate_and_draw, "analyse": analyse_and_draw, "cards": write_cards}
     require(
         name in allowed,
-        f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, cards, and their settings.",
+        f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, cards and settings.",
     )
     kind = "evaluate" if name == "cards" else name
     config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{kind}", EvaluateConfig)
