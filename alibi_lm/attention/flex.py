@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.attention.base import Attend, AttentionBackend, Request
+from alibi_lm.attention.base import Attend, AttentionBackend, Request, more_than_a_bias
 from alibi_lm.positions.base import PositionScheme
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class FlexAttention(AttentionBackend):
         """Shape and blocks of the last causal mask: it depends on lengths alone, so it is kept."""
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        return "it needs the full score matrix" if scheme.defines("content_bias") else ""
+        by_content = scheme.defines("content_bias", "content_key_bias")
+        return more_than_a_bias(scheme) or ("it needs the full score matrix" if by_content else "")
 
     def refuses(self, scheme: PositionScheme, request: Request) -> str:
         if request.dropout:

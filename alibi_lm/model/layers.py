@@ -113,7 +113,8 @@ class KeyValueCache:
     cache as it was: what some layers have stored beyond it is overwritten by the next pass.
 
     Attributes:
-        layers: of each layer k and v, each (B, H, S, K), and the layer's input (B, S, D) for schemes that read it.
+        layers: of each layer k and v, each (B, H, S, K), and features of its input (B, S, F) for schemes
+            that read it.
         positions: (S,) int64; None when empty.
         first: the first of the positions; 0 when empty.
         next_position: the one after the last; 0 when empty.
@@ -159,7 +160,7 @@ class Attention(nn.Module):
         # (B, T, 3 D) -> three of (B, H, T, K)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = position.scheme.transform_qk(q, k, position.tables)
-        inputs = x if position.scheme.cache_inputs else None
+        inputs = position.scheme.features(x) if position.scheme.cache_inputs else None
         if cache is not None:
             k, v, inputs = cache.extend(layer, k, v, inputs)
         y = position.attend(q, k, v, inputs)
