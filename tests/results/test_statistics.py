@@ -252,7 +252,7 @@ def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
 
 @pytest.mark.parametrize(("noise", "gap"), [(1.0, 5.0), (3.0, 6.0), (6.0, 8.0)])
 def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies(noise, gap):
-    """True variances in: then about 80% of studies with so many seeds have an interval that leaves the bound out."""
+    """True variances in: about 80% of studies with so many seeds have an interval that leaves the bound out."""
     of_mean = np.exp(coverage.LENGTH_SPREAD**2) / coverage.DOCUMENTS
     found = seeds_to_settle(gap * of_mean**0.5, (noise**2 + 0.01) * of_mean, of_mean)
     rng = np.random.default_rng(3)
