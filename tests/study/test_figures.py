@@ -395,7 +395,7 @@ def test_stages_of_training_have_a_figure_and_a_table_and_leave_the_curves_alone
     drawn = [path.name for path in draw(tmp_path)]
     assert {"stages.png", "stages.svg", "extrapolation.png"} <= set(drawn)
     table = (tmp_path / "table.md").read_text()
-    assert "| ALiBi | 64 | 2 L | 1.000 | 1.500 | 2.200 |" in table and "checkpoint" not in table
+    assert "| ALiBi | 64 | 2 L | 1.000 | 1.500 | 2.200 |" in table and "tested with" not in table
     records = find_records(rows, tmp_path)
     assert [s.factor for s in stages_of(rows, records)] == [2, 8]
     assert stages_of([r for r in rows if r.changes != {"checkpoint": "step:100"}], records) == []
