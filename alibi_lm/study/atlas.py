@@ -19,7 +19,7 @@ from alibi_lm.study.analysis import Series
 from alibi_lm.study.claims import Evidence, read_evidence
 from alibi_lm.study.compare import Measured, answer_at, judge, measure, sample
 from alibi_lm.study.plots import Cell, Line, Panel, build, dress, grid, save
-from alibi_lm.study.report import picture, report_page, safe
+from alibi_lm.study.report import coloured, picture, report_page, safe
 from alibi_lm.study.style import label, look
 from alibi_lm.study.tables import Table, escape, provenance
 from alibi_lm.study.view_figures import decomposition_panel
@@ -271,11 +271,7 @@ class Block:
     def html(self) -> str:
         """For index.html; everything is escaped."""
         if self.kind == "table":
-            page = str(self.content.html())
-            for verdict, (words, _) in STANDINGS.items():
-                kind = f"word verdict {verdict.lower().replace(' ', '-')}"
-                page = page.replace(f'<td class="word">{words}</td>', f'<td class="{kind}">{words}</td>')
-            return page
+            return coloured(self.content.html(), {verdict: words for verdict, (words, _) in STANDINGS.items()})
         if self.kind == "picture":
             return picture(self.content.stem, self.content)
         if self.kind == "links":

@@ -78,7 +78,10 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
         "<h2>Tables</h2>",
         *(f"<h3>{safe(view.title)}</h3>{view_table(rows, view, words).html()}" for view in found),
         "<h2>The paper's claims</h2>",
-        *(f"<h3>{safe(group)}</h3>{_coloured(table.html())}" for group, table in claims.items()),
+        *(
+            f"<h3>{safe(group)}</h3>{coloured(table.html(), {v: v for v in VERDICTS})}"
+            for group, table in claims.items()
+        ),
         f'<p class="soft small">{safe(NUMBERS_NOTE)}</p>',
         *_paper(evidence),
         _fairness(evidence.unfair),
@@ -111,10 +114,11 @@ def picture(label: str, path: Path, anchor: str = "") -> str:
     return f'<figure{named}><img alt="{safe(label)}"{width} src="data:image/{kind};base64,{data}"></figure>'
 
 
-def _coloured(table: str) -> str:
-    for verdict in VERDICTS:
+def coloured(table: str, words: Mapping[str, str]) -> str:
+    """An HTML table whose cells of these words have the colour of a verdict: verdict -> words of the cell."""
+    for verdict, cell in words.items():
         kind = f"word verdict {verdict.lower().replace(' ', '-')}"
-        table = table.replace(f'<tr><td class="word">{verdict}</td>', f'<tr><td class="{kind}">{verdict}</td>')
+        table = table.replace(f'<td class="word">{cell}</td>', f'<td class="{kind}">{cell}</td>')
     return table
 
 
