@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow data train eval-extrapolation reproduce study analyse figures claims report publish bench status
+.PHONY: help setup check format test test-slow data train eval-extrapolation reproduce study analyse figures claims report publish atlas bench status
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -72,6 +72,10 @@ report: $(STAMP)  ## write one HTML file of the experiment's results
 
 publish: $(STAMP)  ## copy the experiment's results to docs/results, without weights
 	$(BIN)/python scripts/publish.py experiment=$(EXPERIMENT) $(ARGS)
+
+atlas: $(STAMP)  ## every position scheme, three seeds, about 50 minutes on 2 cores; then docs/atlas
+	$(BIN)/python scripts/study.py experiment=atlas $(ARGS)
+	$(BIN)/python scripts/atlas.py folder=docs/results/atlas
 
 bench: $(STAMP)  ## measure speed and memory per scheme, backend and length
 	$(BIN)/python scripts/bench.py $(ARGS)

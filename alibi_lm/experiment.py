@@ -39,21 +39,28 @@ def compose(overrides: list[str], name: str = "train", config: type = TrainConfi
         ValueError: settings that do not fit together.
         hydra.errors.HydraException: an override that does not fit the schema.
     """
-    from hydra import version
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode
     from omegaconf import OmegaConf, open_dict
 
-    version.setbase("1.3")
-    root = ROOT / "configs" / name
-    register(root.name, config)
-    loader = ConfigLoaderImpl(create_config_search_path(str(root.parent)))
-    cfg = loader.load_configuration(root.name, overrides=spelled(overrides, config), run_mode=RunMode.RUN)
+    cfg = _loader(name, config).load_configuration(
+        Path(name).name, overrides=spelled(overrides, config), run_mode=RunMode.RUN
+    )
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.resolve(cfg)
     return to_config(cfg)
+
+
+def _loader(name: str, config: type) -> Any:
+    """What finds the configs beside configs/<name>.yaml and the entries of its groups."""
+    from hydra import version
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+
+    version.setbase("1.3")
+    root = ROOT / "configs" / name
+    register(root.name, config)
+    return ConfigLoaderImpl(create_config_search_path(str(root.parent)))
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -90,7 +97,7 @@ def planned_runs(experiment: str, overrides: list[str]) -> dict[Path, tuple[list
         )
     sweeps = compose([f"experiment={experiment}", *_named("study", overrides)]).study
     require(bool(sweeps), f"experiment={experiment} has no `study`: it names no runs. Use make train instead.")
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(_loader("train", TrainConfig))  # position=glob(*) needs to know all schemes
     runs = {}
     for sweep in sweeps:
         (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides([*sweep.split(), *overrides]), None)
@@ -253,7 +260,7 @@ def measurement(experiment: str, line: str, shared: list[str]) -> Work:
 
     Args:
         experiment: its name.
-        line: evaluate, analyse or bench, and settings of that command.
+        line: evaluate, analyse or bench, and settings of that command; or cards, and those of evaluate.
         shared: further settings.
 
     Raises:
@@ -262,12 +269,15 @@ def measurement(experiment: str, line: str, shared: list[str]) -> Work:
     name, *arguments = shlex.split(line) or [""]
     if name == "bench":
         return partial(_child, name, [*arguments, *shared])
-    allowed = {"evaluate": evaluate_and_draw, "analyse": analyse_and_draw}
+    from alibi_lm.evaluate.cards import write_cards
+
+    allowed = {"evaluate": evaluate_and_draw, "analyse": analyse_and_draw, "cards": write_cards}
     require(
         name in allowed,
-        f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, and their settings.",
+        f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, cards and settings.",
     )
-    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{name}", EvaluateConfig)
+    kind = "evaluate" if name == "cards" else name
+    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{kind}", EvaluateConfig)
     return partial(allowed[name], config)
 
 

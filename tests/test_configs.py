@@ -50,7 +50,7 @@ def test_experiments_compose_and_build(name):
     assert model.num_parameters() > 0
     for sweep in config.study:
         for scheme in next(s for s in sweep.split() if s.startswith("position=")).split("=")[1].split(","):
-            assert scheme in GROUPS["position"]
+            assert scheme in (*GROUPS["position"], "glob(*)")
 
 
 @pytest.mark.parametrize("position", sorted(GROUPS["position"]))
@@ -126,6 +126,12 @@ def test_a_file_of_the_users_own_is_an_entry(tmp_path, monkeypatch):
         (folder / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=words):
             compose(["position=mine"])
+
+
+def test_the_atlas_has_every_scheme_with_three_seeds():
+    runs = planned_runs("atlas", [])
+    assert len(runs) == 3 * len(GROUPS["position"])
+    assert {config.position.name for _, config in runs.values()} == set(GROUPS["position"])
 
 
 def test_the_runs_of_an_experiment_do_not_share_a_folder(tmp_path):

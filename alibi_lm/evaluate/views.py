@@ -189,6 +189,7 @@ def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
         if base is not None:
             difference = group.point(sums[context] - sums[base], tokens)
             points[-1]["difference"] = {"from": base} | {k: difference[k] for k in ("nats", "low", "high")}
+            points[-1]["difference"]["by_document"] = _by_document(sums[context] - sums[base], tokens)
     return points
 
 
@@ -229,7 +230,8 @@ def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Poi
         steps = np.stack([losses(p, length, group.train_length, stride) for p in group.passes], axis=1)
         parts = dict(zip(TERMS, np.diff(steps, axis=0), strict=True)) | {"total": steps[-1] - steps[0]}
         for name, part in parts.items():
-            at[name] = group.point(np.add.reduceat(part, group.documents, axis=1), tokens)
+            by_document = np.add.reduceat(part, group.documents, axis=1)
+            at[name] = group.point(by_document, tokens) | {"by_document": _by_document(by_document, tokens)}
         early = positions_in_window(group.num_tokens, length) <= group.train_length
         at["largest_early_difference"] = float(np.ptp(steps[1:, :, early], axis=0).max())
         points.append(at)
@@ -265,6 +267,11 @@ def offset(group: Group, offsets: Sequence[int], width: int, every: int) -> list
 
 def _nothing(reason: str) -> Point:
     return {"nats": None, "low": None, "high": None, "reason": reason}
+
+
+def _by_document(sums: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """Sums (runs, documents) and targets (documents,) as JSON: enough for any interval."""
+    return {"nats": [_numbers(row) for row in sums], "tokens": tokens.tolist()}
 
 
 def _numbers(values: np.ndarray) -> list[float | int | None]:

@@ -10,7 +10,7 @@ authors' code (ofirpress/attention_with_linear_biases, fairseq/models/transforme
 
 Past the trained length: defined everywhere; the bias keeps growing linearly.
 Differs from the paper: nothing. `learned_slopes=true` trains the slopes (kept positive), which the paper
-tried and found to extrapolate badly.
+tried and found to extrapolate badly. `half_precision=true` rounds as the authors' code does in float16 training.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.settings import require
 
 
 @dataclass
@@ -32,9 +33,17 @@ class AlibiConfig:
     name: str = "alibi"
     learned_slopes: bool = False
     """Train one slope per head, starting from the fixed ones."""
+    half_precision: bool = False
+    """Round scores and bias as the authors' code does in float16 training; slow, to measure what that changes."""
 
-    def build(self, shape: PositionShape) -> Alibi:
-        return Alibi(self, shape)
+    def __post_init__(self) -> None:
+        require(
+            not (self.learned_slopes and self.half_precision),
+            "position.half_precision = true with learned_slopes = true. Theirs are fixed: choose one.",
+        )
+
+    def build(self, shape: PositionShape) -> PositionScheme:
+        return HalfPrecisionAlibi(shape) if self.half_precision else Alibi(self, shape)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -100,3 +109,29 @@ class Alibi(PositionScheme):
         smallest.
         """
         return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
+
+
+class HalfPrecisionAlibi(PositionScheme):
+    """ALiBi rounded as in the authors' float16 training: half(half(q . k / sqrt(head_dim)) + half(m j)).
+
+    j is the key's place in the sequence, counted from 0, so that the bias grows along the sequence in place of
+    falling with the distance: in exact arithmetic the same after softmax, in float16 coarser the further on a key
+    stands (steps of 1 at m j = 1,024). Source: the authors' fairseq/models/transformer.py, `buffered_future_mask`,
+    and fairseq's attention, which keeps scores in the dtype of the activations. Softmax is exact here.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, shape: PositionShape) -> None:
+        super().__init__(shape)
+        self.register_exact(
+            "slopes", torch.tensor(alibi_slopes(shape.num_heads), dtype=torch.float32, device="cpu")
+        )
+
+    def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """What rounding and bias add to the exact score."""
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if scores.dtype in (torch.bfloat16, torch.float16):
+            scores = scores.float()
+        bias = (self.slopes[:, None, None] * (k_pos - k_pos[0]).float()).half()
+        return (scores.half() + bias).to(scores.dtype) - scores

@@ -16,6 +16,8 @@ from alibi_lm.results.rows import ResultRow
 
 CACHE_SETTINGS = ("cache", "lost_share", "window", "sinks")
 """Changes that say through which cache a split was streamed."""
+CHECKPOINT = "checkpoint"
+"""Among the changes of a row: `step:<number>`, a checkpoint from before the end of training."""
 _HASH = re.compile(r"[0-9a-f]{6,}")
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
 
@@ -111,6 +113,8 @@ def view_of(row: ResultRow) -> View:
 def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | None = None) -> list[Curve]:
     """The curves of one view, by training length (longest first) and scheme.
 
+    Rows of checkpoints from before the end of training are left out, unless the view has no others.
+
     Args:
         rows: of one experiment.
         view: which of them.
@@ -118,6 +122,7 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
             `alibi_lm.study.records.recipes`; a run that is not in it goes by its name.
     """
     chosen = [row for row in rows if row.run is not None and view_of(row) == view]
+    chosen = [row for row in chosen if step_of(row) is None] or chosen
     texts = text_names(chosen)
     recipes = _names_without_hashes(chosen) | dict(recipes or {})
     found: dict[tuple[str, int, str], Curve] = {}
@@ -188,6 +193,12 @@ def text_names(rows: Iterable[ResultRow]) -> dict[str | None, str]:
             same = sum(other.partition(" #")[0] == name for other in found.values())
             found[row.corpus] = f"{name} #{same + 1}" if same else name
     return found
+
+
+def step_of(row: ResultRow) -> int | None:
+    """The training step of the checkpoint that a row tested; None for the run's last or best one."""
+    named = re.fullmatch(r"step:(\d+)", str(row.changes.get(CHECKPOINT)))
+    return int(named[1]) if named else None
 
 
 def variant_of(row: ResultRow, recipes: Mapping[str, str]) -> str:

@@ -47,6 +47,8 @@ class Interval:
     """Between seeds (of their differences, where seeds are paired), in nats squared; 0 with one seed."""
     document_variance: float
     """The documents' part of the squared error, which more seeds do not shrink."""
+    document_df: float
+    """Degrees of freedom of that part."""
 
 
 class VarianceParts(NamedTuple):
@@ -233,18 +235,24 @@ def paired_difference(
     return _interval(parts, min(len(a), len(b)), level, comparisons, note)
 
 
-def seeds_to_settle(gap: float, seed_variance: float, document_variance: float, level: float = 0.95) -> int | None:
+def seeds_to_settle(
+    gap: float, seed_variance: float, document_variance: float, level: float = 0.95, document_df: float = 30.0
+) -> int | None:
     """An estimate of how many seeds would settle a difference, if it and the scatter are as seen so far.
 
-    With that many seeds about four of five such experiments would have an interval that leaves out the bound.
-    Formula: the least a >= 2 with gap >= (critical value + z) * sqrt(seed_variance / a + document_variance), where
-    z is the normal quantile of 0.8. Few seeds say little of their variance: take it as an order of magnitude.
+    With that many seeds about four of five such experiments have an interval that leaves out the bound: the least
+    a >= 2 with gap >= (critical value + z) * sqrt(seed_variance / a + document_variance), z the normal quantile of
+    0.8. Few seeds say little of their variance: take it as an order of magnitude.
+
+    Source: the usual sample size for a power of 0.8, as in Cohen (1988), "Statistical Power Analysis for the
+    Behavioral Sciences", section 2.4, with the critical value of these intervals in place of Student's.
 
     Args:
         gap: distance between the estimate and the bound that it must clear, in nats; not negative.
         seed_variance: between seeds, in nats squared.
         document_variance: of the documents' part of the error, which more seeds do not shrink.
         level: of each interval, in (0, 1).
+        document_df: degrees of freedom of the documents' part, positive.
 
     Returns:
         Seeds, 2 to 10,000; None where that many would not do.
@@ -256,7 +264,7 @@ def seeds_to_settle(gap: float, seed_variance: float, document_variance: float, 
         if variance == 0:
             return gap > 0
         share = np.asarray(seed_variance / seeds / variance)
-        critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(30.0), level))
+        critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(document_df), level))
         return bool(gap >= (critical + float(stats.norm.ppf(0.8))) * np.sqrt(variance))
 
     high = 2
@@ -331,6 +339,7 @@ def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, 
         note.removeprefix("; "),
         seed_variance=float(parts.seed) * seeds,
         document_variance=float(document),
+        document_df=float(parts.document_df),
     )
 
 

@@ -43,6 +43,11 @@ def perplexity(nats: float) -> float:
     return math.exp(min(nats, 700))
 
 
+def times(nats: float) -> str:
+    """The factor of perplexity that a change of the loss is, for people, in three digits: `x1.00`, `x12.3`."""
+    return f"x{perplexity(nats):#.3g}".rstrip(".")
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve: a scheme at a training length, its seeds together."""

@@ -7,27 +7,35 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.results.curves import View, curves, point_of, view_of
+import numpy as np
+
+from alibi_lm.results.curves import CHECKPOINT, Curve, View, curves, point_of, step_of, view_of, views
 from alibi_lm.results.documents import DocumentSums, read_documents
 from alibi_lm.results.rows import ResultRow, RowKey, read_rows
-from alibi_lm.study.analysis import Analysis, read_analysis
-from alibi_lm.study.compare import Measured, Verdict, judge, measure, overall, power_note
+from alibi_lm.study.analysis import Analysis, Series, read_analysis
+from alibi_lm.study.compare import VERDICTS, Measured, Sample, Verdict, judge, measure, overall, power_note, sample
 from alibi_lm.study.fairness import Difference, differences
-from alibi_lm.study.paper_claims import CLAIMS, Claim, Side
+from alibi_lm.study.paper_claims import CLAIMS, NEAR, Claim, Side
 from alibi_lm.study.records import RunRecord, find_records, recipes
-from alibi_lm.study.tables import Table, escape
+from alibi_lm.study.tables import Table, escape, provenance
 
 NUMBERS_NOTE = (
     "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a claim "
-    "asks about several lengths). One seed says nothing about another training run: a comparison of two schemes "
-    "is then not settled, and a scheme compared with itself is judged for that seed alone. How many seeds would "
-    "settle a claim is an estimate from the few that there are."
+    "asks about several lengths). A verdict is about this text and models of this size, not about the paper's. "
+    "One seed says nothing about another training run: a comparison of two schemes is then not settled, and a "
+    "scheme compared with itself is judged for that seed alone. How many seeds would settle a claim is estimated "
+    "from the few that there are, if mean and scatter stay as they are."
 )
+
+
+ANALYSES = ("decomposition", "fixed")
+"""Views that decide claims."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class Evidence:
     documents: Mapping[RowKey, DocumentSums] = field(default_factory=dict)
     bench: Sequence[Mapping[str, Any]] = ()
     """Rows of the benchmark."""
-    decomposition: Analysis | None = None
+    analyses: Mapping[str, Analysis] = field(default_factory=dict)
+    """By view: `decomposition` and `fixed` decide claims."""
 
     @functools.cached_property
     def words(self) -> dict[str, str]:
@@ -54,6 +63,20 @@ class Evidence:
     def setting(self, run: str, key: str) -> Any:
         """A setting of a run by dotted name; None where it is unknown."""
         return self.records[run].config.get(key) if run in self.records else None
+
+    def stage(self, row: ResultRow) -> float:
+        """The share of its training after which a run was tested; 1 for its end, NaN where it is not known."""
+        step, steps = step_of(row), self.setting(str(row.run), "steps")
+        return 1.0 if step is None else step / steps if isinstance(steps, int) else math.nan
+
+    def last_stage(self, position: str, train_length: int, limit: float) -> float:
+        """The latest stage at which a scheme was tested and that is at most `limit` (or 1% above it)."""
+        own = [row for row in self.rows if (row.position, row.train_length) == (position, train_length)]
+        return max((s for row in own if (s := self.stage(row)) <= limit * 1.01), default=0.0)
+
+    def is_own(self, curve: Curve) -> bool:
+        """Whether a curve has the experiment's own settings, whatever was changed for the test."""
+        return all(not self.words.get(run, curve.variant) for run in curve.seeds)
 
 
 def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
@@ -71,14 +94,9 @@ def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
     last = Path("outputs") / "bench" / "results.jsonl"
     chosen = bench or (published if published.is_file() else last)
     # Published results hold their analyses; those of an experiment lie beside its results.
-    analyses = [parent / "analysis" / "decomposition.json" for parent in (folder, folder.parent)]
-    return Evidence(
-        rows,
-        find_records(rows, folder),
-        read_documents(folder),
-        read_bench(chosen),
-        next((read_analysis(path) for path in analyses if path.is_file()), None),
-    )
+    places = [parent / "analysis" / f"{v}.json" for parent in (folder.parent, folder) for v in ANALYSES]
+    analyses = {path.stem: read_analysis(path) for path in places if path.is_file()}
+    return Evidence(rows, find_records(rows, folder), read_documents(folder), read_bench(chosen), analyses)
 
 
 @dataclass(frozen=True)
@@ -109,8 +127,13 @@ class Judged:
         return f"{self.verdict:<11}  {self.claim.statement} {tail}"
 
 
-Pair = tuple[str, list[ResultRow], list[ResultRow]]
-"""What is compared, in words, and the rows of both sides, one per run."""
+@dataclass(frozen=True)
+class Found:
+    """One thing that a claim is about: in words, what both sides measured (or the interval already made)."""
+
+    what: str
+    left: Sample | Measured
+    right: Sample | None = None
 
 
 def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, list[Judged]]:
@@ -129,32 +152,34 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
     if claim.measure is not None:
         return _judge_speed(claim, evidence.bench)
     needed = claim.seeds_needed if min_seeds is None else min_seeds
-    if claim.part is not None:
-        return _judge_part(claim, evidence.decomposition, needed)
-    found, missing = _pairs(claim, evidence)
-    instances = []
-    for what, a, b in found:
-        measured = measure(a, b, evidence.documents, len(found))
-        instance = _instance(what, measured, claim, needed)
-        if measured.seeds >= needed and instance.verdict == "NOT SETTLED":
-            note = power_note(measured, claim.relation, claim.factor)
-            instance = replace(instance, numbers=f"{instance.numbers}, {note}")
-        instances.append(instance)
+    if claim.equal_time:
+        return _judge_equal_time(claim, evidence, needed)
+    found, missing = _parts(claim, evidence) if claim.part is not None else _pairs(claim, evidence)
+    if not found and claim.left.stride == 1:
+        found, others = _exact_context(claim, evidence)
+        missing = others if found else missing
+    instances = [_instance(claim, one, len(found), needed) for one in found]
     verdict = overall([instance.verdict for instance in instances])
     if not instances:
         return Judged(claim, verdict, [], missing)
     # A claim about certain lengths, or about all, is not confirmed at those that were left out.
     note = f"not run: {missing}" if missing and claim.train_lengths else ""
-    lengths = {what.partition(",")[0] for what, _, _ in found}
+    lengths = {one.what.partition(",")[0] for one in found}
     if len(lengths) < claim.min_lengths:
         note = f"{claim.min_lengths} training lengths needed"
     return Judged(claim, "NOT SETTLED" if note and verdict == "HOLDS" else verdict, instances, note)
 
 
-def _instance(what: str, measured: Measured, claim: Claim, needed: int) -> Instance:
+def _instance(claim: Claim, found: Found, comparisons: int, needed: int) -> Instance:
+    left = found.left
+    measured = left if isinstance(left, Measured) else measure(left, found.right, comparisons)
+    verdict = judge(measured, claim.relation, claim.factor, needed)
     numbers = f"{measured.ratio} ({measured.over})" if measured.over else measured.ratio
-    numbers += f", {needed} seeds needed" if measured.seeds < needed else ""
-    return Instance(what, judge(measured, claim.relation, claim.factor, needed), numbers)
+    if measured.seeds < needed:
+        numbers += f", {needed} seeds needed"
+    elif verdict == "NOT SETTLED":
+        numbers += f", {power_note(measured, claim.relation, claim.factor)}"
+    return Instance(found.what, verdict, numbers)
 
 
 def claims_tables(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Table]:
@@ -170,10 +195,13 @@ def claims_tables(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Table]:
     return tables
 
 
-def claims_markdown(judged: Mapping[str, Sequence[Judged]], unfair: Sequence[Difference]) -> str:
+def claims_markdown(judged: Mapping[str, Sequence[Judged]], evidence: Evidence) -> str:
     """`claims.md`."""
+    counts = Counter(item.verdict for group in judged.values() for item in group)
     parts = ["# The paper's claims and these results\n"]
-    serious = [item for item in unfair if item.matters]
+    parts += [f"Judged on {escape(provenance(evidence.rows, view))}.\n" for view in views(evidence.rows)[:1]]
+    parts.append(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS) + ".\n")
+    serious = [item for item in evidence.unfair if item.matters]
     if serious:
         parts.append("**The runs differ in more than the scheme**, so no verdict below is about schemes alone:\n")
         parts.append("".join(f"- {escape(item.sentence)}\n" for item in serious))
@@ -201,36 +229,57 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Pair], str]:
-    """The measurements that the claim is about, or why there are none."""
+# --- what each kind of claim is measured by --------------------------------------------------------
+
+
+def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
+    """The rows that the claim is about, or why there are none."""
     left, right = claim.left, claim.right
     assert left is not None and right is not None
-    found: list[Pair] = []
+    found: list[Found] = []
     reasons = []
     # A claim may speak of L/2 only, so L need not be a training length itself.
     trained = {row.train_length for row in evidence.rows if row.train_length is not None}
     known = sorted({round(n / side.train) for side in (left, right) for n in trained})
     for length in claim.train_lengths or known:
-        left_rows, left_missing = _runs(left, length, evidence)
-        right_rows, right_missing = _runs(right, length, evidence)
+        (left_rows, left_missing), (right_rows, right_missing) = (
+            _runs(side, length, evidence) for side in (left, right)
+        )
         if left_missing or right_missing:
             reasons += [text for text in (left_missing, right_missing) if text]
             continue
         left_at, right_at = _at(left, length, left_rows), _at(right, length, right_rows)
         if not left_at or not right_at:
             reasons.append(f"L={length}: not evaluated at {right.words if left_at else left.words}")
+        same = (left.at, left.which) == (right.at, right.which)
         for i, j in itertools.product(left_at, right_at):
-            a = [row for row in left_rows if row.inference_length == i]
-            b = [row for row in right_rows if row.inference_length == j]
+            if same and i != j:
+                continue
+            a, b = _of_length(left_rows, i), _of_length(right_rows, j)
             refused = [row.reason for row in (*a, *b) if point_of(row) is None]
             if refused:
                 reasons.append(f"L={length}: {refused[0]}")
             elif len({(row.corpus, row.tokens) for row in (*a, *b)}) > 1:
                 reasons.append(f"L={length}: the two sides were evaluated on different texts")
             else:
-                found.append((f"L={length}, at {i}" + (f" over {j}" if i != j else ""), a, b))
-    reasons = list(dict.fromkeys(reasons)) or ([] if found else ["no such runs"])
-    return found, "; ".join(reasons[:2]) + (f"; and {len(reasons) - 2} more" if len(reasons) > 2 else "")
+                sides = [sample(rows, evidence.documents) for rows in (a, b)]
+                if claim.from_L:
+                    own = [
+                        sample(_of_length(rows, rows[0].train_length), evidence.documents)
+                        for rows in (left_rows, right_rows)
+                    ]
+                    sides = [side.minus(at_L) for side, at_L in zip(sides, own, strict=True)]
+                found.append(Found(f"L={length}, at {i}" + (f" over {j}" if i != j else ""), *sides))
+    return found, _some(reasons) or ("" if found else "no such runs")
+
+
+def _some(reasons: Sequence[str]) -> str:
+    reasons = list(dict.fromkeys(reasons))
+    return "; ".join(reasons[:2]) + (f"; and {len(reasons) - 2} more" if len(reasons) > 2 else "")
+
+
+def _of_length(rows: Sequence[ResultRow], length: int | None) -> list[ResultRow]:
+    return [row for row in rows if row.inference_length == length]
 
 
 def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:
@@ -242,7 +291,8 @@ def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:
 def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow], str]:
     """Rows of the runs that a side means where L is `length`; none, and why, where it means no one set of runs."""
     train = side.train * length
-    view = View("validation", "nonoverlapping" if side.stride is None else "sliding", side.stride)
+    mode = "items" if side.task != "text" else "nonoverlapping" if side.stride is None else "sliding"
+    view = View("validation", mode, side.stride, side.task, side.metric)
     rows = [
         row
         for row in evidence.rows
@@ -250,32 +300,126 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
         and row.position == side.position
         and math.isclose(row.train_length or 0, train)
         and view_of(row) == view
+        and {k: v for k, v in row.changes.items() if k != CHECKPOINT} == side.changes
+        and abs(evidence.stage(row) - side.stage) < NEAR
         and all(evidence.setting(row.run, key) == value for key, value in side.where.items())
     ]
     what = f"{side.position} trained at {train:g}"
     if not rows:
-        settings = "".join(f", {key}={value}" for key, value in side.where.items())
+        settings = "".join(f", {key}={value}" for key, value in {**side.where, **side.changes}.items())
+        settings += "" if side.stage == 1 else f", after {side.stage:.0%} of its training"
         return [], f"no {what}{settings}, {view.title}"
     found = curves(rows, view, evidence.words)
     if len(found) > 1:
         # Runs with the experiment's own settings are meant, unless the claim says which.
-        own = {run for curve in found if not curve.variant for run in curve.seeds}
-        rows = [row for row in rows if row.run in own and not row.changes]
+        variants = ", ".join(sorted(curve.variant or "as in the experiment" for curve in found))
+        own = {run for curve in found if evidence.is_own(curve) for run in curve.seeds}
+        rows = [row for row in rows if row.run in own]
         if not rows or side.where:
-            variants = ", ".join(sorted(curve.variant or "as in the experiment" for curve in found))
             return [], f"several variants of {what}: {variants}"
     return rows, ""
+
+
+def _exact_context(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
+    """A scheme against itself at L under stride 1: targets that each have exactly so many tokens of context."""
+    assert claim.left is not None
+    found, reasons = [], []
+    for series in _series(claim.left, evidence, "fixed"):
+        points = {int(point["context"]): point for point in series.points}
+        usable = [n for n, point in points.items() if point["nats"] is not None]
+        at = claim.left.lengths(series.train_length, usable)
+        if not at or series.train_length not in usable:
+            reasons.append(f"L={series.train_length}: no target with {claim.left.words} of context and with L")
+        for n in at if series.train_length in usable else []:
+            what = f"L={series.train_length}, with {n} tokens of context over {series.train_length}"
+            found.append(Found(what, _change(series, points[n]["difference"])))
+    return found, _some(reasons)
+
+
+def _parts(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
+    """A part of what changes the loss beyond L, at every length that was taken apart."""
+    assert claim.left is not None and claim.part is not None
+    found = []
+    for series in _series(claim.left, evidence, "decomposition"):
+        points = {int(point["length"]): point.get(claim.part) for point in series.points}
+        for length in claim.left.lengths(series.train_length, points):
+            if (part := points[length]) is not None:  # else refused there
+                found.append(Found(f"L={series.train_length}, from L to {length}", _change(series, part)))
+    return found, "" if found else "needs analyse.py view=decomposition of such runs"
+
+
+def _series(side: Side, evidence: Evidence, view: str) -> list[Series]:
+    """Curves of an analysis of the validation split that a side means."""
+    analysis = evidence.analyses.get(view)
+    if analysis is None or analysis.split != "validation":
+        return []
+    # Variants stand beside the experiment's own settings only where both were analysed.
+    return [s for s in analysis.series if s.position == side.position and not s.variant and not s.changes]
+
+
+def _change(series: Series, change: Mapping[str, Any]) -> Sample | Measured:
+    """A change of the loss of an analysis: by seed and document; of earlier versions the interval alone."""
+    if own := change.get("by_document"):
+        nats, tokens = np.array(own["nats"]), np.array(own["tokens"])
+        means = dict(zip(series.runs, (nats.sum(1) / tokens.sum()).tolist(), strict=True))
+        several = np.count_nonzero(tokens) > 1
+        return Sample(means, nats, tokens) if several else Sample(means, why="the text is one document")
+    seeds = len(series.runs)
+    over = f"{seeds} seeds and {series.documents} documents" if seeds > 1 else "one seed"
+    return Measured(change["nats"], change["low"], change["high"], seeds, over)
+
+
+def _judge_equal_time(claim: Claim, evidence: Evidence, needed: int) -> Judged:
+    """Left against right after equal training time, as in Table 11 of the paper; equal updates are Table 12.
+
+    The benchmark says how many times as fast left trains. Left wins if it is better with no more time than right
+    had, and loses if right is better with no more time than left had: of each side the end of its training, or the
+    last checkpoint within the other's time, stands for it. Between the two nothing is settled.
+    """
+    left, right = claim.left, claim.right
+    assert left is not None and right is not None
+    speeds: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
+    for row, value in _measured(evidence.bench, "train_tokens_per_second"):
+        way = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled"))
+        speeds.setdefault(way, {})[row.get("position"), row.get("length")] = value
+    trained = {row.train_length for row in evidence.rows if row.train_length is not None}
+    instances, reasons = [], []
+    for length in sorted(n for n in trained if n * left.train in trained):
+        sides = (left.position, n := round(length * left.train)), (right.position, length)
+        faster = next((of[sides[0]] / of[sides[1]] for of in speeds.values() if set(sides) <= set(of)), None)
+        if faster is None:
+            reasons.append(f"L={length}: no benchmark of {left.position} at {n} and {right.position} at {length}")
+            continue
+        answers: dict[str, Instance] = {}
+        for wanted, limits in (("HOLDS", (faster, 1.0)), ("FAILS", (1.0, 1 / faster))):
+            stages = [evidence.last_stage(*side, limit) for side, limit in zip(sides, limits, strict=True)]
+            two = [replace(side, stage=stage) for side, stage in zip((left, right), stages, strict=True)]
+            found, missing = _pairs(replace(claim, left=two[0], right=two[1], train_lengths=(length,)), evidence)
+            reasons += [missing] if missing else []
+            for one in found:
+                at = ["" if stage == 1 else f" after {stage:.0%} of its training" for stage in stages]
+                words = f"{left.position} at L/2{at[0]}, {faster:.3f} times as fast, {right.position}{at[1]}"
+                answers[wanted] = _instance(claim, replace(one, what=f"{one.what}, {words}"), 1, needed)
+        settled = [one for wanted, one in answers.items() if one.verdict == wanted]
+        instances += settled[:1] or [replace(one, verdict="NOT SETTLED") for one in list(answers.values())[:1]]
+    return Judged(claim, overall([i.verdict for i in instances]), instances, "" if instances else _some(reasons))
+
+
+def _measured(bench: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[Mapping[str, Any], float]]:
+    """Rows of the benchmark with a value, of our own implementation."""
+    for row in bench:
+        value = row.get(name)
+        if row.get("implementation", "ours") == "ours" and isinstance(value, int | float) and value > 0:
+            yield row, float(value)
 
 
 def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
     """Speeds at equal length, device, dtype and backend; ratios are medians, so there is no interval."""
     assert claim.left is not None and claim.right is not None and claim.measure is not None
     groups: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in bench:
-        value = row.get(claim.measure)
-        if row.get("implementation", "ours") == "ours" and isinstance(value, int | float) and value > 0:
-            key = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled", "length", "batch"))
-            groups.setdefault(key, {})[str(row.get("position"))] = float(value)
+    for row, value in _measured(bench, claim.measure):
+        key = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled", "length", "batch"))
+        groups.setdefault(key, {})[str(row.get("position"))] = value
     instances = []
     for key, speeds in groups.items():
         if claim.left.position in speeds and claim.right.position in speeds:
@@ -283,27 +427,4 @@ def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
             verdict = judge(Measured(value, value, value, 1, ""), claim.relation, claim.factor, 1)
             instances.append(Instance(f"length {key[4]}, {key[2]}, {key[0]}", verdict, f"{math.exp(value):.3f}"))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
-    return Judged(claim, overall([i.verdict for i in instances]), instances, note)
-
-
-def _judge_part(claim: Claim, decomposition: Analysis | None, needed: int) -> Judged:
-    """A part of what changes the loss beyond L, at every length that was taken apart."""
-    assert claim.left is not None and claim.part is not None
-    side, instances = claim.left, []
-    on_validation = decomposition is not None and decomposition.split == "validation"
-    for series in decomposition.series if decomposition is not None and on_validation else []:
-        # Variants stand beside the experiment's own settings only where both were analysed.
-        if series.position != side.position or series.variant:
-            continue
-        points = {int(point["length"]): point.get(claim.part) for point in series.points}
-        for length in side.lengths(series.train_length, points):
-            part = points[length]
-            if part is None:
-                continue  # refused there
-            seeds = len(series.runs)
-            over = f"{seeds} seeds and {series.documents} documents" if seeds > 1 else "one seed"
-            measured = Measured(part["nats"], part["low"], part["high"], seeds, over)
-            what = f"L={series.train_length}, from L to {length}"
-            instances.append(_instance(what, measured, claim, needed))
-    note = "" if instances else "needs analyse.py view=decomposition of such runs"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

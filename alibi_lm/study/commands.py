@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import View
 from alibi_lm.settings import require
+from alibi_lm.study.atlas import write_atlas
 from alibi_lm.study.claims import claims_markdown, judge_claims, read_evidence
 from alibi_lm.study.compare import common_lengths, is_better, select, title
 from alibi_lm.study.fairness import differences
@@ -76,7 +77,7 @@ def claims(config: ClaimsConfig) -> None:
     for difference in evidence.unfair:
         if difference.matters:
             print(f"NOT A FAIR COMPARISON: {difference.sentence}")
-    write_text(folder / "claims.md", claims_markdown(judged, evidence.unfair))
+    write_text(folder / "claims.md", claims_markdown(judged, evidence))
     print(folder / "claims.md")
 
 
@@ -155,6 +156,21 @@ class ReportConfig(StudyConfig):
 def report(config: ReportConfig) -> None:
     """Write report.html in the folder of the results and print its path."""
     print(write_report(config.results, _path(config.bench)))
+
+
+@dataclass
+class AtlasConfig(StudyConfig):
+    """Settings of `scripts/atlas.py`."""
+
+    experiment: str = "atlas"
+    target: str = "docs/atlas"
+    """The folder to write."""
+
+
+def atlas(config: AtlasConfig) -> None:
+    """Write the atlas and print the paths of its two forms."""
+    for path in write_atlas(config.results, Path(config.target))[:2]:
+        print(path)
 
 
 @dataclass

@@ -10,16 +10,16 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from alibi_lm.results.curves import View, curves, point_of, view_of, views
 from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
-from alibi_lm.results.statistics import paired_difference, seeds_to_settle
+from alibi_lm.results.statistics import Interval, mean_nats_interval, paired_difference, seeds_to_settle
 from alibi_lm.study.paper_claims import Relation
 from alibi_lm.study.style import label
 
@@ -44,33 +44,88 @@ class Measured:
     """What the interval is over, in words; where there is none, why."""
     seed_variance: float = 0.0
     document_variance: float = 0.0
+    document_df: float = 30.0
     """As in `alibi_lm.results.statistics.Interval`."""
     comparisons: int = 1
+    metric: str = "perplexity"
 
     @property
     def ratio(self) -> str:
-        """For people: `1.950 [1.902, 1.999]`, perplexity left over right."""
-        text = f"{_exp(self.estimate):.3f}"
+        """For people: `1.950 [1.902, 1.999]`, perplexity left over right; of other metrics left minus right."""
+
+        def show(value: float) -> str:
+            return f"{_exp(value):.3f}" if self.metric == "perplexity" else f"{value:+.3f}"
+
         if self.low is None or self.high is None:
-            return text
-        return f"{text} [{_exp(self.low):.3f}, {_exp(self.high):.3f}]"
+            return show(self.estimate)
+        return f"{show(self.estimate)} [{show(self.low)}, {show(self.high)}]"
 
 
-def measure(
-    left: Sequence[ResultRow],
-    right: Sequence[ResultRow],
-    documents: Mapping[RowKey, DocumentSums],
-    comparisons: int = 1,
-) -> Measured:
-    """Left minus right, in mean nats per token (for other metrics: in the metric).
+@dataclass(frozen=True)
+class Sample:
+    """What the runs of one side measured, and where it is at hand, on which document."""
+
+    values: dict[Any, float]
+    """Seed (the run, where a seed is unknown or comes twice) -> mean nats per token, or value of the metric."""
+    nats: np.ndarray | None = None
+    """(seeds, documents), sums of nats in the order of `values`."""
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """(documents,); empty where there are no sums."""
+    why: str = ""
+    """Why there are no sums per document."""
+    metric: str = "perplexity"
+
+    @property
+    def seeds(self) -> list[Any]:
+        """Of the runs."""
+        return list(self.values)
+
+    def minus(self, other: Sample) -> Sample:
+        """The difference within each seed that both have, such as a scheme against itself at another length."""
+        seeds = [seed for seed in self.values if seed in other.values]
+        found = replace(self, values={seed: self.values[seed] - other.values[seed] for seed in seeds})
+        if self.nats is None or other.nats is None or not np.array_equal(self.tokens, other.tokens):
+            return replace(found, nats=None, why=self.why or other.why or OTHER_DOCUMENTS)
+        mine, theirs = ([one.seeds.index(seed) for seed in seeds] for one in (self, other))
+        return replace(found, nats=self.nats[mine] - other.nats[theirs])
+
+
+OTHER_DOCUMENTS = "other documents on the two sides"
+
+
+def sample(rows: Sequence[ResultRow], documents: Mapping[RowKey, DocumentSums]) -> Sample:
+    """What these rows measured.
 
     Args:
-        left: rows with values, one per seed.
-        right: likewise; runs of the same seed are paired.
+        rows: with values, one per seed, of one metric and length.
         documents: sums by row key, where there are any.
+    """
+    seeds = [row.seed for row in rows]
+    unique = None not in seeds and len(set(seeds)) == len(seeds)
+    points = ((row, point_of(row)) for row in rows)
+    values = {row.seed if unique else row.run: value for row, value in points if value is not None}
+    found = Sample(values, metric=rows[0].metric)
+    if any(row.key not in documents for row in rows):
+        return replace(found, why="no sums per document")
+    if not unique:
+        return replace(found, why="seeds are unknown or come twice")
+    tokens = documents[rows[0].key].tokens
+    if any(not np.array_equal(tokens, documents[row.key].tokens) for row in rows):
+        return replace(found, why=OTHER_DOCUMENTS)
+    if np.count_nonzero(tokens) < 2:
+        return replace(found, why="the text is one document, which does not show how documents differ")
+    return replace(found, nats=np.stack([documents[row.key].nats for row in rows]), tokens=tokens)
+
+
+def measure(left: Sample, right: Sample | None, comparisons: int = 1) -> Measured:
+    """Left minus right (nothing: against 0), in mean nats per token (for other metrics: in the metric).
+
+    Args:
+        left: by seed.
+        right: likewise; runs of the same seed are paired.
         comparisons: how many differences are judged together (each interval is widened for it).
     """
-    found = _over_documents(left, right, documents, comparisons)
+    found = _over_documents(left, right, comparisons)
     return found if isinstance(found, Measured) else _over_seeds(left, right, comparisons, found)
 
 
@@ -107,18 +162,25 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def power_note(measured: Measured, relation: Relation, factor: float) -> str:
-    """How many seeds would settle it, in words; an estimate from the scatter of the seeds that there are."""
+    """How many seeds would settle it, in words; an estimate from the scatter of the seeds that there are.
+
+    Where the documents alone leave it open, so does any number of seeds: then how much more text it takes too.
+    """
     if measured.seeds < 2 or measured.low is None:
         return "needs 2 seeds or more to see how seeds differ"
     bound = math.log(factor)
     bounds = [-bound, bound] if relation == "within" else [bound]
     gap = min(abs(measured.estimate - b) for b in bounds)
     level = 1 - (1 - LEVEL) / measured.comparisons
-    seeds = seeds_to_settle(gap, measured.seed_variance, measured.document_variance, level)
-    if seeds is None:
-        return "estimate: more seeds would not settle it, as the documents alone leave it open or it is too close"
-    # With the seeds at hand an estimate of no more than these would say that it is settled already.
-    return f"estimate: about {max(seeds, measured.seeds + 1)} seeds would settle it, if mean and scatter stay"
+    for text in (1, 2, 5, 10, 20, 50, 100):
+        of_documents = measured.document_variance / text, level, measured.document_df * text
+        seeds = seeds_to_settle(gap, measured.seed_variance, *of_documents)
+        if seeds is not None:
+            # With the seeds at hand an estimate of no more than these would say that it is settled already.
+            seeds = max(seeds, measured.seeds + (text == 1))
+            more = f" and {text} times the text" if text > 1 else ""
+            return f"about {seeds} seeds{more} would settle it"
+    return "too close to the bound for more seeds to settle it"
 
 
 def is_better(
@@ -173,7 +235,7 @@ def answer_at(
         raise ValueError(
             f"A and B were scored on different texts at length {length} ({hashes}); evaluate both on the same one"
         )
-    measured = measure(sides[0], sides[1], documents, comparisons)
+    measured = measure(sample(sides[0], documents), sample(sides[1], documents), comparisons)
     relation: Relation = "below" if a[0].metric == "perplexity" else "above"
     verdict = judge(measured, relation, 1.0, 2)
     note = f"; {power_note(measured, relation, 1.0)}" if verdict == "NOT SETTLED" else ""
@@ -225,49 +287,43 @@ def title(rows: Sequence[ResultRow]) -> str:
     return f"{label(rows[0].position)} trained at {rows[0].train_length} ({named})"
 
 
-def _over_documents(
-    left: Sequence[ResultRow],
-    right: Sequence[ResultRow],
-    documents: Mapping[RowKey, DocumentSums],
-    comparisons: int,
-) -> Measured | str:
+def _over_documents(left: Sample, right: Sample | None, comparisons: int) -> Measured | str:
     """The difference over seeds and documents, or why there is none over documents."""
-    rows = [*left, *right]
-    if any(row.key not in documents for row in rows):
-        return "no sums per document"
-    seeds = [[row.seed for row in side if row.seed is not None] for side in (left, right)]
-    if sum(map(len, seeds)) < len(rows) or any(len(set(side)) < len(side) for side in seeds):
-        return "seeds are unknown or come twice"
-    tokens = documents[rows[0].key].tokens
-    if any(not np.array_equal(tokens, documents[row.key].tokens) for row in rows):
-        return "other documents on the two sides"
-    if np.count_nonzero(tokens) < 2:
-        return "the text is one document, which does not show how documents differ"
+    if left.nats is None or (right and right.nats is None):
+        return left.why or (right.why if right else "")
+    if right and not np.array_equal(left.tokens, right.tokens):
+        return OTHER_DOCUMENTS
     try:
-        a, b = (np.stack([documents[row.key].nats for row in side]) for side in (left, right))
-        found = paired_difference(a, b, tokens, seeds[0], seeds[1], LEVEL, comparisons)
+        if right is None:
+            level = 1 - (1 - LEVEL) / comparisons
+            found: Interval = mean_nats_interval(left.nats, left.tokens, level)
+        else:
+            assert right.nats is not None
+            seeds = left.seeds, right.seeds
+            found = paired_difference(left.nats, right.nats, left.tokens, *seeds, LEVEL, comparisons)
     except ValueError as error:  # seeds that agree exactly
         return str(error).partition(".")[0]
-    common = set(seeds[0]) & set(seeds[1])
-    count = len(common) if len(common) >= 2 else min(map(len, seeds))
-    over = f"{count} seeds and {len(tokens)} documents" if count > 1 else f"{len(tokens)} documents, one seed"
+    common = left.seeds if right is None else [seed for seed in left.values if seed in right.values]
+    count = len(common) if right is None or len(common) >= 2 else min(len(left.seeds), len(right.seeds))
+    documents = f"{np.count_nonzero(left.tokens)} documents"
+    over = f"{count} seeds and {documents}" if count > 1 else f"{documents}, one seed"
     over += f"; {found.note}" if found.note else ""
-    spread = (found.seed_variance, found.document_variance)
-    return Measured(found.estimate, found.low, found.high, count, over, *spread, comparisons)
+    spread = found.seed_variance, found.document_variance, found.document_df
+    return Measured(found.estimate, found.low, found.high, count, over, *spread, comparisons, left.metric)
 
 
-def _over_seeds(left: Sequence[ResultRow], right: Sequence[ResultRow], comparisons: int, why: str) -> Measured:
+def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str) -> Measured:
     """A t test over seeds: of pairs where two or more seeds are common to both sides, else Welch's."""
     from scipy import stats
 
-    a, b = _by_seed(left), _by_seed(right)
+    a, b = left.values, dict.fromkeys(left.values, 0.0) if right is None else right.values
     common = [seed for seed in a if seed in b]
     if min(len(a), len(b)) < 2:
         if common:
             estimate, which = a[common[0]] - b[common[0]], f"seed {common[0]} alone"
         else:
             estimate, which = float(np.mean([*a.values()]) - np.mean([*b.values()])), "one seed"
-        return Measured(estimate, None, None, 1, f"{which}; {why}", comparisons=comparisons)
+        return Measured(estimate, None, None, 1, f"{which}; {why}", comparisons=comparisons, metric=left.metric)
     paired = len(common) >= 2
     x, y = (np.array([side[seed] for seed in (common if paired else side)]) for side in (a, b))
     over = f"{len(x)} seeds, paired" if paired else f"{len(x)} and {len(y)} seeds"
@@ -277,15 +333,8 @@ def _over_seeds(left: Sequence[ResultRow], right: Sequence[ResultRow], compariso
     if variance > 1e-24:  # else no spread at all
         test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
         low, high = map(float, test.confidence_interval(1 - (1 - LEVEL) / comparisons))
-    return Measured(center, low, high, min(len(x), len(y)), f"{over}; {why}", variance, 0.0, comparisons)
-
-
-def _by_seed(rows: Sequence[ResultRow]) -> dict[int | str | None, float]:
-    """What each row measured, by seed; by run, where a seed is unknown or comes twice."""
-    seeds = [row.seed for row in rows]
-    unique = None not in seeds and len(set(seeds)) == len(seeds)
-    points = ((row, point_of(row)) for row in rows)
-    return {row.seed if unique else row.run: value for row, value in points if value is not None}
+    count, words = min(len(x), len(y)), f"{over}; {why}" if why else over
+    return Measured(center, low, high, count, words, variance, comparisons=comparisons, metric=left.metric)
 
 
 def _exp(nats: float) -> float:

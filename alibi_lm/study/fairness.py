@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alibi_lm.results.curves import step_of
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import RunRecord, show
 
-SMALL_PARAMETERS = 0.02
+SMALL_PARAMETERS = 0.05
 """A scheme's own parameters (a table of positions, a bias per head) are part of it; more is a difference."""
 SMALL_TOKENS = 0.005
 """Steps are cut to whole sequences, so tokens seen may differ a little between training lengths."""
@@ -45,7 +46,8 @@ def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> 
         rows: of one study.
         records: of its runs, from `alibi_lm.study.records.find_records`.
     """
-    own = [row for row in rows if row.run is not None]
+    # An earlier checkpoint is no difference: such rows are never beside others on a curve.
+    own = [row for row in rows if row.run is not None and step_of(row) is None]
     members: dict[str, set[str]] = {}
     for row in own:
         run = str(row.run)

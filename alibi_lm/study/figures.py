@@ -21,8 +21,9 @@ from alibi_lm.results.rows import ResultRow, read_rows
 from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper import paper_curves
-from alibi_lm.study.plots import Line, Panel, build, fits, save
+from alibi_lm.study.plots import Line, Panel, build, fits, grid, save
 from alibi_lm.study.records import find_records, recipes
+from alibi_lm.study.stages import STAGE_VIEW, Stage, stages_of
 from alibi_lm.study.style import label
 from alibi_lm.study.tables import markdown, provenance
 
@@ -71,9 +72,46 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     from alibi_lm.study import task_figures
 
     written += task_figures.draw_tasks(folder, rows, words)
+    stages = stages_of(rows, records, words)
+    if stages:
+        for suffix in ("png", "svg"):
+            written.append(folder / f"stages.{suffix}")
+            save(stage_figure(stages, provenance(rows, STAGE_VIEW)), written[-1])
     table = folder / "table.md"
-    write_text(table, markdown(rows, words, unfair) + task_figures.summary(rows, words))
+    write_text(table, markdown(rows, words, unfair, stages) + task_figures.summary(rows, words))
     return [*written, table]
+
+
+def stage_figure(stages: Sequence[Stage], origin: str) -> Figure:
+    """How far schemes extrapolate at each stage of training: a panel for each multiple of L."""
+    panels: list[Any] = []
+    for factor in sorted({stage.factor for stage in stages}):
+        lines = []
+        several = len({stage.train_length for stage in stages}) > 1
+        for stage in (one for one in stages if one.factor == factor):
+            length = stage.train_length if several else None
+            values = [(float(step), value) for step in stage.ratios for value in stage.ratios[step]]
+            lines.append(
+                Line(
+                    stage.position,
+                    label(stage.position, length=length),
+                    [float(step) for step in stage.ratios],
+                    [stage.mean(step) for step in stage.ratios],
+                    stage.variant,
+                    dots=values if len(values) > len(stage.ratios) else [],
+                    stray=bool(stage.variant),
+                )
+            )
+        ratio = f"perplexity at {factor} L over that at L"
+        steps = "training steps done, log axis"
+        panels.append(Panel(lines, f"tested at {factor} L", steps, ratio, log_y=_spread(lines), tick_points=True))
+    remarks = ["Above 1: worse beyond the training length than at it. Dots: single seeds."]
+    return build("Extrapolation by stage of training", grid(panels, 2), origin, remarks)
+
+
+def _spread(lines: Sequence[Line]) -> bool:
+    values = [v for line in lines for v in line.y]
+    return max(values) / min(values) > CLOSE_UP_FROM
 
 
 def curve_figure(

@@ -213,7 +213,7 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
     for key, expected in SETTINGS.items():
         values = {show(r.config[key]) for r in known if key in r.config and r.config[key] != expected}
         if values:
-            found.append(f"{key} = {' or '.join(sorted(values))}, the paper's {show(expected)}")
+            found.append(f"{key} = {' and '.join(sorted(values))}, the paper's {show(expected)}")
     shares = sorted({share for record in known if (share := _budget(record)) is not None})
     if shares and (min(shares) < 0.99 or max(shares) > 1.01):
         span = f"{shares[0]:.2%}" if len(shares) == 1 else f"{shares[0]:.2%} to {shares[-1]:.2%}"

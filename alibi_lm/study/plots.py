@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GRID, SOFT, RED = "#E4E4E4", "#777777", "#B00020"
+DOTS = 160
+"""Of a PNG, per inch."""
 PAPER_DASHES = (1.0, 1.6)
 COINCIDE = 0.012
 """Lines nearer than this share of a panel's height hide each other, so the lower one is drawn wider."""
@@ -83,6 +85,8 @@ class Panel:
     """Published curves."""
     behind: list[Line] = field(default_factory=list)
     """Other lines, thin and grey."""
+    tick_points: bool = False
+    """Ticks of the x axis where the points are, in place of powers of two."""
     zero: bool = False
     """Changes against one at x = 0: both axes have a 0, and that of y is marked."""
 
@@ -232,7 +236,8 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
         pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
         axis.set_xlim(places[0] / pad, max([places[-1], *apart]) * pad)
-        ticks = [*length_ticks(places[0], places[-1], trained or places[0]), *apart]
+        ticks = places if panel.tick_points else length_ticks(places[0], places[-1], trained or places[0])
+        ticks = [*ticks, *apart]
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))
@@ -365,6 +370,7 @@ def build(
     remarks: Sequence[str] = (),
     marks: Sequence[str] = (),
     size: tuple[float, float] = (3.6, 3.1),
+    dense: bool = False,
 ) -> Figure:
     """A figure: its head, then a grid of cells.
 
@@ -375,6 +381,7 @@ def build(
         remarks: what is not drawn and why, and keys of signs.
         marks: in red, what makes the comparison unfair.
         size: width and height of a chart in inches, without its labels.
+        dense: little room between cells, for charts without labels.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -383,27 +390,28 @@ def build(
     panels = [cell for row in rows for cell in row if isinstance(cell, Panel)]
     names = [len(t) for panel in panels for line in panel.lines for t in (line.name, *note_lines(line.note))]
     names += [min(26, len(name) + 9) for panel in panels for name in panel.levels]
-    right = 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
+    right = 0.4 + 0.062 * max([*names, 4]) if any(names) else 0.08 if dense else 0.75
+    beside, below = (0.27, 0.5) if dense else (0.55, 0.95)
     # A slot of ten points for each label and line of small print.
     slots = max(
         [sum(1 + len(note_lines(line.note)) for line in p.lines) + 3 * len(p.levels) for p in panels] or [0]
     )
     chart = (size[0], max(size[1], slots * 10.5 / 72))
-    width = 0.62 + columns * (chart[0] + right) + (columns - 1) * 0.55
+    width = 0.62 + columns * (chart[0] + right) + (columns - 1) * beside
     characters = int((width - 0.32) / 0.066)
     head = [(line, "#555555") for line in textwrap.wrap(origin, characters)]
     head += [(line, SOFT) for remark in _some(remarks) for line in textwrap.wrap(remark, characters)]
     head += [(line, RED) for mark in _some(marks) for line in textwrap.wrap(mark, characters, max_lines=2)]
     top = 0.42 + 0.16 * len(head) + 0.36
-    height = top + len(rows) * chart[1] + (len(rows) - 1) * 0.95 + 0.58
+    height = top + len(rows) * chart[1] + (len(rows) - 1) * below + 0.58
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(width, height), facecolor="white")
         for r, row in enumerate(rows):
             for c, cell in enumerate(row):
                 if cell is None:
                     continue
-                left = 0.62 + c * (chart[0] + right + 0.55)
-                bottom = height - top - chart[1] - r * (chart[1] + 0.95)
+                left = 0.62 + c * (chart[0] + right + beside)
+                bottom = height - top - chart[1] - r * (chart[1] + below)
                 axis = figure.add_axes((left / width, bottom / height, chart[0] / width, chart[1] / height))
                 if isinstance(cell, Panel):
                     draw_panel(axis, cell)
@@ -433,4 +441,4 @@ def save(figure: Figure, path: Path) -> None:
     # Dates and versions would make the same rows give different files.
     metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
     with whole_file(path) as file, matplotlib.rc_context(RC):
-        figure.savefig(file, format=path.suffix[1:], dpi=160, metadata=metadata)
+        figure.savefig(file, format=path.suffix[1:], dpi=DOTS, metadata=metadata)

@@ -16,7 +16,7 @@ from alibi_lm.study.figures import draw
 from alibi_lm.study.records import RUN_FILES, find_records
 from alibi_lm.study.view_figures import draw_analysis
 
-RESULT_FILES = (DOCUMENTS_FILE, SUMMARY_FILE, "claims.md", "paper.md")
+RESULT_FILES = (DOCUMENTS_FILE, SUMMARY_FILE, "claims.md", "paper.md", "cards.json")
 LARGEST = 16 * 2**20
 """Bytes of a file that may be published."""
 

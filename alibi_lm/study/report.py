@@ -17,6 +17,7 @@ from alibi_lm.study.compare import VERDICTS
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.figures import draw
 from alibi_lm.study.paper import caveats, compare, comparison_table
+from alibi_lm.study.plots import DOTS
 from alibi_lm.study.records import RunRecord, show
 from alibi_lm.study.tables import Table, provenance, view_table
 from alibi_lm.study.task_figures import summary_table
@@ -70,48 +71,56 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
     figures |= {path.stem.replace("_", " "): path for path in others}
     claims = claims_tables(judge_claims(evidence))
     body = [
-        f"<h1>{_text(name)}</h1>",
-        f'<p class="soft">{_text(provenance(rows, found[0]))}</p>',
+        f"<h1>{safe(name)}</h1>",
+        f'<p class="soft">{safe(provenance(rows, found[0]))}</p>',
         _fairness_mark(evidence.unfair),
         "<h2>Figures</h2>",
-        *(_figure(index, label, path) for index, (label, path) in enumerate(figures.items(), start=1)),
+        *(picture(label, path, f"figure-{index}") for index, (label, path) in enumerate(figures.items(), start=1)),
         "<h2>Tables</h2>",
-        *(f"<h3>{_text(view.title)}</h3>{view_table(rows, view, words).html()}" for view in found),
+        *(f"<h3>{safe(view.title)}</h3>{view_table(rows, view, words).html()}" for view in found),
         *(f"<h3>Accuracies</h3>{table.html()}" for table in summary_table(rows, words)),
         "<h2>The paper's claims</h2>",
-        *(f"<h3>{_text(group)}</h3>{_coloured(table.html())}" for group, table in claims.items()),
-        f'<p class="soft small">{_text(NUMBERS_NOTE)}</p>',
+        *(
+            f"<h3>{safe(group)}</h3>{coloured(table.html(), {v: v for v in VERDICTS})}"
+            for group, table in claims.items()
+        ),
+        f'<p class="soft small">{safe(NUMBERS_NOTE)}</p>',
         *_paper(evidence),
         _fairness(evidence.unfair),
         _runs(evidence.records),
     ]
     path = folder / "report.html"
-    write_text(path, _page(f"{name}: results by inference length", "\n".join(body)))
+    write_text(path, report_page(f"{name}: results by inference length", "\n".join(body)))
     return path
 
 
-def _page(title: str, body: str) -> str:
+def report_page(title: str, body: str) -> str:
+    """A whole HTML page, which loads nothing."""
     # The policy makes browsers refuse whatever a mistake here would let in.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{safe(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def _figure(index: int, label: str, path: Path) -> str:
+def picture(label: str, path: Path, anchor: str = "") -> str:
     """A picture inside of the page; as an image it can neither run nor load anything."""
-    kind = {".svg": "svg+xml", ".png": "png"}[path.suffix]
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure id="figure-{index}"><img alt="{_text(label)}" src="data:image/{kind};base64,{data}"></figure>'
+    kind, content = {".svg": "svg+xml", ".png": "png"}[path.suffix], path.read_bytes()
+    data = base64.b64encode(content).decode()
+    # A PNG is as wide as on paper: its header has the width in dots.
+    width = f' width="{int.from_bytes(content[16:20]) * 96 // DOTS}"' if kind == "png" else ""
+    named = f' id="{anchor}"' if anchor else ""
+    return f'<figure{named}><img alt="{safe(label)}"{width} src="data:image/{kind};base64,{data}"></figure>'
 
 
-def _coloured(table: str) -> str:
-    for verdict in VERDICTS:
+def coloured(table: str, words: Mapping[str, str]) -> str:
+    """An HTML table whose cells of these words have the colour of a verdict: verdict -> words of the cell."""
+    for verdict, cell in words.items():
         kind = f"word verdict {verdict.lower().replace(' ', '-')}"
-        table = table.replace(f'<tr><td class="word">{verdict}</td>', f'<tr><td class="{kind}">{verdict}</td>')
+        table = table.replace(f'<td class="word">{cell}</td>', f'<td class="{kind}">{cell}</td>')
     return table
 
 
@@ -122,7 +131,7 @@ def _paper(evidence: Evidence) -> list[str]:
     parts = ["<h2>Beside the paper's numbers</h2>", _list(caveats(evidence.rows, evidence.records))]
     for view in dict.fromkeys(item.view for item in found):
         table = comparison_table([item for item in found if item.view == view])
-        parts += [f"<h3>{_text(view.title)}</h3>", table.html()]
+        parts += [f"<h3>{safe(view.title)}</h3>", table.html()]
     return parts
 
 
@@ -150,13 +159,13 @@ def _runs(records: Mapping[str, RunRecord]) -> str:
     known = {name: values for name, values in facts.items() if values}
     parts = ["<h2>Runs</h2>"]
     if missing := [name for name, values in facts.items() if not values]:
-        parts.append(f"<p>No run folder at hand for: {_text(', '.join(missing))}.</p>")
+        parts.append(f"<p>No run folder at hand for: {safe(', '.join(missing))}.</p>")
     keys = sorted({key for values in known.values() for key in values})
     shared = [key for key in keys if len(known) > 1 and len({v.get(key) for v in known.values()}) == 1]
     if shared:
         parts += ["<h3>The same in all runs</h3>", _settings(next(iter(known.values())), shared)]
     for name, values in known.items():
-        parts += [f"<h3>{_text(name)}</h3>", _settings(values, [key for key in keys if key not in shared])]
+        parts += [f"<h3>{safe(name)}</h3>", _settings(values, [key for key in keys if key not in shared])]
     return "\n".join(parts)
 
 
@@ -165,9 +174,10 @@ def _settings(values: Mapping[str, str], keys: Iterable[str]) -> str:
 
 
 def _list(sentences: Iterable[str]) -> str:
-    items = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    items = "".join(f"<li>{safe(sentence)}</li>" for sentence in sentences)
     return f"<ul>{items}</ul>" if items else ""
 
 
-def _text(text: str) -> str:
+def safe(text: str) -> str:
+    """Text as it may stand in HTML."""
     return html.escape(text, quote=True)

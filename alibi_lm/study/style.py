@@ -31,11 +31,21 @@ LOOKS = {
     "t5": Look("T5 bias", "#B88700", "D", (2.6, 1.2)),
     "learned": Look("learned", "#CC79A7", "X"),
     "none": Look("no positions", "#222222", "v", (1.2, 1.4)),
-    "kerple": Look("KERPLE", "#7A3B00", "P", (4, 1.2, 1.2, 1.2)),
+    "kerple_log": Look("KERPLE log", "#7A3B00", "P", (4, 1.2, 1.2, 1.2)),
+    "kerple_power": Look("KERPLE power", "#7A3B00", "*", (2, 1)),
     "fire": Look("FIRE", "#A01C48", "h", (3, 1, 3, 2.4)),
     "sandwich": Look("Sandwich", "#56B4E9", "p", (4, 2)),
     "xpos": Look("xPos", "#00594B", "<", (6, 1.5, 1.2, 1.5)),
     "cope": Look("CoPE", "#6F5BB5", ">", (2, 1)),
+    "bam": Look("BAM", "#5B6770", "d", (4, 2)),
+    "fox": Look("FoX", "#8A4FBF", "8", (7, 2)),
+    "transformer_xl": Look("Transformer-XL", "#3D6B00", "*", (5, 1.6)),
+    "shaw": Look("Shaw", "#5B6770", "p", (2.6, 1.2)),
+    "pope": Look("PoPE", "#00799E", "P", (6, 1.5, 1.2, 1.5)),
+    "path": Look("PaTH", "#3D6B00", "d", (2, 1)),
+    "wall": Look("Wall", "#7A3B00", "h", (7, 2)),
+    "grape_ap": Look("GRAPE-AP", "#A01C48", "<", (4, 2)),
+    "dape": Look("DAPE", "#00594B", ">", (2.6, 1.2)),
 }
 
 _COLORS = ("#56B4E9", "#6F5BB5", "#7A3B00", "#A01C48", "#00594B", "#5B6770", "#3D6B00")

@@ -12,8 +12,9 @@ from typing import Any
 from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, view_of, views
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.results.statistics import accuracy_interval
-from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity
+from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, times
 from alibi_lm.study.fairness import Difference
+from alibi_lm.study.stages import Stage
 from alibi_lm.study.style import label
 
 _BOLD = re.compile(r"\*\*(.+)\*\*")
@@ -51,7 +52,10 @@ class Table:
 
 
 def markdown(
-    rows: Sequence[ResultRow], words: Mapping[str, str] | None = None, unfair: Sequence[Difference] = ()
+    rows: Sequence[ResultRow],
+    words: Mapping[str, str] | None = None,
+    unfair: Sequence[Difference] = (),
+    stages: Sequence[Stage] = (),
 ) -> str:
     """The whole `table.md`: a section per view, then what makes the comparison unfair, if anything does."""
     parts = ["# Results by inference length\n"]
@@ -60,10 +64,24 @@ def markdown(
         parts.append(f"## {view.title[0].upper()}{view.title[1:]}{metric}\n")
         parts.append(view_table(rows, view, words).markdown())
         parts.append(provenance(rows, view) + "\n")
+    if stages:
+        parts.append("## Extrapolation by stage of training\n")
+        parts.append(stage_table(stages).markdown())
     if unfair:
         parts.append("## Differences between the runs other than the scheme\n")
         parts.append("".join(f"- {escape(item.sentence)}\n" for item in unfair))
     return "\n".join(parts)
+
+
+def stage_table(stages: Sequence[Stage]) -> Table:
+    """Schemes down, training steps across: perplexity over that at the training length, mean over the seeds."""
+    steps = sorted({step for stage in stages for step in stage.ratios})
+    body = []
+    for one in stages:
+        cells = [f"{one.mean(step):.3f}" if step in one.ratios else "-" for step in steps]
+        body.append([label(one.position, one.variant), str(one.train_length), f"{one.factor} L", *cells])
+    notes = ["Perplexity over that at the training length, both of the checkpoint after so many steps."]
+    return Table(["scheme", "trained at", "tested at", *(f"step {step}" for step in steps)], body, 3, notes)
 
 
 def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] | None = None) -> Table:
@@ -94,12 +112,12 @@ def provenance(rows: Iterable[ResultRow], view: View) -> str:
     what = "tokens scored" if view.task == "text" else f"targets of task {view.task} scored"
     parts = [
         ("corpus " if len(texts) == 1 else f"{len(texts)} texts: ") + ", ".join(sorted(texts)),
-        _either(f"{row.tokens:,}" for row in own) + f" {what}",
+        _all(f"{row.tokens:,}" for row in own) + f" {what}",
         *sorted({str(row.extra["note"]) for row in own if row.extra.get("note")}),
         (f"{len(seeds)} seeds" + (", means of the loss" if view.metric == "perplexity" else ""))
         if len(seeds) > 1
         else "one seed",
-        "commit " + _either(_short(row.commit) for row in own),
+        "commit " + _all(_short(row.commit) for row in own),
     ]
     return "; ".join(parts)
 
@@ -233,7 +251,7 @@ def _decomposition(found: Analysis) -> Table:
                     row.append(f"- {_refer(point.get('reason') or term['reason'], reasons)}")
                     continue
                 interval = "" if term["low"] is None else f" [{term['low']:+.4f}, {term['high']:+.4f}]"
-                row.append(f"{term['nats']:+.4f}{interval}, x{perplexity(term['nats']):.3g}")
+                row.append(f"{term['nats']:+.4f}{interval}, {times(term['nats'])}")
             body.append(row)
     return Table(["scheme", "trained at", "length", *TERM_NAMES.values()], body, 1, _numbered(reasons))
 
@@ -273,5 +291,5 @@ def _short(text: str | None) -> str:
     return "unknown" if not text else text[:10]
 
 
-def _either(values: Iterable[str]) -> str:
-    return " or ".join(sorted(set(values)))
+def _all(values: Iterable[str]) -> str:
+    return " and ".join(sorted(set(values)))

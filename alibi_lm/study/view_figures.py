@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
-from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, read_analysis
+from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, read_analysis, times
 from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
 from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save, say
 from alibi_lm.study.style import label, look
@@ -237,7 +237,7 @@ def decomposition_panel(axis: Axes, series: Series) -> None:
     axis.set_xlabel("inference length", fontsize=8, labelpad=1)
     factor = axis.secondary_yaxis("right")
     factor.yaxis.set_major_locator(MaxNLocator(6))
-    factor.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"x{math.exp(min(v, 700)):.3g}"))
+    factor.yaxis.set_major_formatter(FuncFormatter(lambda v, _: times(v)))
     factor.tick_params(labelsize=7, length=2, colors=SOFT)
     factor.spines["right"].set_visible(False)
 

@@ -123,6 +123,16 @@ def test_intervals_need_two_documents_and_seeds_may_agree_exactly(group):
     assert "one document" in group.note
 
 
+def test_changes_that_decide_claims_carry_their_sums_by_seed_and_document(group):
+    changes = [point["difference"] for point in views.fixed(group, [8, 16, 32], 3)]
+    (apart,) = views.decomposition(group, [32], 4)
+    for change in [*changes, *(apart[name] for name in (*views.TERMS, "total"))]:
+        own = change["by_document"]
+        nats, tokens = np.array(own["nats"]), np.array(own["tokens"])
+        assert nats.shape == (len(group.passes), len(group.documents)) and tokens.shape == nats.shape[1:]
+        assert (nats.sum(axis=1) / tokens.sum()).mean() == pytest.approx(change["nats"], abs=1e-6)
+
+
 @pytest.mark.parametrize("length", [401, 10**10])
 def test_no_view_has_a_point_at_a_length_that_the_text_does_not_have(group, length):
     found = {

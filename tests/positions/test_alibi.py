@@ -4,6 +4,7 @@ docs/what_alibi_is.md names these tests, one for each mistake."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,3 +138,25 @@ def test_learned_slopes_start_at_the_fixed_ones_and_stay_positive():
 def test_no_heads_is_an_error():
     with pytest.raises(ValueError, match="num_heads = 0"):
         alibi_slopes(0)
+
+
+def test_half_precision_rounds_scores_as_the_authors_code_does():
+    """numpy's float16, score by score: half(half(q.k / sqrt(K)) + half(m j)); near exact for the first keys."""
+    scheme = AlibiConfig(half_precision=True).build(PositionShape(128, 16, 8, 2, 64, 64))
+    q, k = torch.randn(1, 8, 3, 16), torch.randn(1, 8, 1500, 16)
+    q_pos, k_pos = torch.arange(1497, 1500), torch.arange(1500)
+    scores = (q.double() @ k.double().mT / 4).numpy()
+    keys = (2.0 ** -np.arange(1, 9))[:, None, None] * np.arange(1500)
+    expected = (scores.astype(np.float16) + keys.astype(np.float16)).astype(np.float64)
+    found = scheme.content_bias(q, k, None, q_pos, k_pos).double().numpy() + scores
+    # A score in the middle of two float16 numbers may go either way: few, and by one step (0.5 at 512 and above).
+    assert (np.abs(found - expected) > 1e-4).mean() < 1e-3 and np.abs(found - expected).max() <= 0.5
+    assert np.abs(expected - (scores + keys)).max() > 0.2, "far keys of steep heads are rounded coarsely"
+    early = torch.softmax(torch.tensor(found[..., :40]), -1)
+    exact = torch.softmax(torch.tensor(scores)[..., :40] + alibi().bias(q_pos, k_pos[:40]).double(), -1)
+    torch.testing.assert_close(early, exact, rtol=0.02, atol=1e-4)
+
+
+def test_half_precision_is_for_fixed_slopes_only():
+    with pytest.raises(ValueError, match="half_precision = true with learned_slopes"):
+        AlibiConfig(learned_slopes=True, half_precision=True)

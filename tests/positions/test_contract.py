@@ -18,6 +18,7 @@ from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 ALL = sorted(POSITIONS)
 VARIANTS = [(name, {}) for name in ALL] + [
     ("alibi", {"learned_slopes": True}),
+    ("alibi", {"half_precision": True}),
     ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
     ("rotary", {"rotated_share": 0.5, "frequency_share": 0.5}),

@@ -15,6 +15,7 @@ from alibi_lm.study.analysis import Analysis, Series, read_analysis
 from alibi_lm.study.figures import close_up, curve_figure, curve_panels, draw, missing, split_into_panels
 from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of, spread
 from alibi_lm.study.records import find_records
+from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import LOOKS, look
 from alibi_lm.study.tables import markdown, view_table
 from alibi_lm.study.view_figures import analysis_figure, position_panels, view_panels
@@ -382,3 +383,22 @@ def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_tracebac
     ]:
         failed = run_script("figures.py", argument, cwd=tmp_path)
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_stages_of_training_have_a_figure_and_a_table_and_leave_the_curves_alone(tmp_path):
+    rows = []
+    for step, far in ((100, 20.0), (200, 30.0), (300, 44.0)):
+        changes = {} if step == 300 else {"checkpoint": f"step:{step}"}
+        for seed in (1, 2):
+            rows += curve("alibi", {64: 20.0, 128: far, 512: far}, seed=seed, changes=changes)
+    write_rows(tmp_path / "results.jsonl", rows)
+    for seed in (1, 2):
+        write_run(tmp_path / "runs", f"alibi_L64_s{seed}", "steps: 300")
+    drawn = [path.name for path in draw(tmp_path)]
+    assert {"stages.png", "stages.svg", "extrapolation.png"} <= set(drawn)
+    table = (tmp_path / "table.md").read_text()
+    assert "| ALiBi | 64 | 2 L | 1.000 | 1.500 | 2.200 |" in table and "tested with" not in table
+    records = find_records(rows, tmp_path)
+    assert [s.factor for s in stages_of(rows, records)] == [2, 8]
+    assert stages_of([r for r in rows if r.changes != {"checkpoint": "step:100"}], records) == []
+    assert not [d for d in fairness.differences(rows, records) if d.matters]

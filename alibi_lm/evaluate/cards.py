@@ -1,0 +1,139 @@
+"""A card for each scheme of an experiment, written as `cards.json` for pages that know no model (study/atlas.py).
+
+A card says what the scheme's file says of it (its docstring has title, formula, source, and what holds past the
+trained length), and what can be read off one trained run: parameters, time, and how far its bias lets a query see.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from alibi_lm import runtime
+from alibi_lm.evaluate.config import EvaluateConfig
+from alibi_lm.evaluate.plan import PlannedRun, plan
+from alibi_lm.files import write_json
+from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.positions import PositionScheme
+from alibi_lm.runs import load_run
+
+HOOKS = {
+    "add_to_embeddings": "word embeddings",
+    "transform_qk": "queries and keys",
+    "distance_bias": "scores, by distance",
+    "bias": "scores, by positions",
+    "content_bias": "scores, by content",
+    "training_positions": "positions in training",
+}
+"""What a scheme acts on, by the hooks that it overrides."""
+SHARE = 0.99
+FACTOR = 8
+"""Training lengths at which an evaluation is timed."""
+FAR = 64
+"""Training lengths over which the weight of distances is summed."""
+
+
+def write_cards(config: EvaluateConfig) -> None:
+    """Write a card for each scheme and its settings, of the run with the lowest seed, beside the results.
+
+    Raises:
+        ValueError: no finished runs, or one that cannot be loaded.
+    """
+    runtime.start(config.device, threads=config.threads or 1)
+    runs, _ = plan(config)
+    first: dict[str, PlannedRun] = {}
+    for run in sorted(runs, key=lambda run: (run.config.seed, run.name)):
+        first.setdefault(f"{run.config.position} {run.config.train_length}", run)
+    path = config.output / "cards.json"
+    chosen = tqdm(first.values(), desc="cards", disable=None)
+    write_json(path, {"cards": [card(run.folder, run) for run in chosen]})
+    print(path)
+
+
+def card(folder: Path, run: PlannedRun) -> dict[str, Any]:
+    """The card of one run's scheme: plain values."""
+    settings, length = run.config.position, run.config.train_length
+    model = load_run(folder)
+    scheme = model.schemes[0]
+    parameters = sum(p.numel() for own in model.schemes for p in own.parameters())
+    cost = {"train": seconds_per_token(model, length, True)}
+    if not model.max_length or model.max_length >= FACTOR * length:
+        cost["evaluate"] = seconds_per_token(model, FACTOR * length, False)
+    return {
+        "run": run.name,
+        "position": settings.name,
+        **told(sys.modules[type(settings).__module__].__doc__ or "", inspect.getdoc(type(settings)) or ""),
+        "acts_on": [words for hook, words in HOOKS.items() if scheme.defines(hook)],
+        "parameters": parameters,
+        "receptive_field": receptive_field(scheme, length),
+        "seconds_per_token": cost,
+    }
+
+
+def seconds_per_token(model: TransformerLM, length: int, backward: bool, passes: int = 12) -> float:
+    """Processor time of a pass over 2,048 tokens, or one sequence, by token: the least of some passes.
+
+    Other work on the machine makes a pass slower, never faster, and hardly touches processor time.
+
+    Args:
+        model: of a run, on the CPU.
+        length: of the sequences.
+        backward: also take the gradient of all parameters, as in training.
+        passes: after one that is not counted.
+    """
+    model.serve(length)
+    model.train(backward)
+    tokens = torch.randint(model.vocab_size, (max(1, 2048 // length), length))
+    times = []
+    for _ in range(passes + 1):
+        began = time.process_time()
+        with torch.set_grad_enabled(backward):
+            nats = model.nats(tokens, tokens).sum()
+            if backward:
+                nats.backward()
+        times.append(time.process_time() - began)
+    return min(times[1:]) / tokens.numel()
+
+
+def told(of_file: str, of_class: str) -> dict[str, str]:
+    """Title, formula, source and what holds past the trained length, from the docstring of a scheme's file.
+
+    A file without a source is the protocol's, whose scheme is described by its class alone.
+    """
+    text = of_file if "Source:" in of_file else of_class
+    formula = [line.strip() for line in text.split("\n") if line.startswith("    ") and line.strip()]
+
+    def part(name: str) -> str:
+        found = re.search(rf"^{name}: (.*?)(?=\n\n|\nDiffers|\Z)", text, re.DOTALL | re.MULTILINE)
+        return " ".join(found[1].split()) if found else ""
+
+    title = " ".join(text.split("\n\n")[0].split())
+    return {
+        "title": title,
+        "formula": "\n".join(formula),
+        "source": part("Source"),
+        "beyond": part("Past the trained length"),
+    }
+
+
+def receptive_field(scheme: PositionScheme, train_length: int) -> list[int] | None:
+    """Distance within which the bias alone keeps 99% of the weight: the shortest and the longest of the heads.
+
+    Source: the tail sum of Qin et al. 2023, arXiv 2307.10156, over 64 L distances, all scores equal.
+    None where the scheme has no bias by distance; 64 L where the weight never runs out.
+    """
+    far = FAR * train_length
+    with torch.no_grad():
+        bias = scheme.distance_bias(torch.arange(far))
+    if bias is None:
+        return None
+    weights = bias.double().softmax(dim=-1).cumsum(dim=-1)
+    reach = (weights < SHARE).sum(dim=-1) + 1
+    return [int(reach.min()), int(reach.max())]
