@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alibi_lm.attention import ATTENTION
 from alibi_lm.data.text import DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
+from alibi_lm.model.query_scale import QUERY_SCALES, QueryScaleConfig
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
@@ -76,6 +77,7 @@ class TrainConfig:
     optimizer: Any = setting(None, counts="run")
     schedule: Any = setting(None, counts="run")
     tracking: Any = setting(None, counts="no")
+    query_scale: Any = setting(default_factory=QueryScaleConfig, counts="run", later=True)
     evaluation: EvaluationConfig = setting(default_factory=EvaluationConfig, counts="no")
     experiment: str = setting("quick", counts="label")
     """Name of the experiment; its runs lie in outputs/<experiment>/runs."""
@@ -168,6 +170,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "tracking": TRACKING,
+    "query_scale": QUERY_SCALES,
 }
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
@@ -231,9 +234,10 @@ def _check_groups(config: Any) -> None:
         if chosen is None or isinstance(chosen, str):
             continue
         name = chosen.get("name") if isinstance(chosen, dict) else chosen.name
-        if isinstance(chosen, dict):  # the evaluator's changes of a scheme, or a YAML file that stands on no entry
+        if isinstance(chosen, dict):  # the evaluator's changes for a test, or a YAML file that stands on no entry
+            at_test = not hasattr(config, "steps")
             require(
-                name is None and not hasattr(config, "steps"),
+                at_test and (name is None or group == "query_scale"),
                 f"{group}.name = {name}. A {group} is chosen by {group}=<name>, not by its settings; a file in "
                 f"configs/{group}/ begins with `defaults: [<name>, _self_]`. Names: {', '.join(registry)}.",
             )
@@ -261,6 +265,8 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
         root = OmegaConf.structured(TrainConfig)
         for group in ("model", "data", "evaluation", *GROUPS):
             chosen = settings.get(group, None if group in GROUPS else {})
+            if chosen is None and root[group] is not None:
+                continue  # a group that came later, with its default
             require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
             if registry := GROUPS.get(group):
                 name = str(chosen.get("name"))  # type: ignore[union-attr]

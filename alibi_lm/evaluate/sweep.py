@@ -165,8 +165,12 @@ def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
 
 
 def changes_of(config: EvaluateConfig) -> dict[str, Any]:
-    """What is changed for the test, as rows name it: settings of the scheme, and the step of a checkpoint."""
-    changes = {f"position.{name}": value for name, value in config.position.items()}
+    """What is changed for the test, as rows name it: settings of scheme and query scale, step of a checkpoint."""
+    changes = {
+        f"{group}.{name}": value
+        for group in ("position", "query_scale")
+        for name, value in getattr(config, group).items()
+    }
     return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
 
@@ -175,7 +179,7 @@ def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
 
     None where the run's own training text is not at hand.
     """
-    if config.data.path is not None or config.position:
+    if config.data.path is not None or config.position or config.query_scale:
         return None
     task, vocab_size = opened.passes.text, opened.corpus.vocab_size
     try:
@@ -227,7 +231,10 @@ def log_curve(config: EvaluateConfig) -> None:
 
 def curve_name(row: ResultRow) -> str:
     """What tells one curve from another: `alibi_L64_s1`, with changes, and split or stride where not the usual."""
-    changes = "".join(f"+{key.removeprefix('position.')}={value}" for key, value in sorted(row.changes.items()))
+    changes = "".join(
+        f"+{key.removeprefix('position.').removesuffix('.name')}={value}"
+        for key, value in sorted(row.changes.items())
+    )
     split = "" if row.split == "validation" else f" {row.split}"
     stride = "" if row.stride is None else f" stride {row.stride}"
     return f"{row.run}{changes}{split}{stride}"

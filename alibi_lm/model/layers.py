@@ -124,6 +124,11 @@ class KeyValueCache:
         self.positions: Tensor | None = None
         self.first = self.next_position = 0
 
+    @property
+    def tokens_seen(self) -> int:
+        """How many tokens have passed."""
+        return 0 if self.positions is None else len(self.positions)
+
     def extend(self, layer: int, k: Tensor, v: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append a layer's new keys, values and inputs; returns all of them."""
         if self.positions is not None:
@@ -143,6 +148,8 @@ class LayerPositions:
     scheme: PositionScheme
     tables: tuple[Tensor, ...]
     attend: Attend
+    query_factor: Tensor | None = None
+    """(1, T) or (H, T) float32 or better: what queries are multiplied by (`model.query_scale`)."""
 
 
 class Attention(nn.Module):
@@ -159,6 +166,8 @@ class Attention(nn.Module):
         # (B, T, 3 D) -> three of (B, H, T, K)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = position.scheme.transform_qk(q, k, position.tables)
+        if position.query_factor is not None:
+            q = (q * position.query_factor[..., None]).to(k.dtype)
         inputs = x if position.scheme.cache_inputs else None
         if cache is not None:
             k, v, inputs = cache.extend(layer, k, v, inputs)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from alibi_lm import runtime
 from alibi_lm.attention import Request, build_backend
+from alibi_lm.model.changed_bias import RowScaledBias, scales_bias
 from alibi_lm.model.interface import Scores, check_ids
 from alibi_lm.model.layers import ACTIVATIONS, Block, KeyValueCache, LayerPositions, ModelConfig
+from alibi_lm.model.query_scale import QueryScaleConfig, visible_keys
 from alibi_lm.model.vocabulary import AdaptiveVocabulary, Vocabulary
 from alibi_lm.positions import PositionConfig, PositionScheme, PositionShape
 from alibi_lm.settings import require
@@ -34,6 +36,7 @@ class TransformerLM(nn.Module):
         vocab_size: V.
         train_length: tokens of a training sequence.
         context_length: longest sequence to be served; None: train_length.
+        query_scale: factors of the queries; None: none.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -47,6 +50,7 @@ class TransformerLM(nn.Module):
         vocab_size: int,
         train_length: int,
         context_length: int | None = None,
+        query_scale: QueryScaleConfig | None = None,
     ) -> None:
         super().__init__()
         self.config, self.position = config, position
@@ -62,6 +66,7 @@ class TransformerLM(nn.Module):
         )
         self.positions = self._build_schemes(shape)
         self.backend = build_backend(attention, self.schemes[0], position.name)
+        self.set_query_scale(query_scale or QueryScaleConfig())
         if config.adaptive_cutoffs:
             cutoffs, factor, dropout = config.adaptive_cutoffs, config.adaptive_factor, config.adaptive_dropout
             self.vocabulary: Vocabulary | AdaptiveVocabulary = AdaptiveVocabulary(
@@ -80,6 +85,20 @@ class TransformerLM(nn.Module):
             first = self.position.build(shape)
             copies = self.config.num_layers if first.per_layer else 1
             return nn.ModuleList([first, *(self.position.build(shape) for _ in range(copies - 1))])
+
+    def set_query_scale(self, config: QueryScaleConfig) -> None:
+        """Multiply queries by the factors of this config; trained factors begin at their start values.
+
+        Raises:
+            ValueError: the score bias is to be multiplied too, and it depends on content.
+        """
+        scheme = self.schemes[0]
+        require(
+            not (scales_bias(config, scheme) and scheme.defines("content_bias")),
+            f"query_scale.scale_bias = true with position={self.position.name}, whose bias depends on content. "
+            "Use query_scale.scale_bias=false: what is made from the queries grows with them anyway.",
+        )
+        self.query_scale = config.build(scheme.shape)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -162,15 +181,34 @@ class TransformerLM(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         dropout = self.config.attention_dropout if self.training else 0.0
         request = Request(positions, k_pos, last - first, window, dtype, dropout)
-        shared = [
-            LayerPositions(scheme, scheme.tables(positions), self.backend.prepare(scheme, request))
-            for scheme in self.schemes
-        ]
+        shared = self._prepare(request, 0 if cache is None else cache.tokens_seen)
         for layer, block in enumerate(self.layers):
             x = block(x, layer, shared[layer % len(shared)], cache)
         if cache is not None:
             cache.positions, cache.first, cache.next_position = k_pos, first, last + 1
         return self.final_norm(x)
+
+    def _prepare(self, request: Request, seen: int) -> list[LayerPositions]:
+        """What the layers of a pass need: one entry for all, or one for each; `seen` tokens came before."""
+        schemes, scale = self.schemes, self.query_scale
+        tables = [scheme.tables(request.q_pos) for scheme in schemes]
+        visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
+        dtype = torch.promote_types(request.dtype, torch.float32)
+        factors = [factor.to(dtype) for factor in scale.factors(visible)]
+        if factors and scales_bias(scale.config, schemes[0]):
+            layers = range(max(len(schemes), len(factors)))
+            pairs = [(schemes[i % len(schemes)], factors[i % len(factors)]) for i in layers]
+            schemes = [RowScaledBias(scheme, request.q_pos, factor) for scheme, factor in pairs]
+        attends = [self.backend.prepare(scheme, request) for scheme in schemes]
+        return [
+            LayerPositions(
+                self.schemes[i % len(self.schemes)],
+                tables[i % len(tables)],
+                attends[i % len(attends)],
+                factors[i % len(factors)] if factors else None,
+            )
+            for i in range(max(len(attends), len(factors)))
+        ]
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
         """Scores of the next token, before the softmax.

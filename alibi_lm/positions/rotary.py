@@ -7,10 +7,14 @@ the head dimension, interleaved pairs, in every layer, values not rotated.
 
 so that q_i . k_j depends on positions only through i - j.
 
-Changes of frequency at test time (`scaling`), each from its paper, with factor s = context / train length:
-    linear  inv_freq / s                            Chen et al. 2023, arXiv 2306.15595 (position interpolation)
-    ntk     theta * s^(head_dim / (head_dim - 2))   bloc97 2023 ("NTK-aware")
-    yarn    per frequency between the two, and an amplitude 0.1 ln s + 1   Peng et al. 2023, arXiv 2309.00071
+Changes of frequency at test time (`scaling`), each from its source, with s = max(1, context / train length), or
+the `factor` that is given:
+    linear    inv_freq / s                            Chen et al. 2023, arXiv 2306.15595 (position interpolation)
+    ntk       theta * s^(head_dim / (head_dim - 2))   bloc97 2023 ("NTK-aware")
+    dynamic   ntk with s = factor * context / train length - (factor - 1), past the trained length; factor is 1
+              unless given                            emozilla 2023; transformers, `modeling_rope_utils.py`
+    by_parts  per frequency inv_freq, inv_freq / s or between the two      Peng et al. 2023, arXiv 2309.00071
+    yarn      by_parts, and an amplitude 0.1 ln s + 1 of queries and keys  the same
 
 Past the trained length: defined, at angles never seen in training (or rescaled ones).
 Differs from the paper: nothing.
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +32,7 @@ from torch import Tensor
 from alibi_lm.positions.base import PositionScheme, PositionShape
 from alibi_lm.settings import require
 
-SCALINGS = ("none", "linear", "ntk", "yarn")
+SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn")
 
 
 @dataclass
@@ -38,9 +43,17 @@ class RotaryConfig:
     theta: float = 10000.0
     """Base of the frequencies, > 1."""
     scaling: str = "none"
-    """none, linear, ntk or yarn."""
+    """none, linear, ntk, dynamic, by_parts or yarn."""
     factor: float | None = None
-    """Scaling factor >= 1; null: max(1, context_length / train_length)."""
+    """Scaling factor >= 1; null: max(1, context_length / train_length), for dynamic 1."""
+    test_changes: ClassVar[dict[str, dict[str, str]]] = {
+        "position interpolation": {"scaling": "linear"},
+        "NTK": {"scaling": "ntk"},
+        "dynamic NTK": {"scaling": "dynamic"},
+        "NTK by parts": {"scaling": "by_parts"},
+        "YaRN": {"scaling": "yarn"},
+    }
+    """Changes that scripts/test_time.py tries, each with several values of `factor`."""
 
     def __post_init__(self) -> None:
         require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
@@ -60,13 +73,13 @@ class RotaryConfig:
 def frequencies(
     scaling: str, head_dim: int, theta: float, factor: float, train_length: int
 ) -> tuple[Tensor, float]:
-    """inv_freq (K/2,) float64, and the amplitude of queries and of keys."""
-    if scaling == "ntk" and head_dim > 2:
+    """Frequencies after a scaling: inv_freq (K/2,) float64, and the amplitude of queries and of keys."""
+    if scaling in ("ntk", "dynamic") and head_dim > 2:
         theta *= factor ** (head_dim / (head_dim - 2))
     inv_freq = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling == "linear":
         return inv_freq / factor, 1.0
-    if scaling != "yarn":
+    if scaling not in ("by_parts", "yarn"):
         return inv_freq, 1.0
 
     # Dimensions with over 32 turns in the trained length stay, those with under one are interpolated. Between the
@@ -78,7 +91,16 @@ def frequencies(
     high = min(math.ceil(dimension_of(1.0)), head_dim - 1)
     index = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
     ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), 0.1 * math.log(factor) + 1.0
+    amplitude = 0.1 * math.log(factor) + 1.0 if scaling == "yarn" else 1.0
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), amplitude
+
+
+def scaling_factor(scaling: str, factor: float | None, context_length: int, train_length: int) -> float:
+    """The s of a scaling for sequences of context_length tokens: >= 1."""
+    if scaling == "dynamic":
+        factor = factor or 1.0
+        return max(1.0, factor * context_length / train_length - (factor - 1))
+    return factor or max(1.0, context_length / train_length)
 
 
 class Rotary(PositionScheme):
@@ -92,7 +114,7 @@ class Rotary(PositionScheme):
             shape.head_dim % 2 == 0,
             f"model_dim / num_heads = {shape.head_dim} with position=rotary. Pairs are rotated: it must be even.",
         )
-        factor = config.factor or max(1.0, shape.context_length / shape.train_length)
+        factor = scaling_factor(config.scaling, config.factor, shape.context_length, shape.train_length)
         inv_freq, self.amplitude = frequencies(
             config.scaling, shape.head_dim, config.theta, factor, shape.train_length
         )

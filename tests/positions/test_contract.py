@@ -18,6 +18,7 @@ from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 ALL = sorted(POSITIONS)
 VARIANTS = [(name, {}) for name in ALL] + [
     ("alibi", {"learned_slopes": True}),
+    ("alibi", {"scaling": "linear", "factor": 3.0}),
     ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
     ("cope", {"num_positions": 5, "scaled_term": False}),
