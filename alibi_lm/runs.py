@@ -34,7 +34,7 @@ from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
 from alibi_lm.data.corpus import Corpus
 from alibi_lm.files import read_json, read_json_if_whole, write_json, write_text
-from alibi_lm.model.query_scale import QUERY_SCALES, QueryScaleConfig
+from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, identifying, require
 from alibi_lm.tracking import METRICS_FILE, read_metrics
@@ -45,6 +45,8 @@ CORPUS_FILE, CHECKPOINTS, LOCK_FILE = "corpus.json", "checkpoints", ".lock"
 FINISHED_FILE, FAILED_FILE = "finished.json", "failed.json"
 LOCK_WAIT_SECONDS = 1.0
 """A status query holds the lock for an instant; a run that starts in that instant waits it out."""
+COMPOSED = ("query_scale.", "training_positions.", "positions_until")
+"""Settings of a model beside its scheme that its scores depend on, where they are not as they were before."""
 PUT_BACK = "Put the run's own file back, or train it again with overwrite=true."
 
 
@@ -408,10 +410,14 @@ def build_model(
         context_length: longest sequence to be served; None: train_length.
     """
     backend = attention or config.attention.name
-    return TransformerLM(
+    model = TransformerLM(
         config.model, config.position, backend, vocab_size, config.train_length, context_length,
-        config.query_scale,
+        config.query_scale, config.training_positions,
     )  # fmt: skip
+    if config.positions_fade:
+        model.set_strength(0.5)  # refused where the scheme cannot fade
+    model.set_strength(config.position_strength(0))
+    return model
 
 
 def load_run(
@@ -483,6 +489,7 @@ def load_run(
     as_trained = dataclasses.replace(config, query_scale=trained_scale)
     model = build_model(as_trained, int(found.state["vocab_size"]), attention, inference_length)
     found.load_into(model)
+    model.set_strength(config.position_strength(found.step))
     if query_scale:
         trained = model.query_scale.state_dict()
         model.set_query_scale(config.query_scale)
@@ -496,8 +503,9 @@ def load_run(
         "backend": model.backend.name,
         "precision": precision,
     }
-    if identifying(config.query_scale) != identifying(QueryScaleConfig()):
-        settings["query_scale"] = identifying(config.query_scale)
+    later = {name: value for name, value in identifying(config).items() if name.startswith(COMPOSED)}
+    if later:
+        settings |= later | {"strength": model.strength}
     model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)
     model.precision = precision
     return model.to(where).eval()

@@ -84,7 +84,7 @@ class Run:
     model: TransformerLM
     optimizer: torch.optim.Optimizer
     batches: TrainingBatches
-    nats: Callable[[Tensor, Tensor], Tensor]
+    nats: Callable[..., Tensor]
     """The model's, or its compiled form."""
 
     @property
@@ -323,6 +323,10 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
     config, model, optimizer = run.config, run.model, run.optimizer
     model.train()
     runtime.seed_step(config.seed, number, run.world.rank)
+    model.set_strength(config.position_strength(number))
+    # One draw for all processes and micro-batches.
+    places = config.training_positions.draw(config.train_length, runtime.step_seed(config.seed, number))
+    options = {} if places is None else {"positions": places.to(run.device)}
     share = distributed.shard(config.rows_per_step, run.world)
     micro_rows = max(1, (config.micro_batch_tokens or run.tokens_per_step) // config.train_length)
     total = torch.zeros((), device=run.device)
@@ -333,7 +337,7 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
         inputs = inputs.to(run.device, non_blocking=True)
         targets = targets.to(run.device, non_blocking=True)
         with runtime.autocast(run.device, config.precision):
-            nats = run.nats(inputs, targets).sum()
+            nats = run.nats(inputs, targets, **options).sum()
         (nats / run.tokens_per_step).backward()
         total += nats.detach()
     distributed.all_reduce_gradients(model, run.world)
@@ -383,12 +387,15 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     Raises:
         Stopped: a process was asked to stop. The validation is still due.
     """
+    run.model.set_strength(run.config.position_strength(progress.step))
     loss = _validation_loss(run, run.model, signals, run.world)
     perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else None
     tracker.log(progress.step, {"validation/loss": loss, "validation/perplexity": perplexity})
     progress.validation_due, progress.validation_loss = False, loss if math.isfinite(loss) else None
     best = progress.best_validation_loss
-    better = loss < (math.inf if best is None else best)
+    # A model that still has the positions which it will lose is none to keep.
+    whole = progress.step > (run.config.positions_until or 0)
+    better = whole and loss < (math.inf if best is None else best)
     if better:
         progress.best_validation_loss, progress.best_step = loss, progress.step
     return better

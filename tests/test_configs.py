@@ -77,6 +77,7 @@ def test_every_setting_counts_as_something():
         assert len(kinds) == len(counting(config, *words)) and set(kinds.values()) == set(words)
         expected = {"position": "run", "optimizer": "run", "schedule": "run", "tokenizer": "run"}
         expected |= {"attention": "rounding", "tracking": "no", "query_scale": "run"}
+        expected["training_positions"] = "run"
         assert {kind for setting, kind in kinds.items() if setting.startswith(f"{group}.")} == {expected[group]}
     fixed = {"seed": "run", "train_length": "run", "precision": "run", "compile": "rounding", "data.name": "run"}
     fixed |= {"micro_batch_tokens": "rounding", "experiment": "label", "output_dir": "label", "measurements": "no"}

@@ -21,6 +21,11 @@ def scales_bias(config: QueryScaleConfig, scheme: PositionScheme) -> bool:
     return isinstance(config, ScaledConfig) and config.scale_bias and scheme.defines(*BIAS_HOOKS)
 
 
+def only_a_bias(scheme: PositionScheme) -> bool:
+    """Whether a scheme does nothing but add a bias to scores."""
+    return scheme.defines(*BIAS_HOOKS) and not scheme.defines("add_to_embeddings", "transform_qk")
+
+
 class FadedBias(PositionScheme):
     """A scheme's bias times one number.
 
@@ -32,6 +37,8 @@ class FadedBias(PositionScheme):
     def __init__(self, scheme: PositionScheme, strength: float) -> None:
         super().__init__(scheme.shape)
         self.scheme, self.strength = scheme, strength
+        self.max_position = scheme.max_position
+        self.cache_inputs = scheme.cache_inputs  # type: ignore[misc]
 
     def defines(self, *hooks: str) -> bool:  # type: ignore[override]
         return self.scheme.defines(*hooks)
