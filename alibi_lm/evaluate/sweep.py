@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                     if world.is_main:
                         upsert_rows(results, [row])
                     yield row
-            common = _common(config, opened)
+            common = common_fields(config, opened)
             for length in run.settings.lengths:
                 yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
@@ -126,10 +126,10 @@ def _row(metric: str, scored: Stored, groups: np.ndarray, fields: dict[str, Any]
         assert scored.hits is not None
         right = np.logical_and.reduceat(scored.hits, groups)
         return ResultRow(**fields, metric=metric, value=float(right.mean()), n=len(right))
-    return _perplexity_row(float(scored.nats.sum(dtype=np.float64)), fields)
+    return perplexity_row(float(scored.nats.sum(dtype=np.float64)), fields)
 
 
-def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
+def perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
     """Nats are kept also where a perplexity is too large for a number."""
     perplexity, reason = perplexity_of(total, fields["tokens"])
     if not math.isfinite(total):
@@ -140,7 +140,7 @@ def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
     return ResultRow(**fields, nats=total, perplexity=perplexity, word_perplexity=by_word, reason=reason)
 
 
-def _common(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
+def common_fields(config: EvaluateConfig, opened: OpenRun) -> dict[str, Any]:
     """Fields of all rows of a run."""
     run, documents = opened.plan, len(opened.passes.text.groups(opened.plan.config.train_length))
     trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
@@ -193,7 +193,7 @@ def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     total = float(-(np.bincount(task.tokens, minlength=vocab_size) * log_probs).sum())
     fields = {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
     fields |= {"position": "unigram", "tokens": len(task.tokens), "commit": runtime.code_version()[0]}
-    return _perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
+    return perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
 
 
 def describe(row: ResultRow) -> str:

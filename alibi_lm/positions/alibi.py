@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,6 @@ class AlibiConfig:
     """none, or linear: slopes are divided by the factor."""
     factor: float | None = setting(None, counts="run", later=True)
     """Of the scaling, > 0; null: max(1, context_length / train_length)."""
-    test_changes: ClassVar[dict[str, dict[str, str]]] = {"ALiBi interpolation": {"scaling": "linear"}}
-    """Changes that scripts/test_time.py tries, each with several values of `factor`."""
 
     def __post_init__(self) -> None:
         allowed = self.scaling in ("none", "linear")
@@ -54,6 +52,11 @@ class AlibiConfig:
 
     def build(self, shape: PositionShape) -> Alibi:
         return Alibi(self, shape)
+
+    def test_changes(self, stretch: float) -> dict[str, list[dict[str, Any]]]:
+        """Changes to try at `stretch` times the training length, by name: settings, with several factors each."""
+        factors = [stretch**power for power in (0.125, 0.25, 0.5, 1.0)]
+        return {"ALiBi interpolation": [{"scaling": "linear", "factor": factor} for factor in factors]}
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +46,6 @@ class RotaryConfig:
     """none, linear, ntk, dynamic, by_parts or yarn."""
     factor: float | None = None
     """Scaling factor >= 1; null: max(1, context_length / train_length), for dynamic 1."""
-    test_changes: ClassVar[dict[str, dict[str, str]]] = {
-        "position interpolation": {"scaling": "linear"},
-        "NTK": {"scaling": "ntk"},
-        "dynamic NTK": {"scaling": "dynamic"},
-        "NTK by parts": {"scaling": "by_parts"},
-        "YaRN": {"scaling": "yarn"},
-    }
-    """Changes that scripts/test_time.py tries, each with several values of `factor`."""
 
     def __post_init__(self) -> None:
         require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
@@ -68,6 +60,16 @@ class RotaryConfig:
 
     def build(self, shape: PositionShape) -> Rotary:
         return Rotary(self, shape)
+
+    def test_changes(self, stretch: float) -> dict[str, list[dict[str, Any]]]:
+        """Changes to try at `stretch` times the training length, by name: settings, with several factors each."""
+        names = {"linear": "position interpolation", "ntk": "NTK", "dynamic": "dynamic NTK"}
+        names |= {"by_parts": "NTK by parts", "yarn": "YaRN"}
+        common = sorted({max(1.0, stretch * part) for part in (0.5, 1, 2)})
+        return {
+            name: [{"scaling": how, "factor": f} for f in ((1.0, 1.5, 2.0) if how == "dynamic" else common)]
+            for how, name in names.items()
+        }
 
 
 def frequencies(
