@@ -6,11 +6,15 @@
 
 `start.sh` in the folder does the last two. Nothing is installed into the machine's Python, which must have torch.
 A run that the end of the time interrupts saves where it is, and goes on when `start.sh` is given again.
+
+Token streams travel compressed, because what a node takes in is often small: the ids of frequent words are small
+numbers, so ids written as characters of UTF-8 take one to four bytes, which LZMA brings to 9 bits or so.
 """
 
 from __future__ import annotations
 
-import io
+import importlib.util
+import lzma
 import os
 import shlex
 import shutil
@@ -24,7 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alibi_lm.files import read_json, write_json, write_text
+import numpy as np
+
+from alibi_lm.files import read_json, whole_file, write_json, write_text
 from alibi_lm.runs import status
 from alibi_lm.settings import require
 
@@ -33,6 +39,7 @@ START = """#!/bin/sh
 # sh start.sh seconds=840 trainers=2 'bench=lengths=[512] seconds=60'
 cd "$(dirname "$0")" || exit 1
 export PYTHONPATH="$PWD/code:$PWD/site"
+[ -d code ] || python3 -m tarfile -e code.tar.xz code || exit 1
 if [ -d wheels ] && [ ! -d site ]; then
     python3 -m pip install --quiet --no-index --find-links wheels --target site WHEELS || exit 1
 fi
@@ -80,7 +87,7 @@ def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus
     folder = Path(config.folder).absolute()
     known = not folder.exists() or not any(folder.iterdir()) or (folder / "kit.json").is_file()
     require(known, f"folder = {folder} holds other things. Name another folder.")
-    for name in ("code", "wheels", "kit.json"):
+    for name in ("code", "site", "wheels", "data"):
         shutil.rmtree(folder / name, ignore_errors=True)
     cache = f"data.cache_dir={folder / 'data'}"
     local = [] if any(o.startswith("tracking") for o in config.overrides) else ["tracking=jsonl"]
@@ -90,8 +97,9 @@ def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus
     def git(*arguments: str) -> bytes:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True).stdout
 
-    with tarfile.open(fileobj=io.BytesIO(git("archive", "HEAD"))) as archive:
-        archive.extractall(folder / "code", filter="data")
+    for stream in (folder / "data").rglob("*.bin"):
+        compress(stream)
+    (folder / "code.tar.xz").write_bytes(lzma.compress(git("archive", "HEAD")))
     if config.wheels:
         wheels = ["-d", str(folder / "wheels"), *config.wheels]
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *wheels], check=True)
@@ -108,6 +116,8 @@ def work(config: OfflineConfig) -> int:
     """Check, measure, train and evaluate until the time is over; returns 1 if something failed."""
     end = time.monotonic() + config.seconds
     folder = Path(config.folder).absolute()
+    for packed in (folder / "data").rglob("*.bin.xz"):
+        expand(packed)
     kit = read_json(folder / "kit.json")
     place = folder / "work"
     place.mkdir(exist_ok=True)
@@ -119,6 +129,9 @@ def work(config: OfflineConfig) -> int:
     cache = f"data.cache_dir={folder / 'data'}"
     smoke = ["experiment=smoke", "tracking=jsonl", "overwrite=true", "output_dir=check", cache]
     crew.run("check", script("train", *smoke, *kit["shared"]))
+    if importlib.util.find_spec("pytest") is not None:
+        tests = ["-q", "-m", "gpu", "-W", "default", str(folder / "code" / "tests")]
+        crew.run("gpu tests", [sys.executable, "-m", "pytest", *tests])
     if config.bench:
         crew.run("bench", script("bench", *config.bench.split()))
     runs = []
@@ -129,6 +142,28 @@ def work(config: OfflineConfig) -> int:
         runs.append((name, train, script("evaluate", *own)))
     crew.study(runs, config.trainers)
     return int(bool(crew.failed))
+
+
+def compress(stream: Path) -> None:
+    """Replace a token stream, <split>.bin, by <split>.bin.xz: ids as characters of UTF-8, compressed."""
+    ids = np.fromfile(stream, _dtype(stream)).astype("<u4")
+    text = ids.tobytes().decode("utf-32-le", "surrogatepass").encode("utf-8", "surrogatepass")
+    stream.with_name(stream.name + ".xz").write_bytes(lzma.compress(text))
+    stream.unlink()
+
+
+def expand(packed: Path) -> None:
+    """The stream that `compress` replaced, unless it is there."""
+    stream = packed.with_suffix("")
+    if not stream.is_file():
+        text = lzma.decompress(packed.read_bytes()).decode("utf-8", "surrogatepass")
+        ids = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        with whole_file(stream) as file:
+            file.write(ids.astype(_dtype(stream)).tobytes())
+
+
+def _dtype(stream: Path) -> str:
+    return str(read_json(stream.with_name("manifest.json"))["splits"][stream.stem]["dtype"])
 
 
 class Crew:

@@ -103,7 +103,7 @@ class Backends:
         return self.choose(scheme, request).prepare(scheme, request)
 
     def _message(self, scheme: PositionScheme, reason: str) -> str:
-        other = "eager" if scheme.defines("content_bias") else "sdpa"
+        other = "eager" if scheme.defines("content_bias", "scores", "value_bias") else "sdpa"
         return f"attention={self.name} cannot run position={self.position} ({reason}). Use attention={other}."
 
 
@@ -150,7 +150,7 @@ def build_backend(name: str, scheme: PositionScheme, position: str) -> Backends:
     if refusal := backends.refuses_scheme(scheme):
         if name != "auto":
             raise ValueError(refusal)
-        backends = Backends("sdpa", position)
+        backends = Backends("sdpa" if not SdpaAttention().refuses_scheme(scheme) else "eager", position)
     return backends
 
 

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""q (B, H, T, K), k (B, H, S, K), v (B, H, S, K), x (B, S, D) or None -> (B, H, T, K), dtype of v.
+"""q (B, H, T, K'), k (B, H, S, K'), v (B, H, S, K), x (B, S, F) or None -> (B, H, T, K), dtype of v.
 
-x is the layer's input at the keys; None unless the scheme has `cache_inputs`."""
+K' is K unless the scheme's `transform_qk` makes queries and keys wider. x holds the `features` of the keys and is
+None unless it has `cache_inputs`."""
 
 
 @dataclass
@@ -71,6 +73,21 @@ class AttentionBackend(ABC):
     @abstractmethod
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         """Build what all layers of the scheme share in a forward pass; each of them calls the result."""
+
+
+def more_than_a_bias(scheme: PositionScheme) -> str:
+    """Why no fused kernel serves a scheme; empty where one may."""
+    return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
+
+
+def equal_widths(attend: Attend) -> Attend:
+    """Serve queries and keys wider than values through a kernel that wants all of one width."""
+
+    def attend_any(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
+        missing = q.shape[-1] - v.shape[-1]
+        return attend(q, k, F.pad(v, (0, missing)), x)[..., : v.shape[-1]] if missing else attend(q, k, v, x)
+
+    return attend_any
 
 
 def hidden_keys(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:

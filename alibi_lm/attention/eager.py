@@ -20,13 +20,16 @@ class EagerAttention(AttentionBackend):
         bias, hidden = scheme.bias(q_pos, k_pos), hidden_keys(q_pos, k_pos, request.window)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
-            scores = q @ k.mT * q.shape[-1] ** -0.5
+            own_form = scheme.scores(q, k, x, q_pos, k_pos)
+            scores = q @ k.mT * q.shape[-1] ** -0.5 if own_form is None else own_form
             if scores.dtype in (torch.bfloat16, torch.float16):
                 scores = scores.float()
             for added in (bias, scheme.content_bias(q, k, x, q_pos, k_pos)):
                 if added is not None:
                     scores = scores + added
             weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-            return F.dropout(weights, request.dropout).to(v.dtype) @ v
+            weights = F.dropout(weights, request.dropout)
+            out, added = weights.to(v.dtype) @ v, scheme.value_bias(weights, q_pos, k_pos)
+            return out if added is None else out + added.to(v.dtype)
 
         return attend

@@ -1,25 +1,34 @@
 """Attention through torch's FlexAttention: the scheme's score function runs inside a generated kernel.
 
-Meant for a GPU: no (T, S) tensor for a bias that depends on distance, hidden blocks are skipped, and the distances
-are float32 whatever the dtype of queries and keys. On a CPU it computes the forward pass, slowly. Gradients of a
-trained bias are summed with atomics there: not the same to the last bit from run to run.
+Meant for a GPU: no (T, S) tensor for a bias that depends on distance, and the distances are float32 whatever the
+dtype of queries and keys. Blocks of keys are skipped that are hidden, or so far away that a falling bias leaves
+them no weight. On a CPU it computes the forward pass, slowly, and skips nothing. Gradients of a trained bias are
+summed with atomics on a GPU: not the same to the last bit from run to run.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alibi_lm.attention.base import Attend, AttentionBackend, Request
+from alibi_lm.attention.base import Attend, AttentionBackend, Request, more_than_a_bias
 from alibi_lm.positions.base import PositionScheme
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 RECOMPILATIONS = 64
 """Kernels that one process may generate: one for each scheme, and for each of the first lengths. Past torch's own
 limit of 8 FlexAttention silently builds (B, H, T, S) scores."""
+BLOCK = 128
+"""Queries, and keys, of a block: FlexAttention's own size."""
+LOST = 2.0**-25
+"""Share of a query's weights that skipped blocks may hold: half a unit in the last place of float32."""
 
 
 class FlexAttention(AttentionBackend):
@@ -33,7 +42,8 @@ class FlexAttention(AttentionBackend):
         """Shape and blocks of the last causal mask: it depends on lengths alone, so it is kept."""
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        return "it needs the full score matrix" if scheme.defines("content_bias") else ""
+        by_content = scheme.defines("content_bias", "content_key_bias")
+        return more_than_a_bias(scheme) or ("it needs the full score matrix" if by_content else "")
 
     def refuses(self, scheme: PositionScheme, request: Request) -> str:
         if request.dropout:
@@ -46,9 +56,14 @@ class FlexAttention(AttentionBackend):
         from torch.nn.attention.flex_attention import flex_attention
 
         score_mod = scheme.score_mod(request.q_pos, request.k_pos, request.span)
-        block_mask = self._block_mask(request)
+        causal = self._block_mask(request)
+        line = None
+        if request.whole and not request.gaps and request.window is None and not scheme.defines("bias"):
+            line = scheme.distance_bias(request.k_pos)  # of distances 0, 1, ...
+        tail = None if line is None else tail_sums(line.detach())
 
         def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
+            block_mask = causal if tail is None else near_blocks(q, k, tail)
             if torch.compiler.is_compiling():
                 # Part of the model's own graph. A filter of warnings would break that graph in every layer.
                 return flex_attention(q, k, v, score_mod, block_mask)
@@ -91,3 +106,55 @@ class FlexAttention(AttentionBackend):
         if self._causal[0] != shape:
             self._causal = shape, create_block_mask(causal, None, None, num_queries, num_keys, device)
         return self._causal[1]
+
+
+def tail_sums(line: Tensor) -> Tensor:
+    """How much the bias leaves of all keys from a distance on.
+
+    Args:
+        line: (H, T) float32, the bias at distances 0 to T - 1.
+
+    Returns:
+        (H, T) float32: ln of the sum of exp(line[d] - line[0]) over the distances d >= w, for w = 0 ... T - 1.
+    """
+    return (line - line[:, :1]).flip(-1).logcumsumexp(-1).flip(-1)
+
+
+def near_blocks(q: Tensor, k: Tensor, tail: Tensor) -> BlockMask:
+    """The blocks of keys that hold more than `LOST` of the weights of some query, per head and block of queries.
+
+    No score q.k / sqrt(K) exceeds that of the query's own key by more than b = 2 max|q| max|k| / sqrt(K). So keys
+    at distances from w on have less than exp(b + tail[w]) of the own key's weight together. All of it is computed
+    on the device of the tensors, without waiting for it.
+
+    Args:
+        q: (B, H, T, K).
+        k: (B, H, T, K).
+        tail: (H, T) float32, see `tail_sums`.
+
+    Returns:
+        A mask for `flex_attention`, causal, the same for each sequence of the batch.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens, dim = q.shape[2:]
+    blocks = -(-tokens // BLOCK)
+    with torch.no_grad():
+        # Norms of bfloat16 numbers are taken in float32; the share of 1e-4 covers their rounding.
+        of_queries, of_keys = (x.float().norm(dim=-1).amax(0) * (1 + 1e-4) for x in (q, k))  # (H, T)
+        of_queries = nn.functional.pad(of_queries, (0, blocks * BLOCK - tokens)).unflatten(-1, (blocks, BLOCK))
+        excess = 2 * of_queries.amax(-1) * of_keys.amax(-1, keepdim=True) * dim**-0.5  # (H, blocks)
+        # The tails fall with the distance, and searchsorted wants them to rise.
+        reach = torch.searchsorted(-tail.contiguous(), (excess - math.log(LOST)).contiguous())
+        block = torch.arange(blocks, device=q.device)
+        first = (block * BLOCK - reach.clamp_min(1) + 1).clamp_min(0) // BLOCK  # (H, blocks)
+        whole = (first[..., None] + block).clamp_max(blocks - 1)  # (H, blocks, blocks), of which i - first count
+        return BlockMask.from_kv_blocks(
+            torch.ones_like(first)[None].int(),
+            block[:, None].expand(*first.shape, blocks)[None].int().contiguous(),
+            (block - first)[None].int(),
+            whole[None].int(),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=lambda b, h, q, k: k <= q,
+            seq_lengths=(tokens, tokens),
+        )

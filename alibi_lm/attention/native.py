@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alibi_lm.attention import native_library
-from alibi_lm.attention.base import Attend, AttentionBackend, Request
+from alibi_lm.attention.base import Attend, AttentionBackend, Request, equal_widths, more_than_a_bias
 from alibi_lm.positions.base import PositionScheme
 
 
@@ -30,9 +30,11 @@ class NativeAttention(AttentionBackend):
     name = "native"
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        if scheme.defines("content_bias"):
+        if scheme.defines("content_bias", "content_key_bias"):
             return "it needs the full score matrix"
-        return "its bias is more than a function of distance" if scheme.defines("bias") else ""
+        return more_than_a_bias(scheme) or (
+            "its bias is more than a function of distance" if scheme.defines("bias") else ""
+        )
 
     def refuses(self, scheme: PositionScheme, request: Request) -> str:
         if not request.k_pos.is_cpu:
@@ -50,7 +52,7 @@ class NativeAttention(AttentionBackend):
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         tokens = len(request.k_pos)
         bias, window = scheme.distance_bias(torch.arange(tokens)), request.window or tokens
-        return lambda q, k, v, x: attend(q, k, v, bias, window)
+        return equal_widths(lambda q, k, v, x: attend(q, k, v, bias, window))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> Tensor:

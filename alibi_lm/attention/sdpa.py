@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alibi_lm.attention.base import Attend, AttentionBackend, Request, hidden_keys
+from alibi_lm.attention.base import (
+    Attend,
+    AttentionBackend,
+    Request,
+    equal_widths,
+    hidden_keys,
+    more_than_a_bias,
+)
 from alibi_lm.positions.base import PositionScheme
 
 MASK_ELEMENTS = 1 << 25
@@ -42,9 +49,15 @@ class SdpaAttention(AttentionBackend):
     def __init__(self, mask_elements: int = MASK_ELEMENTS, short: int = SHORT) -> None:
         self.mask_elements, self.short = mask_elements, short
 
+    def refuses_scheme(self, scheme: PositionScheme) -> str:
+        return more_than_a_bias(scheme)
+
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
+        return equal_widths(self._prepare(scheme, request))
+
+    def _prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         k_pos, dropout = request.k_pos, request.dropout
-        if request.whole and request.window is None and not scheme.defines("content_bias"):
+        if request.whole and request.window is None and not scheme.defines("content_bias", "content_key_bias"):
             if not scheme.defines("bias", "distance_bias"):
                 return lambda q, k, v, x: F.scaled_dot_product_attention(
                     q, k, v, is_causal=True, dropout_p=dropout
@@ -112,7 +125,7 @@ class DenseMask:
         self.q_pos, self.k_pos = request.q_pos, request.k_pos
         # Kernels of a GPU want the mask in the dtype of the queries; the CPU's add it in float32.
         self.dtype = torch.promote_types(request.dtype, torch.float32) if self.q_pos.is_cpu else request.dtype
-        self.by_content = scheme.defines("content_bias")
+        self.by_content = scheme.defines("content_bias", "content_key_bias")
         self.line: Tensor | None = None
         """(H, span + 1) float32: the bias of each distance, where positions have no gaps and it is a function of
         distance. Its gradient costs far less than that of a table of pairs."""

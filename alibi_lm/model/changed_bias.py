@@ -13,7 +13,8 @@ from torch import Tensor
 from alibi_lm.model.query_scale import QueryScaleConfig, ScaledConfig
 from alibi_lm.positions import PositionScheme
 
-BIAS_HOOKS = ("distance_bias", "bias", "content_bias")
+CONTENT_HOOKS = ("content_bias", "content_key_bias", "scores")
+BIAS_HOOKS = ("distance_bias", "bias", *CONTENT_HOOKS)
 
 
 def scales_bias(config: QueryScaleConfig, scheme: PositionScheme) -> bool:
@@ -23,7 +24,8 @@ def scales_bias(config: QueryScaleConfig, scheme: PositionScheme) -> bool:
 
 def only_a_bias(scheme: PositionScheme) -> bool:
     """Whether a scheme does nothing but add a bias to scores."""
-    return scheme.defines(*BIAS_HOOKS) and not scheme.defines("add_to_embeddings", "transform_qk")
+    others = ("add_to_embeddings", "transform_qk", "scores", "value_bias")
+    return scheme.defines(*BIAS_HOOKS) and not scheme.defines(*others)
 
 
 class FadedBias(PositionScheme):
@@ -48,6 +50,12 @@ class FadedBias(PositionScheme):
 
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
         return self._times(self.scheme.bias(q_pos, k_pos))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.scheme.features(x)
+
+    def content_key_bias(self, x: Tensor | None, k_pos: Tensor) -> Tensor | None:
+        return self._times(self.scheme.content_key_bias(x, k_pos))
 
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
         return self._times(self.scheme.content_bias(q, k, x, q_pos, k_pos))

@@ -113,7 +113,8 @@ class KeyValueCache:
     cache as it was: what some layers have stored beyond it is overwritten by the next pass.
 
     Attributes:
-        layers: of each layer k and v, each (B, H, S, K), and the layer's input (B, S, D) for schemes that read it.
+        layers: of each layer k and v, each (B, H, S, K), and features of its input (B, S, F) for schemes
+            that read it.
         positions: (S,) int64; None when empty.
         first: the first of the positions; 0 when empty.
         next_position: the one after the last; 0 when empty.
@@ -168,7 +169,7 @@ class Attention(nn.Module):
         q, k = position.scheme.transform_qk(q, k, position.tables)
         if position.query_factor is not None:
             q = (q * position.query_factor[..., None]).to(k.dtype)
-        inputs = x if position.scheme.cache_inputs else None
+        inputs = position.scheme.features(x) if position.scheme.cache_inputs else None
         if cache is not None:
             k, v, inputs = cache.extend(layer, k, v, inputs)
         y = position.attend(q, k, v, inputs)

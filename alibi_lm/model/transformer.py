@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alibi_lm import runtime
 from alibi_lm.attention import Request, build_backend
-from alibi_lm.model.changed_bias import FadedBias, RowScaledBias, only_a_bias, scales_bias
+from alibi_lm.model.changed_bias import CONTENT_HOOKS, FadedBias, RowScaledBias, only_a_bias, scales_bias
 from alibi_lm.model.interface import Scores, check_ids
 from alibi_lm.model.layers import ACTIVATIONS, Block, KeyValueCache, LayerPositions, ModelConfig
 from alibi_lm.model.query_scale import QueryScaleConfig, visible_keys
@@ -104,7 +104,7 @@ class TransformerLM(nn.Module):
         """
         scheme = self.schemes[0]
         require(
-            not (scales_bias(config, scheme) and scheme.defines("content_bias")),
+            not (scales_bias(config, scheme) and scheme.defines(*CONTENT_HOOKS)),
             f"query_scale.scale_bias = true with position={self.position.name}, whose bias depends on content. "
             "Use query_scale.scale_bias=false: what is made from the queries grows with them anyway.",
         )

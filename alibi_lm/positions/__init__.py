@@ -9,12 +9,21 @@ from __future__ import annotations
 from typing import Protocol
 
 from alibi_lm.positions.alibi import AlibiConfig
+from alibi_lm.positions.bam import BamConfig
 from alibi_lm.positions.base import NoneConfig, PositionScheme, PositionShape
 from alibi_lm.positions.cope import CopeConfig
+from alibi_lm.positions.fire import FireConfig
+from alibi_lm.positions.fox import FoxConfig
+from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
+from alibi_lm.positions.pope import PopeConfig
 from alibi_lm.positions.rotary import RotaryConfig
+from alibi_lm.positions.sandwich import SandwichConfig
+from alibi_lm.positions.shaw import ShawConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config
+from alibi_lm.positions.transformer_xl import TransformerXLConfig
+from alibi_lm.positions.xpos import XposConfig
 
 
 class PositionConfig(Protocol):
@@ -35,6 +44,16 @@ POSITIONS: dict[str, type] = {
     "alibi": AlibiConfig,
     "t5": T5Config,
     "cope": CopeConfig,
+    "kerple_log": KerpleLogConfig,
+    "kerple_power": KerplePowerConfig,
+    "bam": BamConfig,
+    "fox": FoxConfig,
+    "fire": FireConfig,
+    "sandwich": SandwichConfig,
+    "xpos": XposConfig,
+    "transformer_xl": TransformerXLConfig,
+    "shaw": ShawConfig,
+    "pope": PopeConfig,
 }
 
 __all__ = ["POSITIONS", "PositionConfig", "PositionScheme", "PositionShape"]

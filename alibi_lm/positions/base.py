@@ -6,7 +6,9 @@ Kazemnejad et al. 2023, arXiv 2305.19466). A published method overrides the hook
     add_to_embeddings             position vectors added to the word vectors
     tables, transform_qk          a change of queries and keys
     distance_bias, or bias        a score bias that depends on positions alone
+    content_key_bias              a score bias that depends on what the key and the tokens before it are
     content_bias                  a score bias that depends on queries, keys or the layer's input
+    scores, value_bias            scores that are no q.k, and values that depend on positions (`eager` alone)
     training_positions            positions that are drawn anew in each training pass
 
 `score_mod` and `key_bias` are fast forms of the bias for some backends. A scheme may add them; the contract tests
@@ -67,7 +69,7 @@ class PositionScheme(nn.Module):
     per_layer: ClassVar[bool] = False
     """Whether each layer has its own instance, with its own parameters; else one instance serves all layers."""
     cache_inputs: ClassVar[bool] = False
-    """Whether `content_bias` reads the layer's input. A cache then keeps it for every token, beside its key."""
+    """Whether hooks read the layer's input. A cache then keeps its `features` for every token, beside its key."""
 
     def __init__(self, shape: PositionShape) -> None:
         super().__init__()
@@ -129,9 +131,16 @@ class PositionScheme(nn.Module):
             tables: the value of `tables(positions)`.
 
         Returns:
-            q, k of the same shapes and dtypes.
+            q, k of the same dtypes, wider if need be. Scores are divided by the root of the width that they have.
         """
         return q, k
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the hooks read of the layer's input, by default all of it; once per token, if `cache_inputs`.
+
+        (B, T, D) -> (B, T, F), any F.
+        """
+        return x
 
     def distance_bias(self, distance: Tensor) -> Tensor | None:
         """The bias as a function of the distance q_pos - k_pos alone, where it is one.
@@ -169,12 +178,51 @@ class PositionScheme(nn.Module):
         Args:
             q: (B, H, T, K), after `transform_qk`; any T queries.
             k: (B, H, S, K): the keys from the first one to at least the last query's own.
-            x: (B, S, D), the input of the attention layer at the keys; None unless `cache_inputs`.
-            q_pos: (T,) int64.
+            x: (B, S, F), the `features` of the keys; None unless `cache_inputs`.
+            q_pos: (T,) int64, positions among k_pos.
             k_pos: (S,) int64.
 
         Returns:
             (B, H, T, S) float32 or better, finite also where k_pos > q_pos, or None.
+        """
+        of_key = self.content_key_bias(x, k_pos)
+        if of_key is None:
+            return None
+        of_query = of_key[..., torch.searchsorted(k_pos, q_pos)]
+        return (of_key[..., None, :] - of_query[..., None]).to(torch.promote_types(q.dtype, torch.float32))
+
+    def content_key_bias(self, x: Tensor | None, k_pos: Tensor) -> Tensor | None:
+        """The content bias where it is a number per key, up to a constant for each query.
+
+        The bias of a pair is the key's number minus that of the query's own key. Backends that know it need no
+        (T, S) tensor.
+
+        Args:
+            x: (B, S, F), the `features` of the keys; a number may depend on those up to its own key.
+            k_pos: (S,) int64.
+
+        Returns:
+            (B, H, S) float64, which keeps differences of long sums exact; or None.
+        """
+        return None
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """Scores that take the place of q.k / sqrt(head_dim), where they are no such product.
+
+        Arguments are those of `content_bias`, and so is the result: (B, H, T, S), or None.
+        """
+        return None
+
+    def value_bias(self, weights: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """What positions add to the values, summed with the attention weights.
+
+        Args:
+            weights: (B, H, T, S), 0 where the key is hidden.
+            q_pos: (T,) int64.
+            k_pos: (S,) int64.
+
+        Returns:
+            (B, H, T, K), added to the output of attention, or None.
         """
         return None
 

@@ -7,6 +7,14 @@ the head dimension, interleaved pairs, in every layer, values not rotated.
 
 so that q_i . k_j depends on positions only through i - j.
 
+Two published variants leave a part of each head without positions (training settings, both fractions of 1):
+    rotated_share    only the first dimensions are rotated, with a spectrum of their own width; GPT-NeoX's
+                     `rotary_pct` (Black et al. 2022, arXiv 2204.06745)
+    frequency_share  the slowest frequencies are 0, the others those of the whole width; p-RoPE's p (Barbero et al.
+                     2024, arXiv 2410.06205, section 6)
+GPT-NeoX pairs dimension k with k + width / 2, where pairs here are neighbours: the same up to the order of the
+dimensions in a head, which trained projections do not see.
+
 Changes of frequency at test time (`scaling`), each from its source, with s = max(1, context / train length), or
 the `factor` that is given:
     linear    inv_freq / s                            Chen et al. 2023, arXiv 2306.15595 (position interpolation)
@@ -30,7 +38,7 @@ import torch
 from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, setting
 
 SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn")
 
@@ -42,6 +50,10 @@ class RotaryConfig:
     name: str = "rotary"
     theta: float = 10000.0
     """Base of the frequencies, > 1."""
+    rotated_share: float = setting(1.0, counts="run", later=True)
+    """Share of a head's dimensions that are rotated, in (0, 1] (partial rotary)."""
+    frequency_share: float = setting(1.0, counts="run", later=True)
+    """Share of the frequencies that are kept, fastest first, in (0, 1]; the rest are 0 (p-RoPE)."""
     scaling: str = "none"
     """none, linear, ntk, dynamic, by_parts or yarn."""
     factor: float | None = None
@@ -49,6 +61,8 @@ class RotaryConfig:
 
     def __post_init__(self) -> None:
         require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
+        for name in ("rotated_share", "frequency_share"):
+            require(0 < getattr(self, name) <= 1, f"position.{name} = {getattr(self, name)}. Allowed: (0, 1].")
         require(
             self.scaling in SCALINGS,
             f"position.scaling = {self.scaling!r}. Allowed: {', '.join(SCALINGS)}.",
@@ -106,7 +120,7 @@ def scaling_factor(scaling: str, factor: float | None, context_length: int, trai
 
 
 class Rotary(PositionScheme):
-    """Rotation of interleaved pairs over the whole head dimension."""
+    """Rotation of interleaved pairs over the first dimensions of a head, by default all of them."""
 
     inv_freq: Tensor
 
@@ -116,20 +130,31 @@ class Rotary(PositionScheme):
             shape.head_dim % 2 == 0,
             f"model_dim / num_heads = {shape.head_dim} with position=rotary. Pairs are rotated: it must be even.",
         )
+        self.width = int(shape.head_dim * config.rotated_share)
+        require(
+            self.width >= 2 and self.width % 2 == 0,
+            f"position.rotated_share = {config.rotated_share} rotates {self.width} of {shape.head_dim} "
+            "dimensions. Pairs are rotated: choose a share that gives an even number >= 2.",
+        )
         factor = scaling_factor(config.scaling, config.factor, shape.context_length, shape.train_length)
         inv_freq, self.amplitude = frequencies(
-            config.scaling, shape.head_dim, config.theta, factor, shape.train_length
+            config.scaling, self.width, config.theta, factor, shape.train_length
         )
+        inv_freq[int(config.frequency_share * self.width // 2) :] = 0
         self.register_exact("inv_freq", inv_freq)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """Cosines and sines, each (T, K/2) float32; the angles are float64, so exact at any length."""
+        """Cosines and sines, each (T, width / 2) float32; the angles are float64, so exact at any length."""
         angles = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq
         return (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
 
     def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        cos, sin = tables
-        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+        if self.width == q.shape[-1]:
+            return rotate_pairs(q, *tables), rotate_pairs(k, *tables)
+        q, k = (
+            torch.cat([rotate_pairs(x[..., : self.width], *tables), x[..., self.width :]], dim=-1) for x in (q, k)
+        )
+        return q, k
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """FlexAttention against `eager`: the forward pass on the CPU, everything on a GPU where there is one."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import flex_attention
 
 from alibi_lm.attention import Backends
+from alibi_lm.attention.flex import BLOCK, LOST, near_blocks, tail_sums
 from alibi_lm.model.transformer import KeyValueCache
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
@@ -109,3 +112,68 @@ def test_many_lengths_and_schemes_never_build_all_scores():
             with torch.no_grad():
                 attend("flex", scheme, q, k, v)
             assert torch.cuda.max_memory_allocated() - before < 6 * length * length * 4
+
+
+# --- blocks that a falling bias leaves no weight -------------------------------------------------
+
+
+def shares_left_out(q: torch.Tensor, k: torch.Tensor, line: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Share of each query's weights outside of the kept blocks, in float64: (B, H, T)."""
+    tokens = q.shape[2]
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5 + line.double()[:, distance.clamp_min(0)]
+    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    keys = kept.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :tokens, :tokens]
+    return weights.masked_fill(keys, 0).sum(-1)
+
+
+@pytest.mark.parametrize("tokens", [BLOCK, 5 * BLOCK - 1, 6 * BLOCK])
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
+def test_skipped_blocks_hold_less_weight_than_float32_can_tell(tokens, size):
+    slopes = torch.tensor([2.0, 0.5, 0.05, 1e-3])
+    line = -slopes[:, None] * torch.arange(tokens)
+    q, k = size * torch.randn(2, 4, tokens, 8), size * torch.randn(2, 4, tokens, 8)
+    # The worst case: the last query meets keys along itself at the far end, and an opposite one of its own.
+    q[:, :, -1] *= q[:, :, :-1].norm(dim=-1).amax(-1)[..., None] / q[:, :, -1].norm(dim=-1, keepdim=True)
+    along = q[:, :, -1:] / q[:, :, -1:].norm(dim=-1, keepdim=True) * k.norm(dim=-1).amax(-1)[..., None, None]
+    k[:, :, : tokens // 2], k[:, :, -1:] = along, -along
+    mask = near_blocks(q, k, tail_sums(line))
+    kept = mask.to_dense()[0].bool()
+    assert shares_left_out(q, k, line, kept).max() < LOST
+    blocks = kept.shape[-1]
+    causal = torch.ones(blocks, blocks, dtype=torch.bool).tril()
+    assert not (kept & ~causal).any() and kept.diagonal(dim1=-2, dim2=-1).all()
+    assert bool(kept[3].eq(causal).all()), "the flattest head needs everything"
+    if tokens > 4 * BLOCK and size <= 1:
+        assert kept[0].sum() == 2 * blocks - 1, "the steepest head needs its own block and the one before"
+
+
+def test_the_blocks_are_as_few_as_the_bound_allows():
+    """With the largest possible excess in every pair, one block less would lose too much."""
+    tokens, slope = 6 * BLOCK, 0.1
+    line = -slope * torch.arange(tokens, dtype=torch.float32)[None]
+    q = torch.tensor([3.0, 0.0]).expand(1, 1, tokens, 2).contiguous()
+    k = torch.tensor([2.0, 0.0]).expand(1, 1, tokens, 2).contiguous()
+    k[:, :, -1] *= -1
+    kept = near_blocks(q, k, tail_sums(line)).to_dense()[0, 0].bool()
+    first = int(kept[-1].int().argmax())
+    reach = (2 * 6 / 2**0.5 - math.log(LOST) - math.log(1 - math.exp(-slope))) / slope
+    nearest_query = 5 * BLOCK
+    assert first == int((nearest_query - reach + 1) // BLOCK) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, at their import
+@pytest.mark.parametrize("heads", [4, 8])
+def test_a_generated_kernel_that_skips_blocks_equals_the_definition(heads):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    tokens = 2100
+    scheme, positions = scheme_of("alibi", heads), torch.arange(tokens)
+    q, k, v = (torch.randn(1, heads, tokens, 16) for _ in range(3))
+    with torch.no_grad():
+        mask = near_blocks(q, k, tail_sums(scheme.distance_bias(positions)))
+        assert mask.sparsity() > 55, "a causal mask alone leaves out 47 of 100 blocks"
+        modify = scheme.score_mod(positions, positions, tokens - 1)
+        got = torch.compile(flex_attention)(q, k, v, modify, mask)
+        torch.testing.assert_close(got, attend("eager", scheme, q, k, v), rtol=1e-5, atol=1e-5)

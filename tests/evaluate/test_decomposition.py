@@ -138,7 +138,7 @@ def test_reset_is_one_pass_over_the_last_tokens_of_each_window(tiny_model, token
 
 @pytest.mark.parametrize("position", sorted(POSITIONS))
 def test_the_full_window_and_both_interventions_coincide_up_to_l(tiny_model, tokens, position):
-    model = tiny_model(position, "sdpa", train_length=64)
+    model = tiny_model(position, "auto", train_length=64)
     passes = passes_of(model, tokens)
     _, reset, windowed, full = losses(passes, 40, L)
     # Up to L each also equals the loss in a window of length L that begins at the same token.
@@ -184,7 +184,7 @@ def test_a_scheme_without_such_positions_has_null_parts_and_a_reason(tiny_model,
 
 @pytest.mark.parametrize("position", sorted(POSITIONS))
 def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, tokens, position):
-    model = tiny_model(position, "sdpa", train_length=64)
+    model = tiny_model(position, "auto", train_length=64)
     points = offset(group([model], tokens, position), [0, 1, 29, 56], width=8, every=2)
     assert points[0]["largest"] < 1e-6
     if model.positions[0].translation_invariant:

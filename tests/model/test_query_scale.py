@@ -67,7 +67,9 @@ def test_visible_keys_are_counted(window):
 
 @pytest.mark.parametrize(("position", "attention"), SERVED)
 def test_a_constant_factor_is_one_of_the_query_weights(tiny_config, position, attention):
-    """Every query is linear in its weights, so doubling these must do the same, whatever the scheme."""
+    """A query that is linear in its weights: doubling these must do the same, whatever the scheme."""
+    if position == "pope":
+        pytest.skip("its queries are not linear in their weights: the factor comes after the magnitudes")
     model = build(tiny_config, "constant", position, attention, factor=2.0)
     plain, tokens = build(tiny_config, "none", position, attention), ids(2, 12)
     assert not torch.allclose(model(tokens), plain(tokens), atol=1e-3)

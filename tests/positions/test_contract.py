@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from in_double import InDouble
 
 from alibi_lm.attention import Backends
 from alibi_lm.attention.native import why_not
@@ -21,7 +21,12 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("alibi", {"scaling": "linear", "factor": 3.0}),
     ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
+    ("rotary", {"rotated_share": 0.5, "frequency_share": 0.5}),
     ("cope", {"num_positions": 5, "scaled_term": False}),
+    ("bam", {"trained_centre": True, "start": "readme"}),
+    ("fox", {"gates": "bias", "scaled": False}),
+    ("fox", {"gates": "fixed"}),
+    ("shaw", {"clip": 5, "values": False}),
 ]
 SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 BACKENDS = ("eager", "sdpa", *([] if why_not() else ["native"]))
@@ -77,6 +82,11 @@ def ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, 50, (batch, length))
 
 
+def dense(name: str, settings: dict) -> str:
+    """sdpa, or eager for what sdpa cannot serve."""
+    return "eager" if Backends("sdpa", name).refuses_scheme(scheme_of(name, settings)) else "sdpa"
+
+
 def by_slices_and_columns(model) -> None:
     """Short sequences take the routes of long ones in sdpa."""
     model.backend.chain = [
@@ -122,7 +132,7 @@ def test_cached_decoding_keeps_the_bias(tiny_model):
 @variants()
 def test_later_tokens_change_no_more_than_rounding_in_a_long_sequence(trained, name, settings):
     """Long sequences take other routes; how they split their sums may depend on all tokens."""
-    model = trained(name, "sdpa", settings, train_length=700)
+    model = trained(name, dense(name, settings), settings, train_length=700)
     with torch.no_grad():
         for block in model.layers:
             block.attention.qkv.weight *= 2  # scores as large as in a trained model
@@ -247,7 +257,7 @@ def test_score_mod_is_the_bias(name, settings, step):
 
 @variants()
 def test_four_times_the_trained_length(trained, name, settings):
-    model, tokens = trained(name, "sdpa", settings, train_length=32), ids(1, 128)
+    model, tokens = trained(name, dense(name, settings), settings, train_length=32), ids(1, 128)
     if model.max_length is None:
         assert torch.isfinite(model(tokens)).all()
     else:
@@ -270,16 +280,6 @@ def test_weights_load_strictly_at_another_context_length(trained, tiny_model, na
     long.load_state_dict(short.state_dict(), strict=True)
 
 
-class InDouble(TorchFunctionMode):
-    """Every step to float32 goes to float64 instead."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        double = {torch.float32: torch.float64}
-        args = [double.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
-        kwargs = {k: double.get(a, a) if isinstance(a, torch.dtype) else a for k, a in (kwargs or {}).items()}
-        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
-
-
 @variants("distance_bias", "bias")
 def test_bias_keeps_its_precision_in_a_half_precision_model(name, settings):
     """Parameters are rounded by the cast itself; the arithmetic on them must not be.
@@ -298,11 +298,22 @@ def test_bias_keeps_its_precision_in_a_half_precision_model(name, settings):
     torch.testing.assert_close(bias.double(), expected, rtol=1e-6, atol=0)
 
 
+@variants("scores", "value_bias")
+def test_what_is_more_than_a_bias_is_refused_by_name_and_served_by_auto(tiny_model, name, settings):
+    message = f"attention=sdpa cannot run position={name} (it is more than a score bias). Use attention=eager."
+    with pytest.raises(ValueError) as caught:
+        tiny_model(name, "sdpa", **settings)
+    assert str(caught.value) == message
+    assert tiny_model(name, "auto", **settings).backend.name == "eager"
+
+
 @variants("content_bias")
 @pytest.mark.parametrize("attention", ["native", "flex"])
 def test_a_content_bias_is_refused_by_name_where_it_cannot_be_served(tiny_model, name, settings, attention):
     if attention == "native" and why_not():
         pytest.skip(why_not())
+    if dense(name, settings) == "eager":
+        pytest.skip("refused for more than its bias")
     message = (
         f"attention={attention} cannot run position={name} (it needs the full score matrix). Use attention=eager."
     )

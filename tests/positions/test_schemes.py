@@ -146,6 +146,20 @@ def test_yarn_equals_hugging_face():
     assert ours.amplitude == pytest.approx(amplitude)
 
 
+def test_rotary_shares_leave_dimensions_without_positions():
+    """Half of 16 dimensions rotated: 4 pairs, of which the slower half stands still."""
+    scheme = RotaryConfig(rotated_share=0.5, frequency_share=0.5).build(shape())
+    q = torch.randn(1, 2, 1, 16, dtype=torch.float64)
+    rotated, _ = scheme.transform_qk(q, q, scheme.tables(torch.tensor([70])))
+    for i, frequency in enumerate([1.0, 10000**-0.25]):
+        z = complex(*q[0, 1, 0, 2 * i : 2 * i + 2].tolist()) * complex(
+            math.cos(70 * frequency), math.sin(70 * frequency)
+        )
+        assert rotated[0, 1, 0, 2 * i].item() == pytest.approx(z.real, abs=1e-5)
+        assert rotated[0, 1, 0, 2 * i + 1].item() == pytest.approx(z.imag, abs=1e-5)
+    assert torch.equal(rotated[..., 4:], q[..., 4:])
+
+
 def test_rotary_automatic_factor_follows_the_context():
     scheme = RotaryConfig(scaling="linear").build(shape(train_length=64, context_length=256))
     torch.testing.assert_close(scheme.inv_freq, RotaryConfig().build(shape()).inv_freq / 4)
@@ -192,6 +206,8 @@ def test_t5_default_max_distance_is_within_training():
         (lambda: RotaryConfig(theta=1.0), "theta = 1.0"),
         (lambda: RotaryConfig(scaling="magic"), "scaling = 'magic'. Allowed: none, linear, ntk, dynamic"),
         (lambda: RotaryConfig(factor=0.5), "factor = 0.5"),
+        (lambda: RotaryConfig(rotated_share=0.0), "rotated_share = 0.0. Allowed: (0, 1]"),
+        (lambda: RotaryConfig(rotated_share=0.2).build(shape()), "rotates 3 of 16 dimensions"),
         (lambda: RotaryConfig().build(shape(model_dim=6)), "model_dim / num_heads = 3 with position=rotary"),
         (lambda: T5Config(num_buckets=31), "num_buckets = 31"),
         (lambda: T5Config(max_distance=16), "max_distance = 16"),

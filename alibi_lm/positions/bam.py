@@ -1,0 +1,81 @@
+"""BAM: the bias is the logarithm of a generalised Gaussian over positions; each head trains its own.
+
+Source: Bianchessi et al. 2025, "Bayesian Attention Mechanism", arXiv 2505.22842 (ICLR 2026); the authors' code is
+ArthurSBianchessi/BAM (commit 5a6579d), models/bam.py, `AttentionPrior`.
+
+    scores[h, i, j] = q_i . k_j / sqrt(head_dim) - exp(alpha[h]) (|i - j + 2 sinh(mu[h])| + 1e-5)^beta[h]
+
+alpha, beta and, if `trained_centre`, mu are trained, the same in every layer; without mu the centre is the own
+position of the query. beta is not bounded: below 0 the bias rises with the distance. beta starts at 1, mu at 0.
+The start of alpha has two readings in the authors' work (`start`):
+
+    code    the logarithm of ALiBi's slopes, so the scheme starts as ALiBi (the repository's models)
+    readme  the slopes themselves (the class printed in its README of 2026): scales start at 1.0 to 1.6
+
+The sum over all distances of exp(bias) converges where beta > 0.
+
+Past the trained length: defined everywhere; the bias keeps to its curve.
+Differs from the paper: the papers' models also multiply scores and bias by s ln(n) (scalable softmax), which is a
+setting of its own here. One file of the repository's evaluation, inference_models/bam.py, has the scale inside the
+power, which is another function unless beta = 1; the training code, followed here, has it outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alibi_lm.positions.alibi import alibi_slopes
+from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.settings import require
+
+STARTS = ("code", "readme")
+
+
+@dataclass
+class BamConfig:
+    """A generalised Gaussian prior over positions."""
+
+    name: str = "bam"
+    start: str = "code"
+    """Where alpha starts: code (as ALiBi) or readme."""
+    trained_centre: bool = False
+    """Train mu, the place of the centre."""
+
+    def __post_init__(self) -> None:
+        require(self.start in STARTS, f"position.start = {self.start!r}. Allowed: {', '.join(STARTS)}.")
+
+    def build(self, shape: PositionShape) -> Bam:
+        return Bam(self, shape)
+
+
+class Bam(PositionScheme):
+    """Biases with a trained scale, exponent and perhaps centre per head."""
+
+    def __init__(self, config: BamConfig, shape: PositionShape) -> None:
+        super().__init__(shape)
+        self.from_logarithm = config.start == "code"
+        self.alpha = nn.Parameter(torch.empty(shape.num_heads))
+        self.beta = nn.Parameter(torch.empty(shape.num_heads))
+        self.mu = nn.Parameter(torch.empty(shape.num_heads)) if config.trained_centre else None
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Exponent 1, centre 0, and scales by the chosen reading."""
+        if not self.alpha.is_meta:
+            slopes = torch.tensor(alibi_slopes(self.shape.num_heads))
+            self.alpha.copy_(slopes.log() if self.from_logarithm else slopes)
+        nn.init.ones_(self.beta)
+        if self.mu is not None:
+            nn.init.zeros_(self.mu)
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        alpha, beta, mu = (
+            None if x is None else x.float().view(-1, *[1] * distance.dim())
+            for x in (self.alpha, self.beta, self.mu)
+        )
+        far = distance.float() if mu is None else (distance + 2 * mu.sinh()).abs()
+        return -alpha.exp() * (far + 1e-5) ** beta

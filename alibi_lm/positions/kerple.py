@@ -1,0 +1,98 @@
+"""KERPLE: each head lowers a score by a trained logarithm, or power, of the distance.
+
+Source: Chi, Fan, Ramadge & Rudnicky 2022, "KERPLE: Kernelized Relative Positional Embedding for Length
+Extrapolation", arXiv 2205.09921, section 4; the authors' code is chijames/KERPLE (commit 25be3d7),
+megatron/mpu/layers.py, `ParallelKerpleLog` and `ParallelKerplePower`.
+
+    kerple_log    scores[h, i, j] = q_i . k_j / sqrt(head_dim) - r1[h] ln(1 + r2[h] (i - j))
+    kerple_power  scores[h, i, j] = q_i . k_j / sqrt(head_dim) - a[h] (i - j)^p[h]
+
+r1, r2, a and p are trained, two numbers per head, the same in every layer. They start at random: r1, p uniform in
+(0, 2), r2, a uniform in (0, 1). Before use r1, r2 and a are held at 0.01 or more, and p in [0.01, 2]; a number
+outside still receives its whole gradient, as in the authors' code, which overwrites it. p = 1 is ALiBi with
+trained slopes. The sum over all distances of exp(bias) converges for `kerple_power`, for `kerple_log` if r1 > 1.
+
+Past the trained length: defined everywhere; the bias keeps falling along its curve.
+Differs from the paper: nothing. The code's multiplicative weight exp(-a d^p), an option there, is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alibi_lm.positions.base import PositionScheme, PositionShape
+
+LEAST = 0.01
+"""Parameters are held at this value or more."""
+
+
+@dataclass
+class KerpleLogConfig:
+    """Trained logarithmic biases."""
+
+    name: str = "kerple_log"
+
+    def build(self, shape: PositionShape) -> KerpleLog:
+        return KerpleLog(shape)
+
+
+@dataclass
+class KerplePowerConfig:
+    """Trained biases that are powers of the distance."""
+
+    name: str = "kerple_power"
+
+    def build(self, shape: PositionShape) -> KerplePower:
+        return KerplePower(shape)
+
+
+def held(parameter: Tensor, most: float | None = None) -> Tensor:
+    """The parameter, between LEAST and `most`, with the gradient of all of it: (H,) -> (H,) float32."""
+    value = parameter.float()
+    return value.detach().clamp(LEAST, most) + (value - value.detach())
+
+
+def per_head(values: Tensor, distance: Tensor) -> Tensor:
+    """(H,) -> (H, 1, ..., 1), to be combined with distances."""
+    return values.view(-1, *[1] * distance.dim())
+
+
+class KerpleLog(PositionScheme):
+    """Logarithmic biases with two trained numbers per head."""
+
+    def __init__(self, shape: PositionShape) -> None:
+        super().__init__(shape)
+        self.r1 = nn.Parameter(torch.empty(shape.num_heads))
+        self.r2 = nn.Parameter(torch.empty(shape.num_heads))
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Uniform, as the authors start."""
+        nn.init.uniform_(self.r1, 0, 2)
+        nn.init.uniform_(self.r2, 0, 1)
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        r1, r2 = per_head(held(self.r1), distance), per_head(held(self.r2), distance)
+        return -r1 * torch.log1p(r2 * distance)
+
+
+class KerplePower(PositionScheme):
+    """Biases that are powers of the distance, with two trained numbers per head."""
+
+    def __init__(self, shape: PositionShape) -> None:
+        super().__init__(shape)
+        self.a = nn.Parameter(torch.empty(shape.num_heads))
+        self.p = nn.Parameter(torch.empty(shape.num_heads))
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Uniform, as the authors start."""
+        nn.init.uniform_(self.a, 0, 1)
+        nn.init.uniform_(self.p, 0, 2)
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        a, p = per_head(held(self.a), distance), per_head(held(self.p, most=2.0), distance)
+        return -a * distance.to(p.dtype) ** p

@@ -1,0 +1,34 @@
+"""xPos against complex numbers written out pair by pair in float64."""
+
+import cmath
+
+import pytest
+import torch
+
+from alibi_lm.positions.base import PositionShape
+from alibi_lm.positions.xpos import XposConfig
+
+
+def test_queries_and_keys_are_the_formulas():
+    scheme = XposConfig(scale_base=20.0).build(PositionShape(16, 8, 2, 2, 64, 101))
+    q, k = torch.randn(2, 1, 2, 3, 8)
+    positions = torch.tensor([0, 5, 90])
+    got = scheme.transform_qk(q, k, scheme.tables(positions))
+    for x, mine, sign in zip((q, k), got, (1, -1), strict=True):
+        for t, p in enumerate(positions.tolist()):
+            for i in range(4):
+                zeta = (2 * i / 8 + 0.4) / 1.4
+                factor = cmath.exp(1j * p * 10000 ** (-2 * i / 8)) * zeta ** (sign * (p - 51) / 20)
+                z = complex(*x[0, 1, t, 2 * i : 2 * i + 2].tolist()) * factor
+                assert complex(*mine[0, 1, t, 2 * i : 2 * i + 2].tolist()) == pytest.approx(z, rel=1e-5, abs=1e-6)
+
+
+def test_products_decay_with_the_distance_at_any_length():
+    """A key of ones under a query of ones, in the pair that turns fastest and decays most."""
+    scheme = XposConfig().build(PositionShape(16, 8, 2, 2, 64, 16000))
+    ones = torch.zeros(1, 1, 2, 8)
+    ones[..., 0] = 1.0
+    q, k = scheme.transform_qk(ones, ones, scheme.tables(torch.tensor([15000, 15999])))
+    assert torch.isfinite(q).all() and torch.isfinite(k).all()
+    sizes = (q[0, 0, 1].norm() * k[0, 0].norm(dim=-1)).tolist()
+    assert sizes == pytest.approx([(0.4 / 1.4) ** (999 / 512), 1.0], rel=1e-4)
