@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from alibi_lm.attention import ATTENTION
 from alibi_lm.data.config import NAMES, DataConfig
 from alibi_lm.data.tokenizers import TOKENIZERS
+from alibi_lm.model.query_scale import QUERY_SCALES, QueryScaleConfig
+from alibi_lm.model.training_positions import TRAINING_POSITIONS, PlainConfig
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
@@ -81,6 +84,13 @@ class TrainConfig:
     schedule: Any = setting(None, counts="run")
     tracking: Any = setting(None, counts="no")
     task: Any = setting(default_factory=TaskConfig, counts="run")
+    query_scale: Any = setting(default_factory=QueryScaleConfig, counts="run", later=True)
+    training_positions: Any = setting(default_factory=PlainConfig, counts="run", later=True)
+    positions_until: int | None = setting(None, counts="run", later=True)
+    """Optimizer steps with the position scheme, the rest are trained without positions (DroPE, arXiv 2512.12167);
+    null: all. The best checkpoint is then one of the rest."""
+    positions_fade: int = setting(0, counts="run", later=True)
+    """Steps before positions_until over which a score bias fades linearly to 0; 0: it stops at once."""
     evaluation: EvaluationConfig = setting(default_factory=EvaluationConfig, counts="no")
     experiment: str = setting("quick", counts="label")
     """Name of the experiment; its runs lie in outputs/<experiment>/runs."""
@@ -133,7 +143,7 @@ class TrainConfig:
             "checkpoint_every", "keep_last",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}. Use a whole number >= 1.")
-        for name in ("seed", "clip_norm", "keep_every"):
+        for name in ("seed", "clip_norm", "keep_every", "positions_fade"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}. Use a number >= 0.")
         for name, allowed in (("device", DEVICES), ("precision", PRECISIONS)):
             value = getattr(self, name)
@@ -147,6 +157,16 @@ class TrainConfig:
             self.micro_batch_tokens is None or self.micro_batch_tokens >= self.train_length,
             f"micro_batch_tokens = {self.micro_batch_tokens} is less than train_length = {self.train_length}: "
             "one sequence does not fit. Raise it, or use null.",
+        )
+        until, fade = self.positions_until, self.positions_fade
+        require(
+            until is None or 1 <= until < self.steps,
+            f"positions_until = {until}. Use 1 to steps - 1 = {self.steps - 1}, or null for all steps.",
+        )
+        require(
+            fade == 0 or (until is not None and fade <= until and not self.compile),
+            f"positions_fade = {fade} with positions_until = {until}, compile = {self.compile}. A fade needs "
+            "positions_until, at most as many steps, and compile=false.",
         )
         for name, otherwise in (("threads", "torch's choice"), ("runs_at_once", "what the cores allow")):
             value = getattr(self, name)
@@ -165,6 +185,11 @@ class TrainConfig:
         rows = self.tokens_per_step // self.train_length
         return rows - rows % self.batch_multiple
 
+    def position_strength(self, step: int) -> float:
+        """How much the position scheme takes part after so many optimizer steps: 1 wholly, 0 not at all."""
+        left = math.inf if self.positions_until is None else max(0, self.positions_until - step)
+        return min(1.0, left / max(1, self.positions_fade))
+
 
 GROUPS: dict[str, dict[str, type]] = {
     "position": POSITIONS,
@@ -174,6 +199,8 @@ GROUPS: dict[str, dict[str, type]] = {
     "schedule": SCHEDULES,
     "tracking": TRACKING,
     "task": TASKS,
+    "query_scale": QUERY_SCALES,
+    "training_positions": TRAINING_POSITIONS,
 }
 """Config groups whose entries are classes of their own; `name` in a saved config tells which."""
 
@@ -249,9 +276,10 @@ def _check_groups(config: Any) -> None:
         if chosen is None or isinstance(chosen, str):
             continue
         name = chosen.get("name") if isinstance(chosen, dict) else chosen.name
-        if isinstance(chosen, dict):  # the evaluator's changes of a scheme, or a YAML file that stands on no entry
+        if isinstance(chosen, dict):  # the evaluator's changes for a test, or a YAML file that stands on no entry
+            at_test = not hasattr(config, "steps")
             require(
-                name is None and not hasattr(config, "steps"),
+                at_test and (name is None or group == "query_scale"),
                 f"{group}.name = {name}. A {group} is chosen by {group}=<name>, not by its settings; a file in "
                 f"configs/{group}/ begins with `defaults: [<name>, _self_]`. Names: {', '.join(registry)}.",
             )

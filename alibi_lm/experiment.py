@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 
 from alibi_lm.config import TrainConfig, load_config, register, spelled, to_config
+from alibi_lm.evaluate.changes import ChangesConfig
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.runs import Status, differing_settings, experiment_folder, failed, run_name, short_hash, status
 from alibi_lm.runtime import allowed_cores
@@ -164,6 +165,22 @@ def analyse_and_draw(config: EvaluateConfig) -> None:
     for path in analyse(config):
         drawn = draw_analysis(path)
         print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)
+
+
+def change_and_draw(config: ChangesConfig) -> None:
+    """Tune and score changes for the test, write results.jsonl row by row, then the table."""
+    from alibi_lm.evaluate.changes import change_and_evaluate
+    from alibi_lm.evaluate.sweep import describe
+    from alibi_lm.files import write_text
+    from alibi_lm.results.documents import read_documents
+    from alibi_lm.results.rows import read_rows
+    from alibi_lm.study.change_table import change_tables
+
+    for row in change_and_evaluate(config):
+        print(describe(row), flush=True)
+    text = change_tables(read_rows(config.output / "results.jsonl"), read_documents(config.output))
+    write_text(config.output / "table.md", text)
+    print(f"\n{text}\n{config.output / 'table.md'}")
 
 
 # --- all runs, and what follows ------------------------------------------------------------------

@@ -34,8 +34,9 @@ from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import read_json, read_json_if_whole, write_json, write_text
+from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.settings import counting, require
+from alibi_lm.settings import counting, identifying, require
 from alibi_lm.tasks.training import TrainingData
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
@@ -45,6 +46,8 @@ CORPUS_FILE, CHECKPOINTS, LOCK_FILE = "corpus.json", "checkpoints", ".lock"
 FINISHED_FILE, FAILED_FILE = "finished.json", "failed.json"
 LOCK_WAIT_SECONDS = 1.0
 """A status query holds the lock for an instant; a run that starts in that instant waits it out."""
+COMPOSED = ("query_scale.", "training_positions.", "positions_until")
+"""Settings of a model beside its scheme that its scores depend on, where they are not as they were before."""
 PUT_BACK = "Put the run's own file back, or train it again with overwrite=true."
 
 
@@ -107,7 +110,7 @@ def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any], names:
         names: settings that count here, dotted; None: all. A run that was saved by an earlier version is known by
             the settings that there were then.
     """
-    settings = counting(config, "run", "rounding")
+    settings = identifying(config)
     known = {name: value for name, value in settings.items() if names is None or name in names}
     return short_hash({"settings": known, **_corpus_digests(corpus_manifest)}, digits=12)
 
@@ -411,7 +414,14 @@ def build_model(
         context_length: longest sequence to be served; None: train_length.
     """
     backend, train_length = attention or config.attention.name, config.task.width(config.train_length)
-    return TransformerLM(config.model, config.position, backend, vocab_size, train_length, context_length)
+    model = TransformerLM(
+        config.model, config.position, backend, vocab_size, train_length, context_length,
+        config.query_scale, config.training_positions,
+    )  # fmt: skip
+    if config.positions_fade:
+        model.set_strength(0.5)  # refused where the scheme cannot fade
+    model.set_strength(config.position_strength(0))
+    return model
 
 
 def run_tokenizer(folder: Path) -> Tokenizer:
@@ -441,6 +451,7 @@ def load_run(
     device: str | torch.device = "cpu",
     position: dict[str, Any] | None = None,
     precision: str = "float32",
+    query_scale: dict[str, Any] | None = None,
 ) -> TransformerLM:
     """Load a trained model in evaluation mode.
 
@@ -455,6 +466,8 @@ def load_run(
         device: where to put the model: cpu, cuda or cuda:<index>.
         position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.
         precision: of scoring: float32, bfloat16, or auto (bfloat16 on GPUs that have it).
+        query_scale: settings of the query scale to change for this test; a `name` puts another scale in its place,
+            e.g. {"name": "log_n"}. What a new one would train has its start values.
 
     Returns:
         The model, with `label` (the folder's name), `identity` (what its scores depend on) and `precision`.
@@ -483,25 +496,47 @@ def load_run(
             f"position = {position}. The run was trained with position={own}; another scheme is another model. "
             'Give settings of its own scheme as a mapping, such as {"scaling": "yarn"} for rotary.',
         )
-        try:
-            changed = OmegaConf.merge(OmegaConf.structured(config.position), position)
-            config = dataclasses.replace(config, position=OmegaConf.to_object(changed))
-        except OmegaConfBaseException as error:
-            raise ValueError(
-                f"position = {position} does not fit position={config.position.name}: {error}"
-            ) from error
+        config = dataclasses.replace(config, position=_changed("position", config.position, position))
+    trained_scale = config.query_scale
+    if query_scale:
+        name = query_scale.get("name", trained_scale.name) if isinstance(query_scale, Mapping) else None
+        require(
+            name in QUERY_SCALES,
+            f"query_scale = {query_scale}. Give settings as a mapping; names: {', '.join(QUERY_SCALES)}.",
+        )
+        same = name == trained_scale.name
+        scale = _changed("query_scale", trained_scale if same else QUERY_SCALES[str(name)](), query_scale)
+        config = dataclasses.replace(config, query_scale=scale)
     found = CheckpointStore(folder / CHECKPOINTS).get(checkpoint)
     require_own_files(folder, found)
-    model = build_model(config, int(found.state["vocab_size"]), attention, inference_length)
+    as_trained = dataclasses.replace(config, query_scale=trained_scale)
+    model = build_model(as_trained, int(found.state["vocab_size"]), attention, inference_length)
     found.load_into(model)
+    model.set_strength(config.position_strength(found.step))
+    if query_scale:
+        trained = model.query_scale.state_dict()
+        model.set_query_scale(config.query_scale)
+        if config.query_scale.name == trained_scale.name:
+            model.query_scale.load_state_dict(trained)
     settings = {
         "weights": found.weights_sha256,
         "model": dataclasses.asdict(config.model),
-        "position": dataclasses.asdict(config.position),
+        "position": identifying(config.position),
         "train_length": config.train_length,
         "backend": model.backend.name,
         "precision": precision,
     }
+    later = {name: value for name, value in identifying(config).items() if name.startswith(COMPOSED)}
+    if later:
+        settings |= later | {"strength": model.strength}
     model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)
     model.precision = precision
     return model.to(where).eval()
+
+
+def _changed(group: str, own: Any, changes: Mapping[str, Any]) -> Any:
+    """A config of a group with some settings changed."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(own), changes))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{group} = {changes} does not fit {group}={own.name}: {error}") from error

@@ -143,9 +143,12 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     Called at the start of every training step, so that a resumed run draws the same dropout masks as an
     uninterrupted one, and no generator state needs to be saved.
     """
-    # Odd multipliers spread the three numbers over 63 bits.
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % (1 << 63)
-    torch.manual_seed(mixed)
+    torch.manual_seed(step_seed(seed, step, rank))
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A number of 63 bits for (seed, step, rank); odd multipliers spread the three over it."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % (1 << 63)
 
 
 def reset_peak_memory(device: torch.device) -> int:

@@ -24,14 +24,20 @@ C = TypeVar("C")
 
 
 def setting(
-    default: Any = dataclasses.MISSING, *, counts: Counts, default_factory: Any = dataclasses.MISSING
+    default: Any = dataclasses.MISSING,
+    *,
+    counts: Counts,
+    default_factory: Any = dataclasses.MISSING,
+    later: bool = False,
 ) -> Any:
     """A dataclass field that says whether results depend on it.
 
-    The fields of a nested config count as the field that holds it does, unless they say otherwise.
+    The fields of a nested config count as the field that holds it does, unless they say otherwise. With `later`,
+    the setting came after runs had been trained without it: its default leaves their identity as it was.
     """
     assert counts in get_args(Counts)
-    return dataclasses.field(default=default, default_factory=default_factory, metadata={"counts": counts})
+    metadata = {"counts": counts, "later": later}
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 def counting(config: Any, *kinds: Counts) -> dict[str, Any]:
@@ -39,13 +45,25 @@ def counting(config: Any, *kinds: Counts) -> dict[str, Any]:
     return {name: value for name, value, kind in _walk(config, "", None) if kind in kinds}
 
 
-def _walk(config: Any, prefix: str, inherited: Counts | None) -> Iterator[tuple[str, Any, Counts]]:
+def identifying(config: Any) -> dict[str, Any]:
+    """The settings that a run, or a part of its config, is known by: all that count, without later defaults."""
+    found = _walk(config, "", "run", later_defaults=False)
+    return {name: value for name, value, kind in found if kind in ("run", "rounding")}
+
+
+def _walk(
+    config: Any, prefix: str, inherited: Counts | None, later_defaults: bool = True
+) -> Iterator[tuple[str, Any, Counts]]:
     for field in dataclasses.fields(config):
         kind = field.metadata.get("counts", inherited)
         assert kind is not None, f"{type(config).__name__}.{field.name} does not say what it counts as"
         value = getattr(config, field.name)
+        if field.metadata.get("later") and not later_defaults:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value == default:
+                continue
         if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{field.name}.", kind)
+            yield from _walk(value, f"{prefix}{field.name}.", kind, later_defaults)
         else:
             yield f"{prefix}{field.name}", value, kind
 

@@ -328,6 +328,7 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
     config, model, optimizer = run.config, run.model, run.optimizer
     model.train()
     runtime.seed_step(config.seed, number, run.world.rank)
+    model.set_strength(config.position_strength(number))
     share = distributed.shard(config.rows_per_step, run.world)
     micro_rows = max(1, (config.micro_batch_tokens or run.tokens_per_step) // config.train_length)
     total = torch.zeros((), device=run.device)
@@ -338,7 +339,10 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
             batch = tuple(tensor.pin_memory() for tensor in batch)
         batch = tuple(tensor.to(run.device, non_blocking=True) for tensor in batch)
         with runtime.autocast(run.device, config.precision):
-            nats = run.nats(*batch).sum()
+            # One draw for all processes and micro-batches.
+            places = config.training_positions.draw(batch[0].shape[1], runtime.step_seed(config.seed, number))
+            options = {} if places is None else {"positions": places.to(run.device)}
+            nats = run.nats(*batch, **options).sum()
         (nats / num_targets).backward()
         total += nats.detach()
     distributed.all_reduce_gradients(model, run.world)
@@ -388,6 +392,7 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     Raises:
         Stopped: a process was asked to stop. The validation is still due.
     """
+    run.model.set_strength(run.config.position_strength(progress.step))
     loss, accuracy = _validation(run, run.model, signals, run.world)
     values: dict[str, float | None] = {"validation/loss": loss}
     if accuracy is None:
@@ -399,7 +404,9 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     tracker.log(progress.step, values)
     progress.validation_due, progress.validation_loss = False, loss if math.isfinite(loss) else None
     best = progress.best_validation_loss
-    better = loss < (math.inf if best is None else best)
+    # A model that still has the positions which it will lose is none to keep.
+    whole = progress.step > (run.config.positions_until or 0)
+    better = whole and loss < (math.inf if best is None else best)
     if better:
         progress.best_validation_loss, progress.best_step = loss, progress.step
     return better

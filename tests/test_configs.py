@@ -76,7 +76,8 @@ def test_every_setting_counts_as_something():
         kinds = {name: word for word in words for name in counting(config, word)}
         assert len(kinds) == len(counting(config, *words)) and set(kinds.values()) == set(words)
         expected = {"position": "run", "optimizer": "run", "schedule": "run", "tokenizer": "run"}
-        expected |= {"attention": "rounding", "tracking": "no", "task": "run"}
+        expected |= {"attention": "rounding", "tracking": "no", "task": "run", "query_scale": "run"}
+        expected["training_positions"] = "run"
         own = {kind for setting, kind in kinds.items() if setting.startswith(f"{group}.")}
         assert own - ({"no"} if group == "task" else set()) == {expected[group]}  # items of a test change no run
     fixed = {"seed": "run", "train_length": "run", "precision": "run", "compile": "rounding", "data.name": "run"}

@@ -160,6 +160,30 @@ def test_a_setting_that_came_later_does_not_change_what_a_saved_run_is(place: Pa
     assert folder_identity(run) == run_identity(now, manifest, known) != run_identity(now, manifest)
 
 
+def test_the_default_of_a_later_setting_changes_no_identity(place: Path) -> None:
+    """What a run was known by before there were query scales: a hash of the settings of that time."""
+    manifest, now = read_json(place / "alibi" / "corpus.json"), config(place, "position=alibi")
+    later = {"query_scale.name", "position.scaling", "position.factor"}
+    assert later <= set(counting(now, "run", "rounding"))
+    before = set(counting(now, "run", "rounding")) - later
+    assert run_identity(now, manifest) == run_identity(now, manifest, before)
+    for changed in ("query_scale=log_n", "query_scale=ssmax", "position.scaling=linear"):
+        assert run_identity(config(place, "position=alibi", changed), manifest) != run_identity(now, manifest)
+
+
+def test_a_trained_query_scale_is_loaded_and_changed_with_its_weights(place: Path, tmp_path: Path) -> None:
+    trained = config(place, "position=alibi", "query_scale=ssmax", "query_scale.start=0.7")
+    train(trained, tmp_path / "run")
+    model = load_run(tmp_path / "run")
+    weights = [scale.detach().clone() for scale in model.query_scale.scales]
+    assert all((scale != 0.7).any() for scale in weights)
+    changed = load_run(tmp_path / "run", query_scale={"scale_bias": True})
+    assert changed.query_scale.config.scale_bias
+    for scale, weight in zip(changed.query_scale.scales, weights, strict=True):
+        assert torch.equal(scale, weight)
+    assert load_run(tmp_path / "run", query_scale={"name": "none"}).query_scale.factors(torch.tensor([5])) == []
+
+
 # --- load_run ------------------------------------------------------------------------------------
 
 
@@ -176,7 +200,9 @@ def test_a_setting_that_came_later_does_not_change_what_a_saved_run_is(place: Pa
         ({"device": "gpu"}, "device = 'gpu'. Use cpu"),
         ({"device": "cuda:77"}, r"device = cuda:77, but torch finds \d+ CUDA devices"),
         ({"precision": "half"}, "precision = 'half'. Allowed: auto, float32, bfloat16"),
-        ({"position": {"scaling": "yarn"}}, "does not fit position=alibi"),
+        ({"position": {"theta": 2.0}}, "does not fit position=alibi"),
+        ({"query_scale": {"name": "logn"}}, "Give settings as a mapping; names: none, log_n, ssmax"),
+        ({"query_scale": {"name": "log_n", "start": 1.0}}, "does not fit query_scale=log_n"),
     ],
     ids=str,
 )
@@ -207,6 +233,9 @@ def test_a_model_says_what_its_scores_depend_on(place: Path, tmp_path: Path) -> 
         load_run(place / "rotary", precision="bfloat16"),
         load_run(place / "rotary", attention="eager"),
         load_run(place / "rotary", position={"scaling": "yarn", "factor": 2.0}),
+        load_run(place / "rotary", query_scale={"name": "log_n"}),
+        load_run(place / "rotary", query_scale={"name": "ssmax", "start": 0.5}),
     ]
-    assert len({model.identity, *(other.identity for other in others)}) == 5
+    assert len({model.identity, *(other.identity for other in others)}) == 7
+    assert all((scale == 0.5).all() for scale in others[-1].query_scale.scales)
     assert load_run(place / "rotary", precision="auto").identity == model.identity

@@ -93,7 +93,8 @@ class Backends:
             ValueError: the backend that was asked for by name does not, and nothing stands in for it.
         """
         for backend in self.chain:
-            if not backend.refuses(scheme, request):
+            # The scheme of a pass may be the model's own with its bias changed.
+            if not (backend.refuses_scheme(scheme) or backend.refuses(scheme, request)):
                 return backend
         raise ValueError(self._message(scheme, self.chain[0].refuses(scheme, request)))
 

@@ -140,6 +140,8 @@ class EvaluateConfig:
     """Attention backend; result rows record the one that auto stands for."""
     position: dict[str, Any] = field(default_factory=dict)
     """Test-time changes of the scheme's settings, such as +position.scaling=yarn."""
+    query_scale: dict[str, Any] = field(default_factory=dict)
+    """Test-time changes of the query scale, such as +query_scale.name=log_n."""
     data: EvaluateData = field(default_factory=EvaluateData)
     tracking: Any = None
     device: str = "auto"

@@ -225,6 +225,7 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
         device=device,
         position=config.position or None,
         precision=config.precision,
+        query_scale=config.query_scale or None,
     )
     if corpus is None:
         items = ItemTask(run.config.task, run.config.train_length, run.settings.split)
@@ -299,8 +300,9 @@ def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:
     record, length = run.folder / CORPUS_FILE, run.config.train_length
     splits = read_json(record).get("splits", {}) if record.is_file() else {}
     repeated = (text.mode, text.split) == ("nonoverlapping", "validation") and length in run.settings.lengths
+    changed = config.position or config.query_scale
     same_text = (splits.get("validation") or {}).get("sha256") == text.sha256
-    if recorded is None or not repeated or not same_text or config.position or text.refuses(length):
+    if recorded is None or not repeated or not same_text or changed or text.refuses(length):
         return
     loss = mean_nats(opened.passes.nats(length))
     trained_in = run.config.precision

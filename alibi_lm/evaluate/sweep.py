@@ -79,7 +79,7 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                     yield row
             if config.mode == STREAM:
                 policy = Policy(config.cache or "full", config.lost_share, config.window, config.sinks)
-                common = _common(config, opened, opened.passes.text)
+                common = common_fields(config, opened, opened.passes.text)
                 row, sums = measure_stream(opened.passes, policy, **common)
                 if world.is_main:
                     upsert_rows(results, [row])
@@ -87,7 +87,7 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                 yield row
                 continue
             for passes in opened.asked:
-                common = _common(config, opened, passes.task)
+                common = common_fields(config, opened, passes.task)
                 for length in run.settings.lengths:
                     yield from measure(passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
@@ -149,10 +149,10 @@ def _row(
             shares = {name: float(right[members].mean()) for name, members in parts.items()}
             fields = fields | {"extra": fields.get("extra", {}) | {"by_part": shares}}
         return ResultRow(**fields, metric=metric, value=float(right.mean()), n=len(right))
-    return _perplexity_row(float(scored.nats.sum(dtype=np.float64)), fields)
+    return perplexity_row(float(scored.nats.sum(dtype=np.float64)), fields)
 
 
-def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
+def perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
     """Nats are kept also where a perplexity is too large for a number."""
     perplexity, reason = perplexity_of(total, fields["tokens"])
     if not math.isfinite(total):
@@ -164,7 +164,7 @@ def _perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
     return replace(row, extra=row.extra | {"bits_per_byte": row.bits_per_byte})
 
 
-def _common(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[str, Any]:
+def common_fields(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[str, Any]:
     """Fields of all rows of a run and a task."""
     run = opened.plan
     trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
@@ -194,8 +194,12 @@ def _common(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[str, An
 
 
 def changes_of(config: EvaluateConfig) -> dict[str, Any]:
-    """What is changed for the test, as rows name it: settings of the scheme, and the step of a checkpoint."""
-    changes = {f"position.{name}": value for name, value in config.position.items()}
+    """What is changed for the test, as rows name it: settings of scheme and query scale, step of a checkpoint."""
+    changes = {
+        f"{group}.{name}": value
+        for group in ("position", "query_scale")
+        for name, value in getattr(config, group).items()
+    }
     changes |= {f"model.{name}": value for name, value in dotted(config.model_config)}
     return changes | ({"checkpoint": config.checkpoint} if config.checkpoint.startswith("step:") else {})
 
@@ -208,7 +212,7 @@ def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     """
     if opened.corpus is None:
         return _chance(opened.passes.task, opened.plan.config.task.chance)
-    if config.data.path is not None or config.data.name is not None or config.position:
+    if config.data.path is not None or config.data.name is not None or config.position or config.query_scale:
         return None
     task, vocab_size = opened.passes.text, opened.corpus.vocab_size
     try:
@@ -222,7 +226,7 @@ def _baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     total = float(-(np.bincount(task.tokens, minlength=vocab_size) * log_probs).sum())
     fields = {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
     fields |= {"position": "unigram", "tokens": len(task.tokens), "commit": runtime.code_version()[0]}
-    return _perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
+    return perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
 
 
 def _chance(task: Task, share: float) -> ResultRow | None:
@@ -277,7 +281,10 @@ def log_curve(config: EvaluateConfig) -> None:
 
 def curve_name(row: ResultRow) -> str:
     """What tells one curve from another: `alibi_L64_s1`, with changes, and split or stride where not the usual."""
-    changes = "".join(f"+{key.removeprefix('position.')}={value}" for key, value in sorted(row.changes.items()))
+    changes = "".join(
+        f"+{key.removeprefix('position.').removesuffix('.name')}={value}"
+        for key, value in sorted(row.changes.items())
+    )
     split = "" if row.split == "validation" else f" {row.split}"
     stride = "" if row.stride is None else f" stride {row.stride}"
     return f"{row.run}{changes}{split}{stride}"

@@ -33,6 +33,8 @@ class LayerPositions:
     tables: tuple[Tensor, ...]
     attend: Attend | None
     """None where a cache attends by itself."""
+    query_factor: Tensor | None = None
+    """(1, T) or (H, T) float32 or better: what queries are multiplied by (`model.query_scale`)."""
 
 
 class KeyValueCache:

@@ -140,6 +140,8 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, raw_k: Tensor, v: Tensor, x: Tensor, layer: int, part: Part) -> Tensor:
         position = part.positions[layer % len(part.positions)]
         q, k = position.scheme.transform_qk(q, raw_k, position.tables)
+        if position.query_factor is not None:
+            q = (q * position.query_factor[..., None]).to(k.dtype)
         inputs = position.scheme.features(x) if position.scheme.cache_inputs else None
         if part.cache is not None:
             return part.cache.attend(layer, q, k, v, inputs, raw_k, position)

@@ -56,9 +56,9 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
     Raises:
         ValueError: the scheme has none, and why.
     """
-    if reason := no_bound(model.schemes[0]):
+    if reason := no_bound(model.active_schemes[0]):
         raise ValueError(reason)
-    tails = [BiasTail(scheme.distance_bias) for scheme in model.schemes]
+    tails = [BiasTail(scheme.distance_bias) for scheme in model.active_schemes]
     return tails * (len(model.layers) // len(tails))
 
 
@@ -111,12 +111,17 @@ def open_cache(
     require(sinks == 0 or policy == "window", f"sinks = {sinks} with cache={policy}. They belong to cache=window.")
     if policy == "full":
         return KeyValueCache()
+    require(
+        model.query_scale.config.name == "none",
+        f"cache = {policy} with query_scale={model.query_scale.config.name}: the factor of a query depends on how many "
+        "keys it sees, and here it would see fewer. Use cache=full.",
+    )
     native, layers, heads = model.backend.name == "native", len(model.layers), model.config.num_heads
     if policy == "window":
         assert window is not None
         require(1 <= window <= LARGEST_WINDOW, f"window = {window}. Allowed: 1 to {LARGEST_WINDOW}.")
         require(0 <= sinks <= LARGEST_WINDOW, f"sinks = {sinks}. Allowed: 0 to {LARGEST_WINDOW}.")
-        scheme = model.schemes[0]
+        scheme = model.active_schemes[0]
         reason = ""
         if not scheme.translation_invariant or model.max_length is not None:
             reason = "its positions are absolute, so that a window cannot roll on"

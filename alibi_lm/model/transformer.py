@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from alibi_lm import runtime
 from alibi_lm.attention import Request, build_backend
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
+from alibi_lm.model.changed_bias import CONTENT_HOOKS, FadedBias, RowScaledBias, only_a_bias, scales_bias
 from alibi_lm.model.interface import Scores, check_ids
 from alibi_lm.model.layers import ACTIVATIONS, Block, ModelConfig, Part
+from alibi_lm.model.query_scale import QueryScaleConfig, visible_keys
+from alibi_lm.model.training_positions import PlainConfig
 from alibi_lm.model.vocabulary import AdaptiveVocabulary, Vocabulary
 from alibi_lm.positions import PositionConfig, PositionScheme, PositionShape
 from alibi_lm.settings import require
@@ -36,6 +39,8 @@ class TransformerLM(nn.Module):
         vocab_size: V.
         train_length: tokens of a training sequence.
         context_length: longest sequence to be served; None: train_length.
+        query_scale: factors of the queries; None: none.
+        training_positions: whether positions are counted or drawn; None: counted.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -49,12 +54,16 @@ class TransformerLM(nn.Module):
         vocab_size: int,
         train_length: int,
         context_length: int | None = None,
+        query_scale: QueryScaleConfig | None = None,
+        training_positions: PlainConfig | None = None,
     ) -> None:
         super().__init__()
         self.config, self.position = config, position
         self.vocab_size, self.train_length = vocab_size, train_length
         self.label, self.identity, self.precision = "model", "", "float32"
-        shape = PositionShape(
+        self.drawn = training_positions or PlainConfig()
+        self.strength = 1.0
+        self.shape = PositionShape(
             model_dim=config.model_dim,
             head_dim=config.head_dim,
             num_heads=config.num_heads,
@@ -62,8 +71,9 @@ class TransformerLM(nn.Module):
             train_length=train_length,
             context_length=context_length or train_length,
         )
-        self.positions = self._build_schemes(shape)
+        self.positions = self._build_schemes()
         self.backend = build_backend(attention, self.schemes[0], position.name)
+        self.set_query_scale(query_scale or QueryScaleConfig())
         if config.adaptive_cutoffs:
             cutoffs, factor, dropout = config.adaptive_cutoffs, config.adaptive_factor, config.adaptive_dropout
             self.vocabulary: Vocabulary | AdaptiveVocabulary = AdaptiveVocabulary(
@@ -76,12 +86,31 @@ class TransformerLM(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.initialise()
 
-    def _build_schemes(self, shape: PositionShape) -> nn.ModuleList:
+    def _build_schemes(self) -> nn.ModuleList:
+        shape, total = self.shape, self.drawn.range
+        # Positions of the tokens where none are given, (context_length,) int64; None: 0, 1, ...
+        self.places = self.drawn.draw(shape.context_length, seed=shape.context_length)
+        if total is not None:  # the whole range is trained on
+            shape = replace(shape, train_length=total, context_length=total)
         # One seed gives all schemes the same weights elsewhere: what a scheme draws is drawn aside, or last.
         with torch.random.fork_rng(devices=[]):
             first = self.position.build(shape)
             copies = self.config.num_layers if first.per_layer else 1
             return nn.ModuleList([first, *(self.position.build(shape) for _ in range(copies - 1))])
+
+    def set_query_scale(self, config: QueryScaleConfig) -> None:
+        """Multiply queries by the factors of this config; trained factors begin at their start values.
+
+        Raises:
+            ValueError: the score bias is to be multiplied too, and it depends on content.
+        """
+        scheme = self.schemes[0]
+        require(
+            not (scales_bias(config, scheme) and scheme.defines(*CONTENT_HOOKS)),
+            f"query_scale.scale_bias = true with position={self.position.name}, whose bias depends on content. "
+            "Use query_scale.scale_bias=false: what is made from the queries grows with them anyway.",
+        )
+        self.query_scale = config.build(scheme.shape)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -103,8 +132,29 @@ class TransformerLM(nn.Module):
         return cast(list[Block], list(self.blocks))
 
     @property
+    def active_schemes(self) -> list[PositionScheme]:
+        """The schemes as they take part: at the strength that was set."""
+        if self.strength == 1:
+            return self.schemes
+        if self.strength == 0:
+            return [PositionScheme(self.shape)]
+        return [FadedBias(scheme, self.strength) for scheme in self.schemes]
+
+    def set_strength(self, strength: float) -> None:
+        """Let the position scheme take part wholly (1), not at all (0), or with its bias times a number between.
+
+        Raises:
+            ValueError: a number between, and the scheme is more than a score bias.
+        """
+        require(
+            strength in (0, 1) or only_a_bias(self.schemes[0]),
+            f"positions_fade with position={self.position.name}: only a score bias fades. Use positions_fade=0.",
+        )
+        self.strength = strength
+
+    @property
     def max_length(self) -> int | None:
-        return self.schemes[0].max_position
+        return self.drawn.range or self.active_schemes[0].max_position
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +204,7 @@ class TransformerLM(nn.Module):
         x = self.vocabulary.embed(input_ids)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.model_dim)
-        added = [self.schemes[0].add_to_embeddings(x[part.rows], part.at) for part in parts]
+        added = [self.active_schemes[0].add_to_embeddings(x[part.rows], part.at) for part in parts]
         x = self.dropout(added[0] if len(added) == 1 else torch.cat(added))
         for layer, block in enumerate(self.layers):
             x = block(x, layer, parts)
@@ -173,8 +223,18 @@ class TransformerLM(nn.Module):
     ) -> Part:
         """What attention needs of some rows; it looks at no weights before the positions are known."""
         length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
+        seen, schemes = 0 if cache is None else cache.tokens_seen, self.active_schemes
         # Ends of the positions as Python numbers, where they can be known without reading the device.
-        if positions is None:
+        if positions is None and self.places is not None:
+            places = self.places[seen : seen + length]
+            require(
+                len(places) == length,
+                f"{seen + length} tokens, and positions were drawn for {len(self.places)}. "
+                "Get the model ready for more by `serve`.",
+            )
+            first, last = int(places[0]), int(places[-1])
+            positions = places.to(input_ids.device)
+        elif positions is None:
             first, last = start, start + length - 1
             positions = torch.arange(start, start + length, device=input_ids.device)
         else:
@@ -196,13 +256,36 @@ class TransformerLM(nn.Module):
             request = Request(positions, k_pos, last - first, window, dtype, dropout)
         if cache is not None:
             cache.begin(first, last, length, window)
-        shared = [
+        return Part(rows, positions, self._prepare(schemes, positions, request, seen), cache)
+
+    def _prepare(
+        self, schemes: list[PositionScheme], positions: Tensor, request: Request | None, seen: int
+    ) -> list[LayerPositions]:
+        """What the layers of a pass need: one entry for all, or one for each; `seen` tokens came before.
+
+        Without a request a cache attends by itself; it serves no query scale.
+        """
+        scale, biases = self.query_scale, schemes
+        tables = [scheme.tables(positions) for scheme in schemes]
+        if request is None:
+            return [LayerPositions(*pair, None) for pair in zip(schemes, tables, strict=True)]
+        visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
+        dtype = torch.promote_types(request.dtype, torch.float32)
+        factors = [factor.to(dtype) for factor in scale.factors(visible)]
+        if factors and scales_bias(scale.config, schemes[0]):
+            layers = range(max(len(schemes), len(factors)))
+            pairs = [(schemes[i % len(schemes)], factors[i % len(factors)]) for i in layers]
+            biases = [RowScaledBias(scheme, request.q_pos, factor) for scheme, factor in pairs]
+        attends = [self.backend.prepare(scheme, request) for scheme in biases]
+        return [
             LayerPositions(
-                scheme, scheme.tables(positions), self.backend.prepare(scheme, request) if request else None
+                schemes[i % len(schemes)],
+                tables[i % len(tables)],
+                attends[i % len(attends)],
+                factors[i % len(factors)] if factors else None,
             )
-            for scheme in self.schemes
+            for i in range(max(len(attends), len(factors)))
         ]
-        return Part(rows, positions, shared, cache)
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
         """Scores of the next token, before the softmax.
@@ -294,9 +377,10 @@ class TransformerLM(nn.Module):
         require(
             isinstance(length, Integral) and length >= 1, f"inference length = {length}. Use a whole number >= 1."
         )
-        if length == self.schemes[0].shape.context_length:
+        if length == self.shape.context_length:
             return
-        rebuilt = self._build_schemes(replace(self.schemes[0].shape, context_length=length))
+        self.shape = replace(self.shape, context_length=length)
+        rebuilt = self._build_schemes()
         # The parameters stay the very tensors that they are, so that an optimizer may hold them.
         rebuilt.load_state_dict(self.positions.state_dict(keep_vars=True), assign=True)
         self.positions = rebuilt.to(self.device).train(self.training)
@@ -305,9 +389,11 @@ class TransformerLM(nn.Module):
         """Why something cannot be had from this model; empty where it can.
 
         Args:
-            capability: `positions` or `window` of `score`, which can always be had; or `training`, on the device
-                where the model is.
+            capability: `positions` of `score`, which drawn ones rule out; `window`, which can always be had; or
+                `training`, on the device where the model is.
         """
+        if capability == "positions" and self.drawn.range is not None:
+            return f"training_positions={self.drawn.name} draws its positions"
         if capability != "training":
             return ""
         positions = torch.arange(self.train_length, device=self.device)
@@ -358,14 +444,23 @@ class CompiledNats:
         self.model = model
         self.hidden = torch.compile(model.hidden, dynamic=False)
 
-    def __call__(self, input_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        counted: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Minus the natural logarithm of each target's probability, as `model.nats`.
+
+        `positions` are those of `hidden`.
 
         Raises:
             ValueError: compilation failed, most often because there is no C++ compiler.
         """
         model = self.model
-        positions = model.training_positions(input_ids.shape[1]) if model.training else None
+        if model.training and positions is None:
+            positions = model.training_positions(input_ids.shape[1])
         try:
             hidden = self.hidden(input_ids, positions)
         except Exception as error:

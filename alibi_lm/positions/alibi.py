@@ -8,6 +8,9 @@ authors' code (ofirpress/attention_with_linear_biases, fairseq/models/transforme
 `slopes` is the paper's m: positive, fixed, the same in every layer. The bias is not scaled by sqrt(head_dim)
 (footnote 10) and nothing is added to embeddings or values.
 
+Change at test time: `scaling=linear` divides the slopes by s = max(1, context / train length), or by `factor`
+(position interpolation; Al-Khateeb et al. 2023, arXiv 2310.13017, in BTLM-3B).
+
 Past the trained length: defined everywhere; the bias keeps growing linearly.
 Differs from the paper: nothing. `learned_slopes=true` trains the slopes (kept positive), which the paper
 tried and found to extrapolate badly. `half_precision=true` rounds as the authors' code does in float16 training.
@@ -18,12 +21,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, setting
 
 
 @dataclass
@@ -35,15 +39,30 @@ class AlibiConfig:
     """Train one slope per head, starting from the fixed ones."""
     half_precision: bool = False
     """Round scores and bias as the authors' code does in float16 training; slow, to measure what that changes."""
+    scaling: str = setting("none", counts="run", later=True)
+    """none, or linear: slopes are divided by the factor."""
+    factor: float | None = setting(None, counts="run", later=True)
+    """Of the scaling, > 0; null: max(1, context_length / train_length)."""
 
     def __post_init__(self) -> None:
         require(
             not (self.learned_slopes and self.half_precision),
             "position.half_precision = true with learned_slopes = true. Theirs are fixed: choose one.",
         )
+        allowed = self.scaling in ("none", "linear")
+        require(allowed, f"position.scaling = {self.scaling!r} with position=alibi. Allowed: none, linear.")
+        require(
+            self.factor is None or self.factor > 0,
+            f"position.factor = {self.factor}. Use a number above 0, or null for context / train length.",
+        )
 
     def build(self, shape: PositionShape) -> PositionScheme:
         return HalfPrecisionAlibi(shape) if self.half_precision else Alibi(self, shape)
+
+    def test_changes(self, stretch: float) -> dict[str, list[dict[str, Any]]]:
+        """Changes to try at `stretch` times the training length, by name: settings, with several factors each."""
+        factors = [stretch**power for power in (0.125, 0.25, 0.5, 1.0)]
+        return {"ALiBi interpolation": [{"scaling": "linear", "factor": factor} for factor in factors]}
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -70,10 +89,14 @@ class Alibi(PositionScheme):
     """Linear biases with one slope per head."""
 
     slopes: Tensor
+    divisor: float = 1.0
+    """What slopes are divided by in a test."""
 
     def __init__(self, config: AlibiConfig, shape: PositionShape) -> None:
         super().__init__(shape)
         fixed = torch.tensor(alibi_slopes(shape.num_heads), dtype=torch.float32, device="cpu")
+        if config.scaling == "linear":
+            self.divisor = config.factor or max(1.0, shape.context_length / shape.train_length)
         self.learned = config.learned_slopes
         if self.learned:
             # The logarithm keeps a trained slope positive.
@@ -90,7 +113,8 @@ class Alibi(PositionScheme):
 
     def slopes_per_head(self) -> Tensor:
         """The slopes, (H,) float32."""
-        return self.log_slopes.float().exp() if self.learned else self.slopes
+        slopes = self.log_slopes.float().exp() if self.learned else self.slopes
+        return slopes if self.divisor == 1 else slopes / self.divisor
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         """Exact for slopes that are powers of two and distances below 2^24."""

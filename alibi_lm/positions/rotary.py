@@ -15,10 +15,14 @@ Two published variants leave a part of each head without positions (training set
 GPT-NeoX pairs dimension k with k + width / 2, where pairs here are neighbours: the same up to the order of the
 dimensions in a head, which trained projections do not see.
 
-Changes of frequency at test time (`scaling`), each from its paper, with factor s = context / train length:
-    linear  inv_freq / s                            Chen et al. 2023, arXiv 2306.15595 (position interpolation)
-    ntk     theta * s^(head_dim / (head_dim - 2))   bloc97 2023 ("NTK-aware")
-    yarn    per frequency between the two, and an amplitude 0.1 ln s + 1   Peng et al. 2023, arXiv 2309.00071
+Changes of frequency at test time (`scaling`), each from its source, with s = max(1, context / train length), or
+the `factor` that is given:
+    linear    inv_freq / s                            Chen et al. 2023, arXiv 2306.15595 (position interpolation)
+    ntk       theta * s^(head_dim / (head_dim - 2))   bloc97 2023 ("NTK-aware")
+    dynamic   ntk with s = factor * context / train length - (factor - 1), past the trained length; factor is 1
+              unless given                            emozilla 2023; transformers, `modeling_rope_utils.py`
+    by_parts  per frequency inv_freq, inv_freq / s or between the two      Peng et al. 2023, arXiv 2309.00071
+    yarn      by_parts, and an amplitude 0.1 ln s + 1 of queries and keys  the same
 
 Past the trained length: defined, at angles never seen in training (or rescaled ones).
 Differs from the paper: nothing.
@@ -28,14 +32,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, setting
 
-SCALINGS = ("none", "linear", "ntk", "yarn")
+SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn")
 
 
 @dataclass
@@ -45,14 +50,14 @@ class RotaryConfig:
     name: str = "rotary"
     theta: float = 10000.0
     """Base of the frequencies, > 1."""
-    rotated_share: float = 1.0
+    rotated_share: float = setting(1.0, counts="run", later=True)
     """Share of a head's dimensions that are rotated, in (0, 1] (partial rotary)."""
-    frequency_share: float = 1.0
+    frequency_share: float = setting(1.0, counts="run", later=True)
     """Share of the frequencies that are kept, fastest first, in (0, 1]; the rest are 0 (p-RoPE)."""
     scaling: str = "none"
-    """none, linear, ntk or yarn."""
+    """none, linear, ntk, dynamic, by_parts or yarn."""
     factor: float | None = None
-    """Scaling factor >= 1; null: max(1, context_length / train_length)."""
+    """Scaling factor >= 1; null: max(1, context_length / train_length), for dynamic 1."""
 
     def __post_init__(self) -> None:
         require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
@@ -70,17 +75,27 @@ class RotaryConfig:
     def build(self, shape: PositionShape) -> Rotary:
         return Rotary(self, shape)
 
+    def test_changes(self, stretch: float) -> dict[str, list[dict[str, Any]]]:
+        """Changes to try at `stretch` times the training length, by name: settings, with several factors each."""
+        names = {"linear": "position interpolation", "ntk": "NTK", "dynamic": "dynamic NTK"}
+        names |= {"by_parts": "NTK by parts", "yarn": "YaRN"}
+        common = sorted({max(1.0, stretch * part) for part in (0.5, 1, 2)})
+        return {
+            name: [{"scaling": how, "factor": f} for f in ((1.0, 1.5, 2.0) if how == "dynamic" else common)]
+            for how, name in names.items()
+        }
+
 
 def frequencies(
     scaling: str, head_dim: int, theta: float, factor: float, train_length: int
 ) -> tuple[Tensor, float]:
-    """inv_freq (K/2,) float64, and the amplitude of queries and of keys."""
-    if scaling == "ntk" and head_dim > 2:
+    """Frequencies after a scaling: inv_freq (K/2,) float64, and the amplitude of queries and of keys."""
+    if scaling in ("ntk", "dynamic") and head_dim > 2:
         theta *= factor ** (head_dim / (head_dim - 2))
     inv_freq = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling == "linear":
         return inv_freq / factor, 1.0
-    if scaling != "yarn":
+    if scaling not in ("by_parts", "yarn"):
         return inv_freq, 1.0
 
     # Dimensions with over 32 turns in the trained length stay, those with under one are interpolated. Between the
@@ -92,7 +107,16 @@ def frequencies(
     high = min(math.ceil(dimension_of(1.0)), head_dim - 1)
     index = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
     ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), 0.1 * math.log(factor) + 1.0
+    amplitude = 0.1 * math.log(factor) + 1.0 if scaling == "yarn" else 1.0
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), amplitude
+
+
+def scaling_factor(scaling: str, factor: float | None, context_length: int, train_length: int) -> float:
+    """The s of a scaling for sequences of context_length tokens: >= 1."""
+    if scaling == "dynamic":
+        factor = factor or 1.0
+        return max(1.0, factor * context_length / train_length - (factor - 1))
+    return factor or max(1.0, context_length / train_length)
 
 
 class Rotary(PositionScheme):
@@ -112,7 +136,7 @@ class Rotary(PositionScheme):
             f"position.rotated_share = {config.rotated_share} rotates {self.width} of {shape.head_dim} "
             "dimensions. Pairs are rotated: choose a share that gives an even number >= 2.",
         )
-        factor = config.factor or max(1.0, shape.context_length / shape.train_length)
+        factor = scaling_factor(config.scaling, config.factor, shape.context_length, shape.train_length)
         inv_freq, self.amplitude = frequencies(
             config.scaling, self.width, config.theta, factor, shape.train_length
         )

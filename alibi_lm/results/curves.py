@@ -208,7 +208,9 @@ def variant_of(row: ResultRow, recipes: Mapping[str, str]) -> str:
     named differently is a variant of its own, because nothing vouches that its settings are the same.
     """
     assert row.run is not None
-    tested = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in sorted(row.changes.items()))
+    tested = ", ".join(
+        f"{key.removesuffix('.name').rsplit('.', 1)[-1]}={value}" for key, value in sorted(row.changes.items())
+    )
     parts = [recipes[row.run] if row.run in recipes else by_name(row), f"tested with {tested}" if tested else ""]
     return "; ".join(part for part in parts if part)
 

@@ -13,7 +13,7 @@ from alibi_lm.attention import chosen_backend
 from alibi_lm.evaluate import plan
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.plan import FailedRuns
-from alibi_lm.evaluate.sweep import analyse, describe, evaluate
+from alibi_lm.evaluate.sweep import analyse, curve_name, describe, evaluate
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
 
@@ -121,6 +121,19 @@ def test_changes_for_the_test_are_a_field_of_the_row(place, scored):
     (file,) = analyse(settings(experiment="other", view="position", position=changes))
     (series,) = json.loads(file.read_text())["series"]
     assert series["changes"] == changed.changes and series["runs"] == ["rotary_L8_s1"]
+
+
+def test_a_query_scale_is_switched_on_for_the_test(place):
+    """A factor of 1 changes nothing but the row's name; another one does, and both are rows of their own."""
+    plain, same, other = (
+        rows_of(lengths=[16], runs="outputs/smoke/runs/alibi_L8_s1", query_scale=scale)[0]
+        for scale in ({}, {"name": "constant", "factor": 1.0}, {"name": "log_n"})
+    )
+    assert plain.nats == same.nats != other.nats
+    assert other.changes == {"query_scale.name": "log_n"}
+    assert curve_name(other) == "alibi_L8_s1+query_scale=log_n"
+    with pytest.raises(ValueError, match=r"query_scale\.factor = -1"):
+        rows_of(lengths=[16], query_scale={"name": "constant", "factor": -1.0})
 
 
 def test_an_earlier_checkpoint_has_rows_of_its_own(place):

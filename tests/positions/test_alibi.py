@@ -57,6 +57,20 @@ def test_slopes_equal_hugging_face():
         torch.testing.assert_close(torch.tensor(alibi_slopes(num_heads)), theirs, rtol=1e-6, atol=0)
 
 
+def test_interpolation_divides_the_slopes_past_the_trained_length():
+    """By T / L, as BTLM does; up to L it is ALiBi, bit for bit."""
+    distance, plain = torch.arange(300), alibi()
+    for context, divisor in ((16, 1), (64, 1), (256, 4), (96, 1.5)):
+        shape = PositionShape(128, 16, 8, 2, 64, context)
+        scheme = AlibiConfig(scaling="linear").build(shape)
+        expected = -plain.slopes.double()[:, None] / divisor * distance
+        torch.testing.assert_close(scheme.distance_bias(distance).double(), expected, rtol=1e-6, atol=0)
+        if divisor == 1:
+            assert torch.equal(scheme.distance_bias(distance), plain.distance_bias(distance))
+    given = AlibiConfig(scaling="linear", factor=2.0).build(PositionShape(128, 16, 8, 2, 64, 16))
+    assert torch.equal(given.slopes_per_head(), plain.slopes / 2)
+
+
 def test_first_slope_is_not_one():
     for num_heads in (2, 4, 8, 16, 32):
         slopes = alibi_slopes(num_heads)

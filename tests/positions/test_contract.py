@@ -19,6 +19,7 @@ ALL = sorted(POSITIONS)
 VARIANTS = [(name, {}) for name in ALL] + [
     ("alibi", {"learned_slopes": True}),
     ("alibi", {"half_precision": True}),
+    ("alibi", {"scaling": "linear", "factor": 3.0}),
     ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
     ("rotary", {"rotated_share": 0.5, "frequency_share": 0.5}),

@@ -120,6 +120,16 @@ def test_rotary_scalings():
     assert ((yarn < plain) & (yarn > plain / 4))[middle].all()
     scheme = RotaryConfig(scaling="yarn", factor=4.0).build(shape())
     assert scheme.amplitude == pytest.approx(0.1 * math.log(4) + 1)
+    by_parts = RotaryConfig(scaling="by_parts", factor=4.0).build(shape(model_dim=256, train_length=2048))
+    assert torch.equal(by_parts.inv_freq, yarn) and by_parts.amplitude == 1.0
+
+
+@pytest.mark.parametrize(("factor", "context", "s"), [(None, 192, 3.0), (None, 32, 1.0), (2.0, 192, 5.0)])
+def test_dynamic_ntk_follows_the_context(factor, context, s):
+    """s = factor * context / train length - (factor - 1), and never below 1."""
+    dynamic = RotaryConfig(scaling="dynamic", factor=factor).build(shape(train_length=64, context_length=context))
+    ntk = RotaryConfig(scaling="ntk", factor=s).build(shape(train_length=64))
+    torch.testing.assert_close(dynamic.inv_freq, ntk.inv_freq, rtol=1e-14, atol=0)
 
 
 def test_yarn_equals_hugging_face():
@@ -194,7 +204,7 @@ def test_t5_default_max_distance_is_within_training():
     ("build", "message"),
     [
         (lambda: RotaryConfig(theta=1.0), "theta = 1.0"),
-        (lambda: RotaryConfig(scaling="dynamic"), "scaling = 'dynamic'. Allowed: none, linear, ntk, yarn"),
+        (lambda: RotaryConfig(scaling="magic"), "scaling = 'magic'. Allowed: none, linear, ntk, dynamic"),
         (lambda: RotaryConfig(factor=0.5), "factor = 0.5"),
         (lambda: RotaryConfig(rotated_share=0.0), "rotated_share = 0.0. Allowed: (0, 1]"),
         (lambda: RotaryConfig(rotated_share=0.2).build(shape()), "rotates 3 of 16 dimensions"),

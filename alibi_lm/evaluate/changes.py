@@ -1,0 +1,210 @@
+"""Changes of a trained model for a test at longer inputs, tuned on one split and scored on another.
+
+Each change is tried with several values at each inference length, and the one with the lowest loss on the
+validation split is scored on the test split. What is tried:
+
+    crop            the last L tokens before a target are its only input: the floor that a change has to beat
+    unchanged       the model as it was trained
+    of the scheme   what the config of the position scheme names in `test_changes`
+    log n           query_scale=log_n, with several lengths from which on scores grow
+    SSMax           query_scale=ssmax, with s = m / ln L for several m; the same in all heads
+    temperature     query_scale=constant, with several factors
+
+Scales of the queries are not tried on a run that was trained with one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from alibi_lm import runtime
+from alibi_lm.config import TrainConfig
+from alibi_lm.data.corpus import prepare
+from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.plan import EXPECTED, PlannedRun, open_run, plan, raise_failures
+from alibi_lm.evaluate.store import Stored
+from alibi_lm.evaluate.sweep import common_fields, measure
+from alibi_lm.positions import POSITIONS
+from alibi_lm.results.rows import ResultRow
+from alibi_lm.runs import experiment_folder
+from alibi_lm.settings import require
+from alibi_lm.tasks.base import Task
+
+CROP, UNCHANGED = "crop to L", "unchanged"
+Candidate = dict[str, Any]
+"""Changes as an EvaluateConfig takes them: {"position": {...}} or {"query_scale": {...}}."""
+
+
+@dataclass
+class ChangesConfig:
+    """Which runs to change, and at which lengths."""
+
+    runs: str
+    """A run folder or a glob of them, in quotes."""
+    experiment: str = "quick"
+    """Names the default output_dir."""
+    lengths: list[int] | None = None
+    """Inference lengths; null: those of the run above its training length."""
+    checkpoint: str = "best"
+    """best, last, or step:<number> of one that was kept."""
+    data: EvaluateData = field(default_factory=EvaluateData)
+    attention: str = "auto"
+    """Attention backend."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "float32"
+    """Of scoring."""
+    threads: int | None = None
+    """CPU threads; null: torch's choice."""
+    output_dir: str | None = None
+    """Where results go; null: outputs/<experiment>/test_time."""
+
+    @property
+    def output(self) -> Path:
+        """Folder of the results."""
+        return Path(self.output_dir) if self.output_dir else experiment_folder(self.experiment) / "test_time"
+
+    def evaluation(self, split: str, lengths: list[int], changes: Candidate) -> EvaluateConfig:
+        """An evaluation with some changes."""
+        return EvaluateConfig(
+            experiment=self.experiment, runs=self.runs, lengths=lengths, mode="nonoverlapping", split=split,
+            checkpoint=self.checkpoint, attention=self.attention, data=self.data, device=self.device,
+            precision=self.precision, threads=self.threads, output_dir=str(self.output), **changes,
+        )  # fmt: skip
+
+
+class CroppedPasses(Passes):
+    """Passes in which a target has at most the last L tokens of its window as input."""
+
+    def result(self, length: int, window: int | None = None, task: Task | None = None) -> Stored:
+        own = self.model.train_length
+        if length <= own or task is not None:
+            return super().result(length, window, task)
+        nats = self.reset(length, own, stride=max(1, own // 8))
+        return Stored(nats, None, 0.0, None, runtime.code_version()[0])
+
+    def refuses(self, length: int, window: bool = False, positions: bool = False) -> str:
+        return super().refuses(min(length, self.model.train_length), window, positions)
+
+
+def candidates(run: TrainConfig, length: int) -> dict[str, list[Candidate]]:
+    """What is tried on a run at an inference length: name of a change -> its values."""
+    trained = run.train_length
+    of_scheme = run.position.test_changes(length / trained) if hasattr(run.position, "test_changes") else {}
+    found: dict[str, list[Candidate]] = {UNCHANGED: [{}]}
+    found |= {name: [{"position": values} for values in tried] for name, tried in of_scheme.items()}
+    if run.query_scale.name != "none" or trained < 4:
+        return found
+    scales: dict[str, list[dict[str, Any]]] = {
+        "log n": [{"name": "log_n", "length": max(2, trained * k // 4)} for k in (2, 4, 8)],
+        "SSMax": [{"name": "ssmax", "start": m / math.log(trained)} for m in (0.8, 0.9, 1.0, 1.2)],
+        "temperature": [{"name": "constant", "factor": factor} for factor in (0.8, 0.9, 1.1, 1.25)],
+    }
+    return found | {name: [{"query_scale": values} for values in tried] for name, tried in scales.items()}
+
+
+def untried(run: TrainConfig) -> str:
+    """Which changes mean nothing for a run, in words; empty where all were tried."""
+    own = set(candidates(run, 2 * run.train_length))
+    others = dict.fromkeys(
+        name
+        for kind in POSITIONS.values()
+        if hasattr(kind, "test_changes")
+        for name in kind().test_changes(2.0)
+        if name not in own
+    )
+    parts = [f"{', '.join(others)}: changes of another scheme than position={run.position.name}"] if others else []
+    if run.query_scale.name != "none":
+        parts.append(f"scales of the queries: the run was trained with query_scale={run.query_scale.name}")
+    return "; ".join(parts)
+
+
+def change_and_evaluate(config: ChangesConfig) -> Iterator[ResultRow]:
+    """Tune each change on the validation split and score it on the test split; yields a row for each and length.
+
+    Rows go to `results.jsonl` and `documents.jsonl` of the output folder. Passes are kept there as well, so a
+    command that was interrupted goes on where it stopped.
+
+    Raises:
+        ValueError: no finished run, lengths within the training length, or a text without one of the splits.
+        FailedRuns: at the end, where some of several runs could not be evaluated.
+    """
+    device = runtime.start(config.device, threads=config.threads)
+    runs, failures = plan(config.evaluation("validation", [1], {}))
+    total = len(runs) + len(failures)
+    config.output.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        try:
+            yield from _of_run(config, run, device)
+        except EXPECTED as error:
+            failures[run.name] = error
+    raise_failures(failures, total)
+
+
+def _of_run(config: ChangesConfig, run: PlannedRun, device: torch.device) -> Iterator[ResultRow]:
+    own = run.config
+    lengths = sorted(config.lengths or [n for n in own.evaluation.lengths if n > own.train_length])
+    require(
+        bool(lengths) and lengths[0] > own.train_length,
+        f"lengths = {lengths} with {run.name}. Give lengths above its train_length = {own.train_length}: changes "
+        "are for longer inputs than those of the training.",
+    )
+    # Both splits are there, or nothing begins.
+    for split in ("validation", "test"):
+        prepare(config.data.apply(own.data), own.tokenizer, splits=(split,))
+    for length in lengths:
+        tried = candidates(own, length)
+        bar = tqdm(
+            total=sum(map(len, tried.values())) + 1, desc=f"{run.name} at {length}", leave=False, disable=None
+        )
+        for name, values in tried.items():
+            losses = []
+            for value in values if len(values) > 1 else []:
+                losses.append(_validation_nats(config, run, length, value, device))
+                bar.update()
+            chosen = values[int(np.argmin(losses))] if losses else values[0]
+            yield from _test_rows(config, run, length, chosen, name, len(values), device)
+        yield from _test_rows(config, run, length, {}, CROP, 1, device)
+        bar.close()
+
+
+def _validation_nats(
+    config: ChangesConfig, run: PlannedRun, length: int, value: Candidate, device: torch.device
+) -> float:
+    """Sum of nats on the validation split; infinite where the model cannot run."""
+    evaluation = config.evaluation("validation", [length], value)
+    passes = open_run(evaluation, replace(run, settings=evaluation.settings(run.config)), device).passes
+    if passes.refuses(length):
+        return math.inf
+    found = float(passes.nats(length).sum(dtype=np.float64))
+    return found if math.isfinite(found) else math.inf
+
+
+def _test_rows(
+    config: ChangesConfig,
+    run: PlannedRun,
+    length: int,
+    value: Candidate,
+    name: str,
+    tried: int,
+    device: torch.device,
+) -> list[ResultRow]:
+    evaluation = config.evaluation("test", [length], value)
+    opened = open_run(evaluation, replace(run, settings=evaluation.settings(run.config)), device)
+    passes = opened.passes
+    common = common_fields(evaluation, opened, passes.task)
+    if name == CROP:
+        passes = CroppedPasses(**vars(passes))
+        common["changes"] = {"crop": run.config.train_length}
+    common["extra"] |= {"change": name, "tuned_on": "validation" if tried > 1 else None, "values_tried": tried}
+    common["extra"]["untried"] = untried(run.config)
+    return measure(passes, length, config.output, **common)

@@ -1,0 +1,231 @@
+"""Query scales: queries, and so their scores, are multiplied by a factor before the softmax.
+
+They compose with every position scheme and every attention backend. Let n be the number of keys that a query
+sees (its own included), L the training length and q' = factor * q, so that
+
+    scores = factor * q . k / sqrt(head_dim) + bias
+
+    log_n     max(1, ln n / ln L)               Chiang & Cholak 2022, arXiv 2202.12172; clipped at 1 as in Su's
+                                                ReRoPE (jquesnelle/yarn, scaled_rope/LlamaReRoPE.py) and Qwen 1
+    ssmax     s ln n, s trained per layer and head       Nakanishi 2025, arXiv 2501.19399 (Scalable-Softmax)
+    llama4    1 + 0.1 ln(floor(n / floor_scale) + 1)     Llama 4 (transformers, models/llama4), `attn_scale`
+    constant  a number                                   Wang et al. 2024, arXiv 2404.12224 (UniformScale)
+    per_head  trained per layer and head                 the same (HeadScale)
+
+The sources count positions from 1 where this package counts visible keys. The two are equal for sequences that
+begin at position 0 and see all of their keys; with a window, with shifted or with drawn positions only the count
+says over how many keys the softmax spreads.
+
+Variants, where public code disagrees: `clipped=false` is the plain ln n / ln L, which is below 1 for n < L and 0
+for the first query. `scale_bias=true` multiplies the score bias too, factor * (q . k / sqrt(head_dim) + bias), as
+BAM does with SSMax (Bianchessi et al. 2025, arXiv 2505.22842); its ALiBi with SSMax does not.
+
+Shape letters: T tokens now, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alibi_lm.positions import PositionShape
+from alibi_lm.settings import require
+
+
+class QueryScale(nn.Module):
+    """Factors of the queries; the base class leaves them as they are.
+
+    Args:
+        config: settings.
+        shape: of the model.
+    """
+
+    def __init__(self, config: QueryScaleConfig, shape: PositionShape) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+
+    def factors(self, visible: Tensor) -> list[Tensor]:
+        """The factor of each query.
+
+        Args:
+            visible: (T,) int64, how many keys each query sees.
+
+        Returns:
+            One tensor that all layers share, or one for each layer: (1, T) or (H, T) float64. Empty: no factors.
+        """
+        return []
+
+
+class LogN(QueryScale):
+    """Grows with the logarithm of the number of visible keys, in units of that of the training length."""
+
+    def factors(self, visible: Tensor) -> list[Tensor]:
+        assert isinstance(self.config, LogNConfig)
+        length = self.config.length or self.shape.train_length
+        require(
+            length >= 2, f"query_scale.length = {length}. Use a whole number >= 2: scores are divided by its ln."
+        )
+        factor = visible.double().log() / math.log(length)
+        return [(factor.clamp_min(1.0) if self.config.clipped else factor)[None]]
+
+
+class Llama4(QueryScale):
+    """Grows by steps with the logarithm of the number of visible keys."""
+
+    def factors(self, visible: Tensor) -> list[Tensor]:
+        assert isinstance(self.config, Llama4Config)
+        steps = visible // (self.config.floor_scale or self.shape.train_length)
+        return [(1 + self.config.attn_scale * (steps.double() + 1).log())[None]]
+
+
+class Constant(QueryScale):
+    """One number for all scores: the inverse of a temperature."""
+
+    def factors(self, visible: Tensor) -> list[Tensor]:
+        assert isinstance(self.config, ConstantConfig)
+        return [torch.full_like(visible, self.config.factor, dtype=torch.float64)[None]]
+
+
+class PerHead(QueryScale):
+    """A trained number per layer and head; times ln n for SSMax."""
+
+    def __init__(self, config: QueryScaleConfig, shape: PositionShape) -> None:
+        super().__init__(config, shape)
+        self.scales = nn.ParameterList(nn.Parameter(torch.empty(shape.num_heads)) for _ in range(shape.num_layers))
+        assert isinstance(config, PerHeadConfig)
+        for scale in self.scales:
+            nn.init.constant_(scale, config.start)
+
+    def factors(self, visible: Tensor) -> list[Tensor]:
+        assert isinstance(self.config, PerHeadConfig)
+        common = visible.double().log() if self.config.times_log_n else torch.ones_like(visible).double()
+        return [scale.double()[:, None] * common for scale in self.scales]
+
+
+@dataclass
+class QueryScaleConfig:
+    """Queries as they are."""
+
+    name: str = "none"
+
+    def build(self, shape: PositionShape) -> QueryScale:
+        return QueryScale(self, shape)
+
+
+@dataclass
+class ScaledConfig(QueryScaleConfig):
+    """What all scales have."""
+
+    scale_bias: bool = False
+    """Multiply the score bias of the position scheme too."""
+
+
+@dataclass
+class LogNConfig(ScaledConfig):
+    """Queries times ln n / ln L."""
+
+    name: str = "log_n"
+    length: int | None = None
+    """L, from which on the factor grows; null: the training length."""
+    clipped: bool = True
+    """Factors are at least 1."""
+
+    def __post_init__(self) -> None:
+        require(self.length is None or self.length >= 2, f"query_scale.length = {self.length}. Use at least 2.")
+
+    def build(self, shape: PositionShape) -> QueryScale:
+        return LogN(self, shape)
+
+
+@dataclass
+class Llama4Config(ScaledConfig):
+    """Queries times 1 + attn_scale ln(floor(n / floor_scale) + 1)."""
+
+    name: str = "llama4"
+    attn_scale: float = 0.1
+    """How much the factor grows."""
+    floor_scale: int | None = None
+    """Keys between two steps of the factor (8192 in Llama 4); null: the training length."""
+
+    def __post_init__(self) -> None:
+        floor = self.floor_scale
+        require(floor is None or floor >= 1, f"query_scale.floor_scale = {floor}. Use a whole number >= 1.")
+
+    def build(self, shape: PositionShape) -> QueryScale:
+        return Llama4(self, shape)
+
+
+@dataclass
+class ConstantConfig(ScaledConfig):
+    """Queries times one number."""
+
+    name: str = "constant"
+    factor: float = 1.0
+    """The number, > 0."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.factor < math.inf, f"query_scale.factor = {self.factor}. Use a number above 0.")
+
+    def build(self, shape: PositionShape) -> QueryScale:
+        return Constant(self, shape)
+
+
+@dataclass
+class PerHeadConfig(ScaledConfig):
+    """Queries times a trained number per layer and head."""
+
+    name: str = "per_head"
+    start: float = 1.0
+    """First value of the trained numbers."""
+
+    @property
+    def times_log_n(self) -> bool:
+        """Whether the number is multiplied by ln n."""
+        return False
+
+    def build(self, shape: PositionShape) -> QueryScale:
+        return PerHead(self, shape)
+
+
+@dataclass
+class SsmaxConfig(PerHeadConfig):
+    """Queries times s ln n, with s trained per layer and head."""
+
+    name: str = "ssmax"
+
+    @property
+    def times_log_n(self) -> bool:
+        return True
+
+
+QUERY_SCALES: dict[str, type] = {
+    "none": QueryScaleConfig,
+    "log_n": LogNConfig,
+    "ssmax": SsmaxConfig,
+    "llama4": Llama4Config,
+    "constant": ConstantConfig,
+    "per_head": PerHeadConfig,
+}
+"""Entries of the config group `query_scale`."""
+
+
+def visible_keys(seen: int, q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
+    """How many keys each query sees.
+
+    Args:
+        seen: tokens before the first query.
+        q_pos: (T,) int64, the last T entries of k_pos.
+        k_pos: (S,) int64, ascending.
+        window: keys at distances below it are seen; None: all keys at or before the query.
+
+    Returns:
+        (T,) int64, >= 1.
+    """
+    visible = torch.arange(seen + 1, seen + len(q_pos) + 1, device=q_pos.device)
+    if window is None:
+        return visible
+    last = torch.arange(len(k_pos) - len(q_pos) + 1, len(k_pos) + 1, device=q_pos.device)
+    return torch.minimum(visible, last - torch.searchsorted(k_pos, q_pos - window, right=True))

@@ -1,0 +1,105 @@
+"""Changes for the test: tuned on one split, scored on the other, against passes that are made here by hand."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from alibi_lm import load_run
+from alibi_lm.evaluate.changes import ChangesConfig, candidates, change_and_evaluate
+from alibi_lm.evaluate.config import EvaluateConfig
+from alibi_lm.evaluate.plan import open_run, plan
+from alibi_lm.evaluate.sweep import evaluate
+from alibi_lm.experiment import change_and_draw
+from alibi_lm.results.rows import read_rows
+
+
+@pytest.fixture
+def place(trained_runs, tmp_path, monkeypatch):
+    shutil.copytree(trained_runs / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs"
+
+
+def settings(run: str, **more):
+    return ChangesConfig(f"outputs/{run}", experiment="smoke", device="cpu", threads=1, lengths=[16], **more)
+
+
+def evaluated(run: str, split: str, **changes) -> float:
+    """The same by the evaluator's own command."""
+    config = EvaluateConfig(
+        runs=f"outputs/{run}", split=split, lengths=[16], device="cpu", threads=1, output_dir="other", **changes
+    )
+    return next(row.nats for row in evaluate(config) if row.run is not None)
+
+
+def test_the_value_with_the_lowest_validation_loss_is_scored_on_the_test_split(place):
+    run = "other/runs/rotary_L8_s1"
+    rows = {row.extra["change"]: row for row in change_and_evaluate(settings(run))}
+    config, names = load_config(run), {"crop to L", "unchanged", "log n", "SSMax", "temperature"}
+    names |= {"position interpolation", "NTK", "dynamic NTK", "NTK by parts", "YaRN"}
+    assert set(rows) == names and {row.split for row in rows.values()} == {"test"}
+    for name in ("YaRN", "temperature"):
+        tried = candidates(config, 16)[name]
+        losses = [evaluated(run, "validation", **value) for value in tried]
+        best = tried[int(np.argmin(losses))]
+        assert rows[name].changes == {f"{group}.{k}": v for group, own in best.items() for k, v in own.items()}
+        assert rows[name].nats == evaluated(run, "test", **best)
+        assert rows[name].extra["values_tried"] == len(tried) and rows[name].extra["tuned_on"] == "validation"
+    assert rows["unchanged"].nats == evaluated(run, "test") and rows["unchanged"].changes == {}
+    assert "ALiBi interpolation: changes of another scheme" in rows["unchanged"].extra["untried"]
+
+
+def load_config(run: str):
+    return plan(EvaluateConfig(runs=f"outputs/{run}", lengths=[16]))[0][0].config
+
+
+def test_the_crop_gives_each_target_the_last_tokens_of_its_window(place):
+    run = "smoke/runs/alibi_L8_s1"
+    row = next(row for row in change_and_evaluate(settings(run)) if row.extra["change"] == "crop to L")
+    evaluation = EvaluateConfig(runs=f"outputs/{run}", split="test", lengths=[16], device="cpu", threads=1)
+    text = open_run(evaluation, plan(evaluation)[0][0], torch.device("cpu")).passes.text
+    model, total = load_run(f"outputs/{run}"), 0.0
+    stream = np.concatenate([[text.start_id], text.tokens]).astype(np.int64)
+    for target in range(len(text.tokens)):
+        first = max(target // 16 * 16, target - 7)
+        ids = torch.from_numpy(stream[first : target + 2])[None]
+        total += float(model.score(ids[:, :-1], ids[:, 1:], score_from=target - first).nats)
+    assert row.changes == {"crop": 8} and row.nats == pytest.approx(total, rel=1e-6)
+    unchanged = evaluated(run, "test")
+    assert abs(row.nats - unchanged) > 1e-4
+
+
+def test_what_cannot_run_at_a_length_says_why_and_the_crop_runs_all_the_same(place, capsys):
+    change_and_draw(settings("smoke/runs/learned_L8_s1"))
+    printed = capsys.readouterr().out
+    assert "learned_L8_s1 at 16: not evaluated, position=learned has 8 positions" in printed
+    table = (place / "smoke" / "test_time" / "table.md").read_text()
+    assert "## learned, trained at 8 (learned_L8, seed 1)" in table and table in printed
+    lines = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in table.splitlines() if "|" in line}
+    assert lines["unchanged"] == lines["SSMax"] == "- [1]" and lines["crop to L"].startswith("**")
+    assert "[1] position=learned has 8 positions" in table
+
+
+def test_seeds_share_a_table_and_the_signs_are_those_of_the_paired_intervals(place):
+    change_and_draw(settings("smoke/runs/alibi_L8_s*"))
+    rows = read_rows("outputs/smoke/test_time/results.jsonl")
+    table = (place / "smoke" / "test_time" / "table.md").read_text()
+    assert table.count("## ") == 1 and "(alibi_L8, seed 1, 2)" in table
+    both = [row.loss for row in rows if row.extra["change"] == "unchanged"]
+    cell = next(line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| unchanged"))
+    assert f"{math.exp(sum(both) / 2):.2f}" in cell and len(both) == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "message"),
+    [
+        ("smoke/runs/alibi_L8_s1", {"lengths": [8]}, "Give lengths above its train_length = 8"),
+        ("smoke/runs/none", {}, "matches no folder"),
+    ],
+)
+def test_what_means_nothing_is_refused(place, run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        list(change_and_evaluate(ChangesConfig(f"outputs/{run}", device="cpu", **changes)))

@@ -1,0 +1,147 @@
+"""Query scales and rotary scalings against numbers of the authors' own code; see docs/golden.md.
+
+Sizes and settings are read from the files, so that any folder of the same form can be tried.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alibi_lm.attention import Request
+from alibi_lm.attention.eager import EagerAttention
+from alibi_lm.model.changed_bias import RowScaledBias
+from alibi_lm.model.query_scale import QUERY_SCALES
+from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
+from alibi_lm.positions.rotary import frequencies, rotate_pairs, scaling_factor
+
+
+def load(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays and the settings of a file of golden data."""
+    folder = os.environ.get("ALIBI_LM_GOLDEN_DIR")
+    if not folder or not (path := Path(folder) / "schemes" / f"{name}.npz").is_file():
+        pytest.skip(f"no schemes/{name}.npz in ALIBI_LM_GOLDEN_DIR: NOT compared with the authors' code")
+    with np.load(path) as arrays:
+        found = dict(arrays)
+    meta = json.loads(str(found.pop("meta")))
+    return found, meta["setting"]
+
+
+def factors(name: str, visible: torch.Tensor, sizes: dict, train_length: int = 64, **settings) -> torch.Tensor:
+    """Factors of one layer: (1 or H, T) float64."""
+    shape = PositionShape(sizes["H"] * sizes["D"], sizes["D"], sizes["H"], 1, train_length, train_length)
+    scale = QUERY_SCALES[name](**settings).build(shape).double()
+    if "s" in sizes:
+        with torch.no_grad():
+            scale.scales[0].copy_(sizes["s"])
+    return scale.factors(visible)[0].detach()
+
+
+def scaled(q: np.ndarray, factor: torch.Tensor) -> torch.Tensor:
+    """q (B, T, H, D) times (1 or H, T)."""
+    return torch.from_numpy(q) * factor.T[None, :, :, None]
+
+
+@pytest.mark.parametrize("past", ["", "_past"])
+def test_golden_scheme_log_n(past):
+    z, sizes = load("log_n")
+    visible = torch.arange(1, sizes["T"] + 1) + (sizes["past"] if past else 0)
+    for clipped, want in ((True, "scale_clipped"), (False, "scale_unclipped")):
+        found = factors("log_n", visible, sizes, sizes["L"], clipped=clipped)
+        np.testing.assert_allclose(found[0], z[want + past], rtol=0, atol=1e-13)
+    found = factors("log_n", visible, sizes, length=sizes["L"])
+    np.testing.assert_allclose(scaled(z["q"], found), z["q_out" + past], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("past", ["", "_past"])
+def test_golden_scheme_llama4(past):
+    z, sizes = load("llama4_temperature")
+    visible = torch.arange(1, sizes["T"] + 1) + (sizes["past"] if past else 0)
+    own = {name: sizes[name] for name in ("floor_scale", "attn_scale")}
+    found = factors("llama4", visible, sizes, **own)
+    np.testing.assert_allclose(found[0], z["scale" + past], rtol=0, atol=1e-13)
+    np.testing.assert_allclose(scaled(z["q"], found), z["q_out" + past], rtol=0, atol=1e-13)
+
+
+class Prior(PositionScheme):
+    """A bias that is given as numbers."""
+
+    def __init__(self, shape: PositionShape, prior: torch.Tensor) -> None:
+        super().__init__(shape)
+        self.prior = prior
+
+    def bias(self, q_pos, k_pos):
+        return self.prior[:, q_pos][:, :, k_pos]
+
+
+def test_golden_scheme_ssmax():
+    """Scores and outputs, with the bias scaled (BAM) and not (ALiBi and BAM)."""
+    z, sizes = load("ssmax")
+    places = torch.arange(sizes["T"])
+    s = torch.from_numpy(z["s"])
+    factor = factors("ssmax", places + 1, {**sizes, "s": s})
+    torch.testing.assert_close(factor, s[:, None] * torch.from_numpy(z["log_n"]), rtol=0, atol=1e-13)
+    late = factors("ssmax", torch.from_numpy(z["q_pos_block"]) + 1, {**sizes, "s": torch.ones_like(s)})
+    np.testing.assert_allclose(late[0], z["log_n_block"], rtol=0, atol=1e-13)
+
+    q, k, v = (torch.from_numpy(z[name]).transpose(1, 2) for name in "qkv")
+    q = q * factor[..., None]
+    shape = PositionShape(sizes["H"] * sizes["D"], sizes["D"], sizes["H"], 1, sizes["T"], sizes["T"])
+    alibi, prior = POSITIONS["alibi"]().build(shape), Prior(shape, torch.from_numpy(z["prior"]))
+    request = Request(places, places, sizes["T"] - 1, None, torch.float64, 0.0)
+    visible = torch.ones(len(places), len(places)).tril().bool()
+    for scheme, want in (
+        (POSITIONS["none"]().build(shape), "scores"),
+        (alibi, "scores_alibi"),
+        (RowScaledBias(prior, places, factor), "scores_bam_prior_scaled"),
+        (prior, "scores_bam_prior_not_scaled"),
+    ):
+        expected = torch.from_numpy(z[want]).masked_fill(~visible, float("-inf")).softmax(-1) @ v
+        found = EagerAttention().prepare(scheme, request)(q, k, v, None)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if want == "scores_alibi" else 1e-12)
+        if want == "scores":
+            torch.testing.assert_close(found.transpose(1, 2), torch.from_numpy(z["out"]), rtol=0, atol=1e-12)
+
+
+def test_golden_scheme_rope_scaling():
+    """Frequencies and amplitudes of every case in the file: transformers' and the YaRN authors'."""
+    z, cases = load("rope_scaling")
+    compared = 0
+    for case, sizes in cases.items():
+        dim, theta, factor, length = (sizes[n] for n in ("head_dim", "theta", "factor", "L"))
+        context = sizes["seq_len_of_dynamic"]
+        for name, scaling, given in (
+            ("linear", "linear", factor),
+            ("ntk_authors", "ntk", factor),
+            ("dynamic_hf", "dynamic", factor),
+            ("dynamic_authors", "dynamic", factor),
+            ("dynamic_factor1", "dynamic", None),
+            ("yarn_hf", "yarn", factor),
+            ("yarn_authors", "yarn", factor),
+        ):
+            s = scaling_factor(scaling, given, context, length)
+            inv_freq, amplitude = frequencies(scaling, dim, theta, s, length)
+            np.testing.assert_allclose(inv_freq, z[f"{case}_{name}"], rtol=1e-12, atol=0, err_msg=f"{case} {name}")
+            np.testing.assert_allclose(amplitude, z.get(f"{case}_{name}_attention_factor", 1.0), rtol=1e-12)
+            compared += 1
+        by_parts, one = frequencies("by_parts", dim, theta, factor, length)
+        np.testing.assert_allclose(by_parts, z[f"{case}_yarn_hf"], rtol=1e-12, atol=0)
+        assert one == 1.0
+    assert compared == 7 * len(cases) > 0
+
+
+def test_golden_scheme_rope_scaling_rotates():
+    """Scores of YaRN's queries and keys; the authors pair dimensions k and k + D/2, this package 2k and 2k + 1."""
+    z, cases = load("rope_scaling")
+    sizes = next(iter(cases.values()))
+    dim, theta, factor, length = (sizes[n] for n in ("head_dim", "theta", "factor", "L"))
+    inv_freq, amplitude = frequencies("yarn", dim, theta, factor, length)
+    angles = torch.from_numpy(z["positions"])[:, None] * inv_freq
+    for name in "qk":
+        pairs = torch.from_numpy(z[name]).unflatten(-1, (2, -1)).mT.flatten(-2)
+        rotated = rotate_pairs(pairs[None], angles.cos() * amplitude, angles.sin() * amplitude)[0]
+        expected = torch.from_numpy(z[f"{name}_out_yarn_c0"]).unflatten(-1, (2, -1)).mT.flatten(-2)
+        torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-12)
