@@ -136,6 +136,8 @@ def peers(setup: Setup, flush_denormals: bool) -> Iterator[Subject | str]:
             yield f"{error.name or error} is not installed: not measured (pip install 'alibi_lm[bench]')"
             continue
         for implementation, position, module, loss in found:
+            if position in ON_REQUEST and position not in setup.positions:
+                continue
             yield Subject(
                 implementation=implementation,
                 position=position,
@@ -148,6 +150,8 @@ def peers(setup: Setup, flush_denormals: bool) -> Iterator[Subject | str]:
             )
 
 
+ON_REQUEST = ("t5", "xpos", "pope", "fox", "cope")
+"""Schemes of other libraries that are measured only beside our own."""
 Found = tuple[str, str, nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]
 """Library, scheme, model, and (model, inputs, targets) -> loss."""
 
@@ -163,6 +167,11 @@ def _x_transformers(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterat
         "alibi": {"alibi_pos_bias": True, "alibi_num_heads": sizes.num_heads},
         "rotary": {"rotary_pos_emb": True},
         "learned": {},
+        "t5": {"rel_pos_bias": True, "attn_flash": False},  # no fused attention serves this one
+        "xpos": {"rotary_xpos": True},
+        "pope": {"polar_pos_emb": True},
+        "fox": {"attn_data_dependent_alibi": True},
+        "cope": {"attn_use_cope": True, "attn_cope_max_pos": 64, "attn_flash": False},  # nor this
     }
     for position, settings in schemes.items():
         decoder = Decoder(
@@ -171,8 +180,7 @@ def _x_transformers(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterat
             heads=sizes.num_heads,
             attn_dim_head=sizes.head_dim,
             ff_mult=sizes.ffn_dim / sizes.model_dim,
-            attn_flash=True,
-            **settings,
+            **{"attn_flash": True, **settings},
         )
         model = TransformerWrapper(
             num_tokens=vocab_size,

@@ -138,7 +138,16 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     if precision == "auto":
         precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
     longest = max([*lengths, *eval_lengths])
-    setup = Setup(sizes, vocab_size, max(lengths or [longest]), longest, device, precision, config.clock)
+    setup = Setup(
+        sizes,
+        vocab_size,
+        max(lengths or [longest]),
+        longest,
+        device,
+        precision,
+        config.clock,
+        tuple(config.positions),
+    )
     subjects = ours(setup, config.positions, config.backends, config.compile)
     tasks = [Task(max(1, tokens // n), n) for n in dict.fromkeys(lengths)]
     if config.profile:

@@ -47,6 +47,8 @@ class Setup:
     """Of training: float32 or bfloat16. Evaluation is in float32."""
     clock: str = "wall"
     """See `BenchConfig.clock`."""
+    positions: tuple[str, ...] = ()
+    """Our schemes that are measured."""
 
 
 @dataclass(frozen=True)

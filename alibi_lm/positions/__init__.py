@@ -18,7 +18,7 @@ from alibi_lm.positions.fox import FoxConfig
 from alibi_lm.positions.grape_ap import GrapeApConfig
 from alibi_lm.positions.kerple import KerpleLogConfig, KerplePowerConfig
 from alibi_lm.positions.learned import LearnedConfig
-from alibi_lm.positions.path import PathConfig
+from alibi_lm.positions.path_attention import PathConfig
 from alibi_lm.positions.pope import PopeConfig
 from alibi_lm.positions.rotary import RotaryConfig
 from alibi_lm.positions.sandwich import SandwichConfig

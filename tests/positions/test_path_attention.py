@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alibi_lm.positions.base import PositionShape
-from alibi_lm.positions.path import PathConfig
+from alibi_lm.positions.path_attention import PathConfig
 
 
 @pytest.mark.parametrize("gated", [False, True])
