@@ -29,7 +29,10 @@ HOOKS = {
     "transform_qk": "queries and keys",
     "distance_bias": "scores, by distance",
     "bias": "scores, by positions",
+    "content_key_bias": "scores, by what the key and the tokens before it are",
     "content_bias": "scores, by content",
+    "scores": "scores in place of q . k",
+    "value_bias": "values, by positions",
     "training_positions": "positions in training",
 }
 """What a scheme acts on, by the hooks that it overrides."""

@@ -295,12 +295,12 @@ class Block:
 def _front(entries: Sequence[Entry], evidence: Evidence, pictures: Path) -> Iterator[Block]:
     length = entries[0].curve.train_length
     standings = Counter(entry.standing for entry in entries)
-    words = {"HOLDS": "Extrapolate", "NOT SETTLED": "not settled", "FAILS": "do not", "NOT RUN": "end at L"}
+    words = {"HOLDS": "extrapolate", "NOT SETTLED": "not settled", "FAILS": "do not", "NOT RUN": "end at L"}
     counts = "; ".join(f"{what}: {standings[key]}" for key, what in words.items() if standings[key])
     yield Block("h1", "Atlas of position schemes")
     yield Block(
         "p",
-        f"{len(entries)} schemes, trained alike at L = {length}, tested to {max(FACTORS)} L. {counts}. A scheme "
+        f"{len(entries)} schemes, trained alike at L = {length}, tested to {max(FACTORS)} L; {counts}. A scheme "
         f"extrapolates if its perplexity at {max(FACTORS)} L is at most {FLAT - 1:.0%} above that at L, by a 95% "
         "interval over seeds and documents.",
     )
@@ -372,7 +372,8 @@ def _card(entry: Entry, path: Path) -> Iterator[Block]:
                 answer, measured = entry.answers[rival, factor]
                 ratio = measured.ratio if measured else "-"
                 body.append([label(rival), "L" if factor == 1 else f"{factor} L", answer, ratio])
-    yield Block("table", Table(["better than", "at", "answer", "perplexity over its"], body, 3))
+    if body:
+        yield Block("table", Table(["better than", "at", "answer", "perplexity over its"], body, 3))
 
 
 def _field(reach: Sequence[int] | None, train_length: int) -> str:

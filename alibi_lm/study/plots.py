@@ -390,7 +390,7 @@ def build(
     panels = [cell for row in rows for cell in row if isinstance(cell, Panel)]
     names = [len(t) for panel in panels for line in panel.lines for t in (line.name, *note_lines(line.note))]
     names += [min(26, len(name) + 9) for panel in panels for name in panel.levels]
-    right = 0.4 + 0.062 * max([*names, 4]) if any(names) else 0.08 if dense else 0.75
+    right = 0.08 if dense else 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
     beside, below = (0.27, 0.5) if dense else (0.55, 0.95)
     # A slot of ten points for each label and line of small print.
     slots = max(

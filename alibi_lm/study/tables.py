@@ -292,4 +292,5 @@ def _short(text: str | None) -> str:
 
 
 def _all(values: Iterable[str]) -> str:
-    return " and ".join(sorted(set(values)))
+    *first, last = sorted(set(values))
+    return f"{', '.join(first)} and {last}" if first else last

@@ -83,7 +83,7 @@ def test_the_page_needs_nothing_else_and_says_all_in_both_forms(folder):
         [line.split("|")[1].strip() for line in part.split("\n") if line.startswith("| ")][2] for part in orders
     ]
     assert firsts[:2] == ["ALiBi", "rotary"] and len(orders) == 3
-    assert "Extrapolate: 2; not settled: 1; do not: 2; end at L: 1" in text
+    assert "; extrapolate: 2; not settled: 1; do not: 2; end at L: 1" in text
     assert '<td class="word verdict holds">extrapolates</td>' in page
     assert "3 to no limit by head" in page
 

@@ -276,6 +276,23 @@ def test_the_stage_of_training_is_compared_with_its_end(early, verdict):
         assert "after 33% of its training" in found.note
 
 
+def test_a_sample_less_another_is_taken_within_seeds_and_documents():
+    tokens = np.array([400, 600])
+
+    def made(rates):
+        rows = [row(seed=s, length=n, perplexity=math.exp(r), tokens=1000) for (s, n), r in rates.items()]
+        sums = {r.key: DocumentSums(r.key, np.array([r.nats - 100, 100]), tokens) for r in rows}
+        return sample(rows, sums)
+
+    found = made({(2, 64): 3.0, (1, 64): 2.0, (4, 64): 9.0}).minus(
+        made({(1, 128): 2.5, (3, 128): 9.0, (2, 128): 2.0})
+    )
+    assert found.values == pytest.approx({2: 1.0, 1: -0.5})
+    np.testing.assert_allclose(found.nats, [[1000, 0], [-500, 0]], atol=1e-9)
+    alone = measure(made({(1, 64): 0.1, (2, 64): 0.3}), None)
+    assert alone.estimate == pytest.approx(0.2) and alone.over == "2 seeds and 2 documents"
+
+
 @pytest.mark.parametrize(
     ("faster", "alibi", "sinusoidal", "verdict"),
     [  # perplexities after 400 and 600 steps

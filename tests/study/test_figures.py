@@ -289,9 +289,8 @@ def test_odd_studies_are_drawn_too(rows):
 
 
 def test_looks_are_distinct_and_do_not_depend_on_company():
-    assert (
-        len({item.color for item in LOOKS.values()}) == len({item.marker for item in LOOKS.values()}) == len(LOOKS)
-    )
+    assert len({(item.color, item.marker) for item in LOOKS.values()}) == len(LOOKS)
+    assert len({item.name for item in LOOKS.values()}) == len(LOOKS)
     assert look("brand_new") == look("brand_new") and look("brand_new").color != look("another_new").color
 
 
