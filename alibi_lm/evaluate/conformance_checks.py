@@ -123,7 +123,7 @@ class Conformance:
     def causality(self) -> Iterator[Check]:
         """An output depends on every earlier token, and its gradient of each later one is exactly 0."""
         for attention in self.backends:
-            model, seen = self.model(attention), {}
+            model, seen = self.model(attention), dict[str, Tensor]()
             embed = model.vocabulary.embed
             model.vocabulary.embed = lambda ids, embed=embed, seen=seen: seen.setdefault(  # type: ignore[method-assign, misc]
                 "x", embed(ids).detach().requires_grad_()
@@ -191,7 +191,7 @@ class Conformance:
                 modify(torch.zeros(()), torch.tensor(0), heads[:, None, None], rows[:, None], columns) - bias
             )
         for name, gap in gaps.items():
-            worst = float(gap.masked_fill(~visible, 0).abs().max()) / size
+            worst = float(gap.detach().masked_fill(~visible, 0).abs().max()) / size
             yield Check(
                 "", worst <= 1e-5, f"{name} differs from bias by {worst:.1e} of the largest bias (at most 1e-05)"
             )
