@@ -324,9 +324,6 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
     model.train()
     runtime.seed_step(config.seed, number, run.world.rank)
     model.set_strength(config.position_strength(number))
-    # One draw for all processes and micro-batches.
-    places = config.training_positions.draw(config.train_length, runtime.step_seed(config.seed, number))
-    options = {} if places is None else {"positions": places.to(run.device)}
     share = distributed.shard(config.rows_per_step, run.world)
     micro_rows = max(1, (config.micro_batch_tokens or run.tokens_per_step) // config.train_length)
     total = torch.zeros((), device=run.device)
@@ -336,6 +333,9 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         inputs = inputs.to(run.device, non_blocking=True)
         targets = targets.to(run.device, non_blocking=True)
+        # The same draw in all micro-batches and processes.
+        places = config.training_positions.draw(inputs.shape[1], runtime.step_seed(config.seed, number))
+        options = {} if places is None else {"positions": places.to(run.device)}
         with runtime.autocast(run.device, config.precision):
             nats = run.nats(inputs, targets, **options).sum()
         (nats / run.tokens_per_step).backward()
