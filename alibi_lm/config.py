@@ -83,7 +83,7 @@ class TrainConfig:
     optimizer: Any = setting(None, counts="run")
     schedule: Any = setting(None, counts="run")
     tracking: Any = setting(None, counts="no")
-    task: Any = setting(default_factory=TaskConfig, counts="run")
+    task: Any = setting(default_factory=TaskConfig, counts="run", later=True)
     query_scale: Any = setting(default_factory=QueryScaleConfig, counts="run", later=True)
     training_positions: Any = setting(default_factory=PlainConfig, counts="run", later=True)
     positions_until: int | None = setting(None, counts="run", later=True)

@@ -28,7 +28,8 @@ from alibi_lm.config import CONFIG_FILE, TrainConfig, to_dict
 from alibi_lm.data.corpus import prepare
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score
-from alibi_lm.model.transformer import CompiledNats, TransformerLM
+from alibi_lm.model.compiled import CompiledNats
+from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.optim import build_optimizer
 from alibi_lm.runs import CHECKPOINTS, build_model, finished, load_run, run_lock
 from alibi_lm.settings import require
@@ -338,10 +339,10 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
         if run.device.type == "cuda":
             batch = tuple(tensor.pin_memory() for tensor in batch)
         batch = tuple(tensor.to(run.device, non_blocking=True) for tensor in batch)
+        # The same draw in all micro-batches and processes.
+        places = config.training_positions.draw(batch[0].shape[1], runtime.step_seed(config.seed, number))
+        options = {} if places is None else {"positions": places.to(run.device)}
         with runtime.autocast(run.device, config.precision):
-            # One draw for all processes and micro-batches.
-            places = config.training_positions.draw(batch[0].shape[1], runtime.step_seed(config.seed, number))
-            options = {} if places is None else {"positions": places.to(run.device)}
             nats = run.nats(*batch, **options).sum()
         (nats / num_targets).backward()
         total += nats.detach()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm import runtime
-from alibi_lm.model.transformer import CompiledNats, ModelConfig, TransformerLM
+from alibi_lm.model.compiled import CompiledNats
+from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.optim import AdamWConfig, build_optimizer
 from alibi_lm.positions import POSITIONS
 

@@ -22,15 +22,15 @@ class DataConfig:
     or .parquet files."""
     cache_dir: str = setting("data", counts="no")
     """Folder of prepared streams; a relative one is relative to the current folder."""
-    repo: str | None = None
+    repo: str | None = setting(None, counts="run", later=True)
     """hub: name of the set, such as roneneldan/TinyStories."""
-    config: str | None = None
+    config: str | None = setting(None, counts="run", later=True)
     """hub: the set's subset, where it has several."""
-    column: str = "text"
+    column: str = setting("text", counts="run", later=True)
     """text, hub: the field of .jsonl lines, or the column, that holds the text."""
-    split_by: str = "auto"
+    split_by: str = setting("auto", counts="run", later=True)
     """text, hub: what deals documents to the splits: auto, given, file, hash or none (see data/own_text.py)."""
-    max_tokens: int | None = None
+    max_tokens: int | None = setting(None, counts="run", later=True)
     """text, hub: read no more than about this many tokens, counted as 4 bytes each; the hub's text is streamed."""
 
     def __post_init__(self) -> None:

@@ -113,8 +113,8 @@ def open_cache(
         return KeyValueCache()
     require(
         model.query_scale.config.name == "none",
-        f"cache = {policy} with query_scale={model.query_scale.config.name}: the factor of a query depends on how many "
-        "keys it sees, and here it would see fewer. Use cache=full.",
+        f"cache = {policy} with query_scale={model.query_scale.config.name}: the factor of a query depends on how "
+        "many keys it sees, and here it would see fewer. Use cache=full.",
     )
     native, layers, heads = model.backend.name == "native", len(model.layers), model.config.num_heads
     if policy == "window":

@@ -37,7 +37,7 @@ class AlibiConfig:
     name: str = "alibi"
     learned_slopes: bool = False
     """Train one slope per head, starting from the fixed ones."""
-    half_precision: bool = False
+    half_precision: bool = setting(False, counts="run", later=True)
     """Round scores and bias as the authors' code does in float16 training; slow, to measure what that changes."""
     scaling: str = setting("none", counts="run", later=True)
     """none, or linear: slopes are divided by the factor."""

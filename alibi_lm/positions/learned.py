@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, setting
 
 
 @dataclass
@@ -27,9 +27,9 @@ class LearnedConfig:
     """One trained vector per position."""
 
     name: str = "learned"
-    rows: int | None = None
+    rows: int | None = setting(None, counts="run", later=True)
     """Positions of the table; null: train_length."""
-    random_offset: bool = False
+    random_offset: bool = setting(False, counts="run", later=True)
     """Begin each training pass at a random position of the table."""
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import sys, torch
 torch.manual_seed(0)
-from alibi_lm.model.transformer import CompiledNats, ModelConfig, TransformerLM
+from alibi_lm.model.compiled import CompiledNats
+from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 config = ModelConfig(num_layers=2, model_dim=24, num_heads=3, ffn_dim=48)
 for name in sys.argv[2:]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from alibi_lm import runtime
+from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.cross_entropy import linear_cross_entropy
-from alibi_lm.model.transformer import CompiledNats, KeyValueCache, ModelConfig, TransformerLM
+from alibi_lm.model.transformer import KeyValueCache, ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 
 pytestmark = [

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from alibi_lm.model.transformer import CompiledNats, KeyValueCache, TransformerLM
+from alibi_lm.model.compiled import CompiledNats
+from alibi_lm.model.transformer import KeyValueCache, TransformerLM
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
 

@@ -12,7 +12,7 @@ from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.sweep import analyse, evaluate
 from alibi_lm.experiment import compose, run_folder
-from alibi_lm.model.transformer import CompiledNats
+from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.results.rows import read_rows
 from alibi_lm.runs import finished
 from alibi_lm.study.figures import draw

@@ -1,0 +1,59 @@
+"""The model's training step through torch's compiler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alibi_lm.model.transformer import TransformerLM
+
+
+class CompiledNats:
+    """`model.nats` with the layers through `torch.compile`: the same parameters, the same values to rounding.
+
+    Compilation happens at the first call with each shape. The model itself stays as it is, so that an evaluation
+    at other lengths compiles nothing. The loss is not compiled: its chunks stay in the cache and work in place,
+    which is faster than what a compiler makes of scores, softmax and loss.
+
+    Args:
+        model: the language model.
+    """
+
+    def __init__(self, model: TransformerLM) -> None:
+        self.model = model
+        self.hidden = torch.compile(model.hidden, dynamic=False)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        counted: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Minus the natural logarithm of each target's probability, as `model.nats`.
+
+        `positions` are those of `hidden`.
+
+        Raises:
+            ValueError: compilation failed, most often because there is no C++ compiler.
+        """
+        model = self.model
+        if model.training and positions is None:
+            positions = model.training_positions(input_ids.shape[1])
+        try:
+            hidden = self.hidden(input_ids, positions)
+        except Exception as error:
+            # torch's compiler raises classes of its own, which moved between versions.
+            modules = [c.__module__ for c in type(error).__mro__]
+            if not any(m.startswith(("torch._inductor", "torch._dynamo")) for m in modules):
+                raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            advice = "It needs a C++ compiler (g++ or clang++, named by CXX if it is not g++). Install one"
+            limits = ("temporarily unavailable", "start new thread", "allocate memory")
+            if any(limit in str(error) for limit in limits):
+                advice = "The system let it start no more processes or threads: raise that limit (ulimit -u)"
+            raise ValueError(
+                f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n"
+                f"{advice}, or use compile=false."
+            ) from error
+        return model.nats_of(hidden, target_ids, counted)
