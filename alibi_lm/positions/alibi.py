@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.settings import require
 
 
 @dataclass
@@ -32,12 +33,21 @@ class AlibiConfig:
     name: str = "alibi"
     learned_slopes: bool = False
     """Train one slope per head, starting from the fixed ones."""
+    last_exponent: float = 8.0
+    """The slopes of n heads are 2^(-last_exponent h / n): the paper's 8 ends at 2^-8. Fewer let a cache of bounded
+    loss keep fewer keys."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.last_exponent <= 24,
+            f"position.last_exponent = {self.last_exponent}. Use a number above 0, up to 24; the paper's is 8.",
+        )
 
     def build(self, shape: PositionShape) -> Alibi:
         return Alibi(self, shape)
 
 
-def alibi_slopes(num_heads: int) -> list[float]:
+def alibi_slopes(num_heads: int, last_exponent: float = 8.0) -> list[float]:
     """Slopes of the heads, in head order, by the authors' rule.
 
     A power of two n gives 2^(-8h/n), h = 1..n. Otherwise the slopes of the largest power of two c below n are
@@ -45,6 +55,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
     Args:
         num_heads: >= 1.
+        last_exponent: what takes the place of the paper's 8.
 
     Returns:
         `num_heads` floats in (0, 1).
@@ -52,8 +63,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
     if num_heads < 1:
         raise ValueError(f"num_heads = {num_heads}. ALiBi needs at least one head.")
     closest = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * h / closest) for h in range(1, closest + 1)]
-    between = [2.0 ** (-8.0 * h / (2 * closest)) for h in range(1, 2 * closest + 1, 2)]
+    slopes = [2.0 ** (-last_exponent * h / closest) for h in range(1, closest + 1)]
+    between = [2.0 ** (-last_exponent * h / (2 * closest)) for h in range(1, 2 * closest + 1, 2)]
     return slopes + between[: num_heads - closest]
 
 
@@ -64,7 +75,8 @@ class Alibi(PositionScheme):
 
     def __init__(self, config: AlibiConfig, shape: PositionShape) -> None:
         super().__init__(shape)
-        fixed = torch.tensor(alibi_slopes(shape.num_heads), dtype=torch.float32, device="cpu")
+        self.fixed = alibi_slopes(shape.num_heads, config.last_exponent)
+        fixed = torch.tensor(self.fixed, dtype=torch.float32, device="cpu")
         self.learned = config.learned_slopes
         if self.learned:
             # The logarithm keeps a trained slope positive.
@@ -77,7 +89,7 @@ class Alibi(PositionScheme):
         """Start learned slopes at the fixed ones."""
         if self.learned and not self.log_slopes.is_meta:
             with torch.no_grad():
-                self.log_slopes.copy_(torch.tensor(alibi_slopes(self.shape.num_heads)).log())
+                self.log_slopes.copy_(torch.tensor(self.fixed).log())
 
     def slopes_per_head(self) -> Tensor:
         """The slopes, (H,) float32."""
