@@ -43,11 +43,20 @@ class AlibiConfig:
     """none, or linear: slopes are divided by the factor."""
     factor: float | None = setting(None, counts="run", later=True)
     """Of the scaling, > 0; null: max(1, context_length / train_length)."""
+    last_exponent: float = setting(8.0, counts="run", later=True)
+    """The slopes of n heads are 2^(-last_exponent h / n): the paper's 8 ends at 2^-8. Fewer let a cache of bounded
+    loss keep fewer keys."""
 
     def __post_init__(self) -> None:
         require(
-            not (self.learned_slopes and self.half_precision),
-            "position.half_precision = true with learned_slopes = true. Theirs are fixed: choose one.",
+            not self.half_precision
+            or (not self.learned_slopes and self.scaling == "none" and self.last_exponent == 8),
+            "position.half_precision = true is the authors' own form: leave learned_slopes, scaling and "
+            "last_exponent out.",
+        )
+        require(
+            0 < self.last_exponent <= 24,
+            f"position.last_exponent = {self.last_exponent}. Use a number above 0, up to 24; the paper's is 8.",
         )
         allowed = self.scaling in ("none", "linear")
         require(allowed, f"position.scaling = {self.scaling!r} with position=alibi. Allowed: none, linear.")
@@ -65,7 +74,7 @@ class AlibiConfig:
         return {"ALiBi interpolation": [{"scaling": "linear", "factor": factor} for factor in factors]}
 
 
-def alibi_slopes(num_heads: int) -> list[float]:
+def alibi_slopes(num_heads: int, last_exponent: float = 8.0) -> list[float]:
     """Slopes of the heads, in head order, by the authors' rule.
 
     A power of two n gives 2^(-8h/n), h = 1..n. Otherwise the slopes of the largest power of two c below n are
@@ -73,6 +82,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
     Args:
         num_heads: >= 1.
+        last_exponent: what takes the place of the paper's 8.
 
     Returns:
         `num_heads` floats in (0, 1).
@@ -80,8 +90,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
     if num_heads < 1:
         raise ValueError(f"num_heads = {num_heads}. ALiBi needs at least one head.")
     closest = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * h / closest) for h in range(1, closest + 1)]
-    between = [2.0 ** (-8.0 * h / (2 * closest)) for h in range(1, 2 * closest + 1, 2)]
+    slopes = [2.0 ** (-last_exponent * h / closest) for h in range(1, closest + 1)]
+    between = [2.0 ** (-last_exponent * h / (2 * closest)) for h in range(1, 2 * closest + 1, 2)]
     return slopes + between[: num_heads - closest]
 
 
@@ -94,7 +104,8 @@ class Alibi(PositionScheme):
 
     def __init__(self, config: AlibiConfig, shape: PositionShape) -> None:
         super().__init__(shape)
-        fixed = torch.tensor(alibi_slopes(shape.num_heads), dtype=torch.float32, device="cpu")
+        self.fixed = alibi_slopes(shape.num_heads, config.last_exponent)
+        fixed = torch.tensor(self.fixed, dtype=torch.float32, device="cpu")
         if config.scaling == "linear":
             self.divisor = config.factor or max(1.0, shape.context_length / shape.train_length)
         self.learned = config.learned_slopes
@@ -109,7 +120,7 @@ class Alibi(PositionScheme):
         """Start learned slopes at the fixed ones."""
         if self.learned and not self.log_slopes.is_meta:
             with torch.no_grad():
-                self.log_slopes.copy_(torch.tensor(alibi_slopes(self.shape.num_heads)).log())
+                self.log_slopes.copy_(torch.tensor(self.fixed).log())
 
     def slopes_per_head(self) -> Tensor:
         """The slopes, (H,) float32."""

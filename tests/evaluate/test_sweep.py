@@ -58,7 +58,7 @@ def test_views_and_rows_share_their_passes_and_their_values(place, scored):
     rows_of(mode="sliding", stride=2, lengths=[4, 8, 16, 24])
     assert len(scored) == made > 20 and len(rows) == 12
     nats = {(row.run, row.inference_length): row.nats for row in rows}
-    for file in files:
+    for file in (f for f in files if f.stem != "windows"):  # learned positions have no bound
         alibi, learned = json.loads(file.read_text())["series"]
         assert (alibi["runs"], learned["runs"]) == (["alibi_L8_s1", "alibi_L8_s2"], ["learned_L8_s1"])
         assert alibi["points"] and alibi["documents"] == 6

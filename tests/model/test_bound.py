@@ -31,7 +31,7 @@ def heads(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch
 
 def largest_excess(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     """The largest score of a key over the query's own key that gradient ascent on the inputs finds: (H,)."""
-    x = torch.randn(2, HEADS, 16, DIM, dtype=torch.float64).requires_grad_()  # query and key, of 16 starts
+    x = torch.randn(2, HEADS, 8, DIM, dtype=torch.float64).requires_grad_()  # query and key, of 8 starts
 
     def excess() -> torch.Tensor:
         own = torch.arange(HEADS)
@@ -39,7 +39,7 @@ def largest_excess(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return (q * (k - own_k)).sum(-1) * HEAD_DIM**-0.5
 
     optimizer = torch.optim.Adam([x], lr=0.1)
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
         (-excess().sum()).backward()
         optimizer.step()
@@ -51,7 +51,7 @@ def lost_share(scores: torch.Tensor, bias: torch.Tensor, window: int) -> torch.T
     return (scores + bias).softmax(-1)[:, window:].sum(-1)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_input_exceeds_the_bound_and_some_come_near(seed):
     weights = layer(seed)
     bound_of = excess_from_weights(*(weights[n] for n in ("w_q", "w_k", "b_q", "gain", "shift")), HEADS)
@@ -60,7 +60,7 @@ def test_no_input_exceeds_the_bound_and_some_come_near(seed):
     assert (found >= bound_of / 2).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 def test_adversarial_inputs_never_lose_more_than_the_stated_share(seed):
     """The worst query, and the worst key at all distances past the window, and the least scores within."""
     weights, slopes, eps = layer(seed, 0.5), torch.tensor(alibi_slopes(HEADS), dtype=torch.float64), 1e-3
