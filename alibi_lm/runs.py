@@ -33,6 +33,7 @@ from alibi_lm.attention import ATTENTION
 from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
 from alibi_lm.data.corpus import Corpus
+from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import read_json, read_json_if_whole, write_json, write_text
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, require
@@ -408,6 +409,25 @@ def build_model(
     """
     backend = attention or config.attention.name
     return TransformerLM(config.model, config.position, backend, vocab_size, config.train_length, context_length)
+
+
+def run_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a run was trained with.
+
+    Raises:
+        ValueError: it is missing, or another one lies in its place.
+    """
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(path)
+    record = folder / CORPUS_FILE
+    if record.is_file():
+        trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
+        require(
+            tokenizer.hash == trained_with,
+            f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
+            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run anew.",
+        )
+    return tokenizer
 
 
 def load_run(

@@ -24,7 +24,7 @@ FLOORS = [
     {"model", "tasks"},
     {"config"},
     {"runs"},
-    {"evaluate", "interop", "study"},
+    {"evaluate", "generation", "interop", "study"},
     {"train", "benchmarks"},
     {"experiment"},
     {"cli"},

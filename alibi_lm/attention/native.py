@@ -1,8 +1,9 @@
 """Attention on the CPU by a kernel of this package, compiled for the machine's processor (`native.cpp`).
 
-It serves every full pass in float32 whose bias, if any, depends on head and distance: no bias, ALiBi, T5, and
-any scheme that defines `PositionScheme.distance_bias`, trained or not; with or without a window. What it does not
-serve goes to `sdpa`: other devices and dtypes, cached decoding, dropout of attention weights, positions with gaps.
+It serves every pass in float32 whose bias, if any, depends on head and distance: no bias, ALiBi, T5, and any
+scheme that defines `PositionScheme.distance_bias`, trained or not; with or without a window; with a cache too
+(`decode.py`), without gradients then. What it does not serve goes to `sdpa`: other devices and dtypes, dropout of
+attention weights, positions with gaps.
 
 Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, N blocks of queries.
 """
@@ -14,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from alibi_lm.attention import native_library
 from alibi_lm.attention.base import Attend, AttentionBackend, Request, equal_widths, more_than_a_bias
+from alibi_lm.attention.decode import HeldKeys, Lines, decode
 from alibi_lm.positions.base import PositionScheme
 
 
@@ -43,16 +46,45 @@ class NativeAttention(AttentionBackend):
             return f"the kernel computes in float32, not in {str(request.dtype).removeprefix('torch.')}"
         if request.dropout:
             return f"model.attention_dropout = {request.dropout}, and the kernel drops no attention weights"
-        if not request.whole:
-            return "cached decoding has fewer queries than keys"
+        if not request.whole and torch.is_grad_enabled():
+            return "cached decoding has no gradients"
+        if not request.whole and scheme.defines("content_key_bias"):
+            return "cached decoding has no bias per key"
         if request.gaps and (scheme.defines("distance_bias") or request.window is not None):
             return "the positions have gaps"
         return ""
 
+    def __init__(self) -> None:
+        self.lines: WeakKeyDictionary[PositionScheme, tuple[Any, Lines]] = WeakKeyDictionary()
+
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         tokens = len(request.k_pos)
+        if not request.whole:
+            lines = self._lines(scheme, tokens) if scheme.defines("distance_bias") else None
+            return equal_widths(lambda q, k, v, x: attend_to_cache(q, k, v, lines, request.window or tokens))
         bias, window = scheme.distance_bias(torch.arange(tokens)), request.window or tokens
         return equal_widths(lambda q, k, v, x: attend(q, k, v, bias, window))
+
+    def _lines(self, scheme: PositionScheme, tokens: int) -> Lines | None:
+        """The bias of at least `tokens` distances, kept until the scheme's parameters change."""
+        state = [(id(p), p._version) for p in scheme.parameters()]
+        known = self.lines.get(scheme)
+        if known is None or known[0][1] != state or known[0][0] < tokens:
+            length = 1 << (tokens - 1).bit_length()
+            bias = scheme.distance_bias(torch.arange(length))
+            if bias is None:
+                return None
+            known = self.lines[scheme] = ((length, state), Lines.alone(bias.detach()))
+        return known[1]
+
+
+def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, lines: Lines | None, window: int) -> Tensor:
+    """Attention of the last T of S tokens: q (B, H, T, K), k and v (B, H, S, K) float32 -> (B, H, T, K)."""
+    k, v = (k, v) if k.stride() == v.stride() and k.stride(-1) == 1 else (k.contiguous(), v.contiguous())
+    held = HeldKeys(k.shape[1], k.stride(2))
+    held.place(list(range(k.shape[1])), k, v)
+    held.keys[:], held.windows[:] = k.shape[2], window
+    return decode(q, held, lines)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiles `native.cpp` for this machine's processor, once, and loads it.
+"""Compiles `native.cpp` and `decode.cpp` for this machine's processor, once, and loads them as one library.
 
 The library lies in the user's cache folder ($XDG_CACHE_HOME/alibi_lm, or ~/.cache/alibi_lm) under a name made of
 all that it depends on: source, command, compiler and processor. Machines that share a home folder share no library
@@ -27,6 +27,7 @@ import torch
 from alibi_lm.files import whole_file
 
 SOURCE = Path(__file__).with_name("native.cpp")
+DECODE = Path(__file__).with_name("decode.cpp")
 ROWS = 48
 """Queries of a tile of scores."""
 COMPILERS = ("g++", "c++", "clang++")
@@ -113,7 +114,7 @@ def _compile(command: list[str], target: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(
-            [*command, "-o", str(made), str(SOURCE), *_openmp_of_torch()],
+            [*command, "-o", str(made), "-include", str(SOURCE), str(DECODE), *_openmp_of_torch()],
             check=True, capture_output=True, text=True, timeout=SECONDS,
         )  # fmt: skip
         content = made.read_bytes()
@@ -157,6 +158,6 @@ def _name(command: list[str]) -> str:
         processor = "".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*$", about, re.MULTILINE))))
     except OSError:
         processor = platform.processor()
-    source = SOURCE.read_text(encoding="utf-8")
-    parts = [source, *command, version, platform.machine(), processor, *_openmp_of_torch(), "digest at the end"]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, DECODE)]
+    parts = [*sources, *command, version, platform.machine(), processor, *_openmp_of_torch(), "digest at the end"]
     return f"attention-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"

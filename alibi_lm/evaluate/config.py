@@ -12,10 +12,13 @@ from typing import Any
 from alibi_lm.attention import ATTENTION
 from alibi_lm.config import MODES, SPLITS, EvaluationConfig, TrainConfig
 from alibi_lm.data.config import DataConfig
+from alibi_lm.model.streaming import POLICIES
 from alibi_lm.runs import experiment_folder
 from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import require
 
+STREAM = "stream"
+"""The mode of the whole split as one window."""
 VIEWS: dict[str, tuple[str, ...]] = {
     "perplexity": ("lengths", "stride"),
     "position": ("lengths",),
@@ -25,9 +28,10 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "decomposition": ("lengths", "stride"),
     "offset": ("offsets", "width", "every"),
     "safe_length": ("lengths",),
+    "windows": (),
 }
 """The views and the settings that each understands."""
-CURVE = ("lengths", "mode", "stride", "tracking")
+CURVE = ("lengths", "mode", "stride", "tracking", "cache", "lost_share", "window", "sinks")
 """The settings that `view=curve` understands."""
 
 
@@ -84,7 +88,7 @@ class EvaluateConfig:
 
     view: str = "curve"
     """curve (scripts/evaluate.py), or one of scripts/analyse.py: perplexity, position, last, documents, fixed,
-    decomposition, offset, safe_length, all."""
+    decomposition, offset, safe_length, windows, all."""
     experiment: str = "quick"
     """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
     runs: str | None = None
@@ -101,7 +105,16 @@ class EvaluateConfig:
     lengths: list[int] | None = None
     """Inference lengths; null: those in the config.yaml of each run, which are its experiment's at that time."""
     mode: str | None = None
-    """curve: nonoverlapping or sliding; null: the experiment's own."""
+    """curve: nonoverlapping, sliding, or stream (the whole split as one window, in place of the lengths); null:
+    the experiment's own."""
+    cache: str | None = None
+    """stream: full, proved, certified or window, see alibi_lm/model/streaming.py; null: full."""
+    lost_share: float | None = None
+    """stream through proved or certified: share of its attention that a head may lose; null: 2^-25."""
+    window: int | None = None
+    """stream through window: last tokens that are kept."""
+    sinks: int | None = None
+    """stream through window: first tokens that are kept besides."""
     stride: int | None = None
     """curve, perplexity: targets scored per window in sliding mode. decomposition: of the reset; null:
     train_length / 8."""
@@ -147,11 +160,12 @@ class EvaluateConfig:
             "device": DEVICES,
             "precision": PRECISIONS,
             "split": SPLITS,
-            "mode": MODES,
+            "mode": (*MODES, STREAM),
+            "cache": POLICIES,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
-            unset = value is None and name in ("split", "mode")
+            unset = value is None and name in ("split", "mode", "cache")
             require(unset or value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
         require(
             re.fullmatch(r"best|last|step:\d+", self.checkpoint) is not None,
@@ -181,6 +195,18 @@ class EvaluateConfig:
             require(values is None or bool(values), f"{name} = []. Name some, quoted: '{name}=[64,128]'.")
             require(all(v >= least for v in values or ()), f"{name} = {values}. Use whole numbers >= {least}.")
         self._refuse_settings_of_other_views()
+        for name in ("cache", "lost_share", "window", "sinks"):
+            value = getattr(self, name)
+            require(
+                value is None or self.mode == STREAM,
+                f"{name} = {value} with mode={self.mode}. It belongs to mode={STREAM}.",
+            )
+        for name in ("lengths", "stride"):
+            value = getattr(self, name)
+            require(
+                value is None or self.mode != STREAM,
+                f"{name} = {value} with mode={STREAM}, which has one window: the whole split. Leave {name} out.",
+            )
 
     def _refuse_settings_of_other_views(self) -> None:
         known = {"curve": CURVE, **VIEWS}
@@ -225,7 +251,8 @@ class EvaluateConfig:
         own = run.evaluation
         mode, stride = "nonoverlapping", None
         if self.view == "curve":
-            mode = self.mode or ("sliding" if self.stride is not None else own.mode)
+            chosen = None if self.mode == STREAM else self.mode
+            mode = chosen or ("sliding" if self.stride is not None else own.mode)
             stride = self.stride if self.stride is not None else (own.stride if mode == own.mode else None)
         settings = dataclasses.replace(
             own,

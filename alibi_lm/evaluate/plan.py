@@ -18,7 +18,6 @@ from alibi_lm.checkpoint import CheckpointError
 from alibi_lm.config import EvaluationConfig, TrainConfig, load_config
 from alibi_lm.data.corpus import Corpus, prepare
 from alibi_lm.data.hub_tokenizer import HubTokenizer
-from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
@@ -36,8 +35,9 @@ from alibi_lm.runs import (
     folder_identity,
     load_run,
     run_folders,
+    run_tokenizer,
     short_hash,
-)  # fmt: skip
+)
 from alibi_lm.settings import require
 from alibi_lm.tasks.text import TextTask
 
@@ -196,16 +196,7 @@ def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
         ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
     """
     data = config.data.apply(run.config.data)
-    path = run.folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(path)
-    record = run.folder / CORPUS_FILE
-    if record.is_file():
-        trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
-        require(
-            tokenizer.hash == trained_with,
-            f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
-            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run anew.",
-        )
+    tokenizer = run_tokenizer(run.folder)
     return prepare(data, tokenizer, splits=(run.settings.split,))
 
 

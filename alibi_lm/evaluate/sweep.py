@@ -19,11 +19,13 @@ from alibi_lm import runtime
 from alibi_lm.data.corpus import prepare
 from alibi_lm.distributed import World
 from alibi_lm.evaluate import views
-from alibi_lm.evaluate.config import VIEWS, EvaluateConfig
+from alibi_lm.evaluate.config import STREAM, VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, OpenRun, PlannedRun, open_run, plan, raise_failures
 from alibi_lm.evaluate.safe_length import safe_length, verdict
 from alibi_lm.evaluate.store import Stored
+from alibi_lm.evaluate.stream import Policy, measure_stream
+from alibi_lm.evaluate.windows import head_windows
 from alibi_lm.files import read_json, write_text
 from alibi_lm.model.hub_folder import dotted
 from alibi_lm.results.documents import DocumentSums, upsert_documents
@@ -73,6 +75,14 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                         upsert_rows(results, [row])
                     yield row
             common = _common(config, opened)
+            if config.mode == STREAM:
+                policy = Policy(config.cache or "full", config.lost_share, config.window, config.sinks)
+                row, sums = measure_stream(opened.passes, policy, **common)
+                if world.is_main:
+                    upsert_rows(results, [row])
+                    upsert_documents(config.output / "documents.jsonl", [sums] if sums else [])
+                yield row
+                continue
             for length in run.settings.lengths:
                 yield from measure(opened.passes, length, config.output if world.is_main else None, **common)
         except EXPECTED as error:
@@ -211,7 +221,12 @@ def describe(row: ResultRow) -> str:
         found = f"{row.bits_per_byte:.4f} bits per byte, perplexity {row.perplexity:.3f} per token"
         return f"{name}{length}: {found}, {row.word_perplexity or math.inf:.3f} per word"
     speed = "" if row.tokens_per_second is None else f" ({row.tokens_per_second:,.0f} tokens/s)"
-    return f"{name}{length}:{task} {row.metric} {row.value:.3f}{speed}"
+    kept = ""
+    if row.mode == STREAM:
+        lost = row.extra.get("lost_share")
+        kept = f"; {row.extra.get('keys_held', 0):,.0f} keys held per head, "
+        kept += "no bound on the lost share" if lost is None else f"lost share at most {lost:.2g}"
+    return f"{name}{length}:{task} {row.metric} {row.value:.3f}{speed}{kept}"
 
 
 def log_curve(config: EvaluateConfig) -> None:
@@ -336,6 +351,8 @@ def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: vie
 
 def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.Group) -> list[views.Point]:
     trained = group.train_length
+    if view == "windows":
+        return head_windows(group.passes[0])  # other seeds have other weights, and much the same windows
     if view == "perplexity":
         return views.perplexity(group, lengths, config.stride)
     if view == "position":

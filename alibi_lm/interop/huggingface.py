@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alibi_lm.config import from_dict, load_config
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import write_json
-from alibi_lm.model.layers import KeyValueCache
+from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.runs import build_model, load_run
 from alibi_lm.settings import require
 
@@ -76,9 +76,7 @@ class RunCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the beams that go on."""
-        self.inner.layers = [
-            (k[beam_idx], v[beam_idx], None if x is None else x[beam_idx]) for k, v, x in self.inner.layers
-        ]
+        self.inner.take_rows(beam_idx)
 
 
 class RunForCausalLM(PreTrainedModel, GenerationMixin):

@@ -19,15 +19,14 @@ Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, F insid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.attention import Attend
-from alibi_lm.positions import PositionScheme
+from alibi_lm.model.cache import KeyValueCache, LayerPositions
 from alibi_lm.settings import require
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -106,44 +105,16 @@ class ModelConfig:
         return self.model_dim // self.num_heads
 
 
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, for decoding in pieces.
-
-    `positions` is the record of what was seen. It grows at the end of a pass, so a pass that raises leaves the
-    cache as it was: what some layers have stored beyond it is overwritten by the next pass.
-
-    Attributes:
-        layers: of each layer k and v, each (B, H, S, K), and features of its input (B, S, F) for schemes
-            that read it.
-        positions: (S,) int64; None when empty.
-        first: the first of the positions; 0 when empty.
-        next_position: the one after the last; 0 when empty.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self.positions: Tensor | None = None
-        self.first = self.next_position = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append a layer's new keys, values and inputs; returns all of them."""
-        if self.positions is not None:
-            seen = len(self.positions)
-            old_k, old_v, old_x = self.layers[layer]
-            k, v = torch.cat([old_k[:, :, :seen], k], dim=2), torch.cat([old_v[:, :, :seen], v], dim=2)
-            if x is not None and old_x is not None:
-                x = torch.cat([old_x[:, :seen], x], dim=1)
-        self.layers[layer : layer + 1] = [(k, v, x)]
-        return k, v, x
-
-
 @dataclass
-class LayerPositions:
-    """What one scheme contributes to a forward pass, computed once and used by every layer it serves."""
+class Part:
+    """Sequences of a batch that have their positions and their cache in common."""
 
-    scheme: PositionScheme
-    tables: tuple[Tensor, ...]
-    attend: Attend
+    rows: slice
+    at: Tensor
+    """(T,) int64, their positions."""
+    positions: list[LayerPositions]
+    """Of each scheme; layer n takes number n modulo their number."""
+    cache: KeyValueCache | None
 
 
 class Attention(nn.Module):
@@ -155,16 +126,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim)
         self.out = nn.Linear(config.model_dim, config.model_dim)
 
-    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, parts: Sequence[Part]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         # (B, T, 3 D) -> three of (B, H, T, K)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = position.scheme.transform_qk(q, k, position.tables)
-        inputs = position.scheme.features(x) if position.scheme.cache_inputs else None
-        if cache is not None:
-            k, v, inputs = cache.extend(layer, k, v, inputs)
-        y = position.attend(q, k, v, inputs)
+        found = []
+        for part in parts:
+            rows = part.rows
+            found.append(self._attend(q[rows], k[rows], v[rows], x[rows], layer, part))
+        y = found[0] if len(found) == 1 else torch.cat(found)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, raw_k: Tensor, v: Tensor, x: Tensor, layer: int, part: Part) -> Tensor:
+        position = part.positions[layer % len(part.positions)]
+        q, k = position.scheme.transform_qk(q, raw_k, position.tables)
+        inputs = position.scheme.features(x) if position.scheme.cache_inputs else None
+        if part.cache is not None:
+            return part.cache.attend(layer, q, k, v, inputs, raw_k, position)
+        assert position.attend is not None
+        return position.attend(q, k, v, inputs)
 
 
 class FeedForward(nn.Module):
@@ -193,9 +173,9 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, parts: Sequence[Part]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), layer, position, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), layer, parts))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens now, S keys seen, D model dim, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, cast
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from alibi_lm import runtime
 from alibi_lm.attention import Request, build_backend
+from alibi_lm.model.cache import KeyValueCache, LayerPositions
 from alibi_lm.model.interface import Scores, check_ids
-from alibi_lm.model.layers import ACTIVATIONS, Block, KeyValueCache, LayerPositions, ModelConfig
+from alibi_lm.model.layers import ACTIVATIONS, Block, ModelConfig, Part
 from alibi_lm.model.vocabulary import AdaptiveVocabulary, Vocabulary
 from alibi_lm.positions import PositionConfig, PositionScheme, PositionShape
 from alibi_lm.settings import require
@@ -112,7 +114,7 @@ class TransformerLM(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | Sequence[KeyValueCache] | None = None,
         window: int | None = None,
     ) -> Tensor:
         """Hidden states from which the next token of each position is predicted.
@@ -120,7 +122,8 @@ class TransformerLM(nn.Module):
         Args:
             input_ids: (B, T) int64, in [0, V).
             positions: (T,) int64, >= 0, each above the one before; None: 0, 1, ... or from the cache's last on.
-            cache: keys and values of earlier tokens; extended in place.
+            cache: keys and values of earlier tokens, extended in place; with one, there are no gradients. Several:
+                one for each row of input_ids, which may have seen different numbers of tokens.
             window: each layer's queries see only keys at distances below it; None: all keys before them.
 
         Returns:
@@ -136,6 +139,39 @@ class TransformerLM(nn.Module):
             window is None or (isinstance(window, int) and window >= 1),
             f"window = {window}. Use a whole number >= 1, or None.",
         )
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.hidden(input_ids, positions, cache, window)
+        if cache is None or isinstance(cache, KeyValueCache):
+            parts = [self._part(slice(None), cache, positions, input_ids, window)]
+        else:
+            require(
+                len(cache) == len(input_ids),
+                f"{len(cache)} caches with {len(input_ids)} rows of input_ids. Give one for each row.",
+            )
+            rows = (slice(row, row + 1) for row in range(len(cache)))
+            parts = [self._part(*pair, positions, input_ids, window) for pair in zip(rows, cache, strict=True)]
+        x = self.vocabulary.embed(input_ids)
+        if self.config.scale_embeddings:
+            x = x * math.sqrt(self.config.model_dim)
+        added = [self.schemes[0].add_to_embeddings(x[part.rows], part.at) for part in parts]
+        x = self.dropout(added[0] if len(added) == 1 else torch.cat(added))
+        for layer, block in enumerate(self.layers):
+            x = block(x, layer, parts)
+        for part in parts:
+            if part.cache is not None:
+                part.cache.advance()
+        return self.final_norm(x)
+
+    def _part(
+        self,
+        rows: slice,
+        cache: KeyValueCache | None,
+        positions: Tensor | None,
+        input_ids: Tensor,
+        window: int | None,
+    ) -> Part:
+        """What attention needs of some rows; it looks at no weights before the positions are known."""
         length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
         # Ends of the positions as Python numbers, where they can be known without reading the device.
         if positions is None:
@@ -149,28 +185,24 @@ class TransformerLM(nn.Module):
                 f"position={self.position.name} has {limit} positions; got position {last}. "
                 f"Use inference_length <= {limit}, or a scheme that is defined past its trained length."
             )
-        k_pos = positions
-        if cache is not None and cache.positions is not None:
-            k_pos, first = torch.cat([cache.positions, positions]), cache.first
-
-        x = self.vocabulary.embed(input_ids)
-        if self.config.scale_embeddings:
-            x = x * math.sqrt(self.config.model_dim)
-        x = self.schemes[0].add_to_embeddings(x, positions)
-        x = self.dropout(x)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        dropout = self.config.attention_dropout if self.training else 0.0
-        request = Request(positions, k_pos, last - first, window, dtype, dropout)
+        request = None
+        if cache is None or not cache.attends:
+            k_pos = positions
+            if cache is not None:
+                k_pos, first = cache.key_positions(positions), cache.first if cache.tokens_seen else first
+            device, dtype = positions.device.type, self.layers[0].attention.qkv.weight.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+            dropout = self.config.attention_dropout if self.training else 0.0
+            request = Request(positions, k_pos, last - first, window, dtype, dropout)
+        if cache is not None:
+            cache.begin(first, last, length, window)
         shared = [
-            LayerPositions(scheme, scheme.tables(positions), self.backend.prepare(scheme, request))
+            LayerPositions(
+                scheme, scheme.tables(positions), self.backend.prepare(scheme, request) if request else None
+            )
             for scheme in self.schemes
         ]
-        for layer, block in enumerate(self.layers):
-            x = block(x, layer, shared[layer % len(shared)], cache)
-        if cache is not None:
-            cache.positions, cache.first, cache.next_position = k_pos, first, last + 1
-        return self.final_norm(x)
+        return Part(rows, positions, shared, cache)
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
         """Scores of the next token, before the softmax.

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 
 from alibi_lm.results.rows import ResultRow
 
+CACHE_SETTINGS = ("cache", "lost_share", "window", "sinks")
+"""Changes that say through which cache a split was streamed."""
 _HASH = re.compile(r"[0-9a-f]{6,}")
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
 
@@ -34,8 +36,8 @@ class View:
         task = "" if self.task == "text" else f"task {self.task}, "
         if self.mode == "sliding":
             return f"{task}{self.split}, sliding window with stride {self.stride}"
-        windows = "nonoverlapping windows" if self.mode == "nonoverlapping" else self.mode
-        return f"{task}{self.split}, {windows}"
+        windows = {"nonoverlapping": "nonoverlapping windows", "stream": "the whole split as one window"}
+        return f"{task}{self.split}, {windows.get(self.mode, self.mode)}"
 
     @property
     def slug(self) -> str:
@@ -61,6 +63,8 @@ class Curve:
     metric: str = "perplexity"
     items: dict[int, int] = field(default_factory=dict)
     """inference_length -> what each value is a mean over: tokens, or items of a task."""
+    streamed: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Like `losses`, of the whole split as one window: beside the view of nonoverlapping windows."""
 
     @property
     def lengths(self) -> list[int]:
@@ -130,6 +134,20 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
         else:
             curve.losses.setdefault(row.inference_length, {})[row.run] = value
             curve.items[row.inference_length] = row.n or row.tokens
+    for row in rows if view.mode == "nonoverlapping" else []:
+        if row.run is not None and view_of(row) == replace(view, mode="stream") and row.loss is not None:
+            # One point per run, whatever the cache: what it may lose is too little to see.
+            tested = {name: value for name, value in row.changes.items() if name not in CACHE_SETTINGS}
+            if row.changes.get("cache") == "window" or row.inference_length is None:
+                continue
+            variant = variant_of(replace(row, changes=tested), recipes)
+            for curve in found.values():
+                if (curve.position, curve.train_length, curve.variant) == (
+                    row.position,
+                    row.train_length,
+                    variant,
+                ):
+                    curve.streamed.setdefault(row.inference_length, {})[row.run] = row.loss
     return sorted(found.values(), key=lambda c: (-c.train_length, c.position, c.variant))
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from alibi_lm.files import write_text
 
-MODES = ("nonoverlapping", "sliding", "items")
+MODES = ("nonoverlapping", "sliding", "items", "stream")
 
 KINDS: dict[str, tuple[Any, str]] = {
     "str": (str, "text"),
@@ -66,8 +66,8 @@ class ResultRow:
     inference_length: int | None = None
     """Tokens in a window; null only where there is no run (the unigram baseline)."""
     mode: str
-    """How the task gives targets their context: `nonoverlapping` or `sliding` windows of a token stream, or
-    `items`, each a sequence of its own."""
+    """How the task gives targets their context: `nonoverlapping` or `sliding` windows of a token stream, `stream`
+    (all tokens before it), or `items`, each a sequence of its own."""
     stride: int | None = None
     """Targets scored by each window in sliding mode; null otherwise."""
     split: str

@@ -25,6 +25,7 @@ TITLES = {
     "decomposition": "Why the loss changes beyond the trained length",
     "offset": "Change of the loss when all positions are shifted",
     "safe_length": "How far each model may be read",
+    "windows": "Keys that each head must keep",
 }
 AT = {"fixed": "context", "offset": "offset"}
 """What the points of a view stand at, where it is not the inference length."""
@@ -91,7 +92,10 @@ class Analysis:
             if self.view in ("fixed", "offset") and len(scored) == 1:
                 tokens = f"{scored.pop():,} of {tokens} scored"
             parts.append(f"{tokens} in {documents}" if self.series[0].documents > 1 else f"{tokens} in 1 document")
-        if max(s.documents for s in self.series) < 2:
+        if self.view == "windows":
+            measured = {p["measured_on"] for one in self.series for p in one.points if "measured_on" in p}
+            parts += [f"needed on the first {n:,}" for n in sorted(measured)]
+        elif max(s.documents for s in self.series) < 2:
             parts.append("no intervals: they are over documents, and this text is a single one")
         else:
             one_seed = max(len(s.runs) for s in self.series) == 1

@@ -60,7 +60,9 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
         lines = "\n".join(f"  {item.sentence}" for item in unfair if item.matters)
         raise ValueError(f"strict = true, and the runs differ in more than the scheme:\n{lines}")
     written = []
-    for index, view in enumerate(found):
+    # What was streamed stands in the figure of the other windows, where there is one.
+    drawn = [view for view in found if view.mode != "stream"] or found
+    for index, view in enumerate(drawn):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
         figure = curve_figure(rows, view, words, unfair, with_paper)
         for suffix in ("png", "svg"):
@@ -93,6 +95,8 @@ def curve_figure(
     remarks = missing(found)
     if any(line.ring for panel in panels for line in panel.lines):
         remarks.append("Ring: the length that a curve was trained at.")
+    if any(line.apart for panel in panels for line in panel.lines):
+        remarks.append("Star: the whole split as one window, each token with all before it.")
     shown = {name for panel in panels for name in panel.levels}
     remarks += [
         f"Out of range: {name} baseline, {value:.4g}." for name, value in base.items() if name not in shown
@@ -216,6 +220,7 @@ def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
         guest or bool(curve.variant),
         (curve.train_length, curve.value(curve.train_length)) if elsewhere else None,
         ends,
+        [(n, math.exp(math.fsum(v.values()) / len(v))) for n, v in sorted(curve.streamed.items())],
     )
 
 

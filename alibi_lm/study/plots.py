@@ -58,6 +58,8 @@ class Line:
     """The point at its training length, where that is not the panel's."""
     ends: bool = False
     """Whether the scheme has no value beyond its last point."""
+    apart: list[tuple[float, float]] = field(default_factory=list)
+    """Points of another kind, set apart from the line."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
 def limits_of(panel: Panel, lines: Sequence[Line]) -> tuple[float, float]:
     """The y axis's ends: all values, and whiskers as long as they at most treble the height."""
     to, back = (math.log, math.exp) if panel.log_y else (float, float)
-    values = [to(v) for line in lines for v in [*line.y, *(y for _, y in line.dots)]]
+    values = [to(v) for line in lines for v in [*line.y, *(y for _, y in [*line.dots, *line.apart])]]
     low, high = min(values), max(values)
     ends = [
         (to(a), to(b))
@@ -190,6 +192,8 @@ def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> N
         )
     if line.ring is not None:
         axis.plot(*([v] for v in line.ring), "o", markersize=10, mfc="none", mec=style.color, mew=0.9, zorder=5)
+    if line.apart:
+        axis.plot(*zip(*line.apart, strict=True), "*", color=style.color, markersize=10, mec="white", zorder=5)
     if line.ends:
         axis.plot(x[-1:], line.y[-1:], "|", color=style.color, markersize=13, markeredgewidth=1.6, zorder=5)
 
@@ -218,7 +222,7 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     places = sorted({x for line in [*lines, *panel.behind] for x in line.x})
-    trained = panel.trained
+    trained, apart = panel.trained, sorted({x for line in lines for x, _ in line.apart})
     if panel.zero:
         axis.set_xscale("symlog", base=2, linthresh=places[1] if len(places) > 1 else 1)
         ticks = places
@@ -227,8 +231,8 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         # Lines with whiskers stand side by side.
         beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
         pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
-        axis.set_xlim(places[0] / pad, places[-1] * pad)
-        ticks = length_ticks(places[0], places[-1], trained or places[0])
+        axis.set_xlim(places[0] / pad, max([places[-1], *apart]) * pad)
+        ticks = [*length_ticks(places[0], places[-1], trained or places[0]), *apart]
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" + ("\n(trained)" if v == trained else "")))

@@ -129,12 +129,14 @@ _NOTES = {
     "decomposition": "Nats per token with interval, and the factor of perplexity (below 1 is better).",
     "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
     "safe_length": "Perplexity per token; in brackets its ratio to that at the training length.",
+    "windows": "Keys per head by the share of attention that may be lost; in brackets those needed on the text.",
 }
 
 
 def analysis_markdown(found: Analysis) -> str:
     """The table of an analysis."""
-    table = _decomposition(found) if found.view == "decomposition" else _grid(found)
+    kinds = {"decomposition": _decomposition, "windows": _windows}
+    table = kinds.get(found.view, _grid)(found)
     lines = [f"## {TITLES[found.view]}", "", _NOTES[found.view] + " " + found.provenance + ".", ""]
     if not found.same_text:
         lines += ["NOT THE SAME TEXT: levels cannot be compared between rows.", ""]
@@ -183,6 +185,24 @@ def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons:
         return f"{perplexity(point['nats']):.2f}"
     ends = f"{perplexity(change['low']):.3f}-{perplexity(change['high']):.3f}"
     return f"{perplexity(point['nats']):.2f} ({perplexity(change['nats']):.3f}, {ends})"
+
+
+def _windows(found: Analysis) -> Table:
+    """A row per layer and head."""
+    reasons: list[str] = []
+    points = [(series, point) for series in found.series for point in series.points]
+    shares = next((list(point["windows"]) for _, point in points if "windows" in point), [])
+    body = []
+    for series, point in points:
+        name = [series.name, str(series.train_length)]
+        if point.get("reason"):
+            body.append([*name, *["-"] * 4, *[f"- {_refer(point['reason'], reasons)}" for _ in shares]])
+            continue
+        needed = {s: f" ({n:,})" for s, n in point.get("needed", {}).items()}
+        keys = [f"{point['windows'][s]:,}{needed.get(s, '')}" for s in shares]
+        numbers = [f"{point['slope']:.4g}", f"{point['excess']:.1f}"]
+        body.append([*name, str(point["layer"]), str(point["head"]), *numbers, *keys])
+    return Table(["scheme", "trained at", "layer", "head", "slope", "bound", *shares], body, 1, _numbered(reasons))
 
 
 def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:

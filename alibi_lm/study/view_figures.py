@@ -15,6 +15,7 @@ from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
 from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save, say
 from alibi_lm.study.style import label, look
 from alibi_lm.study.tables import analysis_markdown
+from alibi_lm.study.window_figures import window_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,11 +44,17 @@ def analysis_figure(found: Analysis) -> Figure:
     marks = [] if found.same_text else ["NOT THE SAME TEXT: levels cannot be compared between curves"]
     remarks: list[str] = []
     size = (3.6, 3.1)
-    if found.view in ("documents", "decomposition"):
+    if found.view == "windows":
+        cells: list[Any] = list(window_panels(found))
+        size = (2.9, 2.6)
+        remarks.append(
+            "Lines: proved by the weights for every input. Crosses: needed on the text (dashed: its end)."
+        )
+    elif found.view in ("documents", "decomposition"):
         # What has nothing to show is told in words.
         shown = [s for s in found.series if any(not p.get("reason") for p in s.points[-1:])] or found.series
         panel = decomposition_panel if found.view == "decomposition" else documents_panel
-        cells: list[Any] = [functools.partial(panel, series=series) for series in shown]
+        cells = [functools.partial(panel, series=series) for series in shown]
         size = (2.7, 2.3)
         if found.view == "decomposition":
             remarks.append(

@@ -10,7 +10,7 @@ from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.interop.huggingface import ExportConfig, export_huggingface
-from alibi_lm.model.layers import KeyValueCache
+from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.runs import load_run
 from alibi_lm.train import train
 

@@ -170,6 +170,13 @@ def test_attention_and_precision_are_the_users(tmp_path):
         load_huggingface(found, CPU, "float32", "native")
 
 
+def test_falcons_biases_are_added_once(tmp_path):
+    """transformers adds them twice in its eager form, and a public bug had its other form drop them."""
+    folder = save(build("falcon"), tmp_path / "falcon", tokenizer=False)
+    with pytest.raises(ValueError, match="twice"):
+        load_huggingface(open_hub_folder(f"hf:{folder}", {}, None, False), CPU, "float32", "eager")
+
+
 class Mocked(torch.nn.Module):
     """A model that is not what it says: it looks ahead, or gives NaN."""
 

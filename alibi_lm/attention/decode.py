@@ -1,0 +1,126 @@
+"""Attention of new tokens to the keys of a cache by the compiled kernel (`decode.cpp`): float32, on a CPU.
+
+Shape letters: B batch, T queries (the last T tokens), S keys held, H heads, K head dim, N distances.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alibi_lm.attention import native_library
+
+MARGIN = native_library.ROWS + 64
+"""Numbers that the kernel reads past the end of a line, at most."""
+
+
+@dataclass
+class Lines:
+    """The bias of each head as the kernel reads it."""
+
+    bias: Tensor
+    """(H, N + MARGIN) float32, base 2: that of distance d at N - 1 - d; zeros past the end."""
+    tails: Tensor | None
+    """(H, N) float32: log2 of the sum of 2^(bias - bias at 0) over all distances from each on; None: not known."""
+
+    @classmethod
+    def of(cls, bias: Tensor, tails: Tensor | None) -> Lines:
+        """From the bias (H, N) and the natural logarithms of its tails (H, N)."""
+        reversed_bias = torch.nn.functional.pad(bias.float().flip(1) / math.log(2), (0, MARGIN))
+        # Rounding up keeps what follows from a tail an upper bound.
+        known = None if tails is None else (tails / math.log(2) + 1e-5).float().contiguous()
+        return cls(reversed_bias.contiguous(), known)
+
+    @classmethod
+    def alone(cls, bias: Tensor) -> Lines:
+        """From the bias (H, N) of all distances that there will be."""
+        line = bias.double()
+        return cls.of(bias, line.flip(1).logcumsumexp(1).flip(1) - line[:, :1])
+
+
+class HeldKeys:
+    """Where the keys and values of each head lie, and how many there are: the same for all sequences of a batch.
+
+    Attributes:
+        table: (6, H) int64: addresses of the first key and value, floats from one sequence to the next, keys held,
+            window, and keys of the stream that are held no more. The kernel reads it; the last three rows are
+            kept up to date by the owner.
+        step: floats from one key to the next.
+    """
+
+    def __init__(self, num_heads: int, step: int) -> None:
+        self.table = np.zeros((6, num_heads), dtype=np.int64)
+        self.step = step
+        self.keys, self.windows, self.missing = self.table[3:]
+
+    def place(self, heads: list[int], k: Tensor, v: Tensor) -> None:
+        """Say where some heads have their keys: k, v (B, len(heads), capacity, K) float32, alike in memory."""
+        offsets = 4 * k.stride(1) * np.arange(len(heads))
+        self.table[0, heads], self.table[1, heads] = k.data_ptr() + offsets, v.data_ptr() + offsets
+        self.table[2, heads] = k.stride(0)
+
+
+class _View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((f"step_{n}", ctypes.c_int64) for n in "bht")]
+
+
+class _Call(ctypes.Structure):
+    """`struct Decode` of decode.cpp, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "H", "T", "K", "threads", "length", "step")),
+        ("scale", ctypes.c_float),
+        *((name, _View) for name in ("q", "out", "new_k", "new_v")),
+        *((name, ctypes.c_void_p) for name in ("k", "v", "step_b", "keys", "windows", "missing")),
+        *((name, ctypes.c_void_p) for name in ("lines", "tails", "norms", "lost")),
+    ]
+
+
+def decode(
+    q: Tensor,
+    held: HeldKeys,
+    lines: Lines | None,
+    new: tuple[Tensor, Tensor] | None = None,
+    norms: Tensor | None = None,
+    lost: Tensor | None = None,
+) -> Tensor:
+    """Attend from the last T tokens.
+
+    Args:
+        q: (B, H, T, K) float32 on the CPU.
+        held: the keys, those of the T tokens at their end.
+        lines: the bias of at least as many distances as keys are held; None: no bias.
+        new: keys and values (B, H, T, K) of the T tokens, to be put in their places first; None: they are there.
+        norms: (B, H) float32, the largest norm of a key so far, brought up to date.
+        lost: (B, H, T) float32 to be filled with log2 of an upper bound of the share of attention that keys
+            outside of the window, or no longer held, would have had. Needs `norms` and the tails of `lines`.
+
+    Returns:
+        (B, H, T, K).
+    """
+    library = native_library.find()
+    assert not isinstance(library, str)
+    batch, heads, tokens, dim = q.shape
+    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    length = 0 if lines is None else lines.bias.shape[1] - MARGIN
+    call = _Call(batch, heads, tokens, dim, torch.get_num_threads(), length, held.step, dim**-0.5)
+    views = {"q": q, "out": out} | ({} if new is None else {"new_k": new[0], "new_v": new[1]})
+    views = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
+    for name, x in views.items():
+        setattr(call, name, _View(x.data_ptr(), *x.stride()[:3]))
+    start, row = held.table.ctypes.data, held.table.strides[0]
+    for index, name in enumerate(("k", "v", "step_b", "keys", "windows", "missing")):
+        setattr(call, name, start + index * row)
+    if lines is not None:
+        call.lines = lines.bias.data_ptr()
+        call.tails = None if lines.tails is None else lines.tails.data_ptr()
+    call.norms = None if norms is None else norms.data_ptr()
+    call.lost = None if lost is None else lost.data_ptr()
+    if library.decode(ctypes.byref(call)):
+        raise RuntimeError(f"attention = native: no memory for {batch} x {heads} heads of {held.keys.max()} keys.")
+    return out

@@ -1,0 +1,253 @@
+"""The command that goes on from a prompt: settings, prompt, text as it is made, and what was kept and lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from alibi_lm import runtime
+from alibi_lm.attention import ATTENTION
+from alibi_lm.data.tokenizers import LINE_END_ID, UNKNOWN_ID, Tokenizer
+from alibi_lm.model.bound import LOST_SHARE
+from alibi_lm.model.generate import Sampling, generate
+from alibi_lm.model.streaming import POLICIES, open_cache
+from alibi_lm.runs import finished, load_run, run_tokenizer
+from alibi_lm.settings import require
+
+BEYOND = ("continue", "stop")
+
+
+@dataclass
+class GenerateConfig:
+    """A prompt, a run, and how to go on from it."""
+
+    run: str
+    """The run folder."""
+    prompt: str | None = None
+    """Text to go on from."""
+    file: str | None = None
+    """File of the prompt instead; - reads standard input."""
+    max_tokens: int = 100
+    """Tokens to make."""
+    temperature: float = 1.0
+    """Scores are divided by it; 0: always the most probable token."""
+    top_k: int | None = None
+    """Only the k most probable tokens."""
+    top_p: float | None = None
+    """Only the most probable tokens that together have this probability."""
+    seed: int = 1
+    """The same seed gives the same text."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end the text, and are no part of it."""
+    cache: str = "full"
+    """full (all keys), proved, certified, or window (no promise)."""
+    lost_share: float = LOST_SHARE
+    """proved, certified: share of a query's attention that a head may lose; 2^-25 by default."""
+    beyond: str = "continue"
+    """certified: what to do when more than that may have been lost: continue (and say so) or stop."""
+    window: int | None = None
+    """window: last tokens that are kept."""
+    sinks: int = 0
+    """window: first tokens that are kept besides."""
+    join: bool = False
+    """Word level: write WikiText's "2 @-@ 3" as "2-3"."""
+    checkpoint: str = "best"
+    """best (lowest validation loss), last, or step:<number> of one that was kept."""
+    attention: str = "auto"
+    """Attention backend."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "float32"
+    """float32, bfloat16 or auto."""
+    threads: int | None = None
+    """CPU threads; null: torch's choice."""
+    json: bool = False
+    """Print one JSON object at the end, and nothing before."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.prompt is None) != (self.file is None),
+            "There is no prompt, or there are two. Give prompt=<text>, file=<path> or file=- for standard input.",
+        )
+        for name, allowed in (("cache", POLICIES), ("beyond", BEYOND), ("attention", ATTENTION)):
+            value = getattr(self, name)
+            require(value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+        require(
+            self.beyond == "continue" or self.cache == "certified",
+            f"beyond = {self.beyond} with cache={self.cache}. It belongs to cache=certified.",
+        )
+        require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}. Use a whole number >= 1.")
+        require(self.seed >= 0, f"seed = {self.seed}. Use a whole number >= 0.")
+        require(all(self.stop), f"stop = {self.stop} holds an empty string. Leave it out.")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
+class TextStream:
+    """Text from tokens as they come, without what a stop string may be the end of.
+
+    Args:
+        tokenizer: of the tokens.
+        after: the token before the first one.
+        stop: strings that end the text.
+        join: write the joined numbers and hyphens of WikiText without their marks.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: int, stop: list[str], join: bool) -> None:
+        self.tokenizer, self.stop, self.join = tokenizer, stop, join
+        self.text, self.stopped = "", False
+        self._shown = 0
+        self._tokens: list[int] = []
+        self._blank = tokenizer.kind == "word" and after != LINE_END_ID
+
+    def feed(self, token: int) -> str:
+        """The text that one more token makes certain."""
+        self.text += self._piece(token)
+        ends = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self.stop) if at >= 0]
+        if ends:
+            self.text, self.stopped = self.text[: min(ends)], True
+        open_end = 0
+        for s in [] if ends else self.stop:
+            open_end = max([open_end, *(n for n in range(1, len(s)) if self.text.endswith(s[:n]))])
+        return self._show(len(self.text) - open_end)
+
+    def end(self) -> str:
+        """What was held back."""
+        if self._tokens:
+            self.text += self.tokenizer.decode(self._tokens)
+            self._tokens = []
+        return self._show(len(self.text))
+
+    def _show(self, end: int) -> str:
+        new, self._shown = self.text[self._shown : end], max(self._shown, end)
+        return new
+
+    def _piece(self, token: int) -> str:
+        if self.tokenizer.kind != "word":
+            # Bytes of one character may be spread over several tokens.
+            self._tokens.append(token)
+            piece = self.tokenizer.decode(self._tokens)
+            if piece.endswith("\ufffd") and len(self._tokens) < 4:
+                return ""
+            self._tokens = []
+            return piece
+        word, blank = self.tokenizer.decode([token]), " " if self._blank else ""
+        self._blank = token != LINE_END_ID
+        if self.join and len(word) == 3 and word[0] == word[2] == "@":
+            self._blank = False
+            return word[1]
+        return word if token == LINE_END_ID else blank + word
+
+
+def _prompt(config: GenerateConfig) -> str:
+    if config.file is None:
+        return config.prompt or ""
+    try:
+        return sys.stdin.read() if config.file == "-" else Path(config.file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"file = {config.file} cannot be read ({error.strerror or error}).") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"file = {config.file} is not UTF-8 text. Give a text file.") from None
+
+
+def run_generate(config: GenerateConfig) -> int:
+    """Print the text that goes on from the prompt, as it is made, and what it took. Returns the exit status.
+
+    Raises:
+        ValueError: a prompt, a run or a policy that does not do, before the first token.
+    """
+    folder = Path(config.run)
+    require(folder.is_dir(), f"run = {folder}: there is no such folder. Give the folder of a finished run.")
+    require(finished(folder) is not None, f"run = {folder} is not finished. Let it train to its end first.")
+    device = runtime.start(config.device, threads=config.threads)
+    tokenizer = run_tokenizer(folder)
+    text = _prompt(config)
+    words = tokenizer.encode(text)
+    require(len(words) > 0, "The prompt is empty. Give some text to go on from.")
+    if tokenizer.unknown_id is not None and (unknown := _unknown(tokenizer, text)):
+        print(f"not in the vocabulary, read as <unk>: {', '.join(unknown)}", file=sys.stderr)
+    model = load_run(
+        folder,
+        checkpoint=config.checkpoint,
+        attention=config.attention,
+        device=device,
+        precision=config.precision,
+    )
+    ids = [tokenizer.start_id, *words.tolist()]
+    model.serve(len(ids) + config.max_tokens)  # schemes with automatic scaling depend on it
+    cache = open_cache(model, config.cache, lost_share=config.lost_share, window=config.window, sinks=config.sinks)
+    tokens = generate(model, ids, config.max_tokens, cache=cache, sampling=config.sampling(), seed=config.seed)
+    stream, made, status = TextStream(tokenizer, ids[-1], config.stop, config.join), 0, 0
+    if config.prompt is not None:
+        _show(config, text)
+    begun = first = time.perf_counter()
+    why = ""
+    try:
+        for token in tokens:
+            made += 1
+            if made == 1:
+                first = time.perf_counter()
+            _show(config, stream.feed(token))
+            if stream.stopped:
+                why = "stopped at a stop string"
+            elif config.beyond == "stop" and _exceeded(config, cache.lost_share):
+                why = "stopped: more than lost_share may have been lost"
+            if why:
+                break
+    except KeyboardInterrupt:
+        why, status = "interrupted", 130
+    _show(config, stream.end())
+    seconds = time.perf_counter() - first
+    speed = (made - 1) / seconds if made > 1 else None
+    found = {
+        "text": stream.text,
+        "tokens": made,
+        "prompt_tokens": len(ids),
+        "prompt_seconds": first - begun,
+        "tokens_per_second": speed,
+        "cache": config.cache,
+        "keys_held": cache.keys_held,
+        "lost_share": cache.lost_share,
+        "exceeded": _exceeded(config, cache.lost_share),
+        "ended": why or "max_tokens",
+    }
+    if config.json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _show(config, "\n")
+        print(_summary(config, found), file=sys.stderr)
+    return status
+
+
+def _exceeded(config: GenerateConfig, lost_share: float | None) -> bool:
+    return config.cache == "certified" and lost_share is not None and lost_share > config.lost_share
+
+
+def _show(config: GenerateConfig, text: str) -> None:
+    if not config.json and text:
+        print(text, end="", flush=True)
+
+
+def _summary(config: GenerateConfig, found: dict[str, object]) -> str:
+    speed = "" if found["tokens_per_second"] is None else f", {found['tokens_per_second']:,.0f} tokens/s"
+    lost = found["lost_share"]
+    share = "nothing is known of what was lost" if lost is None else f"lost share at most {lost:.2g}"
+    if found["exceeded"]:
+        share += f", MORE than lost_share = {config.lost_share:.2g}"
+    return (
+        f"[{found['tokens']} tokens after {found['prompt_tokens']} ({found['ended']}){speed}; "
+        f"cache={config.cache}: {found['keys_held']:,.0f} keys held per head, {share}]"
+    )
+
+
+def _unknown(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The first words of a text that are outside of the vocabulary."""
+    words = dict.fromkeys(text.split())
+    unknown = [w for w in words if w != "<unk>" and tokenizer.encode(w).tolist() == [UNKNOWN_ID]]
+    return unknown[:8] + (["..."] if len(unknown) > 8 else [])

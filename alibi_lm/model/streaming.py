@@ -1,0 +1,136 @@
+"""Cache policies by name, each with what it promises.
+
+    full        keeps everything: nothing is lost
+    proved      keeps of each head the window that the bound from the weights gives: whatever the input, no head
+                loses more than `lost_share` of its attention
+    certified   keeps of each head the window that the norms of all queries and keys so far give, and says in
+                `cache.lost_share` what was lost at most: a norm that rises may ask for keys that are gone already
+    window      keeps the last `window` tokens and the first `sinks`: no promise
+
+The bound is that of `bound.py`. `window` with sinks is the heuristic of StreamingLLM (Xiao et al. 2023, arXiv
+2309.17453, section 3.2): what is kept has positions without a gap, as if the sinks stood right before the window.
+
+Shape letters: H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alibi_lm.model.bound import LARGEST_WINDOW, LOST_SHARE, BiasTail, excess_from_weights
+from alibi_lm.model.cache import KeyValueCache, WindowCache
+from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.positions import PositionScheme
+from alibi_lm.settings import require
+
+POLICIES = ("full", "proved", "certified", "window")
+
+
+def weight_excess(model: TransformerLM) -> list[Tensor]:
+    """The bound B of a model of ours from its weights, for every input: of each layer (H,) float64."""
+    found = []
+    for block in model.layers:
+        norm, qkv = block.attention_norm, block.attention.qkv
+        (w_q, w_k, _), (b_q, _, _) = qkv.weight.chunk(3), qkv.bias.chunk(3)
+        found.append(excess_from_weights(w_q, w_k, b_q, norm.weight, norm.bias, block.attention.num_heads))
+    return found
+
+
+def weight_windows(model: TransformerLM, lost_share: float = LOST_SHARE) -> list[Tensor]:
+    """The window of each head by that bound: of each layer (H,) int64.
+
+    Raises:
+        ValueError: the scheme has no bound, and why.
+    """
+    try:
+        pairs = zip(bias_tails(model), weight_excess(model), strict=True)
+        return [tail.windows(excess, lost_share) for tail, excess in pairs]
+    except ValueError as error:
+        raise ValueError(_refusal(model, str(error))) from None
+
+
+def bias_tails(model: TransformerLM) -> list[BiasTail]:
+    """The tails of the bias, of each layer.
+
+    Raises:
+        ValueError: the scheme has none, and why.
+    """
+    if reason := no_bound(model.schemes[0]):
+        raise ValueError(reason)
+    tails = [BiasTail(scheme.distance_bias) for scheme in model.schemes]
+    return tails * (len(model.layers) // len(tails))
+
+
+def more_than_distance(scheme: PositionScheme) -> str:
+    """Why a scheme cannot go on without the keys that a window drops; empty where it can."""
+    if scheme.defines("bias", "content_bias", "content_key_bias"):
+        return "its bias is more than a function of the distance"
+    return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
+
+
+def no_bound(scheme: PositionScheme) -> str:
+    """Why nothing bounds the weight of distant keys under a scheme; empty where its bias may."""
+    if reason := more_than_distance(scheme):
+        return reason
+    if not scheme.defines("distance_bias"):
+        return "it has no bias that falls with the distance"
+    return "it changes queries and keys by their positions" if scheme.defines("transform_qk") else ""
+
+
+def _refusal(model: TransformerLM, reason: str) -> str:
+    return f"cache = proved or certified with position={model.position.name}: {reason}. Use cache=full or window."
+
+
+def open_cache(
+    model: TransformerLM,
+    policy: str = "full",
+    *,
+    lost_share: float = LOST_SHARE,
+    window: int | None = None,
+    sinks: int = 0,
+) -> KeyValueCache:
+    """The cache of a policy (see the table above) for a model whose weights stay as they are.
+
+    Args:
+        model: the language model.
+        policy: full, proved, certified or window.
+        lost_share: proved, certified: share of a query's attention that a head may lose.
+        window: window: last tokens that are kept.
+        sinks: window: first tokens that are kept besides.
+
+    Raises:
+        ValueError: a policy that does not fit the scheme, and why, or a setting out of range.
+    """
+    require(policy in POLICIES, f"cache = {policy!r}. Allowed: {', '.join(POLICIES)}.")
+    require(
+        (window is not None) == (policy == "window"),
+        f"window = {window} with cache={policy}. "
+        + ("Say how many tokens to keep: window=2048." if policy == "window" else "It belongs to cache=window."),
+    )
+    require(sinks == 0 or policy == "window", f"sinks = {sinks} with cache={policy}. They belong to cache=window.")
+    if policy == "full":
+        return KeyValueCache()
+    native, layers, heads = model.backend.name == "native", len(model.layers), model.config.num_heads
+    if policy == "window":
+        assert window is not None
+        require(1 <= window <= LARGEST_WINDOW, f"window = {window}. Allowed: 1 to {LARGEST_WINDOW}.")
+        require(0 <= sinks <= LARGEST_WINDOW, f"sinks = {sinks}. Allowed: 0 to {LARGEST_WINDOW}.")
+        scheme = model.schemes[0]
+        reason = ""
+        if not scheme.translation_invariant or model.max_length is not None:
+            reason = "its positions are absolute, so that a window cannot roll on"
+        reason = reason or more_than_distance(scheme)
+        require(not reason, f"cache = window with position={model.position.name}: {reason}. Use cache=full.")
+        same = torch.full((heads,), window + sinks)
+        return WindowCache([same.clone() for _ in range(layers)], native, sinks=sinks)
+    require(0 < lost_share < 1, f"lost_share = {lost_share}. Use a number above 0 and below 1, such as 1e-6.")
+    try:
+        tails = bias_tails(model)
+    except ValueError as error:
+        raise ValueError(_refusal(model, str(error))) from None
+    if policy == "proved":
+        return WindowCache(weight_windows(model, lost_share), native, tails, proved=lost_share)
+    return WindowCache(
+        [torch.ones(heads, dtype=torch.int64) for _ in range(layers)], native, tails, grows=lost_share
+    )

@@ -1,0 +1,132 @@
+"""mode=stream: the whole split as one window, through any cache, is the full pass; rows say how it was kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from alibi_lm.evaluate.config import EvaluateConfig
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.stream import Policy, measure_stream, stream_nats
+from alibi_lm.evaluate.sweep import analyse, describe, evaluate
+from alibi_lm.evaluate.windows import largest_lost
+from alibi_lm.files import read_json
+from alibi_lm.model.cache import KeyValueCache
+from alibi_lm.results.curves import View, curves, views
+from alibi_lm.results.documents import read_documents
+from alibi_lm.results.rows import read_rows
+from alibi_lm.study.figures import curve_figure, draw
+from alibi_lm.study.view_figures import draw_analysis
+from alibi_lm.tasks.text import TextTask
+
+
+@pytest.mark.parametrize("position", ["alibi", "rotary", "t5", "none", "sinusoidal", "fox"])
+@pytest.mark.parametrize("chunk", [1, 37, 400])
+def test_a_stream_is_the_full_pass(tiny_model, position, chunk):
+    model, tokens = tiny_model(position, "auto"), np.random.default_rng(0).integers(0, 50, 300)
+    found = np.concatenate(list(stream_nats(model, tokens, 7, KeyValueCache(), chunk)))
+    inputs, targets = torch.tensor([7, *tokens[:-1]])[None], torch.tensor(tokens)[None]
+    np.testing.assert_allclose(found, -model.log_prob(inputs, targets)[0].detach().numpy(), atol=2e-5)
+
+
+@pytest.fixture
+def passes(tiny_model):
+    tokens = np.random.default_rng(0).integers(0, 50, 700)
+    text = TextTask(tokens, 7, documents=np.array([0, 200]), corpus="c", words=650, bytes=3000)
+    return lambda position: Passes(tiny_model(position, "auto"), text, scheme=position)
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy(), Policy("proved"), Policy("certified", 1e-4), Policy("window", window=50)]
+)
+def test_rows_name_the_policy_what_it_kept_and_what_it_lost(passes, policy):
+    row, sums = measure_stream(passes("alibi"), policy, position="alibi")
+    full, _ = measure_stream(passes("alibi"), Policy(), position="alibi")
+    assert (row.mode, row.inference_length, row.tokens, row.stride) == ("stream", 700, 700, None)
+    assert row.extra["cache"] == policy.cache and row.changes == policy.changes
+    np.testing.assert_allclose(sums.nats.sum(), row.nats, rtol=1e-12)
+    assert len(sums.nats) == 2 and row.word_perplexity > row.perplexity
+    if policy.cache == "window":
+        assert row.extra["lost_share"] is None and row.extra["keys_held"] == 50
+        return
+    assert abs(row.loss - full.loss) < 1e-5
+    assert row.extra["lost_share"] <= (policy.lost_share or 2**-25) * 1.01 and row.extra["keys_held"] <= 700
+
+
+def test_a_scheme_with_a_table_has_a_row_that_says_why_not(passes):
+    row, sums = measure_stream(passes("learned"), Policy(), position="learned")
+    assert sums is None and row.nats is None and row.reason == "position=learned has 128 positions"
+    with pytest.raises(ValueError, match="no bias that falls"):
+        measure_stream(passes("rotary"), Policy("proved"), position="rotary")
+
+
+def test_a_split_is_streamed_and_stands_apart_in_the_figure(trained_runs, monkeypatch):
+    monkeypatch.chdir(trained_runs)
+    runs = "outputs/smoke/runs/alibi_L8_s1"
+    where = {"experiment": "smoke", "runs": runs, "output_dir": "streamed", "device": "cpu", "threads": 1}
+    list(evaluate(EvaluateConfig(**where, lengths=[4, 8, 16])))
+    (full,) = [r for r in evaluate(EvaluateConfig(**where, mode="stream")) if r.run]
+    (proved,) = [r for r in evaluate(EvaluateConfig(**where, mode="stream", cache="proved")) if r.run]
+    assert full.inference_length == full.tokens == proved.tokens and abs(full.loss - proved.loss) < 1e-5
+    assert "keys held per head, lost share at most" in describe(proved)
+    rows = read_rows("streamed/results.jsonl")
+    assert {full.key, proved.key} < {row.key for row in rows} and full.key in read_documents("streamed")
+    assert [view.mode for view in views(rows)] == ["nonoverlapping", "stream"]
+    (curve,) = curves(rows, View("validation", "nonoverlapping"))
+    assert curve.streamed == {full.tokens: {"alibi_L8_s1": pytest.approx(full.loss)}} and curve.lengths == [
+        4,
+        8,
+        16,
+    ]
+    axis = curve_figure(rows, View("validation", "nonoverlapping")).axes[0]
+    (star,) = [line for line in axis.lines if line.get_marker() == "*"]
+    assert star.get_xdata() == [full.tokens] and star.get_ydata() == [pytest.approx(full.perplexity)]
+    assert not [p for p in draw("streamed") if "stream." in p.name]
+
+
+def test_the_view_of_windows_has_a_row_per_head_or_the_reason(trained_runs, monkeypatch):
+    monkeypatch.chdir(trained_runs)
+    where = {"experiment": "smoke", "view": "windows", "output_dir": "windows", "device": "cpu", "threads": 1}
+    (path,) = analyse(EvaluateConfig(**where, runs="outputs/smoke/runs/*"))
+    by_position = {series["position"]: series["points"] for series in read_json(path)["series"]}
+    assert by_position["learned"] == [{"reason": "it has no bias that falls with the distance"}]
+    for point in by_position["alibi"]:
+        for share in ("2^-25", "1e-3", "1e-2"):
+            assert 1 <= point["needed"][share] <= point["windows"][share]
+    table = draw_analysis(path)[-1].read_text()
+    assert "| ALiBi | 8 | 1 | 2 |" in table and "[1] it has no bias that falls with the distance" in table
+
+
+def test_the_needed_window_is_that_of_the_definition():
+    q, k, bias = torch.randn(2, 9, 4), torch.randn(2, 9, 4), -torch.arange(9.0).repeat(2, 1)
+    found = largest_lost(q, k, bias)
+    for d in range(9):
+        expected = torch.zeros(2, dtype=torch.float64)
+        for i in range(9):
+            weights = (q[:, i : i + 1].double() @ k[:, : i + 1].double().mT / 2)[:, 0]
+            weights = (weights + bias[:, : i + 1].flip(1)).softmax(-1)
+            expected = torch.maximum(expected, weights[:, : max(0, i + 1 - d)].sum(-1))
+        torch.testing.assert_close(found[:, d], expected)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"cache": "proved"}, "cache = proved with mode=None. It belongs to mode=stream"),
+        ({"mode": "stream", "lengths": [8]}, "which has one window: the whole split"),
+        ({"mode": "stream", "stride": 8}, "which has one window: the whole split"),
+        ({"mode": "stream", "cache": "lru"}, "cache = 'lru'. Allowed: full, proved, certified, window"),
+        ({"view": "windows", "mode": "stream"}, "mode = stream has no effect with view=windows"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        EvaluateConfig(**settings)
+
+
+def test_memory_maps_are_read_a_chunk_at_a_time(tiny_model, tmp_path):
+    (np.arange(100) % 50).astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    tokens = np.memmap(tmp_path / "tokens.bin", dtype=np.uint16)
+    parts = stream_nats(tiny_model("alibi"), tokens, 0, KeyValueCache(), 32)
+    assert [len(part) for part in parts] == [32, 32, 32, 4]

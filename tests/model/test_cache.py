@@ -1,0 +1,169 @@
+"""Decoding with a cache equals the full pass: every scheme, policy and backend, cut anywhere, ragged rows."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from alibi_lm.attention.native import why_not
+from alibi_lm.model.cache import CHUNK, KeyValueCache, WindowCache
+from alibi_lm.model.streaming import open_cache
+from alibi_lm.positions import POSITIONS
+
+BACKENDS = [
+    "eager",
+    "sdpa",
+    pytest.param("native", marks=pytest.mark.skipif(bool(why_not()), reason="no compiler")),
+]
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(50, shape)
+
+
+def cuts(length: int, seed: int) -> list[int]:
+    """Random pieces, one token alone among them."""
+    rng, pieces = random.Random(seed), [1]
+    while sum(pieces) < length:
+        pieces.append(min(rng.choice([1, 2, 7, 19, 40]), length - sum(pieces)))
+    rng.shuffle(pieces)
+    return pieces
+
+
+def streamed(model, tokens, cache, pieces):
+    with torch.inference_mode():
+        return torch.cat([model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_pieces_with_a_cache_equal_the_full_pass(tiny_model, position, attention):
+    try:
+        model, tokens = tiny_model(position, attention), ids(2, 90)
+    except ValueError:
+        pytest.skip("another backend serves it")
+    with torch.inference_mode():
+        whole = model(tokens)
+    for seed in (0, 1):
+        found = streamed(model, tokens, KeyValueCache(), cuts(90, seed))
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_rows_of_different_lengths_decode_as_each_one_alone(tiny_model, position):
+    model, lengths = tiny_model(position, "auto"), (3, 17, 1)
+    rows, caches = [ids(1, n + 6) for n in lengths], [KeyValueCache() for _ in lengths]
+    with torch.inference_mode():
+        for row, cache, n in zip(rows, caches, lengths, strict=True):
+            model(row[:, :n], cache=cache)
+        for step in range(6):
+            new = torch.cat([row[:, n + step :][:, :1] for row, n in zip(rows, lengths, strict=True)])
+            found = model(new, cache=caches)
+            for r, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+                expected = model(row[:, : n + step + 1], last=True)[0]
+                torch.testing.assert_close(found[r], expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_each_head_sees_its_own_window(tiny_model, attention):
+    model, tokens, windows = tiny_model("alibi", attention), ids(2, 2 * CHUNK), [3, 40, 150]
+    cache = WindowCache([torch.tensor(windows), torch.tensor(windows[::-1])], model.backend.name == "native")
+    found = streamed(model, tokens, cache, [300, 1, 6, 2, *[1] * 8, 2 * CHUNK - 317])
+    expected = by_definition(model, tokens, [windows, windows[::-1]])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
+    assert cache.keys_held == sum(windows) / 3
+
+
+def by_definition(model, tokens, windows, positions=None):
+    """The model in float64 with a window per layer and head, written out."""
+    model = model.double() if not model.vocabulary.embedding.is_cuda else model
+    x = model.vocabulary.embed(tokens) * model.config.model_dim**0.5
+    length = tokens.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    for block, own in zip(model.layers, windows, strict=True):
+        q, k, v = block.attention.qkv(block.attention_norm(x)).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT * q.shape[-1] ** -0.5 - model.schemes[0].slopes.double()[:, None, None] * distance
+        hidden = (distance < 0) | (distance >= torch.tensor(own)[:, None, None])
+        y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        x = x + block.attention.out(y.transpose(1, 2).flatten(2))
+        x = x + block.ffn(block.ffn_norm(x))
+    logits = model.vocabulary.logits(model.final_norm(x))
+    model.float()
+    return logits
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("policy", ["proved", "certified"])
+def test_a_bounded_cache_loses_no_more_than_it_says(tiny_model, policy, attention):
+    model, tokens = tiny_model("alibi", attention), ids(2, 1400)
+    with torch.no_grad():
+        for block in model.layers:
+            block.attention.qkv.weight *= 0.3  # windows shorter than the text
+            block.attention.qkv.bias.normal_()
+    cache = open_cache(model, policy, lost_share=1e-6)
+    pieces = [700, 1, 5, 3, *[1] * 20, 400, 271]
+    found = streamed(model, tokens, cache, pieces)
+    with torch.inference_mode():
+        torch.testing.assert_close(found, model(tokens), rtol=1e-3, atol=1e-4)
+    assert 0 < cache.lost_share <= 1.01e-6
+    assert cache.keys_held < 1400
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("position", ["alibi", "rotary", "t5", "none"])
+def test_a_window_with_sinks_gives_what_is_kept_positions_without_a_gap(tiny_model, position, attention):
+    """One layer, so that what a token sees is the tokens kept: the full pass over those alone."""
+    model, window, sinks = tiny_model(position, attention), 9, 2
+    del model.blocks[1:]
+    tokens = ids(2, 60)
+    found = streamed(
+        model, tokens, open_cache(model, "window", window=window, sinks=sinks), [5, 1, 30, *[1] * 4, 20]
+    )
+    for t in (0, 3, 10, 11, 12, 37, 59):
+        kept = [*range(min(sinks, t + 1)), *range(max(sinks, t + 1 - window), t + 1)]
+        with torch.inference_mode():
+            expected = model(tokens[:, kept], last=True)[:, 0]
+        torch.testing.assert_close(found[:, t], expected, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_decodes_to_its_own_rounding(tiny_model):
+    model, tokens = tiny_model("alibi", "sdpa").bfloat16(), ids(2, 60)
+    with torch.inference_mode():
+        whole = model(tokens)
+    for cache in (KeyValueCache(), open_cache(model, "proved"), open_cache(model, "certified")):
+        torch.testing.assert_close(streamed(model, tokens, cache, cuts(60, 3)), whole, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "position, policy, settings, words",
+    [
+        ("none", "proved", {}, "no bias that falls"),
+        ("rotary", "certified", {}, "no bias that falls"),
+        ("t5", "proved", {}, "grows with the distance"),
+        ("cope", "proved", {}, "more than a function of the distance"),
+        ("learned", "window", {"window": 8}, "absolute"),
+        ("sinusoidal", "window", {"window": 8}, "absolute"),
+        ("cope", "window", {"window": 8}, "more than a function of the distance"),
+        ("alibi", "window", {}, "window = None with cache=window"),
+        ("alibi", "window", {"window": 0}, "window = 0"),
+        ("alibi", "window", {"window": 8, "sinks": -1}, "sinks = -1"),
+        ("alibi", "full", {"window": 8}, "It belongs to cache=window"),
+        ("alibi", "proved", {"sinks": 4}, "sinks = 4"),
+        ("alibi", "proved", {"lost_share": 0.0}, "lost_share = 0.0"),
+        ("alibi", "certified", {"lost_share": 1.5}, "lost_share = 1.5"),
+        ("alibi", "lru", {}, "cache = 'lru'. Allowed: full, proved, certified, window"),
+    ],
+)
+def test_policies_that_do_not_fit_are_refused_with_the_reason(tiny_model, position, policy, settings, words):
+    with pytest.raises(ValueError, match=words):
+        open_cache(tiny_model(position), policy, **settings)
+
+
+def test_a_step_with_a_full_cache_copies_no_old_keys(tiny_model):
+    model, cache, places = tiny_model("alibi", "auto"), KeyValueCache(), set()
+    for _ in range(200):
+        model(ids(1, 1), cache=cache)
+        places.add(cache.layers[0][0].data_ptr())
+    assert len(places) <= 10  # doublings
