@@ -1,7 +1,7 @@
 """How far back the heads of an imported ALiBi model must see: BLOOM, MPT and Falcon, from their weights.
 
 The bound is that of `model/bound.py`; here is where each architecture keeps queries, keys, the norm before them
-and its slopes, all asked of its own code. MPT and BLOOM compute biases in float32. For Falcon, transformers does so
+and its slopes, all asked of its own code. MPT and BLOOM compute biases in float32, transformers those of Falcon
 in bfloat16, as slope times place of the key: beyond 256 keys neighbours share a bias, and the difference of two is
 off by up to slope * keys / 128. For texts of up to `length` tokens that is added to the bound.
 
