@@ -60,6 +60,7 @@ class RunConfig(PretrainedConfig):
         self.max_position_embeddings = (settings or {}).get("train_length")
         self.num_hidden_layers, self.hidden_size = model.get("num_layers"), model.get("model_dim")
         self.num_attention_heads = model.get("num_heads")
+        self.position_scheme = (settings or {}).get("position", {}).get("name")
         super().__init__(**others)
 
 
