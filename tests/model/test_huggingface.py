@@ -12,7 +12,9 @@ from alibi_lm.model.huggingface import HuggingFaceLM, load_huggingface
 from alibi_lm.model.interface import LanguageModel
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-NAMES = sorted(configs())
+LATER = {"gemma2", "gpt_neox", "opt", "qwen2", "qwen3"}
+"""Close to others: tested by `make test-slow`."""
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in sorted(configs())]
 LEARNED = {"gpt2", "opt"}
 COUNT_THEMSELVES = {"bloom", "mpt", "falcon"}
 WINDOWED = {"mistral"}  # Gemma 2 has layers of either kind
