@@ -159,7 +159,7 @@ def plan_model(config: EvaluateConfig) -> PlannedRun:
     found = open_hub_folder(config.model, config.model_config, config.train_length, config.trust_remote_code)
     length = found.train_length
     known = TrainConfig(
-        position=NoneConfig(str(found.config.model_type)),
+        position=NoneConfig(getattr(found.config, "position_scheme", None) or str(found.config.model_type)),
         data=data,
         train_length=length,
         tokens_per_step=length,

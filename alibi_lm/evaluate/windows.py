@@ -16,6 +16,8 @@ from torch import Tensor
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.model.bound import LOST_SHARE
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
+from alibi_lm.model.hub_bounds import alibi_slopes, head_bounds, lost_shares
+from alibi_lm.model.huggingface import HuggingFaceLM
 from alibi_lm.model.streaming import bias_tails, weight_excess
 from alibi_lm.model.transformer import TransformerLM
 
@@ -77,6 +79,30 @@ def largest_lost(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
+def hub_windows(model: HuggingFaceLM, passes: Passes) -> list[dict[str, Any]]:
+    """`head_windows` of a model of transformers, without `needed` where its attention weights are not told."""
+    try:
+        bounds = {name: head_bounds(model, len(passes.text.tokens), share) for name, share in SHARES.items()}
+    except ValueError as error:
+        return [{"reason": str(error)}]
+    slopes = alibi_slopes(model)
+    tokens = torch.from_numpy(passes.text.tokens[: TOKENS // 4].astype("int64"))
+    inputs = torch.cat([torch.tensor([passes.text.start_id]), tokens[:-1]])[None].to(model.device)
+    model.serve(len(tokens))
+    measured = lost_shares(model, inputs)
+    points = []
+    for layer, found in enumerate(bounds["2^-25"]):
+        for head, excess in enumerate(found.excess.tolist()):
+            point = {"layer": layer + 1, "head": head + 1, "slope": float(slopes[head]), "excess": excess}
+            point["windows"] = {name: int(each[layer].windows[head]) for name, each in bounds.items()}
+            if measured is not None:
+                lost = measured[layer][head]
+                point["needed"] = {name: max(1, int((lost > share).sum())) for name, share in SHARES.items()}
+                point["measured_on"] = len(tokens)
+            points.append(point)
+    return points
+
+
 @torch.inference_mode()
 def head_windows(passes: Passes) -> list[dict[str, Any]]:
     """A point for each layer and head of a model, or one with the `reason` why there is no bound.
@@ -86,6 +112,8 @@ def head_windows(passes: Passes) -> list[dict[str, Any]]:
     share; a `needed` that is as long as the measured text may be longer).
     """
     model = passes.model
+    if isinstance(model, HuggingFaceLM):
+        return hub_windows(model, passes)
     if not isinstance(model, TransformerLM):
         return [{"reason": "its layers are not known here"}]
     try:

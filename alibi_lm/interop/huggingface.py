@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alibi_lm.config import from_dict, load_config
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import write_json
-from alibi_lm.model.layers import KeyValueCache
+from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.runs import build_model, load_run
 from alibi_lm.settings import require
 
@@ -60,6 +60,7 @@ class RunConfig(PretrainedConfig):
         self.max_position_embeddings = (settings or {}).get("train_length")
         self.num_hidden_layers, self.hidden_size = model.get("num_layers"), model.get("model_dim")
         self.num_attention_heads = model.get("num_heads")
+        self.position_scheme = (settings or {}).get("position", {}).get("name")
         super().__init__(**others)
 
 

@@ -95,6 +95,10 @@ class KeyValueCache:
         """Note the pass that starts now: first position of all keys, last one, its tokens and its window."""
         self._coming = (first, last + 1, self.tokens_seen + tokens)
 
+    def take_rows(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (B',) int64: a search keeps some beams and drops others."""
+        self._buffers = [[None if part is None else part[rows] for part in layer] for layer in self._buffers]
+
     def advance(self) -> None:
         """Count the tokens of the pass, which has succeeded."""
         self.first, self.next_position, self.tokens_seen = self._coming

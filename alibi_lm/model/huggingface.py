@@ -217,6 +217,12 @@ def load_huggingface(found: HubFolder, device: torch.device, precision: str, att
         attention in IMPLEMENTATIONS,
         f"attention = {attention} with model = {found.source}. Allowed: {', '.join(IMPLEMENTATIONS)}.",
     )
+    # transformers 5.23 adds Falcon's biases to the mask, and in this form to the scores as well.
+    twice = found.config.model_type == "falcon" and getattr(found.config, "alibi", False)
+    require(
+        not (twice and attention == "eager"),
+        f"attention = eager with model = {found.source}: transformers adds its biases twice there. Use auto.",
+    )
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()

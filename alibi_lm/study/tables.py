@@ -224,7 +224,8 @@ def _windows(found: Analysis) -> Table:
         if point.get("reason"):
             body.append([*name, *["-"] * 4, *[f"- {_refer(point['reason'], reasons)}" for _ in shares]])
             continue
-        keys = [f"{point['windows'][s]:,} ({point['needed'][s]:,})" for s in shares]
+        needed = {s: f" ({n:,})" for s, n in point.get("needed", {}).items()}
+        keys = [f"{point['windows'][s]:,}{needed.get(s, '')}" for s in shares]
         numbers = [f"{point['slope']:.4g}", f"{point['excess']:.1f}"]
         body.append([*name, str(point["layer"]), str(point["head"]), *numbers, *keys])
     return Table(["scheme", "trained at", "layer", "head", "slope", "bound", *shares], body, 1, _numbered(reasons))

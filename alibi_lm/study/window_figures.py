@@ -39,8 +39,10 @@ def _panel(axis: Axes, series: Series, layer: int) -> None:
     slopes = [p["slope"] for p in points]
     for share, color in COLORS.items():
         axis.plot(slopes, [p["windows"][share] for p in points], "-o", color=color, markersize=3.5, label=share)
-        axis.plot(slopes, [p["needed"][share] for p in points], "x", color=color, markersize=5)
-    axis.axhline(points[0]["measured_on"], color="#999999", linewidth=0.9, dashes=(3, 2), zorder=1)
+        if "needed" in points[0]:
+            axis.plot(slopes, [p["needed"][share] for p in points], "x", color=color, markersize=5)
+    if "measured_on" in points[0]:
+        axis.axhline(points[0]["measured_on"], color="#999999", linewidth=0.9, dashes=(3, 2), zorder=1)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"2^{math.log2(v):g}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     axis.set_xlabel("slope, log axis", fontsize=8.5, labelpad=1)

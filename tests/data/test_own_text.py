@@ -179,6 +179,7 @@ def hub(path, tmp_path, **more):
     return DataConfig("hub", repo=str(path), cache_dir=str(tmp_path / "cache"), **more)
 
 
+@pytest.mark.slow
 def test_a_set_in_the_form_of_the_hub(tmp_path, monkeypatch):
     """`datasets` reads a folder as it reads the hub; the hub itself is in test_hub.py."""
     import datasets

@@ -15,6 +15,7 @@ from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.sweep import analyse, evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.results.rows import read_rows
+from alibi_lm.study.view_figures import draw_analysis
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 TEXT = [f"Document {k}: " + " ".join(f"word{(k * j) % 17}" for j in range(12)) + "\n" for k in range(6)]
@@ -94,6 +95,23 @@ def test_all_views_of_an_alibi_model(settings):
     (path,) = analyse(settings("bloom", view="offset", lengths=None, offsets=[0, 8]))
     points = json.loads(path.read_text())["series"][0]["points"]
     assert points[0]["nats"] == 0 and "cannot be given positions" in points[1]["reason"]
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon"])
+def test_windows_and_verdict_of_imported_alibi_models(name, settings):
+    (path,) = analyse(settings(name, view="windows", lengths=None))
+    points = json.loads(path.read_text())["series"][0]["points"]
+    heads = 4 if name == "falcon" else 3
+    assert [(p["layer"], p["head"]) for p in points] == [(a, b) for a in (1, 2) for b in range(1, heads + 1)]
+    for point in points:
+        assert 1 <= point["windows"]["1e-2"] <= point["windows"]["2^-25"]
+        if name != "falcon":  # transformers tells attention weights of it that it does not use
+            assert all(point["needed"][share] <= point["windows"][share] for share in point["windows"])
+    (path,) = analyse(settings(name, view="safe_length", lengths=[32, 64]))
+    (series,) = json.loads(path.read_text())["series"]
+    assert series["safe_length"] in (32, 64) and series["verdict"][-1] == "."
+    draw_analysis(path)
+    assert series["verdict"] in path.with_suffix(".md").read_text()
 
 
 def test_changes_stand_in_the_row_and_in_its_key(settings, text, models, tmp_path):

@@ -10,7 +10,7 @@ from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.interop.huggingface import ExportConfig, export_huggingface
-from alibi_lm.model.layers import KeyValueCache
+from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.runs import load_run
 from alibi_lm.train import train
 
@@ -106,7 +106,7 @@ def test_and_back_with_the_same_rows(name, exported, place, tmp_path, monkeypatc
     config = EvaluateConfig(runs=str(run), lengths=[8, 16, 40], device="cpu", threads=1, data=data, output_dir="a")
     back = dataclasses.replace(config, runs=None, model=f"hf:{folder}", output_dir="b")
     for ours, theirs in zip(evaluate(config), evaluate(back), strict=True):
-        for field in ("inference_length", "train_length", "tokens", "words", "bytes"):
+        for field in ("position", "inference_length", "train_length", "tokens", "words", "bytes"):
             assert getattr(theirs, field) == getattr(ours, field)
         assert (ours.nats is None) == (theirs.nats is None) == (name == "learned" and ours.inference_length == 40)
         if ours.nats is not None:

@@ -12,7 +12,9 @@ from alibi_lm.model.huggingface import HuggingFaceLM, load_huggingface
 from alibi_lm.model.interface import LanguageModel
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-NAMES = sorted(configs())
+LATER = {"gemma2", "gpt_neox", "opt", "qwen2", "qwen3"}
+"""Close to others: tested by `make test-slow`."""
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in sorted(configs())]
 LEARNED = {"gpt2", "opt"}
 COUNT_THEMSELVES = {"bloom", "mpt", "falcon"}
 WINDOWED = {"mistral"}  # Gemma 2 has layers of either kind
@@ -168,6 +170,13 @@ def test_attention_and_precision_are_the_users(tmp_path):
     assert found_half.dtype == torch.float32 and 0 < (found_half - exact).abs().max() < 0.5
     with pytest.raises(ValueError, match="attention = native"):
         load_huggingface(found, CPU, "float32", "native")
+
+
+def test_falcons_biases_are_added_once(tmp_path):
+    """transformers adds them twice in its eager form, and a public bug had its other form drop them."""
+    folder = save(build("falcon"), tmp_path / "falcon", tokenizer=False)
+    with pytest.raises(ValueError, match="twice"):
+        load_huggingface(open_hub_folder(f"hf:{folder}", {}, None, False), CPU, "float32", "eager")
 
 
 class Mocked(torch.nn.Module):
