@@ -24,8 +24,11 @@ TITLES = {
     "fixed": "Perplexity of the same tokens by tokens of context",
     "decomposition": "Why the loss changes beyond the trained length",
     "offset": "Change of the loss when all positions are shifted",
+    "effective_context": "How much context the model uses",
+    "repeat": "What reading the same segment a second time gains",
+    "attention": "Where heads look",
 }
-AT = {"fixed": "context", "offset": "offset"}
+AT = {"fixed": "context", "offset": "offset", "effective_context": "context", "repeat": "distance"}
 """What the points of a view stand at, where it is not the inference length."""
 TERM_NAMES = {
     "early_tokens": "early tokens",
@@ -85,15 +88,18 @@ class Analysis:
             tokens, documents = f"{self.series[0].tokens:,} tokens", f"{self.series[0].documents:,} documents"
             # `fixed` and `offset` score a part of the targets, the same at every point.
             scored = {p["targets"] for one in self.series for p in one.points if p.get("targets")}
-            if self.view in ("fixed", "offset") and len(scored) == 1:
+            if self.view in ("fixed", "offset", "effective_context", "repeat") and len(scored) == 1:
                 tokens = f"{scored.pop():,} of {tokens} scored"
             parts.append(f"{tokens} in {documents}" if self.series[0].documents > 1 else f"{tokens} in 1 document")
-        if max(s.documents for s in self.series) < 2:
+        if self.view == "attention":
+            windows = {p["windows"] for s in self.series for p in s.points if "windows" in p}
+            parts.append(f"{min(windows, default=0)} to {max(windows, default=0)} windows at each length")
+        elif max(s.documents for s in self.series) < 2:
             parts.append("no intervals: they are over documents, and this text is a single one")
         else:
             one_seed = max(len(s.runs) for s in self.series) == 1
             what = "95% intervals"
-            if self.view not in ("decomposition", "documents", "offset"):
+            if self.view not in ("decomposition", "documents", "offset", "repeat"):
                 what += " of the difference from the training length, paired by document,"
             parts.append(f"{what} over documents" + (", given the one seed" if one_seed else " and seeds"))
         parts += sorted({s.note for s in self.series if s.note})
