@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ATTENTION_NOTE = (
-    "Mean weight of a key by its distance, a row for each head (layer.head), a column for each range of distances; "
+    "Mean weight of a key by distance, a row for each head (layer.head), a column for each range of distances, "
     "queries of the second half of each window. Right: the same as lines, dashed at the training length."
 )
 
