@@ -135,4 +135,4 @@ def repeat_panel(found: Analysis, lines: list[Line], length: int) -> Panel:
 def effective_note(series: Series) -> str:
     """Small print of a curve of the effective context."""
     effective = next((point["effective"] for point in series.points), None)
-    return "" if effective is None else f"within 1% from {effective} on"
+    return "" if effective is None else f"effective context {effective}"

@@ -182,16 +182,10 @@ def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
 def view_lines(view: str, series: Series, guest: bool) -> list[Line]:
     """The lines of one series; two where perplexity was measured in both kinds of windows."""
     if view != "perplexity":
+        unit = float if view in ("offset", "repeat") else perplexity
+        line = _view_line(series, guest, AT.get(view, "length"), series.points, unit)
         note = effective_note(series) if view == "effective_context" else ""
-        return [
-            _view_line(
-                replace(series, variant="; ".join(filter(None, [series.variant, note]))) if note else series,
-                guest,
-                AT.get(view, "length"),
-                series.points,
-                float if view in ("offset", "repeat") else perplexity,
-            )
-        ]
+        return [replace(line, note="; ".join(filter(None, [line.note, note])))]
     lines = []
     for mode in ("nonoverlapping", "sliding"):
         line = _view_line(series, guest, "length", [p for p in series.points if p["mode"] == mode], perplexity)
