@@ -20,16 +20,41 @@ class EagerAttention(AttentionBackend):
         bias, hidden = scheme.bias(q_pos, k_pos), hidden_keys(q_pos, k_pos, request.window)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
-            own_form = scheme.scores(q, k, x, q_pos, k_pos)
-            scores = q @ k.mT * q.shape[-1] ** -0.5 if own_form is None else own_form
-            if scores.dtype in (torch.bfloat16, torch.float16):
-                scores = scores.float()
-            for added in (bias, scheme.content_bias(q, k, x, q_pos, k_pos)):
-                if added is not None:
-                    scores = scores + added
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+            weights = attention_weights(scheme, q, k, x, q_pos, k_pos, bias, hidden)
             weights = F.dropout(weights, request.dropout)
             out, added = weights.to(v.dtype) @ v, scheme.value_bias(weights, q_pos, k_pos)
             return out if added is None else out + added.to(v.dtype)
 
         return attend
+
+
+def attention_weights(
+    scheme: PositionScheme,
+    q: Tensor,
+    k: Tensor,
+    x: Tensor | None,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+) -> Tensor:
+    """Weights of the keys of each query: (B, H, T, S), float32 or better.
+
+    Args:
+        scheme: that of the layer.
+        q: (B, H, T, K').
+        k: (B, H, S, K').
+        x: (B, S, F), features of the keys, or None.
+        q_pos: (T,) int64.
+        k_pos: (S,) int64.
+        bias: `scheme.bias` of these positions.
+        hidden: (T, S) bool, what a query must not see.
+    """
+    own_form = scheme.scores(q, k, x, q_pos, k_pos)
+    scores = q @ k.mT * q.shape[-1] ** -0.5 if own_form is None else own_form
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()
+    for added in (bias, scheme.content_bias(q, k, x, q_pos, k_pos)):
+        if added is not None:
+            scores = scores + added
+    return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)

@@ -29,6 +29,9 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "offset": ("offsets", "width", "every"),
     "windows": (),
     "safe_length": ("lengths",),
+    "effective_context": ("contexts", "every"),
+    "repeat": ("distances", "width", "every"),
+    "attention": ("lengths", "windows"),
 }
 """The views and the settings that each understands."""
 CURVE = ("lengths", "mode", "stride", "task", "tracking", "cache", "lost_share", "window", "sinks")
@@ -88,7 +91,7 @@ class EvaluateConfig:
 
     view: str = "curve"
     """curve (scripts/evaluate.py), or one of scripts/analyse.py: perplexity, position, last, documents, fixed,
-    decomposition, offset, windows, safe_length, all."""
+    decomposition, offset, windows, safe_length, effective_context, repeat, attention, all."""
     experiment: str = "quick"
     """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
     runs: str | None = None
@@ -121,15 +124,20 @@ class EvaluateConfig:
     """curve, perplexity: targets scored per window in sliding mode. decomposition: of the reset; null:
     train_length / 8."""
     contexts: list[int] | None = None
-    """fixed: tokens of context; null: the experiment's lengths."""
+    """fixed, effective_context: tokens of context; null: the experiment's lengths, or powers of 2."""
     every: int | None = None
-    """fixed: every how many targets one is scored; offset: the same for windows. Null: about 1,000 and 256."""
+    """fixed, effective_context: every how many targets one is scored; offset, repeat: the same for windows. Null:
+    about 1,000 targets, 256 windows and 128 segments."""
     last: int = 16
     """last: how many targets at the end of each window."""
     offsets: list[int] | None = None
     """offset: positions of a window's first token; null: 0 to the experiment's longest length."""
+    distances: list[int] | None = None
+    """repeat: tokens between two readings; null: from `width` on, doubling, to the longest length."""
+    windows: int = 16
+    """attention: windows of the text that are looked at."""
     width: int | None = None
-    """offset: tokens of a window; null: half of train_length."""
+    """offset, repeat: tokens of a window or segment; null: half of train_length; repeat: a quarter."""
     split: str | None = None
     """validation or test; null: the experiment's own."""
     tokens_per_forward: int | None = None
@@ -191,10 +199,12 @@ class EvaluateConfig:
                 value is None or bool(value.strip()),
                 f"{name} is empty. Give a value, or leave {name} out for the default.",
             )
-        for name in ("stride", "every", "last", "width", "tokens_per_forward", "threads", "train_length"):
+        for name in (
+            "stride", "every", "last", "width", "windows", "tokens_per_forward", "threads", "train_length",
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} = {value}. Use a whole number >= 1.")
-        for name, least in (("lengths", 1), ("contexts", 1), ("offsets", 0)):
+        for name, least in (("lengths", 1), ("contexts", 1), ("offsets", 0), ("distances", 1)):
             values = getattr(self, name)
             require(values is None or bool(values), f"{name} = []. Name some, quoted: '{name}=[64,128]'.")
             require(all(v >= least for v in values or ()), f"{name} = {values}. Use whole numbers >= {least}.")
@@ -219,7 +229,7 @@ class EvaluateConfig:
             value = getattr(self, setting)
             if setting == "tracking":
                 value = getattr(value, "name", "jsonl")
-            default = {"last": 16, "tracking": "jsonl"}.get(setting)
+            default = {"last": 16, "windows": 16, "tracking": "jsonl"}.get(setting)
             users = ", ".join(view for view, names in known.items() if setting in names)
             require(
                 value == default,

@@ -71,7 +71,7 @@ class Passes:
         With a `window` each layer sees only keys at distances below it.
         """
         task = task or self.task
-        return self._kept(
+        return self.kept(
             Scoring(task.split, task.mode, length, task.stride, window, task=task.name),
             lambda: task.batches(length, self.tokens_per_forward, self.world),
             task.num_targets(length),
@@ -124,7 +124,7 @@ class Passes:
                 for one in self.text.windows(starts[-1:], rest):
                     yield replace(one, numbers=one.numbers + scored)
 
-        return self._kept(Scoring(self.text.split, "heads", train_length, length), batches, scored + rest).nats
+        return self.kept(Scoring(self.text.split, "heads", train_length, length), batches, scored + rest).nats
 
     def fixed(self, context: int, targets: np.ndarray, every: int) -> np.ndarray:
         """Nats of single targets, each with exactly `context` tokens of input.
@@ -137,7 +137,7 @@ class Passes:
         Returns:
             (M,) float32.
         """
-        return self._kept(
+        return self.kept(
             Scoring(self.text.split, "fixed", context, every, first=int(targets[0])),
             lambda: self.text.windows(targets - context + 1, context, context - 1, self.tokens_per_forward),
             len(targets),
@@ -149,7 +149,7 @@ class Passes:
         batches = self.text.windows(starts, width, tokens_per_forward=self.tokens_per_forward)
         return score(self.model, batches, width * len(starts), offset=offset).nats.reshape(-1, width)
 
-    def _kept(
+    def kept(
         self,
         scoring: Scoring,
         batches: Callable[[], Iterable[Batch]],

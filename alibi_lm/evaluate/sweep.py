@@ -18,7 +18,7 @@ import numpy as np
 from alibi_lm import runtime
 from alibi_lm.data.corpus import prepare
 from alibi_lm.distributed import World
-from alibi_lm.evaluate import views
+from alibi_lm.evaluate import context_views, views
 from alibi_lm.evaluate.config import STREAM, VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, OpenRun, PlannedRun, open_run, plan, raise_failures
@@ -409,6 +409,17 @@ def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.
         stride = config.stride or max(1, trained // 8)
         require(stride <= trained, f"stride = {stride}. Allowed: 1 to train_length = {trained}.")
         return views.decomposition(group, sorted(lengths), stride)
+    if view == "effective_context":
+        powers = [2**k for k in range(max(lengths).bit_length())]
+        contexts = sorted(config.contexts or {*powers, *lengths})
+        return context_views.effective_context(group, contexts, config.every or max(1, group.num_tokens // 1000))
+    if view == "repeat":
+        width = config.width or max(1, trained // 4)
+        distances = config.distances or [width * 2**k for k in range(16) if width * 2**k + width <= max(lengths)]
+        every = config.every or max(1, group.num_tokens // width // 128)
+        return context_views.repeat(group, sorted(distances), width, every)
+    if view == "attention":
+        return context_views.attention(group, sorted(lengths), config.windows)
     width = config.width or max(1, trained // 2)
     powers = [0, *(trained * 2**k // 8 for k in range(3)), *(n for n in sorted(lengths) if n >= trained)]
     every = config.every or max(1, group.num_tokens // width // 256)

@@ -77,10 +77,6 @@ class KeyValueCache:
         """Keys of a sequence that are kept, mean over heads and layers."""
         return float(self.tokens_seen)
 
-    def take_rows(self, rows: Tensor) -> None:
-        """Keep these sequences of the batch, (B',) int64, in this order; one may come more than once."""
-        self._buffers = [[None if x is None else x[rows] for x in layer] for layer in self._buffers]
-
     def key_positions(self, positions: Tensor) -> Tensor:
         """Positions of the keys of a pass: those seen and the new ones."""
         new = self.tokens_seen + len(positions)

@@ -26,8 +26,11 @@ TITLES = {
     "offset": "Change of the loss when all positions are shifted",
     "windows": "Keys that each head must keep",
     "safe_length": "How far each model may be read",
+    "effective_context": "How much context the model uses",
+    "repeat": "What reading the same segment a second time gains",
+    "attention": "Where heads look",
 }
-AT = {"fixed": "context", "offset": "offset"}
+AT = {"fixed": "context", "offset": "offset", "effective_context": "context", "repeat": "distance"}
 """What the points of a view stand at, where it is not the inference length."""
 TERM_NAMES = {
     "early_tokens": "early tokens",
@@ -94,10 +97,13 @@ class Analysis:
             tokens, documents = f"{self.series[0].tokens:,} tokens", f"{self.series[0].documents:,} documents"
             # `fixed` and `offset` score a part of the targets, the same at every point.
             scored = {p["targets"] for one in self.series for p in one.points if p.get("targets")}
-            if self.view in ("fixed", "offset") and len(scored) == 1:
+            if self.view in ("fixed", "offset", "effective_context", "repeat") and len(scored) == 1:
                 tokens = f"{scored.pop():,} of {tokens} scored"
             parts.append(f"{tokens} in {documents}" if self.series[0].documents > 1 else f"{tokens} in 1 document")
-        if self.view == "windows":
+        if self.view == "attention":
+            windows = {p["windows"] for s in self.series for p in s.points if "windows" in p}
+            parts.append(f"{min(windows, default=0)} to {max(windows, default=0)} windows at each length")
+        elif self.view == "windows":
             measured = {p["measured_on"] for one in self.series for p in one.points if "measured_on" in p}
             parts += [f"needed on the first {n:,}" for n in sorted(measured)]
         elif max(s.documents for s in self.series) < 2:
@@ -105,7 +111,7 @@ class Analysis:
         else:
             one_seed = max(len(s.runs) for s in self.series) == 1
             what = "95% intervals"
-            if self.view not in ("decomposition", "documents", "offset"):
+            if self.view not in ("decomposition", "documents", "offset", "repeat"):
                 what += " of the difference from the training length, paired by document,"
             parts.append(f"{what} over documents" + (", given the one seed" if one_seed else " and seeds"))
         parts += sorted({s.note for s in self.series if s.note})

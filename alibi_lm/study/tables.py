@@ -153,16 +153,20 @@ _NOTES = {
     "documents": "Documents that cost more nats than in windows of the training length, of all documents.",
     "fixed": "Perplexity per token of the same targets; in brackets its ratio to that at the training length.",
     "decomposition": "Nats per token with interval, and the factor of perplexity (below 1 is better).",
+    "effective_context": "Perplexity per token of the same targets; in brackets its ratio to that at the training "
+    "length. Effective context: the least one whose loss is within 1% of the best.",
+    "repeat": "Nats per token that a segment costs less where it has been read before, with interval.",
+    "attention": "Where heads look.",
     "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
     "windows": "Keys per head by the share of attention that may be lost; in brackets those needed on the text.",
     "safe_length": "Perplexity per token; in brackets its ratio to that at the training length.",
 }
 
 
-def analysis_markdown(found: Analysis) -> str:
-    """The table of an analysis."""
+def analysis_markdown(found: Analysis, own: Table | None = None) -> str:
+    """The table of an analysis; `own` where the view makes it itself."""
     kinds = {"decomposition": _decomposition, "windows": _windows}
-    table = kinds.get(found.view, _grid)(found)
+    table = own or kinds.get(found.view, _grid)(found)
     lines = [f"## {TITLES[found.view]}", "", _NOTES[found.view] + " " + found.provenance + ".", ""]
     if not found.same_text:
         lines += ["NOT THE SAME TEXT: levels cannot be compared between rows.", ""]
@@ -179,6 +183,8 @@ def _grid(found: Analysis) -> Table:
             mode = point.get("mode", "")
             if point.get("stride"):
                 mode += f", stride {point['stride']}"
+            if found.view == "effective_context":
+                mode = f"effective {point['effective']}"
             row = cells.setdefault((series.name, str(series.train_length), mode), {})
             if found.view == "position":
                 if point["nats"] is not None:  # shorter windows come first and have more targets
@@ -187,7 +193,8 @@ def _grid(found: Analysis) -> Table:
                 row[point[AT.get(found.view, "length")]] = _analysis_cell(found.view, series, point, reasons)
     columns = sorted({column for row in cells.values() for column in row})
     heads = [f"to {c}" if found.view == "position" else str(c) for c in columns]
-    windows = ["windows"] if any(mode for _, _, mode in cells) else []
+    named = "context" if found.view == "effective_context" else "windows"
+    windows = [named] if any(mode for _, _, mode in cells) else []
     body = [
         [*head[: 2 + len(windows)], *(row.get(column, "") for column in columns)] for head, row in cells.items()
     ]
@@ -204,6 +211,9 @@ def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons:
         both = zip(point["documents"], base["documents"], strict=True)
         pairs = [(a, b) for a, b in both if a is not None and b is not None]
         return f"{sum(a > b for a, b in pairs)} of {len(pairs)}"
+    if view == "repeat":
+        ends = "" if point["low"] is None else f" ({point['low']:+.3f} to {point['high']:+.3f})"
+        return f"{point['nats']:+.3f}{ends}"
     if view == "offset":
         return f"{point['nats']:+.4f} ({point['largest']:.1g})"
     change = point.get("difference")

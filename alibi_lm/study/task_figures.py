@@ -87,8 +87,8 @@ def summary_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[T
             row = [view.task, label(curve.position, curve.variant), str(curve.train_length), f"{good} of {runs}"]
             body.append([*row, "none" if longest is None else str(longest)])
     notes = [
-        f"A seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. "
-        f"Effective length: the longest up to which the mean accuracy is {RETRIEVES} or more."
+        f"A seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. Effective"
+        f" length: the longest up to which the mean accuracy is {RETRIEVES} or more."
     ]
     header = ["task", "scheme", "trained at", "seeds that fit", "effective length"]
     return [Table(header, body, 2, notes)] if body else []

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
 from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, read_analysis, times
+from alibi_lm.study.context_figures import (
+    ATTENTION_NOTE,
+    attention_cells,
+    attention_table,
+    effective_note,
+    repeat_panel,
+)
 from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
 from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save, say
 from alibi_lm.study.style import label, look
@@ -35,7 +42,8 @@ def draw_analysis(path: str | Path) -> list[Path]:
     figure = analysis_figure(found)
     save(figure, png)
     save(figure, svg)
-    write_text(table, analysis_markdown(found))
+    own = attention_table(found) if found.view == "attention" else None
+    write_text(table, analysis_markdown(found, own))
     return [png, svg, table]
 
 
@@ -62,13 +70,16 @@ def analysis_figure(found: Analysis) -> Figure:
                 "(orange); diamond: their total. Left: nats per token, right: factor of perplexity; each panel "
                 "has its own scale."
             )
+    elif found.view == "attention":
+        rows = attention_cells(found)
+        return build(TITLES[found.view], rows, found.provenance, [ATTENTION_NOTE], marks, (2.9, 2.0))
     elif found.view == "position":
         cells = list(position_panels(found))
         size = (2.9, 2.3)
         remarks.append("Each panel has one curve with its intervals; the grey lines are the others.")
     else:
         cells = list(view_panels(found))
-        if found.view != "offset":
+        if found.view not in ("offset", "repeat"):
             remarks.append("An interval that leaves its panel is in the table.")
     reasons: dict[str, list[str]] = {}
     for series in found.series:
@@ -92,6 +103,9 @@ def view_panels(found: Analysis) -> list[Panel]:
         lines = [n for s in members for n in view_lines(found.view, s, s.train_length != length) if n.x]
         x_label, title = _X_NAMES.get(found.view, Panel.x_label), f"trained at {length}"
         panel = functools.partial(Panel, lines=lines, trained=length, x_label=x_label)
+        if found.view == "repeat":
+            panels.append(repeat_panel(found, lines, length))
+            continue
         if found.view == "offset":
             y_label = "change of the mean loss, nats per token"
             panels.append(panel(title=title, y_label=y_label, zero=True))
@@ -166,7 +180,7 @@ def _view_line(
 
 def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
     """Interval of the difference from the trained length, around the point; nothing where there is none."""
-    known = point.get("difference", point if "offset" in point else None)
+    known = point.get("difference", point if "offset" in point or "distance" in point else None)
     if known is None or known["low"] is None:
         return point["nats"], point["nats"]
     return point["nats"] + known["low"] - known["nats"], point["nats"] + known["high"] - known["nats"]
@@ -175,11 +189,10 @@ def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
 def view_lines(view: str, series: Series, guest: bool) -> list[Line]:
     """The lines of one series; two where perplexity was measured in both kinds of windows."""
     if view != "perplexity":
-        return [
-            _view_line(
-                series, guest, AT.get(view, "length"), series.points, float if view == "offset" else perplexity
-            )
-        ]
+        unit = float if view in ("offset", "repeat") else perplexity
+        line = _view_line(series, guest, AT.get(view, "length"), series.points, unit)
+        note = effective_note(series) if view == "effective_context" else ""
+        return [replace(line, note="; ".join(filter(None, [line.note, note])))]
     lines = []
     for mode in ("nonoverlapping", "sliding"):
         line = _view_line(series, guest, "length", [p for p in series.points if p["mode"] == mode], perplexity)
@@ -193,6 +206,7 @@ _X_NAMES = {
     "position": "position in the window = tokens of context, log axis",
     "fixed": "tokens of context of every target, log axis",
     "offset": "position of the first token",
+    "effective_context": "tokens of context of every target, log axis",
 }
 _BINS = ("first", "last", "nats", "low", "high")
 

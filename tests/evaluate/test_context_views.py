@@ -1,0 +1,123 @@
+"""What models make of their context, on models whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from alibi_lm.evaluate import context_views, views
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.model.interface import Scores
+from alibi_lm.tasks.text import TextTask
+
+V = 11
+
+
+class Copier:
+    """Knows a token for sure where the pair of tokens before it has been seen within reach; else it guesses."""
+
+    vocab_size, train_length, max_length, precision, device = V, 16, 48, "float32", torch.device("cpu")
+    label, identity = "copier_L16_s1", ""
+
+    def __init__(self, reach):
+        self.reach = reach
+
+    def serve(self, length):
+        pass
+
+    def refuses(self, capability):
+        return ""
+
+    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
+        nats = torch.full(target_ids.shape, 2.0)
+        for row, (inputs, targets) in enumerate(zip(input_ids.tolist(), target_ids.tolist(), strict=True)):
+            for t in range(2, len(inputs)):
+                seen = [s for s in range(1, t) if inputs[s - 1 : s + 1] == inputs[t - 1 : t + 1]]
+                if any(t - s <= self.reach and inputs[s + 1] == targets[t] for s in seen):
+                    nats[row, t] = 0.5
+        return Scores(nats[:, score_from:], None)
+
+
+@pytest.fixture
+def text():
+    draws = np.random.default_rng(0).integers(1, 500, 900)
+    return TextTask(draws, 0, documents=np.array([0, 200, 480, 700]), corpus="toy")
+
+
+def test_a_second_reading_gains_up_to_the_reach_of_the_model(text):
+    group = views.Group("toy", 16, [Passes(Copier(reach=20), text)])
+    points = context_views.repeat(group, [6, 8, 20, 21, 40, 44], 8, 3)
+    gains = {point["distance"]: point["nats"] for point in points}
+    # The first two tokens of a segment have no pair before them that was seen.
+    assert gains[8] == gains[20] == pytest.approx(1.5 * 6 / 8) and gains[21] == gains[40] == 0
+    assert gains[6] is None and "lie 8 apart or more" in points[0]["reason"]
+    assert gains[44] is None and "48 positions" in points[-1]["reason"]
+    assert points[1]["low"] <= points[1]["nats"] <= points[1]["high"] and points[1]["targets"] % 8 == 0
+    with pytest.raises(ValueError, match="width = 400 at a distance of 600"):
+        context_views.repeat(group, [600], 400, 1)
+
+
+def test_the_effective_context_is_the_least_that_is_as_good_as_the_best(text):
+    class Counts(Copier):
+        def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
+            context = torch.arange(1, input_ids.shape[1] + 1).float()
+            return Scores((1 + 1 / context).expand(target_ids.shape)[:, score_from:], None)
+
+    group = views.Group("toy", 16, [Passes(Counts(0), text)])
+    points = context_views.effective_context(group, [1, 8, 16, 32, 40, 64], 7)
+    assert {point["effective"] for point in points} == {32}, "1 + 1/32 is within 1% of 1 + 1/40, 1 + 1/16 is not"
+    assert points[-1]["nats"] is None
+
+
+def brute_force(model, ids, length):
+    """Weights of all heads, (layers, heads, T, T), from the model's own modules, one layer after another."""
+    positions = torch.arange(length)
+    x = model.vocabulary.embed(ids) * model.config.model_dim**0.5
+    x = model.schemes[0].add_to_embeddings(x, positions)
+    found = []
+    for block in model.layers:
+        y = block.attention_norm(x)
+        q, k, v = block.attention.qkv(y).unflatten(-1, (3, model.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = model.schemes[0].transform_qk(q, k, model.schemes[0].tables(positions))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        bias = model.schemes[0].bias(positions, positions)
+        scores = scores if bias is None else scores + bias
+        weights = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+        found.append(weights[0])
+        x = x + block.attention.out((weights @ v).transpose(1, 2).flatten(2))
+        x = x + block.ffn(block.ffn_norm(x))
+    return torch.stack(found).double()
+
+
+@pytest.mark.parametrize("position", ["alibi", "rotary", "none"])
+def test_where_heads_look_is_what_the_weights_say(tiny_model, monkeypatch, position):
+    monkeypatch.setattr(context_views, "SLICE", 5)
+    model = tiny_model(position, attention="sdpa", train_length=8, vocab_size=500)
+    text = TextTask(np.random.default_rng(1).integers(1, 500, 24), 0)
+    backend = model.backend
+    (point,) = context_views.attention(views.Group(position, 8, [Passes(model, text)]), [24], 1)
+    assert model.backend is backend and point["windows"] == 1
+    with torch.no_grad():
+        weights = brute_force(model, torch.tensor([[0, *text.tokens[:-1].tolist()]]), 24)[:, :, 12:]
+    distance = (torch.arange(12, 24)[:, None] - torch.arange(24)).clamp_min(0)
+    entropy = torch.special.entr(weights).sum(-1).mean(-1)
+    for head in point["heads"]:
+        own = weights[head["layer"], head["head"]]
+        assert head["distance"] == pytest.approx(float((own * distance).sum(-1).mean()), rel=1e-5)
+        assert head["first"] == pytest.approx(float(own[:, 0].mean()), rel=1e-5)
+        assert head["entropy"] == pytest.approx(float(entropy[head["layer"], head["head"]]), rel=1e-5)
+        for near, far, value in zip(point["nearest"], point["farthest"], head["weights"], strict=True):
+            means = []
+            for d in range(near, far + 1):
+                having = [own[t - 12, t - d] for t in range(12, 24) if t - d >= 0]
+                means.append(float(torch.stack(having).mean()))
+            assert value == pytest.approx(np.mean(means), rel=2e-3)
+    assert point["sink_rate"] == np.mean([head["first"] > 0.3 for head in point["heads"]])
+    assert [point["nearest"][0], point["farthest"][-1]] == [0, 23]
+
+
+def test_a_scheme_without_such_positions_is_told(tiny_model, text):
+    model = tiny_model("learned", train_length=8, vocab_size=500)
+    (point,) = context_views.attention(views.Group("learned", 8, [Passes(model, text)]), [24], 1)
+    assert point["nats"] is None and "8 positions" in point["reason"]
+    with pytest.raises(ValueError, match="does not show its attention weights"):
+        context_views.attention(views.Group("toy", 16, [Passes(Copier(1), text)]), [16], 1)
