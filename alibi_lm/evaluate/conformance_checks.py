@@ -129,7 +129,9 @@ class Conformance:
                 "x", embed(ids).detach().requires_grad_()
             )
             model(self.ids(1, 12))[0, 7].square().sum().backward()
-            reached = seen["x"].grad[0].abs().amax(dim=1)
+            gradient = seen["x"].grad
+            assert gradient is not None
+            reached = gradient[0].abs().amax(dim=1)
             leak, blind = float(reached[8:].max()), int((reached[:8] == 0).sum())
             words = f"{attention}: largest gradient of a later token {leak:.1e} (0)"
             yield Check("", leak == 0 and blind == 0, f"{words}, earlier tokens without one {blind} (0)")
