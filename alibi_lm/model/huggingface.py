@@ -218,7 +218,7 @@ def load_huggingface(found: HubFolder, device: torch.device, precision: str, att
         f"attention = {attention} with model = {found.source}. Allowed: {', '.join(IMPLEMENTATIONS)}.",
     )
     # transformers 5.23 adds Falcon's biases to the mask, and in this form to the scores as well.
-    twice = found.config.model_type == "falcon" and getattr(found.config, "alibi", False)
+    twice = found.config.model_type == "falcon" and found.config.alibi
     require(
         not (twice and attention == "eager"),
         f"attention = eager with model = {found.source}: transformers adds its biases twice there. Use auto.",
