@@ -44,6 +44,7 @@ def attention_cells(found: Analysis) -> list[list[Any]]:
 def heat_map(axis: Axes, series: Series, point: Mapping[str, Any]) -> None:
     """Heads down, distances across, the mean weight of a key there as colour, on a log scale."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter
 
     dress(axis, f"{series.name} at {point['length']}", look(series.position).color)
     axis.grid(visible=False)
@@ -56,11 +57,14 @@ def heat_map(axis: Axes, series: Series, point: Mapping[str, Any]) -> None:
     rows = range(0, len(heads), max(1, len(heads) // 8))
     axis.set_yticks(list(rows), [f"{heads[k]['layer'] + 1}.{heads[k]['head'] + 1}" for k in rows])
     axis.set_xlabel("distance in tokens", fontsize=8, labelpad=1)
-    axis.figure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02).ax.tick_params(labelsize=6)
+    bar = axis.figure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02, format=FuncFormatter(_number))
+    bar.ax.tick_params(labelsize=6)
 
 
 def curves(axis: Axes, series: Series) -> None:
     """The same as a line for each head, at the longest length and (dashed) at the training length."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     dress(axis, f"{series.name}, all heads", look(series.position).color)
     points = known(series)
     for point in points:
@@ -74,9 +78,17 @@ def curves(axis: Axes, series: Series) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylim(1e-6, 1.5)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(FuncFormatter(_number))
+        side.set_minor_formatter(NullFormatter())
     axis.axvline(series.train_length, color="#999999", linewidth=0.8, linestyle=":")
     axis.set_xlabel("distance + 1, log axis (colour: layer)", fontsize=8, labelpad=1)
     axis.set_ylabel("mean weight of a key", fontsize=8, labelpad=1)
+
+
+def _number(value: float, _: object) -> str:
+    """A tick in plain text: mathematical markup is switched off in all figures."""
+    return f"{value:g}"
 
 
 def _refused(axis: Axes, series: Series) -> None:
