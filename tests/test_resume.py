@@ -27,6 +27,7 @@ import pytest
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig
 from alibi_lm.data.corpus import prepare
+from alibi_lm.evaluate.score import Scored
 from alibi_lm.experiment import compose
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runs import finished, status
@@ -324,7 +325,7 @@ def test_asked_to_stop_while_scoring(
     import alibi_lm.train
 
     scorings = 0
-    score = alibi_lm.train.score_tokens
+    score = alibi_lm.train.score
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         nonlocal scorings
@@ -333,7 +334,7 @@ def test_asked_to_stop_while_scoring(
             os.kill(os.getpid(), signal.SIGTERM)
         return score(*args, **kwargs)
 
-    monkeypatch.setattr(alibi_lm.train, "score_tokens", interrupted)
+    monkeypatch.setattr(alibi_lm.train, "score", interrupted)
     config, folder = composed(*SETTINGS, *corpus, "position=alibi"), tmp_path / "run"
     step = {1: 4, 3: 11, 4: 11}[number]
     with pytest.raises(alibi_lm.train.Interrupted, match=f"stopped by signal 15 after step {step}") as caught:
@@ -393,7 +394,7 @@ def test_a_perplexity_that_is_no_number_is_null(
     """A diverged run of 5,306 nats a token ends; what was not measured is not logged as if it were."""
     import alibi_lm.train
 
-    monkeypatch.setattr(alibi_lm.train, "score_tokens", lambda *args, **kwargs: np.full(5, 5306.0))
+    monkeypatch.setattr(alibi_lm.train, "score", lambda *args, **kwargs: Scored(np.full(5, 5306.0), None))
     folder = tmp_path / "run"
     assert alibi_lm.train.train(composed(*SETTINGS, *corpus, "steps=2"), folder)["validation_loss"] == 5306
     assert rows(folder)[-1] == {"step": 2, "validation/loss": 5306.0, "validation/perplexity": None}

@@ -36,20 +36,20 @@ def train_until_stopped(config, folder: Path, asked: bool) -> None:
     """Train until the first validation, in which this process is asked to stop, or another one is."""
     import alibi_lm.train
 
-    score = alibi_lm.train.score_tokens
+    score = alibi_lm.train.score
 
     def interrupted(*args, **kwargs):
         if asked:
             os.kill(os.getpid(), signal.SIGTERM)
         return score(*args, **kwargs)
 
-    alibi_lm.train.score_tokens = interrupted
+    alibi_lm.train.score = interrupted
     try:
         alibi_lm.train.train(config, folder)
     except alibi_lm.train.Interrupted:
         return
     finally:
-        alibi_lm.train.score_tokens = score
+        alibi_lm.train.score = score
     raise AssertionError("the run went on")
 
 

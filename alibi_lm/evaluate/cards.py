@@ -33,7 +33,6 @@ HOOKS = {
     "content_bias": "scores, by content",
     "scores": "scores in place of q . k",
     "value_bias": "values, by positions",
-    "training_positions": "positions in training",
 }
 """What a scheme acts on, by the hooks that it overrides."""
 SHARE = 0.99
@@ -73,11 +72,16 @@ def card(folder: Path, run: PlannedRun) -> dict[str, Any]:
         "run": run.name,
         "position": settings.name,
         **told(sys.modules[type(settings).__module__].__doc__ or "", inspect.getdoc(type(settings)) or ""),
-        "acts_on": [words for hook, words in HOOKS.items() if scheme.defines(hook)],
+        "acts_on": [words for hook, words in HOOKS.items() if scheme.defines(hook)] + _drawn(scheme, length),
         "parameters": parameters,
         "receptive_field": receptive_field(scheme, length),
         "seconds_per_token": cost,
     }
+
+
+def _drawn(scheme: PositionScheme, length: int) -> list[str]:
+    drawn = scheme.training_positions(torch.Generator(), length)
+    return [] if drawn is None else ["positions, drawn in training"]
 
 
 def seconds_per_token(model: TransformerLM, length: int, backward: bool, passes: int = 12) -> float:

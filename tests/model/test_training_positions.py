@@ -192,10 +192,12 @@ def test_all_micro_batches_of_a_step_share_a_draw(text, tmp_path):
 
 def test_positions_end_at_their_step_and_the_best_model_is_one_after_it(text, tmp_path, monkeypatch):
     """Each checkpoint is evaluated as it was trained; the final self-check of `train` holds as well."""
-    real = alibi_lm.train._validation_loss
+    real = alibi_lm.train._validation
     # With its positions the model is far better, and all the same it is not the one to keep.
     monkeypatch.setattr(
-        alibi_lm.train, "_validation_loss", lambda run, model, *rest: real(run, model, *rest) - model.strength
+        alibi_lm.train,
+        "_validation",
+        lambda run, model, *rest: (real(run, model, *rest)[0] - model.strength, None),
     )
     config = settings(text, "position=alibi", "positions_until=3", "optimizer.lr=1e-30")
     assert run_folder(config).name.startswith("alibi_L8_s1_")

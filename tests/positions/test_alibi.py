@@ -171,6 +171,7 @@ def test_half_precision_rounds_scores_as_the_authors_code_does():
     torch.testing.assert_close(early, exact, rtol=0.02, atol=1e-4)
 
 
-def test_half_precision_is_for_fixed_slopes_only():
-    with pytest.raises(ValueError, match="half_precision = true with learned_slopes"):
-        AlibiConfig(learned_slopes=True, half_precision=True)
+@pytest.mark.parametrize("other", [{"learned_slopes": True}, {"scaling": "linear"}, {"last_exponent": 7.0}])
+def test_half_precision_is_for_the_papers_slopes_only(other):
+    with pytest.raises(ValueError, match="half_precision = true is the authors' own form"):
+        AlibiConfig(half_precision=True, **other)
