@@ -1,4 +1,4 @@
-"""Our runs in EleutherAI's lm-evaluation-harness (pip install 'alibi_lm[lm_eval]').
+"""Our runs in EleutherAI's lm-evaluation-harness (pip install 'alibi_lm[lm-eval]').
 
     import alibi_lm.interop.lm_eval, lm_eval
     lm_eval.simple_evaluate("alibi_lm", model_args={"run": "<folder>", "max_length": 256}, tasks=["lambada"])
