@@ -64,7 +64,7 @@ class Curve:
     """run -> seed."""
     metric: str = "perplexity"
     items: dict[int, int] = field(default_factory=dict)
-    """inference_length -> what each value is a mean over: tokens, or items of a task."""
+    """inference_length -> what each value is a mean over: tokens, or items of a task (not their questions)."""
     streamed: dict[int, dict[str, float]] = field(default_factory=dict)
     """Like `losses`, of the whole split as one window: beside the view of nonoverlapping windows."""
 
@@ -138,7 +138,7 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
             curve.refused[row.inference_length] = row.reason or "no value"
         else:
             curve.losses.setdefault(row.inference_length, {})[row.run] = value
-            curve.items[row.inference_length] = row.n or row.tokens
+            curve.items[row.inference_length] = items_of(row)
     for row in rows if view.mode == "nonoverlapping" else []:
         if row.run is not None and view_of(row) == replace(view, mode="stream") and row.loss is not None:
             # One point per run, whatever the cache: what it may lose is too little to see.
@@ -166,6 +166,11 @@ def point_of(row: ResultRow) -> float | None:
     if row.value is None or (row.reason and not about_words):
         return None
     return row.loss if row.metric == "perplexity" else row.value
+
+
+def items_of(row: ResultRow) -> int:
+    """What a value is a mean over that is independent: tokens, or items. Questions of one item go together."""
+    return int(row.extra.get("items") or row.n or row.tokens)
 
 
 def baselines(rows: Sequence[ResultRow], view: View) -> dict[str, float]:

@@ -302,17 +302,35 @@ def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float
 
     Args:
         shares: accuracy of each seed, in [0, 1].
-        items: of each, 2 or more.
+        items: of each, 2 or more; where an item has several questions, still the items, as its answers go together.
     """
     mean = float(np.mean(shares))
     if len(shares) == 1:
         return wilson_interval(mean, items)
-    share = (mean * items + 2) / (items + 4)
-    of_items, of_seeds = share * (1 - share) / (items + 4), float(np.var(shares, ddof=1)) / len(shares)
-    part, degrees = np.asarray(of_seeds / (of_seeds + of_items)), np.asarray(len(shares) - 1.0)
-    critical = float(critical_value(part, degrees, np.asarray(items - 1.0), 0.95))
-    half = critical * float(np.sqrt(of_seeds + of_items))
+    of_seeds = float(np.var(shares, ddof=1)) / len(shares)
+    half = share_half_width(of_seeds, share_variance(mean, items), len(shares), items)
     return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def share_variance(share: float, items: int) -> float:
+    """Squared error of a share of independent items, with two successes and two failures added."""
+    share = (share * items + 2) / (items + 4)
+    return share * (1 - share) / (items + 4)
+
+
+def share_half_width(of_seeds: float, of_items: float, seeds: int, items: int, level: float = 0.95) -> float:
+    """Half of the interval of a mean share, or of a difference of two, from the parts of its squared error.
+
+    Args:
+        of_seeds: variance of the seeds' mean; 0 with one seed.
+        of_items: from `share_variance`; of a difference the sum of both.
+        seeds: 1 or more.
+        items: of each seed, 2 or more.
+        level: in (0, 1).
+    """
+    part, degrees = np.asarray(of_seeds / (of_seeds + of_items)), np.asarray(max(1.0, seeds - 1.0))
+    critical = float(critical_value(part, degrees, np.asarray(items - 1.0), level))
+    return critical * float(np.sqrt(of_seeds + of_items))
 
 
 def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, note: str) -> Interval:

@@ -18,7 +18,7 @@ import numpy as np
 from alibi_lm.results.curves import CHECKPOINT, Curve, View, curves, point_of, step_of, view_of, views
 from alibi_lm.results.documents import DocumentSums, read_documents
 from alibi_lm.results.rows import ResultRow, RowKey, read_rows
-from alibi_lm.study.analysis import Analysis, Series, read_analysis
+from alibi_lm.study.analysis import AT, Analysis, Series, read_analysis
 from alibi_lm.study.compare import VERDICTS, Measured, Sample, Verdict, judge, measure, overall, power_note, sample
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper_claims import CLAIMS, NEAR, Claim, Side
@@ -29,12 +29,14 @@ NUMBERS_NOTE = (
     "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a claim "
     "asks about several lengths). A verdict is about this text and models of this size, not about the paper's. "
     "One seed says nothing about another training run: a comparison of two schemes is then not settled, and a "
-    "scheme compared with itself is judged for that seed alone. How many seeds would settle a claim is estimated "
+    "scheme compared with itself is judged for that seed alone. Accuracies: left minus right, or of one side its "
+    "value, over all seeds and the items. Numbers of views: the mean over seeds, or the ratio of two lengths, with "
+    "its interval over seeds. How many seeds would settle a claim is estimated "
     "from the few that there are, if mean and scatter stay as they are."
 )
 
 
-ANALYSES = ("decomposition", "fixed")
+ANALYSES = ("decomposition", "fixed", "attention", "repeat", "effective_context")
 """Views that decide claims."""
 
 
@@ -48,7 +50,7 @@ class Evidence:
     bench: Sequence[Mapping[str, Any]] = ()
     """Rows of the benchmark."""
     analyses: Mapping[str, Analysis] = field(default_factory=dict)
-    """By view: `decomposition` and `fixed` decide claims."""
+    """By view."""
 
     @functools.cached_property
     def words(self) -> dict[str, str]:
@@ -147,38 +149,55 @@ def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, 
 
 def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:
     """Judge one claim; arguments as in `judge_claims`."""
-    if claim.left is None:
-        return Judged(claim, "NOT RUN", [], claim.not_measured)
     if claim.measure is not None:
         return _judge_speed(claim, evidence.bench)
-    needed = claim.seeds_needed if min_seeds is None else min_seeds
     if claim.equal_time:
-        return _judge_equal_time(claim, evidence, needed)
-    found, missing = _parts(claim, evidence) if claim.part is not None else _pairs(claim, evidence)
-    if not found and claim.left.stride == 1:
-        found, others = _exact_context(claim, evidence)
-        missing = others if found else missing
-    instances = [_instance(claim, one, len(found), needed) for one in found]
-    verdict = overall([instance.verdict for instance in instances])
+        return _judge_equal_time(claim, evidence, claim.seeds_needed if min_seeds is None else min_seeds)
+    parts = claim.parts or (claim,)
+    found = [(part, *_find(part, evidence)) for part in parts]
+    count = sum(len(ones) for _, ones, _ in found)
+    instances = []
+    for part, ones, _ in found:
+        needed = part.seeds_needed if min_seeds is None else min_seeds
+        named = [replace(one, what=f"{part.id}, {one.what}") if claim.parts else one for one in ones]
+        instances += [_instance(part, one, count, needed) for one in named]
+    if claim.parts:
+        gone = [f"{part.id} ({why})" for part, ones, why in found if not ones]
+        enough = len(parts) - len(gone) >= (claim.min_parts or len(parts))
+        verdict = overall([one.verdict for one in instances]) if enough else "NOT RUN"
+        return Judged(claim, verdict, instances if enough else [], f"not run: {_some(gone)}" if gone else "")
+    missing, verdict = found[0][2], overall([one.verdict for one in instances])
     if not instances:
         return Judged(claim, verdict, [], missing)
     # A claim about certain lengths, or about all, is not confirmed at those that were left out.
     note = f"not run: {missing}" if missing and claim.train_lengths else ""
-    lengths = {one.what.partition(",")[0] for one in found}
+    lengths = {one.what.partition(",")[0] for one in instances}
     if len(lengths) < claim.min_lengths:
         note = f"{claim.min_lengths} training lengths needed"
     return Judged(claim, "NOT SETTLED" if note and verdict == "HOLDS" else verdict, instances, note)
 
 
+def _find(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
+    """All that a claim is about, or why there is nothing."""
+    assert claim.left is not None
+    if claim.left.view:
+        return _of_view(claim, evidence, claim.left.view)
+    found, missing = _pairs(claim, evidence)
+    if not found and claim.left.stride == 1:
+        found, others = _of_view(claim, evidence, "fixed")
+        missing = others or missing
+    return found, missing
+
+
 def _instance(claim: Claim, found: Found, comparisons: int, needed: int) -> Instance:
     left = found.left
     measured = left if isinstance(left, Measured) else measure(left, found.right, comparisons)
-    verdict = judge(measured, claim.relation, claim.factor, needed)
+    verdict = judge(measured, claim.relation, claim.bound, needed)
     numbers = f"{measured.ratio} ({measured.over})" if measured.over else measured.ratio
     if measured.seeds < needed:
         numbers += f", {needed} seeds needed"
     elif verdict == "NOT SETTLED":
-        numbers += f", {power_note(measured, claim.relation, claim.factor)}"
+        numbers += f", {power_note(measured, claim.relation, claim.bound)}"
     return Instance(found.what, verdict, numbers)
 
 
@@ -234,42 +253,41 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
     """The rows that the claim is about, or why there are none."""
-    left, right = claim.left, claim.right
-    assert left is not None and right is not None
+    assert claim.left is not None
+    sides = [side for side in (claim.left, claim.right) if side is not None]
     found: list[Found] = []
     reasons = []
     # A claim may speak of L/2 only, so L need not be a training length itself.
     trained = {row.train_length for row in evidence.rows if row.train_length is not None}
-    known = sorted({round(n / side.train) for side in (left, right) for n in trained})
+    known = sorted({round(n / side.train) for side in sides for n in trained})
     for length in claim.train_lengths or known:
-        (left_rows, left_missing), (right_rows, right_missing) = (
-            _runs(side, length, evidence) for side in (left, right)
-        )
-        if left_missing or right_missing:
-            reasons += [text for text in (left_missing, right_missing) if text]
+        rows, missing = zip(*(_runs(side, length, evidence) for side in sides), strict=True)
+        if any(missing):
+            reasons += [text for text in missing if text]
             continue
-        left_at, right_at = _at(left, length, left_rows), _at(right, length, right_rows)
-        if not left_at or not right_at:
-            reasons.append(f"L={length}: not evaluated at {right.words if left_at else left.words}")
-        same = (left.at, left.which) == (right.at, right.which)
-        for i, j in itertools.product(left_at, right_at):
-            if same and i != j:
+        at = [_at(side, length, own) for side, own in zip(sides, rows, strict=True)]
+        reasons += [
+            f"L={length}: not evaluated at {side.words}" for side, n in zip(sides, at, strict=True) if not n
+        ][:1]
+        same = len({(side.at, side.which) for side in sides}) == 1
+        for each in itertools.product(*at):
+            if same and len(set(each)) > 1:
                 continue
-            a, b = _of_length(left_rows, i), _of_length(right_rows, j)
-            refused = [row.reason for row in (*a, *b) if point_of(row) is None]
+            pairs = [_of_length(own, n) for own, n in zip(rows, each, strict=True)]
+            refused = [row.reason for row in itertools.chain(*pairs) if point_of(row) is None]
             if refused:
                 reasons.append(f"L={length}: {refused[0]}")
-            elif len({(row.corpus, row.tokens) for row in (*a, *b)}) > 1:
+            elif len({(row.corpus, row.tokens) for row in itertools.chain(*pairs)}) > 1:
                 reasons.append(f"L={length}: the two sides were evaluated on different texts")
             else:
-                sides = [sample(rows, evidence.documents) for rows in (a, b)]
+                samples = [sample(own, evidence.documents) for own in pairs]
                 if claim.from_L:
-                    own = [
-                        sample(_of_length(rows, rows[0].train_length), evidence.documents)
-                        for rows in (left_rows, right_rows)
+                    of_L = [_of_length(own, own[0].train_length) for own in rows]
+                    samples = [
+                        one.minus(sample(own, evidence.documents)) for one, own in zip(samples, of_L, strict=True)
                     ]
-                    sides = [side.minus(at_L) for side, at_L in zip(sides, own, strict=True)]
-                found.append(Found(f"L={length}, at {i}" + (f" over {j}" if i != j else ""), *sides))
+                over = f" over {each[1]}" if len(set(each)) > 1 else ""
+                found.append(Found(f"L={length}, at {each[0]}{over}", *samples))
     return found, _some(reasons) or ("" if found else "no such runs")
 
 
@@ -292,10 +310,10 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
     """Rows of the runs that a side means where L is `length`; none, and why, where it means no one set of runs."""
     train = side.train * length
     mode = "items" if side.task != "text" else "nonoverlapping" if side.stride is None else "sliding"
-    view = View("validation", mode, side.stride, side.task, side.metric)
+    view = View(side.split, mode, side.stride, side.task, side.metric)
     rows = [
         row
-        for row in evidence.rows
+        for row in (evidence.rows if not side.far else filter(None, map(_far, evidence.rows)))
         if row.run is not None
         and row.position == side.position
         and math.isclose(row.train_length or 0, train)
@@ -320,32 +338,66 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
     return rows, ""
 
 
-def _exact_context(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
-    """A scheme against itself at L under stride 1: targets that each have exactly so many tokens of context."""
+def _far(row: ResultRow) -> ResultRow | None:
+    """The row of the needles alone that stand further than the training length from the question, if there are any.
+
+    A needle at depth d of n tokens stands (1 - d) n before the end.
+    """
+    shares, length = row.extra.get("by_part"), row.inference_length or 0
+    if not shares or row.train_length is None or row.n is None:
+        return None
+    far = [share for depth, share in shares.items() if (1 - float(depth)) * length > row.train_length]
+    return replace(row, value=math.fsum(far) / len(far), n=row.n * len(far) // len(shares)) if far else None
+
+
+def _of_view(claim: Claim, evidence: Evidence, view: str) -> tuple[list[Found], str]:
+    """What a view of some curves says, at the lengths (contexts, distances) that the left side means."""
     assert claim.left is not None
     found, reasons = [], []
-    for series in _series(claim.left, evidence, "fixed"):
-        points = {int(point["context"]): point for point in series.points}
-        usable = [n for n, point in points.items() if point["nats"] is not None]
-        at = claim.left.lengths(series.train_length, usable)
-        if not at or series.train_length not in usable:
-            reasons.append(f"L={series.train_length}: no target with {claim.left.words} of context and with L")
-        for n in at if series.train_length in usable else []:
-            what = f"L={series.train_length}, with {n} tokens of context over {series.train_length}"
-            found.append(Found(what, _change(series, points[n]["difference"])))
-    return found, _some(reasons)
+    for series in _series(claim.left, evidence, view):
+        points = {int(point[AT.get(view, "length")]): point for point in series.points}
+        values = {n: value for n, p in points.items() if (value := _value(claim, series, p, view)) is not None}
+        at = claim.left.lengths(series.train_length, values)
+        own = values.get(series.train_length)
+        if not at or (claim.right is not None and own is None):
+            reasons.append(
+                f"L={series.train_length}: view={view} has no value at {claim.left.words}, or none at L"
+            )
+            continue
+        for n in at:
+            value = values[n]
+            if claim.left.number and claim.right is not None:
+                assert isinstance(value, Sample) and isinstance(own, Sample)
+                logs = [
+                    replace(one, values={k: math.log(v) for k, v in one.values.items()}) for one in (value, own)
+                ]
+                value = replace(logs[0].minus(logs[1]), metric="ratio")
+            words = _WORDS.get(view, "at {n}").format(n=n, L=series.train_length)
+            found.append(Found(f"L={series.train_length}, {words}", value))
+    return found, _some(reasons) or ("" if found else f"needs analyse.py view={view} of such runs")
 
 
-def _parts(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
-    """A part of what changes the loss beyond L, at every length that was taken apart."""
-    assert claim.left is not None and claim.part is not None
-    found = []
-    for series in _series(claim.left, evidence, "decomposition"):
-        points = {int(point["length"]): point.get(claim.part) for point in series.points}
-        for length in claim.left.lengths(series.train_length, points):
-            if (part := points[length]) is not None:  # else refused there
-                found.append(Found(f"L={series.train_length}, from L to {length}", _change(series, part)))
-    return found, "" if found else "needs analyse.py view=decomposition of such runs"
+_WORDS = {
+    "decomposition": "from L to {n}",
+    "fixed": "with {n} tokens of context over {L}",
+    "repeat": "at a distance of {n}",
+}
+"""How the points of a view are told."""
+
+
+def _value(claim: Claim, series: Series, point: Mapping[str, Any], view: str) -> Sample | Measured | None:
+    """What a point says to a claim: a change of the loss, or a number by run; None where it has none."""
+    assert claim.left is not None
+    name, _, per_length = claim.left.number.partition("/")
+    if view == "fixed":
+        return _change(series, point["difference"]) if point.get("difference") else None
+    if view == "decomposition":
+        return _change(series, point[name]) if point.get(name) else None  # else refused there
+    by_run = point.get("by_run") if name == "nats" else (point.get("numbers") or {}).get(name)
+    if not by_run or None in by_run.values():
+        return None
+    unit = series.train_length if per_length else 1
+    return Sample({run: value / unit for run, value in by_run.items()}, metric="number")
 
 
 def _series(side: Side, evidence: Evidence, view: str) -> list[Series]:
@@ -424,7 +476,7 @@ def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
     for key, speeds in groups.items():
         if claim.left.position in speeds and claim.right.position in speeds:
             value = math.log(speeds[claim.left.position] / speeds[claim.right.position])
-            verdict = judge(Measured(value, value, value, 1, ""), claim.relation, claim.factor, 1)
+            verdict = judge(Measured(value, value, value, 1, ""), claim.relation, claim.bound, 1)
             instances.append(Instance(f"length {key[4]}, {key[2]}, {key[0]}", verdict, f"{math.exp(value):.3f}"))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

@@ -16,10 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alibi_lm.results.curves import View, curves, point_of, view_of, views
+from alibi_lm.results.curves import View, curves, items_of, point_of, view_of, views
 from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
-from alibi_lm.results.statistics import Interval, mean_nats_interval, paired_difference, seeds_to_settle
+from alibi_lm.results.statistics import (
+    Interval,
+    mean_nats_interval,
+    paired_difference,
+    seeds_to_settle,
+    share_half_width,
+    share_variance,
+)
 from alibi_lm.study.paper_claims import Relation
 from alibi_lm.study.style import label
 
@@ -50,11 +57,16 @@ class Measured:
     metric: str = "perplexity"
 
     @property
+    def logs(self) -> bool:
+        """Whether it is the logarithm of a ratio."""
+        return self.metric in ("perplexity", "ratio")
+
+    @property
     def ratio(self) -> str:
         """For people: `1.950 [1.902, 1.999]`, perplexity left over right; of other metrics left minus right."""
 
         def show(value: float) -> str:
-            return f"{_exp(value):.3f}" if self.metric == "perplexity" else f"{value:+.3f}"
+            return f"{_exp(value):.3f}" if self.logs else f"{value:+.3f}"
 
         if self.low is None or self.high is None:
             return show(self.estimate)
@@ -74,6 +86,9 @@ class Sample:
     why: str = ""
     """Why there are no sums per document."""
     metric: str = "perplexity"
+    """`perplexity` and `ratio`: the values are logarithms; else `accuracy`, or `number` for that of a view."""
+    items: int = 0
+    """Of accuracies: what each is a share of."""
 
     @property
     def seeds(self) -> list[Any]:
@@ -104,7 +119,7 @@ def sample(rows: Sequence[ResultRow], documents: Mapping[RowKey, DocumentSums]) 
     unique = None not in seeds and len(set(seeds)) == len(seeds)
     points = ((row, point_of(row)) for row in rows)
     values = {row.seed if unique else row.run: value for row, value in points if value is not None}
-    found = Sample(values, metric=rows[0].metric)
+    found = Sample(values, metric=rows[0].metric, items=min(items_of(row) for row in rows))
     if any(row.key not in documents for row in rows):
         return replace(found, why="no sums per document")
     if not unique:
@@ -125,17 +140,19 @@ def measure(left: Sample, right: Sample | None, comparisons: int = 1) -> Measure
         right: likewise; runs of the same seed are paired.
         comparisons: how many differences are judged together (each interval is widened for it).
     """
+    if left.metric == "accuracy":
+        return _over_items(left, right, comparisons)
     found = _over_documents(left, right, comparisons)
     return found if isinstance(found, Measured) else _over_seeds(left, right, comparisons, found)
 
 
-def judge(measured: Measured, relation: Relation, factor: float, min_seeds: int) -> Verdict:
-    """The verdict on "left over right is `relation` `factor`".
+def judge(measured: Measured, relation: Relation, bound: float, min_seeds: int) -> Verdict:
+    """The verdict on "left over right (of other metrics left minus right) is `relation` `bound`".
 
     Args:
-        measured: the difference, in nats.
-        relation: `below`, `above` or `within` (between 1 / factor and factor).
-        factor: of perplexity, positive; above 1 for `within`.
+        measured: the difference, in nats or in the metric.
+        relation: `below`, `above` or `within` (between 1 / bound and bound; of a difference -bound and bound).
+        bound: of the ratio, positive, and above 1 for `within`; of other metrics, of the difference.
         min_seeds: with fewer nothing is settled.
     """
     if measured.seeds < min_seeds:
@@ -143,7 +160,7 @@ def judge(measured: Measured, relation: Relation, factor: float, min_seeds: int)
     low, high = measured.low, measured.high
     if low is None or high is None:
         low, high = measured.estimate - ONE_SEED_MARGIN, measured.estimate + ONE_SEED_MARGIN
-    bound = math.log(factor)
+    bound = math.log(bound) if measured.logs else bound
     if relation == "within":
         inside, outside = -bound <= low and high <= bound, high < -bound or low > bound
     elif relation == "below":
@@ -161,14 +178,14 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
     return "NOT RUN"
 
 
-def power_note(measured: Measured, relation: Relation, factor: float) -> str:
+def power_note(measured: Measured, relation: Relation, bound: float) -> str:
     """How many seeds would settle it, in words; an estimate from the scatter of the seeds that there are.
 
     Where the documents alone leave it open, so does any number of seeds: then how much more text it takes too.
     """
     if measured.seeds < 2 or measured.low is None:
         return "needs 2 seeds or more to see how seeds differ"
-    bound = math.log(factor)
+    bound = math.log(bound) if measured.logs else bound
     bounds = [-bound, bound] if relation == "within" else [bound]
     gap = min(abs(measured.estimate - b) for b in bounds)
     level = 1 - (1 - LEVEL) / measured.comparisons
@@ -178,7 +195,9 @@ def power_note(measured: Measured, relation: Relation, factor: float) -> str:
         if seeds is not None:
             # With the seeds at hand an estimate of no more than these would say that it is settled already.
             seeds = max(seeds, measured.seeds + (text == 1))
-            more = f" and {text} times the text" if text > 1 else ""
+            more = (
+                f" and {text} times the {'items' if measured.metric == 'accuracy' else 'text'}" if text > 1 else ""
+            )
             return f"about {seeds} seeds{more} would settle it"
     return "too close to the bound for more seeds to settle it"
 
@@ -236,9 +255,10 @@ def answer_at(
             f"A and B were scored on different texts at length {length} ({hashes}); evaluate both on the same one"
         )
     measured = measure(sample(sides[0], documents), sample(sides[1], documents), comparisons)
-    relation: Relation = "below" if a[0].metric == "perplexity" else "above"
-    verdict = judge(measured, relation, 1.0, 2)
-    note = f"; {power_note(measured, relation, 1.0)}" if verdict == "NOT SETTLED" else ""
+    relation: Relation = "below" if measured.logs else "above"
+    equal = 1.0 if measured.logs else 0.0
+    verdict = judge(measured, relation, equal, 2)
+    note = f"; {power_note(measured, relation, equal)}" if verdict == "NOT SETTLED" else ""
     return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, measured.over + note
 
 
@@ -310,6 +330,31 @@ def _over_documents(left: Sample, right: Sample | None, comparisons: int) -> Mea
     over += f"; {found.note}" if found.note else ""
     spread = found.seed_variance, found.document_variance, found.document_df
     return Measured(found.estimate, found.low, found.high, count, over, *spread, comparisons, left.metric)
+
+
+def _over_items(left: Sample, right: Sample | None, comparisons: int) -> Measured:
+    """Accuracies: over seeds, of pairs where two or more are common to both sides, and over the items.
+
+    The sides are taken to answer independently, which is the most that the items can add unless one side is right
+    where the other is wrong.
+    """
+    sides = [left] if right is None else [left, right]
+    common = [seed for seed in left.values if all(seed in side.values for side in sides)]
+    paired = len(common) >= min(2, *(len(side.values) for side in sides))
+    x = [np.array([side.values[seed] for seed in (common if paired else side.values)]) for side in sides]
+    center, count = float(x[0].mean() - sum(y.mean() for y in x[1:])), min(map(len, x))
+    groups = [x[0] - sum(x[1:])] if paired else x
+    of_seeds = sum(float(y.var(ddof=1)) / len(y) for y in groups) if count > 1 else 0.0
+    of_items = sum(share_variance(float(y.mean()), side.items) for y, side in zip(x, sides, strict=True))
+    items = min(side.items for side in sides)
+    level = 1 - (1 - LEVEL) / comparisons
+    half = share_half_width(of_seeds, of_items, count, items, level)
+    over = f"{count} seeds" if count > 1 else f"seed {common[0]} alone" if common else "one seed"
+    over += f"{', paired' if paired and right and count > 1 else ''} and {items} items"
+    return Measured(
+        center, center - half, center + half, count, over, of_seeds * count, of_items, items - 1.0, comparisons,
+        left.metric,
+    )  # fmt: skip
 
 
 def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str) -> Measured:

@@ -1,7 +1,9 @@
 """What the paper says, as statements that results can confirm or refute.
 
 A claim compares two sides, in perplexity of the left over that of the right, at every training length L at which
-both were run. Claims about a part of the loss's change, or about speed, are decided by other measurements.
+both were run; of a task it compares accuracies, left minus right. With one side it holds a value against a bound:
+an accuracy, or a number of a view. Claims about speed are decided by the benchmark. A claim of several `parts`
+holds where all of them do.
 
 To add a claim, add it to a group of CLAIMS, or a group. Claims about a task name it in both sides.
 """
@@ -36,7 +38,19 @@ class Side:
     stage: float = 1.0
     """Share of the training after which the run was tested, by a checkpoint that was kept."""
     task: str = "text"
-    metric: str = "perplexity"
+    """Other than text: its accuracy."""
+    split: str = "validation"
+    far: bool = False
+    """Of needles: those alone that stand further than L from the question."""
+    view: str = ""
+    """A view of scripts/analyse.py that has the `number`; empty: result rows."""
+    number: str = ""
+    """By its name in the view's points; `<name>/L`: as a share of the training length."""
+
+    @property
+    def metric(self) -> str:
+        """What is compared."""
+        return "number" if self.number else "perplexity" if self.task == "text" else "accuracy"
 
     def lengths(self, train_length: int, known: Iterable[int]) -> list[int]:
         """The inference lengths meant, among those measured; empty where none fits.
@@ -73,9 +87,9 @@ class Claim:
     left: Side | None = None
     right: Side | None = None
     relation: Relation = "below"
-    """Perplexity of left over right is below or above `factor`, or within 1 / factor and factor."""
-    factor: float = 1.0
-    """Of another metric than perplexity: exp of the bound of left minus right, 1.0 for a bound of 0."""
+    """Left over right is below or above `bound`, or within 1 / bound and bound."""
+    bound: float = 1.0
+    """Of a ratio; of accuracies the bound of left minus right, and of one side that of its value."""
     from_L: bool = False
     """Compare what each side has lost from L on: its perplexity over its own at L."""
     equal_time: bool = False
@@ -86,22 +100,21 @@ class Claim:
     """Training lengths without which a claim about all of them is not confirmed."""
     measure: Literal["train_ratio", "eval_ratio"] | None = None
     """A speed of the benchmark, compared at equal length, in place of perplexity."""
-    part: Literal["early_tokens", "positions_beyond", "keys_beyond"] | None = None
-    """A part of the change of the loss from L to the length of `left` (scripts/analyse.py view=decomposition)."""
-    not_measured: str = ""
-    """Why nothing here can decide it."""
+    parts: Sequence[Claim] = ()
+    """What it is made of, in place of sides: it holds where all of these do."""
+    min_parts: int = 0
+    """Parts without which nothing is said; 0: all of them."""
 
     def __post_init__(self) -> None:
-        assert self.relation in ("below", "above", "within") and self.factor > 0
-        assert self.relation != "within" or self.factor > 1
-        assert self.left is not None or self.not_measured
-        assert self.right is not None or self.part or self.not_measured
+        assert self.relation in ("below", "above", "within")
+        assert (self.left is None) == bool(self.parts)
+        assert self.right is not None or self.parts or (self.left and self.left.metric != "perplexity")
 
     @property
     def seeds_needed(self) -> int:
-        """Fewest seeds that settle it; one is enough only for runs compared with themselves."""
-        if self.left is None or self.right is None:
-            return 1
+        """Fewest seeds that settle it; one is enough only for the perplexity of runs compared with themselves."""
+        if self.left is None or self.left.metric != "perplexity" or self.right is None:
+            return 1 if self.left and self.left.view == "decomposition" else 2
         sides = [(side.position, side.train, side.where, side.stage) for side in (self.left, self.right)]
         return 1 if sides[0] == sides[1] else 2
 
@@ -113,13 +126,13 @@ def beyond(
     relation: Relation,
     statement: str,
     source: str,
-    factor: float = 1.0,
+    bound: float = 1.0,
     **side: Any,
 ) -> Claim:
     """A claim about a scheme at `at` times L against itself at L; `side` holds further settings of both sides."""
     which = side.pop("which", "at")
     left, right = Side(position, at, which, **side), Side(position, **side)
-    return Claim(id, statement, source, left, right, relation, factor)
+    return Claim(id, statement, source, left, right, relation, bound)
 
 
 def better(id: str, left: Side, right: str, statement: str, source: str, **claim: Any) -> Claim:
@@ -127,7 +140,41 @@ def better(id: str, left: Side, right: str, statement: str, source: str, **claim
     return Claim(id, statement, source, left, Side(right), "below", **claim)
 
 
+def _part(name: str) -> Side:
+    """A part of the change of ALiBi's loss from L to every longer length."""
+    return Side("alibi", which="every beyond", view="decomposition", number=name)
+
+
+def looks(
+    id: str, number: str, relation: Relation, bound: float, statement: str, source: str, **side: Any
+) -> Claim:
+    """A claim about a mean over ALiBi's heads (view=attention) at L, or where `side` says."""
+    return Claim(
+        id, statement, source, Side("alibi", view="attention", number=number, **side), None, relation, bound
+    )
+
+
+def needles(position: str, at: float = 1.0, **side: Any) -> Side:
+    """The accuracy of a language model that was trained with needles in its text."""
+    return Side(position, at, task="needle", **side)
+
+
+def _board(position: str, task: str) -> Side:
+    """The accuracy on a task of the board at every length beyond L."""
+    return Side(position, which="every beyond", task=task, split="test")
+
+
+def _far_bam(scale: str) -> Side:
+    """The accuracy of bam with a query scale on far needles, at the longest length."""
+    return needles("bam", 4, which="longest from", far=True, where={"query_scale.name": scale})
+
+
 HALF = {"position.half_precision": True}
+BOARD = (
+    "bin_majority", "majority", "interleaved_majority", "unique_copy", "repeat_copy", "sort", "parity", "addition",
+    "mqar", "mqar_extrapolate", "induction",
+)  # fmt: skip
+"""Tasks by their names in configs."""
 
 every_beyond = partial(beyond, which="every beyond")
 at_longest = partial(beyond, which="longest from")
@@ -221,17 +268,17 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim(
             "alibi_gains_by_early_tokens",
             "That fewer targets have a short context lowers ALiBi's loss beyond L.",
-            "Appendix B", Side("alibi", which="every beyond"), part="early_tokens",
+            "Appendix B", _part("early_tokens"),
         ),
         Claim(
             "alibi_uses_no_positions_beyond",
             "Positions beyond L, with no key further than L, change ALiBi's perplexity by less than 1%.",
-            "Appendix B", Side("alibi", which="every beyond"), None, "within", 1.01, part="positions_beyond",
+            "Appendix B", _part("positions_beyond"), None, "within", 1.01,
         ),
         Claim(
             "alibi_uses_no_keys_beyond",
             "Keys further than L change ALiBi's perplexity by less than 1%.",
-            "Appendix B", Side("alibi", which="every beyond"), None, "within", 1.01, part="keys_beyond",
+            "Appendix B", _part("keys_beyond"), None, "within", 1.01,
         ),
     ],
     # Stronger than the paper's numbers: its own tables do not bear these out, so a check that lets them pass there
@@ -297,11 +344,76 @@ CLAIMS: dict[str, list[Claim]] = {
             "later work (Cerebras, arXiv 2310.13017; Kazemnejad et al. 2023)",
             Side("alibi", 8), Side("alibi", 8, stage=1 / 3), "above", from_L=True,
         ),
+    ],
+    # Perplexity can stay flat while a model no longer uses what it reads. Accuracies count all seeds.
+    "Retrieval and tasks": [
         Claim(
             "retrieval_at_distance",
-            "ALiBi hardly retrieves a token from beyond L, although its perplexity is flat.",
-            "later work (Kazemnejad et al. 2023)",
-            not_measured="perplexity cannot tell; needs a retrieval task",
+            "ALiBi hardly retrieves a token from beyond L, although its perplexity is flat: it finds more than half "
+            "of the needles at L, and beyond L fewer than 15% of those further than L from the question, while its "
+            "perplexity stays within 5% of that at L.",
+            "later work (Kazemnejad et al. 2023; DroPE, arXiv 2512.12167)",
+            parts=[
+                Claim("needles at L", "", "", needles("alibi"), None, "above", 0.5),
+                Claim("far needles", "", "", needles("alibi", 1, which="every beyond", far=True), None, "below", 0.15),
+                Claim(
+                    "perplexity", "", "", Side("alibi", which="every beyond", where={"task.name": "needle"}),
+                    Side("alibi", where={"task.name": "needle"}), "within", 1.05,
+                ),
+            ],
+        ),
+        Claim(
+            "none_beats_alibi_on_tasks",
+            "On each task of the board that was run, three or more, a model without positions has a higher accuracy "
+            "than ALiBi at every length beyond L.",
+            "Kazemnejad et al. 2023, arXiv 2305.19466 (mean over tasks, and better than all schemes)",
+            parts=[
+                Claim(task, "", "", _board("none", task), _board("alibi", task), "above", 0.0) for task in BOARD
+            ],
+            min_parts=3,
+        ),
+        Claim(
+            "ssmax_retrieves_far",
+            "Adding SSMax lets a trained exponent (bam) retrieve far beyond L: at the longest length, 4L or more, it "
+            "finds more than half of the needles further than L from the question, and more than without SSMax.",
+            "Bianchessi et al. 2025, arXiv 2505.22842",
+            parts=[
+                Claim("with SSMax", "", "", _far_bam("ssmax"), None, "above", 0.5),
+                Claim("with less without", "", "", _far_bam("ssmax"), _far_bam("none"), "above", 0.0),
+            ],
+        ),
+    ],
+    # Statements that are often made of ALiBi's attention and seldom measured.
+    "Where ALiBi looks (view=attention, repeat, effective_context)": [
+        looks(
+            "focuses_locally", "near", "above", 0.5,
+            "ALiBi focuses locally: at L its heads give more than half of their weight to the last L/8 keys (on "
+            "average over heads and queries of the second half; uniform weights would give about a sixth).",
+            "common description of ALiBi",
+        ),
+        looks(
+            "weights_fall_with_distance", "falling", "above", 0.9,
+            "ALiBi's weights fall with distance: of all steps from one range of distances to the next further one, "
+            "a head's mean weight falls at more than 90%.", "common description of ALiBi",
+        ),
+        Claim(
+            "looks_the_same_at_every_length",
+            "ALiBi looks the same at every length: the mean distance of what its heads look at stays beyond L within "
+            "10% of that at L.", "common description of ALiBi",
+            Side("alibi", which="every beyond", view="attention", number="distance"),
+            Side("alibi", view="attention", number="distance"), "within", 1.1,
+        ),
+        Claim(
+            "keeps_long_range_dependencies",
+            "ALiBi keeps important long-range dependencies: a segment that was read once, further than L before, "
+            "costs it at least 0.05 nats per token less.", "common description of ALiBi",
+            Side("alibi", which="every beyond", view="repeat", number="nats"), None, "above", 0.05,
+        ),
+        Claim(
+            "uses_no_more_than_L",
+            "ALiBi acts as windowed attention: 99% of the gradient of its loss goes to tokens nearer than L.",
+            "Chi et al. 2023, arXiv 2212.10356",
+            Side("alibi", view="effective_context", number="receptive_field/L"), None, "below", 1.0,
         ),
     ],
 }  # fmt: skip
