@@ -32,6 +32,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "effective_context": ("contexts", "every"),
     "repeat": ("distances", "width", "every"),
     "attention": ("lengths", "windows"),
+    "self_longppl": ("lengths", "short", "key_gain", "key_loss"),
 }
 """The views and the settings that each understands."""
 CURVE = ("lengths", "mode", "stride", "task", "tracking", "cache", "lost_share", "window", "sinks")
@@ -91,7 +92,7 @@ class EvaluateConfig:
 
     view: str = "curve"
     """curve (scripts/evaluate.py), or one of scripts/analyse.py: perplexity, position, last, documents, fixed,
-    decomposition, offset, windows, safe_length, effective_context, repeat, attention, all."""
+    decomposition, offset, windows, safe_length, effective_context, repeat, attention, self_longppl, all."""
     experiment: str = "quick"
     """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
     runs: str | None = None
@@ -136,6 +137,12 @@ class EvaluateConfig:
     """repeat: tokens between two readings; null: from `width` on, doubling, to the longest length."""
     windows: int = 16
     """attention: windows of the text that are looked at."""
+    short: int | None = None
+    """self_longppl: tokens of the short context; null: half of train_length."""
+    key_gain: float = 2.0
+    """self_longppl: nats that the long context must save on a token to make it a key token."""
+    key_loss: float = 2.0
+    """self_longppl: nats that it costs at most there."""
     width: int | None = None
     """offset, repeat: tokens of a window or segment; null: half of train_length; repeat: a quarter."""
     split: str | None = None
@@ -200,7 +207,7 @@ class EvaluateConfig:
                 f"{name} is empty. Give a value, or leave {name} out for the default.",
             )
         for name in (
-            "stride", "every", "last", "width", "windows", "tokens_per_forward", "threads", "train_length",
+            "stride", "every", "last", "width", "windows", "short", "tokens_per_forward", "threads", "train_length",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} = {value}. Use a whole number >= 1.")
@@ -229,7 +236,9 @@ class EvaluateConfig:
             value = getattr(self, setting)
             if setting == "tracking":
                 value = getattr(value, "name", "jsonl")
-            default = {"last": 16, "windows": 16, "tracking": "jsonl"}.get(setting)
+            default = {"last": 16, "windows": 16, "key_gain": 2.0, "key_loss": 2.0, "tracking": "jsonl"}.get(
+                setting
+            )
             users = ", ".join(view for view, names in known.items() if setting in names)
             require(
                 value == default,

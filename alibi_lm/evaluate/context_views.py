@@ -28,6 +28,10 @@ NEAR = 0.01
 """A loss within this share of the best one is as good."""
 SINK = 0.3
 """A head is a sink if its queries give the first token more than this (Gu et al. 2024, arXiv 2410.10781)."""
+FIELD = 0.99
+"""Share of the gradient that the receptive field holds."""
+FIELD_TARGETS = 128
+"""Targets whose gradients are taken."""
 SLICE = 128
 """Queries whose weights are held at once."""
 
@@ -35,14 +39,64 @@ SLICE = 128
 def effective_context(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
     """`fixed`, and as `effective` the least context whose loss is within 1% of the best one.
 
+    `numbers` has the same for each run, and its `receptive_field`: how many of the last tokens hold 99% of the
+    gradient of the loss, in windows of the longest context that could be scored.
+
     Source: Khandelwal et al. (2018), arXiv 1805.04623, and the relative effective context length of Dai et al.
-    (2019), arXiv 1901.02860, section 3.5.
+    (2019), arXiv 1901.02860, section 3.5; of the gradients Chi et al. (2023), arXiv 2212.10356, section 3.
     """
     points = fixed(group, contexts, every)
     known = [point for point in points if point["nats"] is not None]
-    best = min((point["nats"] for point in known), default=0.0)
-    effective = next((point["context"] for point in known if point["nats"] <= best * (1 + NEAR)), None)
-    return [point | {"effective": effective} for point in points]
+    if not known:
+        return [point | {"effective": None} for point in points]
+    losses = {name: [point["by_run"][name] for point in known] for name in group.labels}
+    numbers: dict[str, dict[str, int | None]] = {
+        "effective": {name: known[_as_good(values)]["context"] for name, values in losses.items()}
+    }
+    context = known[-1]["context"]
+    targets = np.linspace(context - 1, group.num_tokens - 1, min(FIELD_TARGETS, group.num_tokens - context + 1))
+    fields = {p.model.label: receptive_field(p, context, targets.astype(np.int64)) for p in group.passes}
+    numbers["receptive_field"] = fields
+    effective = known[_as_good([point["nats"] for point in known])]["context"]
+    return [point | {"effective": effective, "numbers": numbers} for point in points]
+
+
+def _as_good(losses: Sequence[float]) -> int:
+    """Index of the first loss that is within 1% of the least."""
+    return next(k for k, loss in enumerate(losses) if loss <= min(losses) * (1 + NEAR))
+
+
+def receptive_field(passes: Passes, context: int, targets: np.ndarray) -> int | None:
+    """How many of the last tokens hold 99% of the gradient of the loss.
+
+    The gradient of a target's loss by the embedding of a token at distance d has a norm; the norms are averaged
+    over the targets and added up from d = 0 on.
+
+    Args:
+        passes: of a run.
+        context: tokens of input of each target.
+        targets: (M,) integers, from context - 1.
+
+    Returns:
+        1 to `context`; None for a model that gives no gradients.
+    """
+    model = passes.model
+    if not isinstance(model, TransformerLM) or model.refuses("training"):
+        return None
+    model.serve(context)
+    total, vocabulary = torch.zeros(context, dtype=torch.float64), cast(Any, model.vocabulary)
+    embed = vocabulary.embed
+    for batch in passes.text.windows(targets - context + 1, context, context - 1, passes.tokens_per_forward):
+        leaf = embed(batch.input_ids.to(model.device)).detach().requires_grad_()
+        vocabulary.embed = lambda ids, leaf=leaf: leaf  # in place of the vectors, for this pass alone
+        try:
+            hidden = model.hidden(batch.input_ids.to(model.device))[:, -1:]
+            loss = model.nats_of(hidden, batch.target_ids[:, -1:].to(model.device)).sum()
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        finally:
+            del vocabulary.embed
+        total += gradient.double().norm(dim=-1).sum(dim=0).flip(0).cpu()
+    return int(torch.searchsorted(total.cumsum(0) / total.sum(), FIELD)) + 1
 
 
 def repeat(group: Group, distances: Sequence[int], width: int, every: int) -> list[Point]:
@@ -167,7 +221,9 @@ def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]
         A point for each length. `heads` has for each layer and head of the first seed the mean distance in tokens,
         the entropy in nats, the weight of the first token, and the mean `weights` at distances `nearest` to
         `farthest`; all over queries in the second half of the windows. `sink_rate` is the share of heads, of all
-        seeds, that give the first token more than 0.3.
+        seeds, that give the first token more than 0.3. `numbers` has means over the heads of each run: the same
+        four, the weight of keys `near` (distances below L / 8) and `beyond` (L or more), and `falling`, the share
+        of steps from one range of distances to the next at which the mean weight of a key falls.
     """
     points: list[Point] = []
     for length in lengths:
@@ -188,6 +244,7 @@ def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]
                 "farthest": (edges[1:] - 1).tolist(),
                 "heads": [head | {"weights": _binned(head["weights"], edges, length)} for head in found[0]],
                 "sink_rate": float(np.mean(sinks)),
+                "numbers": _over_heads(group, found, edges, length),
             }
         )
     return points
@@ -223,6 +280,25 @@ def _look(passes: Passes, starts: np.ndarray, length: int) -> list[dict[str, Any
         for layer, sums in enumerate(looks.layers)
         for head in range(len(sums["queries"]))
     ]
+
+
+def _over_heads(
+    group: Group, found: Sequence[Sequence[dict[str, Any]]], edges: np.ndarray, length: int
+) -> dict[str, dict[str, float]]:
+    """Means over the heads of each run, by name and run."""
+    numbers: dict[str, dict[str, float]] = {}
+    for name, heads in zip(group.labels, found, strict=True):
+        weights = np.stack([head["weights"] for head in heads])
+        binned = np.array([_binned(own, edges, length) for own in weights])
+        means = {key: np.mean([head[key] for head in heads]) for key in ("distance", "entropy", "first")} | {
+            "sink_rate": np.mean([head["first"] > SINK for head in heads]),
+            "near": weights[:, : max(1, group.train_length // 8)].sum(axis=1).mean(),
+            "beyond": weights[:, group.train_length :].sum(axis=1).mean(),
+            "falling": (np.diff(binned, axis=1) < 0).mean() if binned.shape[1] > 1 else 0.0,
+        }
+        for key, value in means.items():
+            numbers.setdefault(key, {})[name] = float(value)
+    return numbers
 
 
 def _binned(weights: np.ndarray, edges: np.ndarray, length: int) -> list[float]:

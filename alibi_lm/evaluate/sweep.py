@@ -18,7 +18,7 @@ import numpy as np
 from alibi_lm import runtime
 from alibi_lm.data.corpus import prepare
 from alibi_lm.distributed import World
-from alibi_lm.evaluate import context_views, views
+from alibi_lm.evaluate import context_views, self_longppl, views
 from alibi_lm.evaluate.config import STREAM, VIEWS, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, OpenRun, PlannedRun, open_run, plan, raise_failures
@@ -34,15 +34,15 @@ from alibi_lm.results.statistics import per_document_sums
 from alibi_lm.runs import CORPUS_FILE, finished, short_hash
 from alibi_lm.settings import counting, require
 from alibi_lm.tasks.base import Task
-from alibi_lm.tasks.items import Synthetic
+from alibi_lm.tasks.items import Items, Synthetic
 from alibi_lm.tasks.text import TextTask
 from alibi_lm.tracking import open_tracker
 
 CURVE_COLUMNS = (
     "curve", "run", "position", "train_length", "seed", "inference_length", "mode", "stride", "split",
-    "perplexity", "tokens_per_second", "peak_memory_bytes",
+    "task", "value", "tokens_per_second", "peak_memory_bytes",
 )  # fmt: skip
-"""Columns of the table in Weights & Biases: the name of a row's curve, and fields of the row."""
+"""Columns of the tables in Weights & Biases: the name of a row's curve, and fields; `value` goes by its metric."""
 
 # --- rows ----------------------------------------------------------------------------------------
 
@@ -126,6 +126,8 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
         if scored.seconds:
             fields["tokens_per_second"] = fields["tokens"] / scored.seconds
         groups = task.groups(length)
+        if isinstance(task, Items) and task.by_target:  # answers in one item go together: intervals count items
+            fields["extra"] = fields.get("extra", {}) | {"items": len(task.items(length))}
         rows = [_row(metric, scored, groups, fields, task.parts(length)) for metric in task.metrics]
         sums = [
             DocumentSums(row.key, *per_document_sums(scored.nats, groups))
@@ -259,35 +261,36 @@ def describe(row: ResultRow) -> str:
 
 
 def log_curve(config: EvaluateConfig) -> None:
-    """Show the curves in Weights & Biases, where it is chosen: a table and a line plot, one run for all."""
+    """Show the curves in Weights & Biases, where it is chosen: a table and a line plot a metric, one run for all."""
     if config.tracking.name != "wandb":
         return
     rows = [
         row
         for row in read_rows(config.output / "results.jsonl")
-        if row.run is not None and row.metric == "perplexity" and row.perplexity is not None
+        if row.run is not None and row.value is not None and row.inference_length is not None
     ]
     settings = {"experiment": config.experiment, "runs": sorted({str(row.run) for row in rows})}
     name = f"{config.experiment} extrapolation"
     with open_tracker(config.tracking, config.output, name, config.experiment, settings, 0) as tracker:
-        tracker.table(
-            "extrapolation",
-            list(CURVE_COLUMNS),
-            [[curve_name(row), *(getattr(row, column) for column in CURVE_COLUMNS[1:])] for row in rows],
-            line_plot=("inference_length", "perplexity", "curve"),
-        )
-        tracker.summary({f"extrapolation/{curve_name(r)}@{r.inference_length}": r.perplexity for r in rows})
+        for metric, title in (("perplexity", "extrapolation"), ("accuracy", "accuracy")):
+            own = [row for row in rows if row.metric == metric]
+            columns = [metric if column == "value" else column for column in CURVE_COLUMNS]
+            body = [[curve_name(row), *(getattr(row, column) for column in CURVE_COLUMNS[1:])] for row in own]
+            if own:
+                tracker.table(title, columns, body, line_plot=("inference_length", metric, "curve"))
+                tracker.summary({f"{title}/{curve_name(r)}@{r.inference_length}": r.value for r in own})
 
 
 def curve_name(row: ResultRow) -> str:
-    """What tells one curve from another: `alibi_L64_s1`, with changes, and split or stride where not the usual."""
+    """What tells one curve from another: `alibi_L64_s1`, with changes, and task, split or stride if not the usual."""
     changes = "".join(
         f"+{key.removeprefix('position.').removesuffix('.name')}={value}"
         for key, value in sorted(row.changes.items())
     )
     split = "" if row.split == "validation" else f" {row.split}"
     stride = "" if row.stride is None else f" stride {row.stride}"
-    return f"{row.run}{changes}{split}{stride}"
+    task = "" if row.task == "text" else f" {row.task}"
+    return f"{row.run}{changes}{task}{split}{stride}"
 
 
 # --- views ---------------------------------------------------------------------------------------
@@ -339,6 +342,7 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
                 series[name].append(_series(config, name, opened, group))
         except EXPECTED as error:
             failures |= {run.plan.name: error for run in opened}
+    self_longppl.finish(series.get("self_longppl", []))
     for name in names:
         if series[name]:
             content = {
@@ -387,7 +391,8 @@ def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: vie
     return found | ({"note": group.note} if group.note else {})
 
 
-def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.Group) -> list[views.Point]:
+def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.Group) -> Any:
+    """Points of a view, or what they are made of once all curves are there (`self_longppl.finish`)."""
     trained = group.train_length
     if view == "windows":
         return head_windows(group.passes[0])  # other seeds have other weights, and much the same windows
@@ -418,6 +423,8 @@ def _points(config: EvaluateConfig, view: str, lengths: list[int], group: views.
         distances = config.distances or [width * 2**k for k in range(16) if width * 2**k + width <= max(lengths)]
         every = config.every or max(1, group.num_tokens // width // 128)
         return context_views.repeat(group, sorted(distances), width, every)
+    if view == "self_longppl":
+        return self_longppl.gather(group, lengths, config.short, config.key_gain, config.key_loss)
     if view == "attention":
         return context_views.attention(group, sorted(lengths), config.windows)
     width = config.width or max(1, trained // 2)

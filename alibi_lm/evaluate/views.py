@@ -67,8 +67,7 @@ class Group:
 
     def by_document(self, targets: np.ndarray, values: Sequence[np.ndarray]) -> np.ndarray:
         """Sums of some targets' values by run and document: (runs, documents) float64."""
-        owner = np.searchsorted(self.documents, targets, side="right") - 1
-        return np.stack([np.bincount(owner, one, len(self.documents)) for one in values])
+        return by_document(self.documents, targets, values)
 
     def mean(self, nats: Sequence[np.ndarray], scored: np.ndarray | None = None) -> Point:
         """A point of the mean nats (N,) of each run, over the targets that are `scored`, (N,) bool; None: all."""
@@ -78,17 +77,28 @@ class Group:
 
     def point(self, sums: np.ndarray, tokens: np.ndarray) -> Point:
         """The same from sums of nats (seeds, documents) and numbers of targets (documents,)."""
-        means = sums.sum(axis=1) / tokens.sum()
-        if not np.isfinite(means).all():
-            return _nothing(f"the sum of nats is {sums.sum()}")
-        low, high = interval_ends(sums, tokens)
-        return {
-            "nats": float(means.mean()),
-            "low": None if np.isnan(low) else low,
-            "high": None if np.isnan(high) else high,
-            "targets": int(tokens.sum()),
-            "by_run": dict(zip(self.labels, means.tolist(), strict=True)),
-        }
+        return point_of_sums(self.labels, sums, tokens)
+
+
+def by_document(documents: np.ndarray, targets: np.ndarray, values: Sequence[np.ndarray]) -> np.ndarray:
+    """`Group.by_document` from where documents start, (D,) int64."""
+    owner = np.searchsorted(documents, targets, side="right") - 1
+    return np.stack([np.bincount(owner, one, len(documents)) for one in values])
+
+
+def point_of_sums(labels: Sequence[str], sums: np.ndarray, tokens: np.ndarray) -> Point:
+    """`Group.point` from the names of the runs."""
+    means = sums.sum(axis=1) / tokens.sum()
+    if not np.isfinite(means).all():
+        return nothing(f"the sum of nats is {sums.sum()}")
+    low, high = interval_ends(sums, tokens)
+    return {
+        "nats": float(means.mean()),
+        "low": None if np.isnan(low) else low,
+        "high": None if np.isnan(high) else high,
+        "targets": int(tokens.sum()),
+        "by_run": dict(zip(labels, means.tolist(), strict=True)),
+    }
 
 
 def _by_length(group: Group, lengths: Sequence[int], measured: Callable[[int], Point], **at: Any) -> list[Point]:
@@ -99,7 +109,7 @@ def _by_length(group: Group, lengths: Sequence[int], measured: Callable[[int], P
     points: list[Point] = []
     for length in lengths:
         reason = group.reason(length, stride=at.get("stride"))
-        points.append({"length": length} | at | (_nothing(reason) if reason else measured(length)))
+        points.append({"length": length} | at | (nothing(reason) if reason else measured(length)))
     sums: list[Any] = [point.pop("sums", None) for point in points]
     valued = [k for k, point in enumerate(points) if point["nats"] is not None]
     base = [k for k in valued if points[k]["length"] == group.train_length]
@@ -145,7 +155,7 @@ def last(group: Group, lengths: Sequence[int], count: int) -> list[Point]:
 
     def measured(length: int) -> Point:
         if count > length:
-            return _nothing(f"last = {count} is longer than the window")
+            return nothing(f"last = {count} is longer than the window")
         scored = positions_in_window(group.num_tokens, length) > length - count
         scored[group.num_tokens // length * length :] = False
         return group.mean([p.nats(length) for p in group.passes], scored)
@@ -183,7 +193,7 @@ def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
     for context in contexts:
         at: Point = {"context": context}
         if context not in sums:
-            points.append(at | _nothing(group.reason(context)))
+            points.append(at | nothing(group.reason(context)))
             continue
         points.append(at | group.point(sums[context], tokens))
         if base is not None:
@@ -254,7 +264,7 @@ def offset(group: Group, offsets: Sequence[int], width: int, every: int) -> list
         at: Point = {"offset": k}
         reasons = (p.refuses(k + width, positions=k > 0) for p in group.passes)
         if reason := next(filter(None, reasons), ""):
-            points.append(at | _nothing(reason))
+            points.append(at | nothing(reason))
             continue
         changes = [p.shifted(width, starts, k).ravel() - b for p, b in zip(group.passes, base, strict=True)]
         points.append(
@@ -265,7 +275,8 @@ def offset(group: Group, offsets: Sequence[int], width: int, every: int) -> list
     return points
 
 
-def _nothing(reason: str) -> Point:
+def nothing(reason: str) -> Point:
+    """A point without a value, and why."""
     return {"nats": None, "low": None, "high": None, "reason": reason}
 
 

@@ -302,7 +302,7 @@ def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float
 
     Args:
         shares: accuracy of each seed, in [0, 1].
-        items: of each, 2 or more; where an item has several questions, still the items, as its answers go together.
+        items: of each, 2 or more; of items with several questions too, as the answers in an item go together.
     """
     mean = float(np.mean(shares))
     if len(shares) == 1:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from alibi_lm.files import read_json
@@ -29,9 +30,12 @@ TITLES = {
     "effective_context": "How much context the model uses",
     "repeat": "What reading the same segment a second time gains",
     "attention": "Where heads look",
+    "self_longppl": "Perplexity of the tokens that need a long context (self-LongPPL)",
 }
 AT = {"fixed": "context", "offset": "offset", "effective_context": "context", "repeat": "distance"}
 """What the points of a view stand at, where it is not the inference length."""
+PARTIAL = ("fixed", "offset", "effective_context", "repeat", "self_longppl")
+"""Views that score a part of the targets, the same at every point."""
 TERM_NAMES = {
     "early_tokens": "early tokens",
     "positions_beyond": "positions beyond L",
@@ -95,9 +99,8 @@ class Analysis:
         parts = [f"{self.split} split of {', '.join(sorted(set(self.corpora.values())))}"]
         if self.same_text:
             tokens, documents = f"{self.series[0].tokens:,} tokens", f"{self.series[0].documents:,} documents"
-            # `fixed` and `offset` score a part of the targets, the same at every point.
             scored = {p["targets"] for one in self.series for p in one.points if p.get("targets")}
-            if self.view in ("fixed", "offset", "effective_context", "repeat") and len(scored) == 1:
+            if self.view in PARTIAL and len(scored) == 1:
                 tokens = f"{scored.pop():,} of {tokens} scored"
             parts.append(f"{tokens} in {documents}" if self.series[0].documents > 1 else f"{tokens} in 1 document")
         if self.view == "attention":
@@ -122,6 +125,12 @@ class Analysis:
     def same_text(self) -> bool:
         """Whether all curves are of the same text and tokenizer; only then can their levels be compared."""
         return len({s.corpus for s in self.series}) == 1
+
+
+def context_words(point: Mapping[str, Any]) -> str:
+    """What `effective_context` found, in words; earlier versions have no receptive field."""
+    fields = [f for f in (point.get("numbers") or {}).get("receptive_field", {}).values() if f is not None]
+    return f"effective {point['effective']}" + (f", field {median(fields):g}" if fields else "")
 
 
 def read_analysis(path: str | Path) -> Analysis:

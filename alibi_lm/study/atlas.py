@@ -16,8 +16,8 @@ from alibi_lm.files import read_json, write_text
 from alibi_lm.results.curves import Curve, View, curves, point_of, view_of
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.analysis import Series
-from alibi_lm.study.claims import Evidence, read_evidence
 from alibi_lm.study.compare import Measured, answer_at, judge, measure, sample
+from alibi_lm.study.evidence import Evidence, read_evidence
 from alibi_lm.study.plots import Cell, Line, Panel, build, dress, grid, save
 from alibi_lm.study.report import coloured, picture, report_page, safe
 from alibi_lm.study.style import label, look

@@ -2,103 +2,32 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from alibi_lm.results.curves import CHECKPOINT, Curve, View, curves, point_of, step_of, view_of, views
-from alibi_lm.results.documents import DocumentSums, read_documents
-from alibi_lm.results.rows import ResultRow, RowKey, read_rows
-from alibi_lm.study.analysis import AT, Analysis, Series, read_analysis
+from alibi_lm.results.curves import CHECKPOINT, View, curves, point_of, view_of, views
+from alibi_lm.results.rows import ResultRow
+from alibi_lm.study.analysis import AT, Series
 from alibi_lm.study.compare import VERDICTS, Measured, Sample, Verdict, judge, measure, overall, power_note, sample
-from alibi_lm.study.fairness import Difference, differences
+from alibi_lm.study.evidence import Evidence
 from alibi_lm.study.paper_claims import CLAIMS, NEAR, Claim, Side
-from alibi_lm.study.records import RunRecord, find_records, recipes
 from alibi_lm.study.tables import Table, escape, provenance
 
 NUMBERS_NOTE = (
     "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a claim "
     "asks about several lengths). A verdict is about this text and models of this size, not about the paper's. "
     "One seed says nothing about another training run: a comparison of two schemes is then not settled, and a "
-    "scheme compared with itself is judged for that seed alone. Accuracies: left minus right, or of one side its "
-    "value, over all seeds and the items. Numbers of views: the mean over seeds, or the ratio of two lengths, with "
-    "its interval over seeds. How many seeds would settle a claim is estimated "
-    "from the few that there are, if mean and scatter stay as they are."
+    "scheme compared with itself is judged for that seed alone. Accuracies: left minus right, or the value of one "
+    "side, over all seeds and the items. Numbers of views: the mean over seeds, or the ratio of two lengths, with "
+    "the interval over seeds. How many seeds would settle a claim is estimated from the few that there are, if "
+    "mean and scatter stay as they are."
 )
-
-
-ANALYSES = ("decomposition", "fixed", "attention", "repeat", "effective_context")
-"""Views that decide claims."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that claims are judged by; `read_evidence` gathers it, the same for every command."""
-
-    rows: Sequence[ResultRow]
-    records: Mapping[str, RunRecord] = field(default_factory=dict)
-    documents: Mapping[RowKey, DocumentSums] = field(default_factory=dict)
-    bench: Sequence[Mapping[str, Any]] = ()
-    """Rows of the benchmark."""
-    analyses: Mapping[str, Analysis] = field(default_factory=dict)
-    """By view."""
-
-    @functools.cached_property
-    def words(self) -> dict[str, str]:
-        """Recipes of the runs."""
-        return recipes(self.rows, self.records) if self.records else {}
-
-    @functools.cached_property
-    def unfair(self) -> list[Difference]:
-        """Differences between the runs other than the scheme."""
-        return differences(self.rows, self.records)
-
-    def setting(self, run: str, key: str) -> Any:
-        """A setting of a run by dotted name; None where it is unknown."""
-        return self.records[run].config.get(key) if run in self.records else None
-
-    def stage(self, row: ResultRow) -> float:
-        """The share of its training after which a run was tested; 1 for its end, NaN where it is not known."""
-        step, steps = step_of(row), self.setting(str(row.run), "steps")
-        return 1.0 if step is None else step / steps if isinstance(steps, int) else math.nan
-
-    def last_stage(self, position: str, train_length: int, limit: float) -> float:
-        """The latest stage at which a scheme was tested and that is at most `limit` (or 1% above it)."""
-        own = [row for row in self.rows if (row.position, row.train_length) == (position, train_length)]
-        return max((s for row in own if (s := self.stage(row)) <= limit * 1.01), default=0.0)
-
-    def is_own(self, curve: Curve) -> bool:
-        """Whether a curve has the experiment's own settings, whatever was changed for the test."""
-        return all(not self.words.get(run, curve.variant) for run in curve.seeds)
-
-
-def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
-    """Everything at hand about the results of a folder: sums per document, run folders and analyses too.
-
-    Args:
-        folder: holds `results.jsonl`.
-        bench: rows of the benchmark; None: those published with the results, else the last ones measured here.
-
-    Raises:
-        ValueError: no results, or a damaged file.
-    """
-    rows = read_rows(folder / "results.jsonl")
-    published = folder / "bench.jsonl"
-    last = Path("outputs") / "bench" / "results.jsonl"
-    chosen = bench or (published if published.is_file() else last)
-    # Published results hold their analyses; those of an experiment lie beside its results.
-    places = [parent / "analysis" / f"{v}.json" for parent in (folder.parent, folder) for v in ANALYSES]
-    analyses = {path.stem: read_analysis(path) for path in places if path.is_file()}
-    return Evidence(rows, find_records(rows, folder), read_documents(folder), read_bench(chosen), analyses)
 
 
 @dataclass(frozen=True)
@@ -229,25 +158,6 @@ def claims_markdown(judged: Mapping[str, Sequence[Judged]], evidence: Evidence) 
     return "\n".join([*parts, NUMBERS_NOTE + "\n"])
 
 
-def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Benchmark rows, or none where there is no such file.
-
-    Raises:
-        ValueError: a line that is no JSON object.
-    """
-    file = Path(path)
-    rows = []
-    for number, line in enumerate(
-        file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], start=1
-    ):
-        try:
-            if line.strip():
-                rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no JSON object: {error}") from None
-    return rows
-
-
 # --- what each kind of claim is measured by --------------------------------------------------------
 
 
@@ -339,7 +249,7 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
 
 
 def _far(row: ResultRow) -> ResultRow | None:
-    """The row of the needles alone that stand further than the training length from the question, if there are any.
+    """The row of those needles alone that stand further than the training length from the question, if any do.
 
     A needle at depth d of n tokens stands (1 - d) n before the end.
     """

@@ -11,8 +11,9 @@ from alibi_lm.files import write_text
 from alibi_lm.results.curves import View
 from alibi_lm.settings import require
 from alibi_lm.study.atlas import write_atlas
-from alibi_lm.study.claims import claims_markdown, judge_claims, read_evidence
+from alibi_lm.study.claims import claims_markdown, judge_claims
 from alibi_lm.study.compare import common_lengths, is_better, select, title
+from alibi_lm.study.evidence import read_evidence
 from alibi_lm.study.fairness import differences
 from alibi_lm.study.figures import draw
 from alibi_lm.study.paper import comparison_markdown

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from alibi_lm.study.analysis import Analysis, Series
+from alibi_lm.study.analysis import Analysis, Series, context_words
 from alibi_lm.study.plots import Line, Panel, dress, say
 from alibi_lm.study.style import look
 from alibi_lm.study.tables import Table
@@ -146,5 +146,4 @@ def repeat_panel(found: Analysis, lines: list[Line], length: int) -> Panel:
 
 def effective_note(series: Series) -> str:
     """Small print of a curve of the effective context."""
-    effective = next((point["effective"] for point in series.points), None)
-    return "" if effective is None else f"effective context {effective}"
+    return next((context_words(point) for point in series.points if point["effective"] is not None), "")

@@ -349,13 +349,15 @@ CLAIMS: dict[str, list[Claim]] = {
     "Retrieval and tasks": [
         Claim(
             "retrieval_at_distance",
-            "ALiBi hardly retrieves a token from beyond L, although its perplexity is flat: it finds more than half "
-            "of the needles at L, and beyond L fewer than 15% of those further than L from the question, while its "
-            "perplexity stays within 5% of that at L.",
+            "ALiBi hardly retrieves a token from beyond L, although its perplexity is flat: it finds more than "
+            "half of the needles at L, at every longer length fewer than 15% of those further than L from the "
+            "question, and its perplexity stays within 5% of that at L.",
             "later work (Kazemnejad et al. 2023; DroPE, arXiv 2512.12167)",
             parts=[
                 Claim("needles at L", "", "", needles("alibi"), None, "above", 0.5),
-                Claim("far needles", "", "", needles("alibi", 1, which="every beyond", far=True), None, "below", 0.15),
+                Claim(
+                    "far needles", "", "", needles("alibi", which="every beyond", far=True), None, "below", 0.15
+                ),
                 Claim(
                     "perplexity", "", "", Side("alibi", which="every beyond", where={"task.name": "needle"}),
                     Side("alibi", where={"task.name": "needle"}), "within", 1.05,
@@ -364,8 +366,8 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         Claim(
             "none_beats_alibi_on_tasks",
-            "On each task of the board that was run, three or more, a model without positions has a higher accuracy "
-            "than ALiBi at every length beyond L.",
+            "On each task of the board that was run, three or more, a model without positions has a higher "
+            "accuracy than ALiBi at every length beyond L.",
             "Kazemnejad et al. 2023, arXiv 2305.19466 (mean over tasks, and better than all schemes)",
             parts=[
                 Claim(task, "", "", _board("none", task), _board("alibi", task), "above", 0.0) for task in BOARD
@@ -374,8 +376,8 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         Claim(
             "ssmax_retrieves_far",
-            "Adding SSMax lets a trained exponent (bam) retrieve far beyond L: at the longest length, 4L or more, it "
-            "finds more than half of the needles further than L from the question, and more than without SSMax.",
+            "Adding SSMax lets a trained exponent (bam) retrieve far beyond L: at the longest length, 4L or more, "
+            "it finds more than half of the needles further than L from the question, and more than without.",
             "Bianchessi et al. 2025, arXiv 2505.22842",
             parts=[
                 Claim("with SSMax", "", "", _far_bam("ssmax"), None, "above", 0.5),
@@ -393,13 +395,14 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         looks(
             "weights_fall_with_distance", "falling", "above", 0.9,
-            "ALiBi's weights fall with distance: of all steps from one range of distances to the next further one, "
-            "a head's mean weight falls at more than 90%.", "common description of ALiBi",
+            "ALiBi's weights fall with distance: at L, of all steps from one range of distances to the next "
+            "further one, the mean weight of a key in a head falls at more than 90%.",
+            "common description of ALiBi",
         ),
         Claim(
             "looks_the_same_at_every_length",
-            "ALiBi looks the same at every length: the mean distance of what its heads look at stays beyond L within "
-            "10% of that at L.", "common description of ALiBi",
+            "ALiBi looks the same at every length: the mean distance of what its heads look at stays within 10% "
+            "of that at L.", "common description of ALiBi",
             Side("alibi", which="every beyond", view="attention", number="distance"),
             Side("alibi", view="attention", number="distance"), "within", 1.1,
         ),
@@ -411,7 +414,8 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         Claim(
             "uses_no_more_than_L",
-            "ALiBi acts as windowed attention: 99% of the gradient of its loss goes to tokens nearer than L.",
+            "ALiBi acts as windowed attention: in the longest context that was measured, 99% of the "
+            "gradient of its loss goes to the last L tokens.",
             "Chi et al. 2023, arXiv 2212.10356",
             Side("alibi", view="effective_context", number="receptive_field/L"), None, "below", 1.0,
         ),

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import views
-from alibi_lm.study.claims import NUMBERS_NOTE, Evidence, claims_tables, judge_claims, read_evidence
+from alibi_lm.study.claims import NUMBERS_NOTE, claims_tables, judge_claims
 from alibi_lm.study.compare import VERDICTS
+from alibi_lm.study.evidence import Evidence, read_evidence
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.figures import draw
 from alibi_lm.study.paper import caveats, compare, comparison_table

@@ -12,7 +12,7 @@ from typing import Any
 from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, view_of, views
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.results.statistics import accuracy_interval
-from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, times
+from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, context_words, perplexity, times
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.stages import Stage
 from alibi_lm.study.style import label
@@ -154,9 +154,12 @@ _NOTES = {
     "fixed": "Perplexity per token of the same targets; in brackets its ratio to that at the training length.",
     "decomposition": "Nats per token with interval, and the factor of perplexity (below 1 is better).",
     "effective_context": "Perplexity per token of the same targets; in brackets its ratio to that at the training "
-    "length. Effective context: the least one whose loss is within 1% of the best.",
+    "length. Effective context: the least one whose loss is within 1% of the best. Receptive field: the last tokens "
+    "that hold 99% of the gradient of the loss, in windows of the longest context; median of the runs.",
     "repeat": "Nats per token that a segment costs less where it has been read before, with interval.",
     "attention": "Where heads look.",
+    "self_longppl": "Perplexity of the key tokens, which the long context of one of the runs makes cheap; in brackets "
+    "its ratio to that at the training length.",
     "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
     "windows": "Keys per head by the share of attention that may be lost; in brackets those needed on the text.",
     "safe_length": "Perplexity per token; in brackets its ratio to that at the training length.",
@@ -184,7 +187,7 @@ def _grid(found: Analysis) -> Table:
             if point.get("stride"):
                 mode += f", stride {point['stride']}"
             if found.view == "effective_context":
-                mode = f"effective {point['effective']}"
+                mode = context_words(point)
             row = cells.setdefault((series.name, str(series.train_length), mode), {})
             if found.view == "position":
                 if point["nats"] is not None:  # shorter windows come first and have more targets

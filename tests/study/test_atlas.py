@@ -12,7 +12,7 @@ from alibi_lm.files import write_json
 from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.results.rows import write_rows
 from alibi_lm.study.atlas import entries_of, read_cards, write_atlas
-from alibi_lm.study.claims import read_evidence
+from alibi_lm.study.evidence import read_evidence
 
 SHAPES = {
     "alibi": {32: 22.0, 64: 20.0, 128: 19.5, 512: 19.0},

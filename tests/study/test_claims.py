@@ -13,8 +13,9 @@ from alibi_lm.files import write_json
 from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.results.rows import write_rows
 from alibi_lm.study.analysis import Analysis, Series
-from alibi_lm.study.claims import Evidence, claims_tables, judge_claim, judge_claims, read_evidence
+from alibi_lm.study.claims import claims_tables, judge_claim, judge_claims
 from alibi_lm.study.compare import Measured, judge, measure, overall, power_note, sample
+from alibi_lm.study.evidence import Evidence, read_evidence
 from alibi_lm.study.paper_claims import CLAIMS, Claim, Side
 from alibi_lm.study.records import RunRecord, find_records
 
