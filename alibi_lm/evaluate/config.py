@@ -236,9 +236,7 @@ class EvaluateConfig:
             value = getattr(self, setting)
             if setting == "tracking":
                 value = getattr(value, "name", "jsonl")
-            default = {"last": 16, "windows": 16, "key_gain": 2.0, "key_loss": 2.0, "tracking": "jsonl"}.get(
-                setting
-            )
+            default = DEFAULTS.get(setting)
             users = ", ".join(view for view, names in known.items() if setting in names)
             require(
                 value == default,
