@@ -38,6 +38,9 @@ VIEWS: dict[str, tuple[str, ...]] = {
 CURVE = ("lengths", "mode", "stride", "task", "tracking", "cache", "lost_share", "window", "sinks")
 """The settings that `view=curve` understands."""
 
+DEFAULTS = {"last": 16, "windows": 16, "key_gain": 2.0, "key_loss": 2.0, "tracking": "jsonl"}
+"""Of the settings of single views that have one."""
+
 
 @dataclass
 class EvaluateData:
@@ -207,7 +210,8 @@ class EvaluateConfig:
                 f"{name} is empty. Give a value, or leave {name} out for the default.",
             )
         for name in (
-            "stride", "every", "last", "width", "windows", "short", "tokens_per_forward", "threads", "train_length",
+            "stride", "every", "last", "width", "windows", "short", "tokens_per_forward", "threads",
+            "train_length",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} = {value}. Use a whole number >= 1.")

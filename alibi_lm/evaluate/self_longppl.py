@@ -5,7 +5,7 @@ section 3, which has a judge of 8 billion parameters. Here each run is a judge, 
 
     long     nonoverlapping windows of its training length L
     short    sliding windows of K = L / 2 tokens, a quarter of which are scored: 3K/4 + 1 to K tokens of context
-    a key token costs more than `key_gain` nats less in the long pass than in the short one, and less than `key_loss`
+    a key token is more than `key_gain` nats cheaper in the long pass, where it costs less than `key_loss`
 
 The key tokens of a text are those of any of its judges, so that all curves have the same. At L a judge is then
 scored on tokens that it has chosen itself by a low loss; at other lengths it is not.
@@ -52,7 +52,7 @@ def gather(group: Group, lengths: Sequence[int], short: int | None, key_gain: fl
     """
     length = group.train_length
     short = short or max(1, length // 2)
-    words = f"{key_gain:g} nats cheaper with up to {length} tokens of context than with {short}, and below {key_loss:g}"
+    words = f"{key_gain:g} nats cheaper in windows of {length} than of {short}, and below {key_loss:g} nats there"
     found = Gathered(group.labels, length, group.documents, short, np.zeros(group.num_tokens, bool), words)
     stride = max(1, short // 4)
     for n in sorted({*lengths, length}):

@@ -261,7 +261,7 @@ def describe(row: ResultRow) -> str:
 
 
 def log_curve(config: EvaluateConfig) -> None:
-    """Show the curves in Weights & Biases, where it is chosen: a table and a line plot a metric, one run for all."""
+    """Show the curves in Weights & Biases, where it is chosen: a table and a plot for each metric, in one run."""
     if config.tracking.name != "wandb":
         return
     rows = [
@@ -282,7 +282,7 @@ def log_curve(config: EvaluateConfig) -> None:
 
 
 def curve_name(row: ResultRow) -> str:
-    """What tells one curve from another: `alibi_L64_s1`, with changes, and task, split or stride if not the usual."""
+    """What tells one curve from another: `alibi_L64_s1`, with changes, and task, split and stride if unusual."""
     changes = "".join(
         f"+{key.removeprefix('position.').removesuffix('.name')}={value}"
         for key, value in sorted(row.changes.items())
