@@ -154,12 +154,12 @@ _NOTES = {
     "fixed": "Perplexity per token of the same targets; in brackets its ratio to that at the training length.",
     "decomposition": "Nats per token with interval, and the factor of perplexity (below 1 is better).",
     "effective_context": "Perplexity per token of the same targets; in brackets its ratio to that at the training "
-    "length. Effective context: the least one whose loss is within 1% of the best. Field: the last tokens that hold "
-    "99% of the gradient of the loss, in windows of the longest context; median of the runs.",
+    "length. Effective context: the least one whose loss is within 1% of the best. Field: how many of the last "
+    "tokens hold 99% of the gradient of the loss, in windows of the longest context; median of the runs.",
     "repeat": "Nats per token that a segment costs less where it has been read before, with interval.",
     "attention": "Where heads look.",
-    "self_longppl": "Perplexity of the key tokens, which a long context makes cheap by the judgement of one of the "
-    "runs; in brackets its ratio to that at the training length.",
+    "self_longppl": "Perplexity of the key tokens, which a long context makes cheap by the judgement of one of "
+    "the runs; in brackets its ratio to that at the training length.",
     "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
     "windows": "Keys per head by the share of attention that may be lost; in brackets those needed on the text.",
     "safe_length": "Perplexity per token; in brackets its ratio to that at the training length.",

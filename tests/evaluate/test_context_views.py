@@ -64,14 +64,18 @@ def test_the_effective_context_is_the_least_that_is_as_good_as_the_best(text):
 
     group = views.Group("toy", 16, [Passes(Counts(0), text)])
     points = context_views.effective_context(group, [1, 8, 16, 32, 40, 64], 7)
+    assert points[0]["numbers"] == {"effective": {"copier_L16_s1": 32}, "receptive_field": {"copier_L16_s1": None}}
     assert {point["effective"] for point in points} == {32}, "1 + 1/32 is within 1% of 1 + 1/40, 1 + 1/16 is not"
     assert points[-1]["nats"] is None
 
 
-def brute_force(model, ids, length):
-    """Weights of all heads, (layers, heads, T, T), from the model's own modules, one layer after another."""
+def brute_force(model, vectors, length):
+    """Weights of all heads, (layers, heads, T, T), and hidden states (B, T, D), from word vectors (B, T, D).
+
+    By the model's own modules, one layer after another.
+    """
     positions = torch.arange(length)
-    x = model.vocabulary.embed(ids) * model.config.model_dim**0.5
+    x = vectors * model.config.model_dim**0.5
     x = model.schemes[0].add_to_embeddings(x, positions)
     found = []
     for block in model.layers:
@@ -85,7 +89,7 @@ def brute_force(model, ids, length):
         found.append(weights[0])
         x = x + block.attention.out((weights @ v).transpose(1, 2).flatten(2))
         x = x + block.ffn(block.ffn_norm(x))
-    return torch.stack(found).double()
+    return torch.stack(found).double(), model.final_norm(x)
 
 
 @pytest.mark.parametrize("position", ["alibi", "rotary", "none"])
@@ -97,7 +101,8 @@ def test_where_heads_look_is_what_the_weights_say(tiny_model, monkeypatch, posit
     (point,) = context_views.attention(views.Group(position, 8, [Passes(model, text)]), [24], 1)
     assert model.backend is backend and point["windows"] == 1
     with torch.no_grad():
-        weights = brute_force(model, torch.tensor([[0, *text.tokens[:-1].tolist()]]), 24)[:, :, 12:]
+        vectors = model.vocabulary.embed(torch.tensor([[0, *text.tokens[:-1].tolist()]]))
+        weights = brute_force(model, vectors, 24)[0][:, :, 12:]
     distance = (torch.arange(12, 24)[:, None] - torch.arange(24)).clamp_min(0)
     entropy = torch.special.entr(weights).sum(-1).mean(-1)
     for head in point["heads"]:
@@ -112,6 +117,12 @@ def test_where_heads_look_is_what_the_weights_say(tiny_model, monkeypatch, posit
                 means.append(float(torch.stack(having).mean()))
             assert value == pytest.approx(np.mean(means), rel=2e-3)
     assert point["sink_rate"] == np.mean([head["first"] > 0.3 for head in point["heads"]])
+    numbers = {name: by_run[model.label] for name, by_run in point["numbers"].items()}
+    assert numbers["distance"] == pytest.approx(np.mean([head["distance"] for head in point["heads"]]))
+    assert numbers["near"] == pytest.approx(float(weights[..., torch.arange(12), torch.arange(12, 24)].mean()))
+    assert numbers["beyond"] == pytest.approx(float((weights * (distance >= 8)).sum(-1).mean()), rel=1e-5)
+    falls = np.diff([head["weights"] for head in point["heads"]], axis=1) < 0
+    assert numbers["falling"] == pytest.approx(falls.mean()) and numbers["sink_rate"] == point["sink_rate"]
     assert [point["nearest"][0], point["farthest"][-1]] == [0, 23]
 
 
@@ -121,3 +132,23 @@ def test_a_scheme_without_such_positions_is_told(tiny_model, text):
     assert point["nats"] is None and "8 positions" in point["reason"]
     with pytest.raises(ValueError, match="does not show its attention weights"):
         context_views.attention(views.Group("toy", 16, [Passes(Copier(1), text)]), [16], 1)
+
+
+@pytest.mark.parametrize("position", ["alibi", "none"])
+def test_the_receptive_field_holds_99_percent_of_the_gradient(tiny_model, position, monkeypatch):
+    model = tiny_model(position, attention="sdpa", train_length=8, vocab_size=500)
+    text, targets = TextTask(np.random.default_rng(1).integers(1, 500, 60), 0), np.array([23, 40, 59])
+    norms = torch.zeros(24)
+    for target in targets:
+        ids = torch.tensor([[0, *text.tokens.tolist()][target - 23 : target + 1]])
+        leaf = model.vocabulary.embed(ids).detach().requires_grad_()
+        logits = brute_force(model, leaf, 24)[1][0, -1] @ model.vocabulary.output_table.T
+        (-logits.log_softmax(-1)[int(text.tokens[target])]).backward()
+        norms += leaf.grad[0].norm(dim=-1)
+    shares = [float(norms[24 - n :].sum() / norms.sum()) for n in range(1, 25)]
+    for field in (0.3, 0.6, 0.9, 0.99):
+        monkeypatch.setattr(context_views, "FIELD", field)
+        wanted = next(n for n, share in enumerate(shares, start=1) if share >= field)
+        found = context_views.receptive_field(Passes(model, text, tokens_per_forward=48), 24, targets)
+        assert found == wanted and (field > 0.6 or wanted < 24)
+    assert "embed" not in vars(model.vocabulary)

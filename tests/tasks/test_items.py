@@ -1,6 +1,8 @@
 """Items of tasks: against answers worked out in another way, and the same for the same seed and number."""
 
+import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import torch
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.sweep import measure
 from alibi_lm.model.interface import Scores
-from alibi_lm.tasks import TASKS
+from alibi_lm.results.curves import items_of
+from alibi_lm.tasks import TASKS, board, items, recall
 from alibi_lm.tasks.board import BOARD, BOS, EOS, FIRST, SEP
 from alibi_lm.tasks.items import ItemBatches, ItemTask, Synthetic
 from alibi_lm.tasks.recall import MQAR, Induction, MQARExtrapolate
@@ -39,10 +42,10 @@ def right_answer(name, symbols):
     return [int(digit) for digit in bin(int(first, 2) + int(second, 2))[2:]]
 
 
-@pytest.mark.parametrize("kind", BOARD, ids=lambda k: k().name)
-def test_the_board_asks_what_it_says_and_counts_the_answer_alone(kind):
-    task, seen = kind(), Counter()
-    for number in range(300):
+def check_board(task, items=300):
+    """Every token of some items: layout, answer by brute force, mask, and which lengths there are."""
+    seen = Counter()
+    for number in range(items):
         item = task.draw([0, 1, number], 21)
         whole = [*item.input_ids, item.target_ids[-1]]
         assert list(item.target_ids[:-1]) == list(item.input_ids[1:]), "target t follows input t"
@@ -60,6 +63,11 @@ def test_the_board_asks_what_it_says_and_counts_the_answer_alone(kind):
     assert set(seen) == set(wanted), "all lengths of a training, and no others"
 
 
+@pytest.mark.parametrize("kind", BOARD, ids=lambda k: k().name)
+def test_the_board_asks_what_it_says_and_counts_the_answer_alone(kind):
+    check_board(kind())
+
+
 def test_a_test_beyond_the_training_lengths_begins_where_the_last_ended():
     for length, wanted in ((5, range(1, 6)), (10, range(6, 11)), (12, range(8, 13))):
         items = ItemTask(TASKS["repeat_copy"](items=200), 5).items(length)
@@ -74,11 +82,10 @@ def test_bits_are_uniform_in_their_number_and_a_tie_is_drawn_anew():
     assert set(ones) == {0, 1, 3, 4} and all(abs(count - 750) < 100 for count in ones.values())
 
 
-@pytest.mark.parametrize(("kind", "length"), [(MQAR, 64), (MQARExtrapolate, 64), (MQARExtrapolate, 200)])
-def test_each_query_of_mqar_has_the_value_of_its_key(kind, length):
-    task, gaps = kind(vocabulary=64), []
-    kinds = set()
-    for number in range(200):
+def check_recall(task, length, items=200):
+    """Pairs, queries, values and mask of some items of MQAR; returns (tokens, pairs) of each, and the gaps."""
+    kinds, gaps = set(), []
+    for number in range(items):
         item = task.draw([0, 1, number], length, 64 if length > 64 else None)
         size, pairs = len(item.input_ids), int(item.counted.sum())
         kinds.add((size, pairs))
@@ -90,17 +97,27 @@ def test_each_query_of_mqar_has_the_value_of_its_key(kind, length):
         assert sorted(item.input_ids[places]) == sorted(keys)
         assert all(item.target_ids[p] == known[item.input_ids[p]] for p in places)
         gaps += [(p - 2 * pairs) / (size - 2 * pairs) for p in places]
-    wanted = {(32, 4), (64, 8)} if kind is MQARExtrapolate and length == 64 else {(length, 8)}
-    assert kinds == wanted
+    return kinds, gaps
+
+
+@pytest.mark.parametrize(("kind", "length"), [(MQAR, 64), (MQARExtrapolate, 64), (MQARExtrapolate, 200)])
+def test_each_query_of_mqar_has_the_value_of_its_key(kind, length):
+    kinds, gaps = check_recall(kind(vocabulary=64), length)
+    assert kinds == ({(32, 4), (64, 8)} if kind is MQARExtrapolate and length == 64 else {(length, 8)})
     assert np.mean(gaps) < 0.4, "near slots are more likely"
 
 
-def test_induction_asks_for_what_followed_the_sign():
-    for number in range(200):
-        item = Induction().draw([0, 1, number], 12)
+def check_induction(task, items=200):
+    """The sign twice, the mask at the end, and the answer after the first sign."""
+    for number in range(items):
+        item = task.draw([0, 1, number], 12)
         where = np.flatnonzero(item.input_ids == 0)
         assert len(where) == 2 and where[1] == 11 and list(np.flatnonzero(item.counted)) == [11]
         assert item.target_ids[11] == item.input_ids[where[0] + 1] != 0
+
+
+def test_induction_asks_for_what_followed_the_sign():
+    check_induction(Induction())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,7 +173,7 @@ def test_a_model_that_knows_the_future_has_everything_right(name):
     task = ItemTask(TASKS[name](items=50), 40)
     (row,) = measure(Passes(Oracle(), task, tokens_per_forward=200), 80, position="toy")
     assert (row.task, row.metric, row.mode, row.value) == (name, "accuracy", "items", 1.0)
-    assert row.n == 50 * (8 if "mqar" in name else 1)
+    assert row.n == 50 * (8 if "mqar" in name else 1) and items_of(row) == 50
     (blind,) = measure(Passes(Oracle(says=0), task, tokens_per_forward=200), 80, position="toy")
     assert blind.value == 0
 
@@ -171,16 +188,61 @@ def test_a_constant_answer_has_the_accuracy_of_chance(name, says):
     assert row.value == pytest.approx(task.task.chance, abs=0.04)
 
 
-def test_a_wrong_label_or_mask_is_noticed():
-    """The checks above look at every token: each of these changes breaks one of them."""
-    task = TASKS["sort"]()
-    item = task.draw([0, 1, 5], 9)
-    border = int(np.flatnonzero(item.input_ids == SEP)[0])
-    symbols = [int(t) - FIRST for t in item.input_ids[1:border]]
-    shifted = np.roll(item.counted, 1)
-    assert list(np.flatnonzero(shifted)) != list(range(border, len(item.input_ids)))
-    swapped = item.target_ids[border:-1][::-1] - FIRST
-    assert len(symbols) > 1 and list(swapped) != right_answer("sort", symbols)
+MUTATIONS = [  # task, what its generator has, and what it has instead
+    ("bin_majority", "2 * found.sum() > length", "2 * found.sum() < length"),
+    ("bin_majority", "if tie or 2 * ones != length", "if True"),
+    ("majority", "counts.argmax()", "counts.argmin()"),
+    ("majority", ".sum() == 1", ".sum() >= 1"),
+    ("interleaved_majority", "strings.sum(axis=1) > length // 3", "strings.sum(axis=1) < length // 3"),
+    ("interleaved_majority", "strings.T.ravel()", "strings.ravel()"),
+    ("unique_copy", "return found, found", "return found, found[::-1]"),
+    ("repeat_copy", "return found, found", "return found, 1 - found"),
+    ("sort", "np.sort(found)", "np.sort(found)[::-1]"),
+    ("parity", "2 + found.sum() % 2", "3 - found.sum() % 2"),
+    ("addition", "total = sum(", "total = max("),
+    ("addition", "number[0] if digits == 1 else 1", "number[0]"),
+    ("mqar", "targets[places], counted[places] = values", "targets[places], counted[places] = values[::-1]"),
+    ("mqar", "counted[places] = values, True", "counted[places + 1] = values, True"),
+    ("mqar", "tokens[places] = keys", "tokens[places] = keys[::-1]"),
+    ("mqar_extrapolate", "self.pairs // 2 if short", "self.pairs if short"),
+    ("induction", "tokens[place + 1])", "tokens[place])"),
+    ("induction", "counted[-1] = True", "counted[-2] = True"),
+]
+
+
+def mutant(module, *change):
+    """A module whose source was changed."""
+    source, made = Path(module.__file__).read_text(), types.ModuleType(module.__name__)
+    assert change[0] in source, "the generator was rewritten: change the mutation too"
+    exec(compile(source.replace(*change), "mutant", "exec"), made.__dict__)
+    return made
+
+
+def check_generator(kind):
+    """The check above that belongs to a task."""
+    if "mqar" in kind().name:
+        kinds, _ = check_recall(kind(vocabulary=64), 64, 60)
+        assert kinds == ({(64, 8)} if kind().name == "mqar" else {(32, 4), (64, 8)})
+    elif kind().name == "induction":
+        check_induction(kind(), 60)
+    else:
+        check_board(kind(), 300)
+
+
+@pytest.mark.parametrize(("name", "has", "instead"), MUTATIONS)
+def test_a_generator_with_another_rule_is_noticed(name, has, instead):
+    made = mutant(recall if name in ("mqar", "mqar_extrapolate", "induction") else board, has, instead)
+    (kind,) = (own for own in vars(made).values() if getattr(own, "name", None) == name)
+    with pytest.raises((AssertionError, IndexError)):
+        check_generator(kind)
+
+
+@pytest.mark.parametrize("first", ["len(question) - 2 :", "len(question) :", "len(question) - 1 : -1"])
+@pytest.mark.parametrize("kind", BOARD, ids=lambda k: k().name)
+def test_a_mask_that_is_off_by_one_is_noticed(kind, first, monkeypatch):
+    monkeypatch.setattr(board, "answered", mutant(items, "len(question) - 1 :", first).answered)
+    with pytest.raises(AssertionError):
+        check_board(kind(), 3)
 
 
 @pytest.mark.parametrize(
