@@ -351,10 +351,8 @@ def _over_items(left: Sample, right: Sample | None, comparisons: int) -> Measure
     half = share_half_width(of_seeds, of_items, count, items, level)
     over = f"{count} seeds" if count > 1 else f"seed {common[0]} alone" if common else "one seed"
     over += f"{', paired' if paired and right and count > 1 else ''} and {items} items"
-    return Measured(
-        center, center - half, center + half, count, over, of_seeds * count, of_items, items - 1.0, comparisons,
-        left.metric,
-    )  # fmt: skip
+    spread = of_seeds * count, of_items, math.inf
+    return Measured(center, center - half, center + half, count, over, *spread, comparisons, left.metric)
 
 
 def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str) -> Measured:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_rows import TOKENS, curve, paper_rows, row, run_script, study, write_run
+from study_rows import TOKENS, accuracy, curve, paper_rows, row, run_script, study, write_run
 
 from alibi_lm.files import write_json
 from alibi_lm.results.documents import DocumentSums, upsert_documents
@@ -470,3 +470,167 @@ def test_the_script_prints_a_line_a_claim_and_exits_0_whatever_they_say(tmp_path
     assert failing.returncode == 0 and failing.stdout.startswith("FAILS        Sinusoidal positions are worse")
     missing = run_script("claims.py", "experiment=nope", cwd=tmp_path)
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
+
+
+def needle_rows(position, by_length, seeds=(1, 2, 3), **changes):
+    """Rows of a run with needles at depths 0, 0.5 and 1: {length: shares there}."""
+    rows = []
+    for seed in seeds:
+        for length, shares in by_length.items():
+            mean = sum(shares) / 3
+            parts = {"by_part": dict(zip(("0.0", "0.5", "1.0"), shares, strict=True))}
+            made = accuracy(position, length, mean, items=300, seed=seed, extra=parts, **changes)
+            rows.append(replace(made, task="needle"))
+    return rows
+
+
+def with_config(rows, config):
+    """Evidence in which all runs have these settings, or those of `config[run suffix]`."""
+    return Evidence(rows, {r.run: RunRecord(r.run, config=config(r.run)) for r in rows})
+
+
+def flat(position, perplexities, **changes):
+    return [row(position, n, p, seed=s, **changes) for n, p in perplexities.items() for s in (1, 2, 3)]
+
+
+SAME = "looks_the_same_at_every_length"
+NEEDLE = {"task.name": "needle", "query_scale.name": "none"}
+
+
+@pytest.mark.parametrize(
+    ("far", "at_256", "verdict", "decisive"),
+    [
+        (0.02, 20.0, "HOLDS", None),
+        (0.9, 20.0, "FAILS", "far needles, L=64, at 128"),
+        (0.02, 30.0, "FAILS", "perplexity, L=64, at 256 over 64"),
+        (0.14, 20.0, "NOT SETTLED", "far needles, L=64, at 128"),
+    ],
+)
+def test_retrieval_is_judged_by_far_needles_beside_the_perplexity(far, at_256, verdict, decisive):
+    # At 128 = 2L the needle at depth 0.5 stands exactly L before the end, so it is not far; at 256 it is.
+    rows = needle_rows("alibi", {64: (0.9, 0.9, 0.9), 128: (far, 0.95, 1.0), 256: (0.01, 0.02, 1.0)})
+    rows += flat("alibi", {64: 20.0, 128: 20.1, 256: at_256})
+    found = judge_claim(ALL["retrieval_at_distance"], with_config(rows, lambda run: NEEDLE))
+    assert found.verdict == verdict, found.line
+    assert decisive in (None, *[i.what for i in found.instances if i.verdict == verdict])
+    numbers = {i.what: i.numbers for i in found.instances}
+    assert numbers["far needles, L=64, at 128"].startswith(f"+{far:.3f} [")
+    assert numbers["far needles, L=64, at 256"].startswith("+0.015 [") and "200 items" in str(numbers)
+    assert "3 seeds and 300 items" in numbers["needles at L, L=64, at 64"]
+    plain = [r for r in rows if r.task == "text"]
+    missing = judge_claim(ALL["retrieval_at_distance"], with_config(plain, lambda run: NEEDLE))
+    assert missing.verdict == "NOT RUN" and "needles at L (no alibi trained at 64, task needle" in missing.note
+
+
+def board_rows(task, none, alibi, train=50):
+    rows = []
+    for position, values in (("none", none), ("alibi", alibi)):
+        for seed, value in enumerate(values, start=1):
+            made = accuracy(position, 2 * train, value, items=2000, seed=seed, train=train, split="test")
+            rows += [replace(made, task=task), replace(made, task=task, inference_length=train, value=0.99)]
+    return rows
+
+
+def test_tasks_are_judged_each_by_itself_with_all_seeds():
+    rows = board_rows("sort", (0.5, 0.52, 0.51), (0.3, 0.31, 0.29), train=20)
+    rows += board_rows("parity", (0.9, 0.9, 0.91), (0.3, 0.32, 0.31))
+    claim = ALL["none_beats_alibi_on_tasks"]
+    assert judge_claim(claim, evidence(rows)).verdict == "NOT RUN", "three tasks are needed"
+    won = judge_claim(claim, evidence(rows + board_rows("induction", (1.0, 1.0, 1.0), (0.2, 0.2, 0.2), 64)))
+    assert won.verdict == "HOLDS" and "majority (no none trained" in won.note
+    assert [i.what for i in won.instances] == [
+        "sort, L=20, at 40", "parity, L=50, at 100", "induction, L=64, at 128",
+    ]  # fmt: skip
+    lost = judge_claim(claim, evidence(rows + board_rows("induction", (0.2, 0.2, 0.2), (1.0, 1.0, 1.0), 64)))
+    assert lost.verdict == "FAILS"
+    # one seed that did not learn its task counts too
+    wild = judge_claim(claim, evidence(rows + board_rows("induction", (1.0, 0.0, 1.0), (0.5, 0.5, 0.5), 64)))
+    assert wild.verdict == "NOT SETTLED" and "would settle" in wild.line
+
+
+def test_query_scales_tell_the_runs_of_bam_apart():
+    plain = needle_rows("bam", {64: (1.0,) * 3, 512: (0.0, 0.1, 1.0)})
+    scaled = needle_rows("bam", {64: (1.0,) * 3, 512: (0.8, 0.9, 1.0)}, suffix="_0f3a9c21")
+    scale = {True: "ssmax", False: "none"}
+    found = judge_claim(
+        ALL["ssmax_retrieves_far"],
+        with_config(plain + scaled, lambda run: NEEDLE | {"query_scale.name": scale["_0f" in run]}),
+    )
+    assert found.verdict == "HOLDS" and [i.numbers.split(" ")[0] for i in found.instances] == ["+0.850", "+0.800"]
+    assert judge_claim(ALL["ssmax_retrieves_far"], with_config(plain, lambda run: NEEDLE)).verdict == "NOT RUN"
+
+
+def test_the_interval_of_a_difference_of_accuracies_is_over_seeds_and_items():
+    def made(position, values, items=400):
+        return sample([accuracy(position, 64, v, items=items, seed=s) for s, v in enumerate(values, start=1)], {})
+
+    x, y = (0.5, 0.6, 0.7), (0.4, 0.45, 0.47)
+    found = measure(made("none", x), made("alibi", y))
+    differences = np.subtract(x, y)
+    of_seeds = differences.var(ddof=1) / 3
+    shares = [(np.mean(v) * 400 + 2) / 404 for v in (x, y)]
+    of_items = sum(p * (1 - p) / 404 for p in shares)
+    assert found.estimate == pytest.approx(differences.mean()) and found.over == "3 seeds, paired and 400 items"
+    assert found.document_variance == pytest.approx(of_items) and found.seed_variance == pytest.approx(
+        3 * of_seeds
+    )
+    error = math.sqrt(of_seeds + of_items)
+    assert 1.9 * error < found.high - found.estimate < 4.31 * error, "between z and t of 2 degrees of freedom"
+    # seeds that agree exactly leave the items; items alone say nothing of another training run
+    same = measure(made("none", (0.0, 0.0, 0.0)), None)
+    assert 0 < same.high < 0.02 and judge(same, "below", 0.15, 2) == "HOLDS"
+    one = measure(made("none", x[:1]), made("alibi", y[:1]))
+    assert one.seeds == 1 and judge(one, "above", 0.0, 2) == "NOT SETTLED"
+    few = measure(made("none", x, items=20), made("alibi", y, items=20))
+    assert few.high - few.low > 2 * (found.high - found.low) * 0.7 and "20 items" in few.over
+
+
+def seen(view, points, position="alibi", runs=("a_s1", "a_s2", "a_s3")):
+    return replace(decomposition(Series(position, 64, list(runs), points, "c0ffee", 1000, 9)), view=view)
+
+
+def by_run(values):
+    return dict(zip(("a_s1", "a_s2", "a_s3"), values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "values"),
+    [
+        ("focuses_locally", "HOLDS", {64: {"near": (0.7, 0.71, 0.69)}}),
+        ("focuses_locally", "FAILS", {64: {"near": (0.2, 0.21, 0.22)}}),
+        ("focuses_locally", "NOT SETTLED", {64: {"near": (0.1, 0.9, 0.8)}}),
+        ("focuses_locally", "NOT RUN", {128: {"near": (0.7, 0.71, 0.69)}}),
+        ("weights_fall_with_distance", "FAILS", {64: {"falling": (0.6, 0.61, 0.6)}}),
+        (SAME, "HOLDS", {64: {"distance": (8, 9, 7)}, 128: {"distance": (8.1, 9.1, 7.1)}}),
+        (SAME, "FAILS", {64: {"distance": (8, 9, 7)}, 128: {"distance": (16.0, 18.0, 14.1)}}),
+    ],
+)  # fmt: skip
+def test_numbers_of_heads_are_judged_over_seeds(name, verdict, values):
+    points = [
+        {"length": n, "numbers": {k: by_run(v) for k, v in numbers.items()}, "heads": []}
+        for n, numbers in values.items()
+    ]
+    found = judge_claim(ALL[name], analysed(seen("attention", points)))
+    assert found.verdict == verdict, found.line
+    if name == SAME and verdict == "HOLDS":
+        ratio = np.exp(np.mean(np.log([8.1 / 8, 9.1 / 9, 7.1 / 7])))
+        assert found.instances[0].numbers.startswith(f"{ratio:.3f} [") and "3 seeds" in found.line
+    old = [{k: v for k, v in point.items() if k != "numbers"} for point in points]
+    assert judge_claim(ALL[name], analysed(seen("attention", old))).verdict == "NOT RUN"
+    single = seen(
+        "attention", [p | {"numbers": {k: {"a_s1": v["a_s1"]} for k, v in p["numbers"].items()}} for p in points]
+    )
+    assert judge_claim(ALL[name], analysed(single)).verdict in ("NOT SETTLED", "NOT RUN")
+
+
+def test_a_second_reading_and_the_receptive_field_are_judged():
+    points = [
+        {"distance": d, "nats": 0.0, "by_run": by_run(v)} for d, v in ((32, (9,) * 3), (128, (0.2, 0.21, 0.2)))
+    ]
+    found = judge_claim(ALL["keeps_long_range_dependencies"], analysed(seen("repeat", points)))
+    assert found.verdict == "HOLDS" and [i.what for i in found.instances] == ["L=64, at a distance of 128"]
+    for fields, verdict in (((32, 40, 36), "HOLDS"), ((128, 120, 125), "FAILS"), ((None, 32, 32), "NOT RUN")):
+        points = [{"context": n, "numbers": {"receptive_field": by_run(fields)}} for n in (32, 64, 128)]
+        found = judge_claim(ALL["uses_no_more_than_L"], analysed(seen("effective_context", points)))
+        assert found.verdict == verdict
+    assert found.instances == [] or found.instances[0].numbers.startswith("+0.5")
