@@ -6,16 +6,19 @@ import shutil
 
 import numpy as np
 import pytest
+import study_rows
 
 import alibi_lm.evaluate.passes as passes_module
+import alibi_lm.evaluate.sweep as sweep_module
 from alibi_lm import checkpoint
 from alibi_lm.attention import chosen_backend
 from alibi_lm.evaluate import plan
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.plan import FailedRuns
-from alibi_lm.evaluate.sweep import analyse, curve_name, describe, evaluate
+from alibi_lm.evaluate.sweep import analyse, curve_name, describe, evaluate, log_curve
 from alibi_lm.results.documents import read_documents
-from alibi_lm.results.rows import read_rows
+from alibi_lm.results.rows import read_rows, write_rows
+from alibi_lm.tracking import Tracker, WandbConfig
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def rows_of(**changes):
 
 
 def test_views_and_rows_share_their_passes_and_their_values(place, scored):
-    files = list(analyse(settings(view="all", stride=2, every=3, last=2)))
+    files = list(analyse(settings(view="all", stride=2, every=3, last=2, key_gain=0.001, key_loss=99.0)))
     assert [file.name for file in files] == [f"{view}.json" for view in VIEWS]
     made = len(scored)
     rows = rows_of()
@@ -372,3 +375,27 @@ def test_each_command_has_its_own_views():
         next(evaluate(EvaluateConfig(view="position")))
     with pytest.raises(ValueError, match=r"view = curve is what scripts/evaluate\.py computes"):
         next(analyse(EvaluateConfig()))
+
+
+def test_perplexity_and_accuracy_each_have_a_table_in_wandb(tmp_path, monkeypatch):
+    class Recorder(Tracker):
+        tables, values = {}, {}
+
+        def table(self, name, columns, rows, line_plot):
+            self.tables[name] = [dict(zip(columns, one, strict=True)) for one in rows], line_plot
+
+        def summary(self, values):
+            self.values |= values
+
+    monkeypatch.setattr(sweep_module, "open_tracker", lambda *given: Recorder())
+    rows = [study_rows.row(length=128), study_rows.row("learned", 128, None)]
+    rows += [study_rows.accuracy("alibi", 64, 0.25), study_rows.accuracy("learned", 128, None)]
+    write_rows(tmp_path / "results.jsonl", rows)
+    log_curve(settings(tracking=WandbConfig(), output_dir=str(tmp_path)))
+    assert {name: (len(body), plot[1]) for name, (body, plot) in Recorder.tables.items()} == {
+        "extrapolation": (1, "perplexity"), "accuracy": (1, "accuracy"),
+    }  # fmt: skip
+    (text,), (task,) = (Recorder.tables[name][0] for name in ("extrapolation", "accuracy"))
+    assert (text["curve"], text["perplexity"]) == ("alibi_L64_s1", pytest.approx(20))
+    assert (task["curve"], task["task"], task["accuracy"]) == ("alibi_L64_s1 copy", "copy", 0.25)
+    assert Recorder.values["accuracy/alibi_L64_s1 copy@64"] == 0.25
