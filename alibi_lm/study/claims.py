@@ -94,7 +94,11 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
         gone = [f"{part.id} ({why})" for part, ones, why in found if not ones]
         enough = len(parts) - len(gone) >= (claim.min_parts or len(parts))
         verdict = overall([one.verdict for one in instances]) if enough else "NOT RUN"
-        return Judged(claim, verdict, instances if enough else [], f"not run: {_some(gone)}" if gone else "")
+        note = f"not run: {_some(gone)}" if gone else ""
+        given = [one for part in parts if part.given for one in instances if one.what.startswith(f"{part.id}, ")]
+        if enough and any(one.verdict != "HOLDS" for one in given):
+            verdict, note = "NOT SETTLED", f"says nothing, as this is not so: {given[0].what.partition(',')[0]}"
+        return Judged(claim, verdict, instances if enough else [], note)
     missing, verdict = found[0][2], overall([one.verdict for one in instances])
     if not instances:
         return Judged(claim, verdict, [], missing)
@@ -232,7 +236,7 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
         and abs(evidence.stage(row) - side.stage) < NEAR
         and all(evidence.setting(row.run, key) == value for key, value in side.where.items())
     ]
-    what = f"{side.position} trained at {train:g}"
+    what = f"runs of {side.position} trained at {train:g}"
     if not rows:
         settings = "".join(f", {key}={value}" for key, value in {**side.where, **side.changes}.items())
         settings += "" if side.stage == 1 else f", after {side.stage:.0%} of its training"

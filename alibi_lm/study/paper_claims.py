@@ -104,6 +104,8 @@ class Claim:
     """What it is made of, in place of sides: it holds where all of these do."""
     min_parts: int = 0
     """Parts without which nothing is said; 0: all of them."""
+    given: bool = False
+    """Of a part: the whole says nothing of runs for which it does not hold."""
 
     def __post_init__(self) -> None:
         assert self.relation in ("below", "above", "within")
@@ -349,12 +351,12 @@ CLAIMS: dict[str, list[Claim]] = {
     "Retrieval and tasks": [
         Claim(
             "retrieval_at_distance",
-            "ALiBi hardly retrieves a token from beyond L, although its perplexity is flat: it finds more than "
-            "half of the needles at L, at every longer length fewer than 15% of those further than L from the "
-            "question, and its perplexity stays within 5% of that at L.",
+            "ALiBi hardly retrieves a token from beyond L, although its perplexity is flat: where it finds "
+            "more than half of the needles at L, it finds at every longer length fewer than 15% of those further "
+            "than L from the question, and its perplexity stays within 5% of that at L.",
             "later work (Kazemnejad et al. 2023; DroPE, arXiv 2512.12167)",
             parts=[
-                Claim("needles at L", "", "", needles("alibi"), None, "above", 0.5),
+                Claim("needles at L", "", "", needles("alibi"), None, "above", 0.5, given=True),
                 Claim(
                     "far needles", "", "", needles("alibi", which="every beyond", far=True), None, "below", 0.15
                 ),

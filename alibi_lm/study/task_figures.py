@@ -62,8 +62,10 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
         )
     depths = [partial(depth_panel, curve=curve, shares=shares) for curve, shares in _by_depth(rows, words)]
     if depths:
-        origin = "share of items that are right, mean over seeds; " + _counts(rows, found)
-        drawn["depths"] = build("Accuracy by depth and length", grid(depths, 4), origin, [], [], (2.4, 2.0))
+        origin = "items that are right in per cent, mean over seeds; " + _counts(rows, found)
+        remark = "Above the white line needles stand further from the question than the training length."
+        cells = grid(depths, min(len(depths), 4))
+        drawn["depths"] = build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0))
     for name, figure in drawn.items():
         for suffix in ("png", "svg"):
             written.append(folder / f"{name}.{suffix}")
@@ -104,6 +106,10 @@ def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, floa
     axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
     axis.set_yticks(range(0, len(depths), 2), depths[::2])
+    for x, length in enumerate(lengths):
+        if length > curve.train_length:  # a needle at depth d stands (1 - d) n before the end
+            border = (1 - curve.train_length / length) * (len(depths) - 1)
+            axis.plot([x - 0.5, x + 0.5], [border - 0.25] * 2, color="white", linewidth=1.2)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             color = "white" if value < 0.6 else "black"
@@ -142,4 +148,5 @@ def _counts(rows: Sequence[ResultRow], found: Sequence[View]) -> str:
     items = {row.n for row in own if row.n is not None}
     commits = sorted({(row.commit or "unknown")[:10] for row in own})
     most = f"{min(items):,} to {max(items):,}" if len(items) > 1 else f"{max(items, default=0):,}"
-    return f"{len(found)} tasks; {most} answers at each length; {len(seeds)} seeds; commit {' or '.join(commits)}"
+    tasks = f"{len(found)} task{'s' if len(found) > 1 else ''}"
+    return f"{tasks}; {most} answers at each length; {len(seeds)} seeds; commit {' or '.join(commits)}"

@@ -334,7 +334,7 @@ def test_a_claim_is_not_confirmed_at_lengths_that_were_not_run():
     rows = two_schemes([20.0, 20.1], [22.0, 22.2], length=128)
     found = judge_claim(claim, evidence(rows))
     assert [i.verdict for i in found.instances] == ["HOLDS"]
-    assert found.verdict == "NOT SETTLED" and "no alibi trained at 64" in found.note
+    assert found.verdict == "NOT SETTLED" and "no runs of alibi trained at 64" in found.note
     rows += two_schemes([20.0, 20.1], [22.0, 22.2], length=64)
     assert judge_claim(claim, evidence(rows)).verdict == "HOLDS"
     worse = two_schemes([22.0, 22.2], [20.0, 20.1], length=128)
@@ -517,9 +517,16 @@ def test_retrieval_is_judged_by_far_needles_beside_the_perplexity(far, at_256, v
     assert numbers["far needles, L=64, at 128"].startswith(f"+{far:.3f} [")
     assert numbers["far needles, L=64, at 256"].startswith("+0.015 [") and "200 items" in str(numbers)
     assert "3 seeds and 300 items" in numbers["needles at L, L=64, at 64"]
+    rest = [r for r in rows if (r.task, r.inference_length) != ("needle", 64)]
+    untrained = with_config(rest + needle_rows("alibi", {64: (0.1,) * 3}), lambda run: NEEDLE)
+    nothing = judge_claim(ALL["retrieval_at_distance"], untrained)
+    assert nothing.verdict == "NOT SETTLED" and nothing.note == "says nothing, as this is not so: needles at L"
     plain = [r for r in rows if r.task == "text"]
     missing = judge_claim(ALL["retrieval_at_distance"], with_config(plain, lambda run: NEEDLE))
-    assert missing.verdict == "NOT RUN" and "needles at L (no alibi trained at 64, task needle" in missing.note
+    assert (
+        missing.verdict == "NOT RUN"
+        and "needles at L (no runs of alibi trained at 64, task needle" in missing.note
+    )
 
 
 def board_rows(task, none, alibi, train=50):
@@ -537,7 +544,7 @@ def test_tasks_are_judged_each_by_itself_with_all_seeds():
     claim = ALL["none_beats_alibi_on_tasks"]
     assert judge_claim(claim, evidence(rows)).verdict == "NOT RUN", "three tasks are needed"
     won = judge_claim(claim, evidence(rows + board_rows("induction", (1.0, 1.0, 1.0), (0.2, 0.2, 0.2), 64)))
-    assert won.verdict == "HOLDS" and "majority (no none trained" in won.note
+    assert won.verdict == "HOLDS" and "majority (no runs of none trained" in won.note
     assert [i.what for i in won.instances] == [
         "sort, L=20, at 40", "parity, L=50, at 100", "induction, L=64, at 128",
     ]  # fmt: skip
