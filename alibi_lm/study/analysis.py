@@ -30,7 +30,7 @@ TITLES = {
     "effective_context": "How much context the model uses",
     "repeat": "What reading the same segment a second time gains",
     "attention": "Where heads look",
-    "self_longppl": "Perplexity of the tokens that need a long context (self-LongPPL)",
+    "self_longppl": "Self-LongPPL: tokens that need a long context",
 }
 AT = {"fixed": "context", "offset": "offset", "effective_context": "context", "repeat": "distance"}
 """What the points of a view stand at, where it is not the inference length."""
