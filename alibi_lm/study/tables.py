@@ -159,8 +159,8 @@ _NOTES = {
     "repeat": "Nats per token that a segment costs less where it has been read before, with interval.",
     "attention": "Where heads look.",
     "self_longppl": "Perplexity of the key tokens, which a long context makes cheap by the judgement of one of "
-    "the runs; in brackets its ratio to that at the training length, where the runs are flattered: they chose these "
-    "tokens by their low loss there.",
+    "the runs; in brackets its ratio to that at the training length, where the runs are flattered: they chose "
+    "these tokens by their low loss there.",
     "offset": "Change in nats per token against positions from 0, in brackets the largest of a single token.",
     "windows": "Keys per head by the share of attention that may be lost; in brackets those needed on the text.",
     "safe_length": "Perplexity per token; in brackets its ratio to that at the training length.",
