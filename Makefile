@@ -3,7 +3,7 @@ PYTHON ?= python3
 EXPERIMENT ?= quick
 ARGS ?=
 PIP_ARGS ?=
-EXTRAS ?= dev,launchers,dashboard,lm-eval
+EXTRAS ?= dev,launchers,dashboard
 BIN := .venv/bin
 STAMP := .venv/.installed
 SHELL := /bin/bash
@@ -40,7 +40,12 @@ format: $(STAMP)  ## fix what the formatter and the linter can fix
 test: $(STAMP)  ## run the CPU test suite (5 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: $(STAMP)  ## run the long tests (25 minutes at most)
+# Only a long test needs this package, and it brings fifty others.
+$(STAMP)-lm-eval: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[lm-eval]'
+	@touch $@
+
+test-slow: $(STAMP)-lm-eval  ## run the long tests (25 minutes at most)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow $(ARGS)
 
 data: $(STAMP)  ## prepare the experiment's corpus and verify it

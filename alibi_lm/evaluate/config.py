@@ -194,8 +194,8 @@ class EvaluateConfig:
             f"checkpoint = {self.checkpoint!r}. Allowed: best, last, step:<number> of one that was kept.",
         )
         require(
-            self.model is None or (self.runs is None and not self.position),
-            "model = ... with runs or position: those are of runs of alibi_lm. Give one or the other.",
+            self.model is None or (self.runs is None and not self.position and not self.query_scale),
+            "model = ... with runs, position or query_scale: those are of runs of alibi_lm. Give one or the other.",
         )
         for name in ("model_config", "train_length", "trust_remote_code"):
             shown, value = "+model.<key>" if name == "model_config" else name, getattr(self, name)
