@@ -195,7 +195,7 @@ class EvaluateConfig:
         )
         require(
             self.model is None or (self.runs is None and not self.position and not self.query_scale),
-            "model = ... with runs, position or query_scale: those are of runs of alibi_lm. Give one or the other.",
+            "model = ... with runs, position or query_scale: those are of our own runs. Give one or the other.",
         )
         for name in ("model_config", "train_length", "trust_remote_code"):
             shown, value = "+model.<key>" if name == "model_config" else name, getattr(self, name)

@@ -285,7 +285,7 @@ def _of_view(claim: Claim, evidence: Evidence, view: str) -> tuple[list[Found], 
                 logs = [
                     replace(one, values={k: math.log(v) for k, v in one.values.items()}) for one in (value, own)
                 ]
-                value = replace(logs[0].minus(logs[1]), metric="ratio")
+                value = replace(logs[0].minus(logs[1]), metric="ratio", why="")
             words = _WORDS.get(view, "at {n}").format(n=n, L=series.train_length)
             found.append(Found(f"L={series.train_length}, {words}", value))
     return found, _some(reasons) or ("" if found else f"needs analyse.py view={view} of such runs")
@@ -295,6 +295,7 @@ _WORDS = {
     "decomposition": "from L to {n}",
     "fixed": "with {n} tokens of context over {L}",
     "repeat": "at a distance of {n}",
+    "effective_context": "all contexts",
 }
 """How the points of a view are told."""
 

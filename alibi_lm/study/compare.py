@@ -366,7 +366,15 @@ def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str) 
             estimate, which = a[common[0]] - b[common[0]], f"seed {common[0]} alone"
         else:
             estimate, which = float(np.mean([*a.values()]) - np.mean([*b.values()])), "one seed"
-        return Measured(estimate, None, None, 1, f"{which}; {why}", comparisons=comparisons, metric=left.metric)
+        return Measured(
+            estimate,
+            None,
+            None,
+            1,
+            f"{which}; {why}" if why else which,
+            comparisons=comparisons,
+            metric=left.metric,
+        )
     paired = len(common) >= 2
     x, y = (np.array([side[seed] for seed in (common if paired else side)]) for side in (a, b))
     over = f"{len(x)} seeds, paired" if paired else f"{len(x)} and {len(y)} seeds"
