@@ -221,6 +221,13 @@ class Conformance:
                 )
             words = f"{attention} against eager: nats {worst_nats:.1e}, gradients {worst_grad:.1e}"
             yield Check("", worst_nats <= 1e-4 and worst_grad <= 1e-4, f"{words} (each at most 1e-04)")
+        if not Backends("flex", "").refuses_scheme(self.scheme):
+            model = self.model("flex")
+            with torch.no_grad():
+                gaps = [model.nats(tokens, targets, window=w) - results["eager", w][0] for w in (None, 9)]
+            worst = max(float(gap.abs().max()) for gap in gaps)
+            words = f"flex against eager: nats {worst:.1e} (at most 1e-04), no gradients on a CPU"
+            yield Check("", worst <= 1e-4, words)
 
     def gradients(self) -> Iterator[Check]:
         """Gradients are those of finite differences in float64, along a random direction of each parameter."""
@@ -256,6 +263,7 @@ class Conformance:
         q_pos, k_pos = torch.tensor([0, 1, last // 3, last - 1, last]), torch.arange(0, last + 1, 7)
         bias = scheme.bias(q_pos, k_pos)
         if bias is not None:
+            bias = bias.detach()
             with InDouble():
                 expected = reference.bias(q_pos, k_pos)
             assert expected is not None

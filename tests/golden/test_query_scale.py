@@ -106,42 +106,53 @@ def test_golden_scheme_ssmax():
             torch.testing.assert_close(found.transpose(1, 2), torch.from_numpy(z["out"]), rtol=0, atol=1e-12)
 
 
+ROPE_SCALINGS = {
+    "linear": ("linear", "index"),
+    "ntk_authors": ("ntk", "index"),
+    "dynamic_hf": ("dynamic", "index"),
+    "dynamic_authors": ("dynamic", "index"),
+    "dynamic_factor1": ("dynamic", "index"),
+    "yarn_hf": ("yarn", "index"),
+    "yarn_authors": ("yarn", "index"),
+    "yarn_hf_no_truncate": ("yarn", "exact"),
+    "by_parts_ramp_in_turns": ("by_parts", "turns"),
+    "part_ntk_authors": ("part_ntk", "index"),
+    "llama3": ("llama3", "index"),
+}
+
+
 def test_golden_scheme_rope_scaling():
     """Frequencies and amplitudes of every case in the file: transformers' and the YaRN authors'."""
     z, cases = load("rope_scaling")
-    compared = 0
+    compared = set()
     for case, sizes in cases.items():
-        dim, theta, factor, length = (sizes[n] for n in ("head_dim", "theta", "factor", "L"))
-        context = sizes["seq_len_of_dynamic"]
-        for name, scaling, given in (
-            ("linear", "linear", factor),
-            ("ntk_authors", "ntk", factor),
-            ("dynamic_hf", "dynamic", factor),
-            ("dynamic_authors", "dynamic", factor),
-            ("dynamic_factor1", "dynamic", None),
-            ("yarn_hf", "yarn", factor),
-            ("yarn_authors", "yarn", factor),
-        ):
-            s = scaling_factor(scaling, given, context, length)
-            inv_freq, amplitude = frequencies(scaling, dim, theta, s, length)
+        dim, theta, length, context = (sizes[n] for n in ("head_dim", "theta", "L", "seq_len_of_dynamic"))
+        for name in [n for n in ROPE_SCALINGS if f"{case}_{n}" in z]:
+            scaling, ramp = ROPE_SCALINGS[name]
+            factor = scaling_factor(scaling, None if name.endswith("factor1") else sizes["factor"], context, length)
+            inv_freq, amplitude = frequencies(scaling, dim, theta, factor, length, ramp)
             np.testing.assert_allclose(inv_freq, z[f"{case}_{name}"], rtol=1e-12, atol=0, err_msg=f"{case} {name}")
             np.testing.assert_allclose(amplitude, z.get(f"{case}_{name}_attention_factor", 1.0), rtol=1e-12)
-            compared += 1
-        by_parts, one = frequencies("by_parts", dim, theta, factor, length)
-        np.testing.assert_allclose(by_parts, z[f"{case}_yarn_hf"], rtol=1e-12, atol=0)
-        assert one == 1.0
-    assert compared == 7 * len(cases) > 0
+            compared.add(name)
+            if scaling == "yarn":
+                by_parts, one = frequencies("by_parts", dim, theta, factor, length, ramp)
+                assert one == 1.0 and torch.equal(by_parts, inv_freq)
+        if f"{case}_yarn_hf_f32" in z:
+            inv_freq, _ = frequencies("yarn", dim, theta, sizes["factor"], length)
+            np.testing.assert_allclose(inv_freq, z[f"{case}_yarn_hf_f32"], rtol=1e-6, atol=0)
+    assert compared == ROPE_SCALINGS.keys()
 
 
 def test_golden_scheme_rope_scaling_rotates():
     """Scores of YaRN's queries and keys; the authors pair dimensions k and k + D/2, this package 2k and 2k + 1."""
     z, cases = load("rope_scaling")
-    sizes = next(iter(cases.values()))
+    (case,) = (name.removeprefix("q_out_yarn_") for name in z if name.startswith("q_out_yarn_"))
+    sizes = cases[case]
     dim, theta, factor, length = (sizes[n] for n in ("head_dim", "theta", "factor", "L"))
     inv_freq, amplitude = frequencies("yarn", dim, theta, factor, length)
     angles = torch.from_numpy(z["positions"])[:, None] * inv_freq
     for name in "qk":
         pairs = torch.from_numpy(z[name]).unflatten(-1, (2, -1)).mT.flatten(-2)
         rotated = rotate_pairs(pairs[None], angles.cos() * amplitude, angles.sin() * amplitude)[0]
-        expected = torch.from_numpy(z[f"{name}_out_yarn_c0"]).unflatten(-1, (2, -1)).mT.flatten(-2)
+        expected = torch.from_numpy(z[f"{name}_out_yarn_{case}"]).unflatten(-1, (2, -1)).mT.flatten(-2)
         torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-12)
