@@ -40,7 +40,7 @@ class FadedBias(PositionScheme):
         super().__init__(scheme.shape)
         self.scheme, self.strength = scheme, strength
         self.max_position = scheme.max_position
-        self.cache_inputs = scheme.cache_inputs  # type: ignore[misc]
+        self.cache_inputs = scheme.cache_inputs
 
     def defines(self, *hooks: str) -> bool:  # type: ignore[override]
         return self.scheme.defines(*hooks)

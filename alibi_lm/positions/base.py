@@ -68,7 +68,7 @@ class PositionScheme(nn.Module):
     """Whether shifting all positions by a constant changes nothing; False where absolute ones count."""
     per_layer: ClassVar[bool] = False
     """Whether each layer has its own instance, with its own parameters; else one instance serves all layers."""
-    cache_inputs: ClassVar[bool] = False
+    cache_inputs: bool = False
     """Whether hooks read the layer's input. A cache then keeps its `features` for every token, beside its key."""
 
     def __init__(self, shape: PositionShape) -> None:

@@ -25,10 +25,9 @@ the `factor` that is given:
     yarn      by_parts, and an amplitude 0.1 ln s + 1 of queries and keys  the same
     part_ntk  as by_parts, with other bounds, and with ntk in the middle   the same authors' earlier code
     llama3    as by_parts, between 1 and 4 turns                           Llama 3.1; transformers
-Between their bounds, by_parts, yarn and part_ntk follow a line over the index of the frequency, and bounds are whole
-indices, as in all public code. The text of the YaRN paper describes a line over the number of turns in the trained
-length: `ramp=turns`, which llama3 always takes. `ramp=exact` is the first without whole indices (`truncate=false` in
-transformers).
+Between their bounds, by_parts, yarn and part_ntk follow a line over the index of the frequency, and bounds are
+whole indices, as in the authors' code. `ramp=exact` leaves bounds between indices (transformers' truncate=false).
+`ramp=turns` is a line over the number of turns in the trained length, as in the paper; llama3 always takes that.
 
 Past the trained length: defined, at angles never seen in training (or rescaled ones).
 Differs from the paper: nothing.

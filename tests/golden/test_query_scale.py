@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_double import InDouble
 
 from alibi_lm.attention import Request
 from alibi_lm.attention.eager import EagerAttention
 from alibi_lm.model.changed_bias import RowScaledBias
 from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
+from alibi_lm.positions.alibi import alibi_slopes
 from alibi_lm.positions.rotary import frequencies, rotate_pairs, scaling_factor
 
 
@@ -90,9 +92,16 @@ def test_golden_scheme_ssmax():
     q, k, v = (torch.from_numpy(z[name]).transpose(1, 2) for name in "qkv")
     q = q * factor[..., None]
     shape = PositionShape(sizes["H"] * sizes["D"], sizes["D"], sizes["H"], 1, sizes["T"], sizes["T"])
-    alibi, prior = POSITIONS["alibi"]().build(shape), Prior(shape, torch.from_numpy(z["prior"]))
-    request = Request(places, places, sizes["T"] - 1, None, torch.float64, 0.0)
+    with InDouble():
+        alibi, bam = POSITIONS["alibi"]().build(shape), POSITIONS["bam"]().build(shape).double()
+        with torch.no_grad():
+            bam.alpha.copy_(torch.tensor(alibi_slopes(sizes["H"]), dtype=torch.float64).log())
+            bam.beta.copy_(torch.from_numpy(z["beta"]))
+        found = bam.bias(places, places).detach()
+    prior = Prior(shape, torch.from_numpy(z["prior"]))
     visible = torch.ones(len(places), len(places)).tril().bool()
+    torch.testing.assert_close(found[:, visible], prior.prior[:, visible], rtol=1e-12, atol=1e-12)
+    request = Request(places, places, sizes["T"] - 1, None, torch.float64, 0.0)
     for scheme, want in (
         (POSITIONS["none"]().build(shape), "scores"),
         (alibi, "scores_alibi"),
@@ -100,8 +109,9 @@ def test_golden_scheme_ssmax():
         (prior, "scores_bam_prior_not_scaled"),
     ):
         expected = torch.from_numpy(z[want]).masked_fill(~visible, float("-inf")).softmax(-1) @ v
-        found = EagerAttention().prepare(scheme, request)(q, k, v, None)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if want == "scores_alibi" else 1e-12)
+        with InDouble():
+            found = EagerAttention().prepare(scheme, request)(q, k, v, None)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         if want == "scores":
             torch.testing.assert_close(found.transpose(1, 2), torch.from_numpy(z["out"]), rtol=0, atol=1e-12)
 
@@ -129,7 +139,9 @@ def test_golden_scheme_rope_scaling():
         dim, theta, length, context = (sizes[n] for n in ("head_dim", "theta", "L", "seq_len_of_dynamic"))
         for name in [n for n in ROPE_SCALINGS if f"{case}_{n}" in z]:
             scaling, ramp = ROPE_SCALINGS[name]
-            factor = scaling_factor(scaling, None if name.endswith("factor1") else sizes["factor"], context, length)
+            factor = scaling_factor(
+                scaling, None if name.endswith("factor1") else sizes["factor"], context, length
+            )
             inv_freq, amplitude = frequencies(scaling, dim, theta, factor, length, ramp)
             np.testing.assert_allclose(inv_freq, z[f"{case}_{name}"], rtol=1e-12, atol=0, err_msg=f"{case} {name}")
             np.testing.assert_allclose(amplitude, z.get(f"{case}_{name}_attention_factor", 1.0), rtol=1e-12)
