@@ -76,10 +76,9 @@ class PositionScheme(nn.Module):
         self.shape = shape
         self._exact: dict[str, Tensor] = {}
 
-    @classmethod
-    def defines(cls, *hooks: str) -> bool:
+    def defines(self, *hooks: str) -> bool:
         """Whether the scheme overrides any of these hooks."""
-        return any(getattr(cls, hook) is not getattr(PositionScheme, hook) for hook in hooks)
+        return any(getattr(type(self), hook) is not getattr(PositionScheme, hook) for hook in hooks)
 
     def register_exact(self, name: str, value: Tensor) -> None:
         """Register a constant that follows the module's device but never its dtype, and is not saved.
