@@ -40,9 +40,10 @@ class FadedBias(PositionScheme):
         super().__init__(scheme.shape)
         self.scheme, self.strength = scheme, strength
         self.max_position = scheme.max_position
-        self.cache_inputs = scheme.cache_inputs  # type: ignore[misc]
+        self.cache_inputs = scheme.cache_inputs
 
-    def defines(self, *hooks: str) -> bool:  # type: ignore[override]
+    def defines(self, *hooks: str) -> bool:
+        """Those that the scheme itself overrides, so that backends take the same ways for both."""
         return self.scheme.defines(*hooks)
 
     def distance_bias(self, distance: Tensor) -> Tensor | None:

@@ -16,8 +16,11 @@ The sum over all distances of exp(bias) converges where beta > 0.
 
 Past the trained length: defined everywhere; the bias keeps to its curve.
 Differs from the paper: the papers' models also multiply scores and bias by s ln(n) (scalable softmax), which is a
-setting of its own here. One file of the repository's evaluation, inference_models/bam.py, has the scale inside the
-power, which is another function unless beta = 1; the training code, followed here, has it outside.
+setting of its own here.
+
+Their training code until May 2025, and to date their evaluation of models without that factor
+(inference_models/bam.py), have the scale inside the power, -(|i - j + 2 sinh(mu)| exp(alpha) + 1e-5)^beta,
+which is another function unless beta = 1: `scale_inside`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 
 from alibi_lm.positions.alibi import alibi_slopes
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, setting
 
 STARTS = ("code", "readme")
 
@@ -43,6 +46,8 @@ class BamConfig:
     """Where alpha starts: code (as ALiBi) or readme."""
     trained_centre: bool = False
     """Train mu, the place of the centre."""
+    scale_inside: bool = setting(False, counts="run", later=True)
+    """The older form of the authors' code: the scale is raised to the power too."""
 
     def __post_init__(self) -> None:
         require(self.start in STARTS, f"position.start = {self.start!r}. Allowed: {', '.join(STARTS)}.")
@@ -56,7 +61,7 @@ class Bam(PositionScheme):
 
     def __init__(self, config: BamConfig, shape: PositionShape) -> None:
         super().__init__(shape)
-        self.from_logarithm = config.start == "code"
+        self.from_logarithm, self.scale_inside = config.start == "code", config.scale_inside
         self.alpha = nn.Parameter(torch.empty(shape.num_heads))
         self.beta = nn.Parameter(torch.empty(shape.num_heads))
         self.mu = nn.Parameter(torch.empty(shape.num_heads)) if config.trained_centre else None
@@ -77,4 +82,5 @@ class Bam(PositionScheme):
         far = distance.float()
         if self.mu is not None:
             far = (far + 2 * self.mu.float().sinh().view(per_head)).abs()
-        return -self.alpha.float().exp().view(per_head) * (far + 1e-5) ** self.beta.float().view(per_head)
+        scale, beta = self.alpha.float().exp().view(per_head), self.beta.float().view(per_head)
+        return -((far * scale + 1e-5) ** beta) if self.scale_inside else -scale * (far + 1e-5) ** beta

@@ -68,7 +68,7 @@ class PositionScheme(nn.Module):
     """Whether shifting all positions by a constant changes nothing; False where absolute ones count."""
     per_layer: ClassVar[bool] = False
     """Whether each layer has its own instance, with its own parameters; else one instance serves all layers."""
-    cache_inputs: ClassVar[bool] = False
+    cache_inputs: bool = False
     """Whether hooks read the layer's input. A cache then keeps its `features` for every token, beside its key."""
 
     def __init__(self, shape: PositionShape) -> None:
@@ -76,10 +76,9 @@ class PositionScheme(nn.Module):
         self.shape = shape
         self._exact: dict[str, Tensor] = {}
 
-    @classmethod
-    def defines(cls, *hooks: str) -> bool:
+    def defines(self, *hooks: str) -> bool:
         """Whether the scheme overrides any of these hooks."""
-        return any(getattr(cls, hook) is not getattr(PositionScheme, hook) for hook in hooks)
+        return any(getattr(type(self), hook) is not getattr(PositionScheme, hook) for hook in hooks)
 
     def register_exact(self, name: str, value: Tensor) -> None:
         """Register a constant that follows the module's device but never its dtype, and is not saved.

@@ -11,6 +11,9 @@ authors' code is facebookresearch/RAM, projects/cope/src/cope/context_position.p
 A query's own token is counted, so p[i, i] lies between 0 and 1. `table` is the paper's e. Each layer has one, for
 all its heads; it starts at 0. Absolute positions are used for the causal order alone.
 
+With `gate_keys`, gates are made with keys of their own, a projection of the layer's input (`cope-sep-key` in the
+authors' code). Their gates from values (`cope-val-gates`) are left out: a scheme here does not see values.
+
 Past the trained length: defined everywhere; counts stop at num_positions - 1.
 Differs from the paper: nothing from the authors' code. Its listing adds the term after the division by
 sqrt(head_dim): `scaled_term=false`.
@@ -21,10 +24,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, setting
 
 
 @dataclass
@@ -36,6 +40,8 @@ class CopeConfig:
     """Positions that have a vector, >= 2; larger counts share the last one."""
     scaled_term: bool = True
     """Divide the position term by sqrt(head_dim), as the authors' code does; false: as in the paper's listing."""
+    gate_keys: bool = setting(False, counts="run", later=True)
+    """Make gates with keys of their own."""
 
     def __post_init__(self) -> None:
         require(
@@ -55,21 +61,37 @@ class Cope(PositionScheme):
         super().__init__(shape)
         self.scale = shape.head_dim**-0.5 if config.scaled_term else 1.0
         self.table = nn.Parameter(torch.empty(config.num_positions, shape.head_dim))
+        self.cache_inputs = config.gate_keys
+        if config.gate_keys:
+            self.weight = nn.Parameter(torch.empty(shape.num_heads * shape.head_dim, shape.model_dim))
         self.initialise()
 
     def initialise(self) -> None:
-        """Zero, as the authors start."""
+        """The table zero, as the authors start; gate keys like the model's own projections."""
         nn.init.zeros_(self.table)
+        if self.cache_inputs:
+            nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Keys of the gates, with `gate_keys`: (B, T, D) -> (B, T, H K) float32 or better."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, torch.float32)
+            if x is not None:
+                k = x.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
             q, k, table = q.to(dtype), k.to(dtype), self.table.to(dtype)
-            gates = (q @ k.mT * q.shape[-1] ** -0.5).sigmoid()
-            gates = gates.masked_fill(k_pos > q_pos[:, None], 0.0)
-            counts = gates.flip(-1).cumsum(-1).flip(-1).clamp_max(len(table) - 1)
+            counts = self.counts(q, k, q_pos, k_pos)
             low = counts.floor().long()
             high = counts.ceil().long()
             terms = q @ table.T * self.scale
             at_low, at_high = terms.gather(-1, low), terms.gather(-1, high)
             return torch.lerp(at_low, at_high, counts - low)
+
+    def counts(self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """The position of each key as the query counts it, the paper's p; `k` are the keys of the gates."""
+        gates = (q @ k.mT * q.shape[-1] ** -0.5).sigmoid().masked_fill(k_pos > q_pos[:, None], 0.0)
+        return gates.flip(-1).cumsum(-1).flip(-1).clamp_max(len(self.table) - 1)

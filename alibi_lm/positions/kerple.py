@@ -12,8 +12,11 @@ r1, r2, a and p are trained, two numbers per head, the same in every layer. They
 outside still receives its whole gradient, as in the authors' code, which overwrites it. p = 1 is ALiBi with
 trained slopes. The sum over all distances of exp(bias) converges for `kerple_power`, for `kerple_log` if r1 > 1.
 
+With `weighted`, kerple_power also multiplies q_i . k_j / sqrt(head_dim) by exp(-wei_a[h] (i - j)^wei_p[h]); these
+numbers start and are held as a and p are (the code's `kerple_power_ap_ap`).
+
 Past the trained length: defined everywhere; the bias keeps falling along its curve.
-Differs from the paper: nothing. The code's multiplicative weight exp(-a d^p), an option there, is left out.
+Differs from the paper: nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.settings import setting
 
 LEAST = 0.01
 """Parameters are held at this value or more."""
@@ -44,9 +48,11 @@ class KerplePowerConfig:
     """Trained biases that are powers of the distance."""
 
     name: str = "kerple_power"
+    weighted: bool = setting(False, counts="run", later=True)
+    """Multiply scores by a falling weight too; it leaves the form no fast path."""
 
     def build(self, shape: PositionShape) -> KerplePower:
-        return KerplePower(shape)
+        return (WeightedKerplePower if self.weighted else KerplePower)(shape)
 
 
 def held(parameter: Tensor, most: float | None = None) -> Tensor:
@@ -58,6 +64,12 @@ def held(parameter: Tensor, most: float | None = None) -> Tensor:
 def per_head(values: Tensor, distance: Tensor) -> Tensor:
     """(H,) -> (H, 1, ..., 1), to be combined with distances."""
     return values.view(-1, *[1] * distance.dim())
+
+
+def power(a: Tensor, p: Tensor, distance: Tensor) -> Tensor:
+    """-a distance^p for each head: (H,), (H,), (...) -> (H, ...) float32."""
+    a, p = per_head(held(a), distance), per_head(held(p, most=2.0), distance)
+    return -a * distance.to(p.dtype) ** p
 
 
 class KerpleLog(PositionScheme):
@@ -90,9 +102,25 @@ class KerplePower(PositionScheme):
 
     def initialise(self) -> None:
         """Uniform, as the authors start."""
-        nn.init.uniform_(self.a, 0, 1)
-        nn.init.uniform_(self.p, 0, 2)
+        for name, parameter in self.named_parameters():
+            nn.init.uniform_(parameter, 0, 2 if name.endswith("p") else 1)
 
     def distance_bias(self, distance: Tensor) -> Tensor:
-        a, p = per_head(held(self.a), distance), per_head(held(self.p, most=2.0), distance)
-        return -a * distance.to(p.dtype) ** p
+        return power(self.a, self.p, distance)
+
+
+class WeightedKerplePower(KerplePower):
+    """The same, and a weight between 0 and 1 that multiplies each score."""
+
+    def __init__(self, shape: PositionShape) -> None:
+        super().__init__(shape)
+        self.wei_a = nn.Parameter(torch.empty(shape.num_heads))
+        self.wei_p = nn.Parameter(torch.empty(shape.num_heads))
+        self.initialise()
+
+    def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """What the weight takes from each score."""
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            scores = q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5
+            return scores * power(self.wei_a, self.wei_p, distances(q_pos, k_pos)).expm1().to(dtype)

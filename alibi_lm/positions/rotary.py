@@ -23,6 +23,11 @@ the `factor` that is given:
               unless given                            emozilla 2023; transformers, `modeling_rope_utils.py`
     by_parts  per frequency inv_freq, inv_freq / s or between the two      Peng et al. 2023, arXiv 2309.00071
     yarn      by_parts, and an amplitude 0.1 ln s + 1 of queries and keys  the same
+    part_ntk  as by_parts, with other bounds, and with ntk in the middle   the same authors' earlier code
+    llama3    as by_parts, between 1 and 4 turns                           Llama 3.1; transformers
+Between their bounds, by_parts, yarn and part_ntk follow a line over the index of the frequency, and bounds are
+whole indices, as in the authors' code. `ramp=exact` leaves bounds between indices (transformers' truncate=false).
+`ramp=turns` is a line over the number of turns in the trained length, as in the paper; llama3 always takes that.
 
 Past the trained length: defined, at angles never seen in training (or rescaled ones).
 Differs from the paper: nothing.
@@ -40,7 +45,8 @@ from torch import Tensor
 from alibi_lm.positions.base import PositionScheme, PositionShape
 from alibi_lm.settings import require, setting
 
-SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn")
+SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn", "part_ntk", "llama3")
+RAMPS = ("index", "exact", "turns")
 
 
 @dataclass
@@ -55,9 +61,11 @@ class RotaryConfig:
     frequency_share: float = setting(1.0, counts="run", later=True)
     """Share of the frequencies that are kept, fastest first, in (0, 1]; the rest are 0 (p-RoPE)."""
     scaling: str = "none"
-    """none, linear, ntk, dynamic, by_parts or yarn."""
+    """none, linear, ntk, dynamic, by_parts, yarn, part_ntk or llama3."""
     factor: float | None = None
     """Scaling factor >= 1; null: max(1, context_length / train_length), for dynamic 1."""
+    ramp: str = setting("index", counts="run", later=True)
+    """What by_parts, yarn and part_ntk go by between their bounds: index, exact or turns."""
 
     def __post_init__(self) -> None:
         require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
@@ -67,6 +75,7 @@ class RotaryConfig:
             self.scaling in SCALINGS,
             f"position.scaling = {self.scaling!r}. Allowed: {', '.join(SCALINGS)}.",
         )
+        require(self.ramp in RAMPS, f"position.ramp = {self.ramp!r}. Allowed: {', '.join(RAMPS)}.")
         require(
             self.factor is None or self.factor >= 1,
             f"position.factor = {self.factor}. Use a number >= 1, or null for context / train length.",
@@ -87,28 +96,39 @@ class RotaryConfig:
 
 
 def frequencies(
-    scaling: str, head_dim: int, theta: float, factor: float, train_length: int
+    scaling: str, head_dim: int, theta: float, factor: float, train_length: int, ramp: str = "index"
 ) -> tuple[Tensor, float]:
     """Frequencies after a scaling: inv_freq (K/2,) float64, and the amplitude of queries and of keys."""
-    if scaling in ("ntk", "dynamic") and head_dim > 2:
-        theta *= factor ** (head_dim / (head_dim - 2))
-    inv_freq = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
-    if scaling == "linear":
-        return inv_freq / factor, 1.0
-    if scaling not in ("by_parts", "yarn"):
-        return inv_freq, 1.0
+    index = torch.arange(head_dim / 2, dtype=torch.float64, device="cpu")
+    stretched = theta * factor ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta
+    plain, ntk = (base ** -(2 * index / head_dim) for base in (theta, stretched))
+    if scaling in ("ntk", "dynamic"):
+        return ntk, 1.0
+    if scaling in ("none", "linear"):
+        return plain / factor if scaling == "linear" else plain, 1.0
 
-    # Dimensions with over 32 turns in the trained length stay, those with under one are interpolated. Between the
-    # two a linear ramp over the dimension index, as in the authors' code (beta_fast 32, beta_slow 1).
-    def dimension_of(turns: float) -> float:
-        return head_dim * math.log(train_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def blend(slow: Tensor, fast: Tensor, turns: tuple[float, float], ramp: str = ramp) -> Tensor:
+        """`slow` up to so many turns in the trained length, `fast` from so many on, and a line between the two."""
+        if ramp == "turns":
+            share = 1 - (train_length * plain / (2 * math.pi) - turns[0]) / (turns[1] - turns[0])
+        else:
+            high, low = (
+                head_dim * math.log(train_length / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns
+            )
+            if ramp == "index":
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            share = (index - low) / max(high - low, 1e-3)
+        share = share.clamp(0, 1)
+        return slow * share + fast * (1 - share)
 
-    low = max(math.floor(dimension_of(32.0)), 0)
-    high = min(math.ceil(dimension_of(1.0)), head_dim - 1)
-    index = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
-    ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+    if scaling == "llama3":
+        return blend(plain / factor, plain, (1.0, 4.0), "turns"), 1.0
+    if scaling == "part_ntk":
+        return blend(blend(plain / factor, ntk, (0.75, 1.25)), plain, (2.0, 16.0)), 1.0
+    # 1 and 32: the authors' beta_slow and beta_fast.
     amplitude = 0.1 * math.log(factor) + 1.0 if scaling == "yarn" else 1.0
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), amplitude
+    return blend(plain / factor, plain, (1.0, 32.0)), amplitude
 
 
 def scaling_factor(scaling: str, factor: float | None, context_length: int, train_length: int) -> float:
@@ -138,7 +158,7 @@ class Rotary(PositionScheme):
         )
         factor = scaling_factor(config.scaling, config.factor, shape.context_length, shape.train_length)
         inv_freq, self.amplitude = frequencies(
-            config.scaling, self.width, config.theta, factor, shape.train_length
+            config.scaling, self.width, config.theta, factor, shape.train_length, config.ramp
         )
         inv_freq[int(config.frequency_share * self.width // 2) :] = 0
         self.register_exact("inv_freq", inv_freq)

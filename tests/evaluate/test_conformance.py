@@ -9,6 +9,7 @@ from torch import nn
 
 from alibi_lm.evaluate.conformance import CheckSchemeConfig, check_scheme
 from alibi_lm.evaluate.conformance_checks import Conformance
+from alibi_lm.positions import POSITIONS
 from alibi_lm.positions.alibi import Alibi, AlibiConfig
 from alibi_lm.positions.base import PositionScheme
 from alibi_lm.positions.rotary import Rotary, RotaryConfig
@@ -178,6 +179,37 @@ def test_a_planted_mistake_is_caught_by_name(kind, check):
 @pytest.mark.parametrize("kind", [PositionScheme, Alibi, Rotary])
 def test_what_is_right_passes(kind):
     assert failed(kind) == set()
+
+
+VARIANTS = [
+    *((name, {}) for name in POSITIONS),
+    ("alibi", {"learned_slopes": True}),
+    ("alibi", {"half_precision": True}),
+    ("alibi", {"last_exponent": 4.0}),
+    ("bam", {"trained_centre": True}),
+    ("bam", {"start": "readme", "scale_inside": True}),
+    ("cope", {"scaled_term": False}),
+    ("cope", {"gate_keys": True}),
+    ("dape", {"base": "alibi"}),
+    ("fire", {"reading": "dape"}),
+    ("fox", {"gates": "bias"}),
+    ("fox", {"gates": "fixed"}),
+    ("fox", {"scaled": False}),
+    ("kerple_power", {"weighted": True}),
+    ("path", {"forget_gate": True}),
+    ("rotary", {"rotated_share": 0.5}),
+    ("rotary", {"frequency_share": 0.5}),
+    ("shaw", {"values": False}),
+    ("wall", {"scalar_gate": True}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=str)
+def test_every_scheme_of_the_registry_conforms(name, settings, capsys):
+    status = check_scheme(CheckSchemeConfig(position=name, settings=settings))
+    page = capsys.readouterr().out
+    assert status == 0, page
 
 
 MINE = '''

@@ -12,8 +12,9 @@ from alibi_lm.positions.base import PositionShape
 SHAPE = PositionShape(24, 8, 3, 2, 64, 64)
 
 
-def test_bias_is_the_formula():
-    scheme, positions = BamConfig(trained_centre=True).build(SHAPE), torch.arange(40)
+@pytest.mark.parametrize("inside", [False, True])
+def test_bias_is_the_formula(inside):
+    scheme, positions = BamConfig(trained_centre=True, scale_inside=inside).build(SHAPE), torch.arange(40)
     values = {"alpha": [-1.0, 0.3, -2.0], "beta": [0.4, -0.2, 1.7], "mu": [0.0, 0.9, -1.1]}
     with torch.no_grad():
         for name, numbers in values.items():
@@ -22,7 +23,8 @@ def test_bias_is_the_formula():
     for h, (alpha, beta, mu) in enumerate(zip(*values.values(), strict=True)):
         for i in range(25, 40):
             for j in range(i + 1):
-                expected = -math.exp(alpha) * (abs(i - j + 2 * math.sinh(mu)) + 1e-5) ** beta
+                far, scale = abs(i - j + 2 * math.sinh(mu)), math.exp(alpha)
+                expected = -((far * scale + 1e-5) ** beta) if inside else -scale * (far + 1e-5) ** beta
                 assert bias[h, i - 25, j].item() == pytest.approx(expected, rel=2e-5)
 
 

@@ -23,8 +23,9 @@ VARIANTS = [(name, {}) for name in ALL] + [
     ("sinusoidal", {"variant": "vaswani"}),
     ("rotary", {"scaling": "yarn", "factor": 4.0}),
     ("rotary", {"rotated_share": 0.5, "frequency_share": 0.5}),
-    ("cope", {"num_positions": 5, "scaled_term": False}),
-    ("bam", {"trained_centre": True, "start": "readme"}),
+    ("cope", {"num_positions": 5, "scaled_term": False, "gate_keys": True}),
+    ("bam", {"trained_centre": True, "start": "readme", "scale_inside": True}),
+    ("kerple_power", {"weighted": True}),
     ("fox", {"gates": "bias", "scaled": False}),
     ("fox", {"gates": "fixed"}),
     ("shaw", {"clip": 5, "values": False}),
@@ -274,8 +275,9 @@ def test_four_times_the_trained_length(trained, name, settings):
 
 
 @variants_and_backends()
-def test_every_parameter_gets_a_gradient(tiny_model, name, settings, attention):
-    model = tiny_model(name, attention, **settings).train()
+def test_every_parameter_gets_a_gradient(trained, name, settings, attention):
+    """Not from the very start, where some are multiplied by others that are 0."""
+    model = trained(name, attention, settings).train()
     model.nats(ids(4, 128), ids(4, 128)).sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name

@@ -20,7 +20,7 @@ def cope(table: torch.Tensor, num_heads: int, **settings) -> Cope:
 
 
 def written_out(q, k, table, scaled: bool) -> torch.Tensor:
-    """(H, T, K), (H, T, K), (P, K) -> (H, T, T) biases: gates are added up one by one, from the query back."""
+    """(H, T, K), keys of gates (H, T, K), (P, K) -> (H, T, T) biases: gates are added up from the query back."""
     heads, length, dim = q.shape
     bias = torch.zeros(heads, length, length, dtype=torch.float64)
     for h in range(heads):
@@ -36,16 +36,20 @@ def written_out(q, k, table, scaled: bool) -> torch.Tensor:
     return bias
 
 
+@pytest.mark.parametrize("gate_keys", [False, True])
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("num_positions", [2, 5, 30])
-def test_bias_is_the_papers_formula(scaled, num_positions):
+@pytest.mark.parametrize("num_positions", [2, 30])
+@torch.no_grad()
+def test_bias_is_the_papers_formula(scaled, num_positions, gate_keys):
     q, k = torch.randn(2, 3, 20, 8, dtype=torch.float64)
-    table = torch.randn(num_positions, 8, dtype=torch.float64)
-    bias = cope(table, 3, scaled_term=scaled).content_bias(
-        q[None], k[None], None, torch.arange(20), torch.arange(20)
-    )
+    table, x, of_gates = torch.randn(num_positions, 8, dtype=torch.float64), None, k
+    scheme = cope(table, 3, scaled_term=scaled, gate_keys=gate_keys)
+    if gate_keys:
+        inputs = torch.randn(1, 20, 24, dtype=torch.float64)
+        x, of_gates = scheme.features(inputs), (inputs[0] @ scheme.weight.T).view(20, 3, 8).transpose(0, 1)
+    bias = scheme.content_bias(q[None], k[None], x, torch.arange(20), torch.arange(20))
     visible = torch.ones(20, 20).tril().bool()
-    expected = written_out(q, k, table, scaled)
+    expected = written_out(q, of_gates, table, scaled)
     torch.testing.assert_close(bias[0][:, visible], expected[:, visible], rtol=1e-12, atol=1e-12)
     assert torch.isfinite(bias).all()
 

@@ -53,3 +53,17 @@ def test_start_is_the_authors():
         for name, end in zip(names, (2.0, 1.0), strict=True):
             values = getattr(scheme, name)
             assert 0 <= values.min() and end * 0.99 < values.max() <= end and abs(values.mean() - end / 2) < 0.05
+
+
+def test_the_weighted_form_multiplies_scores_too():
+    scheme, positions = KerplePowerConfig(weighted=True).build(SHAPE).double(), torch.arange(30)
+    with torch.no_grad():
+        scheme.wei_a.copy_(torch.tensor([0.3, 0.004, 0.02])), scheme.wei_p.copy_(torch.tensor([0.5, 1.2, 2.6]))
+    q, k = torch.randn(2, 1, 3, 30, 8, dtype=torch.float64)
+    found = scheme.content_bias(q, k, None, positions, positions)
+    for h, (a, p) in enumerate([(0.3, 0.5), (0.01, 1.2), (0.02, 2.0)]):
+        for i in range(30):
+            for j in range(i + 1):
+                score = float(q[0, h, i] @ k[0, h, j]) / math.sqrt(8)
+                expected = score * math.exp(-a * (i - j) ** p)
+                assert found[0, h, i, j].item() + score == pytest.approx(expected, rel=1e-5, abs=1e-6)

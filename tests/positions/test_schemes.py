@@ -124,6 +124,33 @@ def test_rotary_scalings():
     assert torch.equal(by_parts.inv_freq, yarn) and by_parts.amplitude == 1.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "slow", "fast"),
+    [
+        ({"scaling": "llama3"}, 1, 4),
+        ({"scaling": "by_parts", "ramp": "turns"}, 1, 32),
+        ({"scaling": "yarn", "ramp": "exact"}, 1, 32),
+        ({"scaling": "part_ntk", "ramp": "exact"}, 2, 16),
+    ],
+)
+def test_ramps_of_rotary_scalings(settings, slow, fast):
+    """Frequencies with many turns stay, those with few are divided, and between the two stands a line."""
+    built = RotaryConfig(factor=4.0, **settings).build(shape(model_dim=256, train_length=2048)).inv_freq.tolist()
+    for index, found in enumerate(built):
+        plain = 10000 ** (-index / 64)
+        turns = 2048 * plain / (2 * math.pi)
+        if settings.get("ramp") == "exact":  # the index is a line in the logarithm of turns
+            share = math.log(turns / slow) / math.log(fast / slow)
+        else:
+            share = (turns - slow) / (fast - slow)
+        share = min(max(share, 0.0), 1.0)
+        low = plain / 4
+        if settings["scaling"] == "part_ntk":
+            by_base = min(max(math.log(turns / 0.75) / math.log(1.25 / 0.75), 0.0), 1.0)
+            low += by_base * ((10000 * 4 ** (128 / 126)) ** (-index / 64) - low)
+        assert found == pytest.approx(share * plain + (1 - share) * low, rel=1e-9), (index, turns)
+
+
 @pytest.mark.parametrize(("factor", "context", "s"), [(None, 192, 3.0), (None, 32, 1.0), (2.0, 192, 5.0)])
 def test_dynamic_ntk_follows_the_context(factor, context, s):
     """s = factor * context / train length - (factor - 1), and never below 1."""
