@@ -178,11 +178,11 @@ class _Buffer:
 class _Layer:
     """The keys of one layer, and what the kernel must know of them."""
 
-    def __init__(self, windows: list[int], like: Tensor, value_dim: int) -> None:
-        self.seen, self.value_dim = 0, value_dim
+    def __init__(self, windows: list[int], like: Tensor, first: tuple[Tensor, Tensor]) -> None:
+        self.seen, self.value_dim = 0, first[1].shape[-1]
         self.held = HeldKeys(len(windows), like.shape[-1])
         self.norms = _empty(like.float(), [len(like), len(windows)]).zero_()
-        self.first: tuple[Tensor, Tensor] = (like[:, :, :0], like[:, :, :0])
+        self.first = first
         """Keys, not yet transformed, and values of the sinks."""
         self.extremes: Tensor | None = None
         """(3, H) float64: the largest norm of a query and of a key seen, and the largest -q . k of one token."""
@@ -276,7 +276,7 @@ class WindowCache(KeyValueCache):
         position: LayerPositions,
     ) -> Tensor:
         if layer not in self._stores:
-            self._stores[layer] = _Layer(self.windows[layer].tolist(), k, v.shape[-1])
+            self._stores[layer] = _Layer(self.windows[layer].tolist(), k, (raw_k[:, :, :0], v[:, :, :0]))
         store = self._stores[layer]
         assert store.seen == self.tokens_seen and k.shape[0] == len(store.norms), "a pass has failed before"
         if self.grows is not None:
@@ -385,7 +385,11 @@ class WindowCache(KeyValueCache):
                 return
         store.extremes = now
         excess = (now[0] * now[1] + now[2]) * q.shape[-1] ** -0.5
-        wanted, own = self.tails[layer].windows(excess, lost_share), self.windows[layer]
+        own = self.windows[layer]
+        try:
+            wanted = self.tails[layer].windows(excess, lost_share)
+        except ValueError as error:
+            raise ValueError(f"cache = certified: {error}. Use cache=full or window.") from None
         if bool((wanted > own).any()):
             # A little more than is needed now, so that a slow rise of the norms does not copy keys at every step.
             self.windows[layer] = torch.where(wanted > own, wanted + wanted // 16, own)

@@ -43,11 +43,8 @@ def weight_windows(model: TransformerLM, lost_share: float = LOST_SHARE) -> list
     Raises:
         ValueError: the scheme has no bound, and why.
     """
-    try:
-        pairs = zip(bias_tails(model), weight_excess(model), strict=True)
-        return [tail.windows(excess, lost_share) for tail, excess in pairs]
-    except ValueError as error:
-        raise ValueError(_refusal(model, str(error))) from None
+    pairs = zip(bias_tails(model), weight_excess(model), strict=True)
+    return [tail.windows(excess, lost_share) for tail, excess in pairs]
 
 
 def bias_tails(model: TransformerLM) -> list[BiasTail]:
@@ -56,10 +53,19 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
     Raises:
         ValueError: the scheme has none, and why.
     """
-    if reason := no_bound(model.active_schemes[0]):
-        raise ValueError(reason)
+    reason = no_bound(model.active_schemes[0])
+    require(not reason, reason)
     tails = [BiasTail(scheme.distance_bias) for scheme in model.active_schemes]
     return tails * (len(model.layers) // len(tails))
+
+
+def beyond_scheme(model: TransformerLM) -> str:
+    """Why no window serves a model, whatever its scheme; empty where one may."""
+    if (scale := model.query_scale.config.name) != "none":
+        return f"its queries are multiplied by factors (query_scale={scale}), which no window accounts for"
+    if model.drawn.range is not None:
+        return f"its positions are drawn (training_positions={model.drawn.name}), and windows count tokens"
+    return ""
 
 
 def more_than_distance(scheme: PositionScheme) -> str:
@@ -76,10 +82,6 @@ def no_bound(scheme: PositionScheme) -> str:
     if not scheme.defines("distance_bias"):
         return "it has no bias that falls with the distance"
     return "it changes queries and keys by their positions" if scheme.defines("transform_qk") else ""
-
-
-def _refusal(model: TransformerLM, reason: str) -> str:
-    return f"cache = proved or certified with position={model.position.name}: {reason}. Use cache=full or window."
 
 
 def open_cache(
@@ -111,31 +113,31 @@ def open_cache(
     require(sinks == 0 or policy == "window", f"sinks = {sinks} with cache={policy}. They belong to cache=window.")
     if policy == "full":
         return KeyValueCache()
-    require(
-        model.query_scale.config.name == "none",
-        f"cache = {policy} with query_scale={model.query_scale.config.name}: the factor of a query depends on how "
-        "many keys it sees, and here it would see fewer. Use cache=full.",
-    )
+    name = model.position.name
+    reason = beyond_scheme(model)
+    require(not reason, f"cache = {policy} with position={name}: {reason}. Use cache=full.")
+    absent = "" if model.strength else ", which takes no part any more"
     native, layers, heads = model.backend.name == "native", len(model.layers), model.config.num_heads
     if policy == "window":
         assert window is not None
         require(1 <= window <= LARGEST_WINDOW, f"window = {window}. Allowed: 1 to {LARGEST_WINDOW}.")
         require(0 <= sinks <= LARGEST_WINDOW, f"sinks = {sinks}. Allowed: 0 to {LARGEST_WINDOW}.")
-        scheme = model.active_schemes[0]
-        reason = ""
-        if not scheme.translation_invariant or model.max_length is not None:
+        reason = more_than_distance(model.active_schemes[0])
+        if not model.active_schemes[0].translation_invariant or model.max_length is not None:
             reason = "its positions are absolute, so that a window cannot roll on"
-        reason = reason or more_than_distance(scheme)
-        require(not reason, f"cache = window with position={model.position.name}: {reason}. Use cache=full.")
+        require(not reason, f"cache = window with position={name}: {reason}. Use cache=full.")
         same = torch.full((heads,), window + sinks)
         return WindowCache([same.clone() for _ in range(layers)], native, sinks=sinks)
     require(0 < lost_share < 1, f"lost_share = {lost_share}. Use a number above 0 and below 1, such as 1e-6.")
     try:
         tails = bias_tails(model)
+        if policy == "proved":
+            return WindowCache(weight_windows(model, lost_share), native, tails, proved=lost_share)
+        for tail in tails:  # what no norms could do, however small, is refused now
+            tail.windows(torch.zeros(heads), lost_share)
     except ValueError as error:
-        raise ValueError(_refusal(model, str(error))) from None
-    if policy == "proved":
-        return WindowCache(weight_windows(model, lost_share), native, tails, proved=lost_share)
-    return WindowCache(
-        [torch.ones(heads, dtype=torch.int64) for _ in range(layers)], native, tails, grows=lost_share
-    )
+        raise ValueError(
+            f"cache = {policy} with position={name}{absent}: {error}. Use cache=full or window."
+        ) from None
+    ones = [torch.ones(heads, dtype=torch.int64) for _ in range(layers)]
+    return WindowCache(ones, native, tails, grows=lost_share)
