@@ -64,7 +64,7 @@ class DecodingConfig:
     vocab_size: int = 1024
     threads: int | None = None
     """CPU threads; null: torch's choice."""
-    output_dir: str = "outputs/bench"
+    output_dir: str = "outputs/decoding"
 
     def __post_init__(self) -> None:
         known = [*OURS, *THEIRS]
@@ -76,9 +76,13 @@ class DecodingConfig:
 
 
 def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
-    """Measure, and write decoding.jsonl, decoding.md and decoding.png; returns the rows."""
+    """Measure, and write decoding.jsonl, decoding.md and decoding.png; returns the rows.
+
+    Files that are there are replaced, not added to: only rows of one call can be compared.
+    """
     folder, rows = Path(config.output_dir), []
     folder.mkdir(parents=True, exist_ok=True)
+    machine = runtime.environment(torch.device("cpu"))
     for context in config.contexts:
         for subject in config.subjects:
             # A process of its own has a memory of its own.
@@ -89,11 +93,11 @@ def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
                     row = {"subject": subject, "context": context, "reason": f"{error.name} is not installed"}
                 except Exception as error:  # of another library, or want of memory
                     row = {"subject": subject, "context": context, "reason": f"{type(error).__name__}: {error}"}
-            rows.append(row)
+            rows.append(row | {"machine": machine})
             print(_line(row), flush=True)
             write_text(folder / "decoding.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    write_text(folder / "decoding.md", table(rows))
-    draw(rows, folder / "decoding.png")
+        write_text(folder / "decoding.md", table(rows))
+        draw(rows, folder / "decoding.png")
     return rows
 
 
@@ -121,8 +125,7 @@ def _measure(config: DecodingConfig, subject: str, context: int) -> dict[str, An
         "cache_bytes": held(),
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "threads": torch.get_num_threads(),
-        "commit": runtime.code_version()[0],
-        "from_run": config.run is not None,
+        "run": None if config.run is None else Path(config.run).name,
     }
 
 

@@ -88,7 +88,7 @@ def open_cache(
     model: TransformerLM,
     policy: str = "full",
     *,
-    lost_share: float = LOST_SHARE,
+    lost_share: float | None = None,
     window: int | None = None,
     sinks: int = 0,
 ) -> KeyValueCache:
@@ -97,7 +97,7 @@ def open_cache(
     Args:
         model: the language model.
         policy: full, proved, certified or window.
-        lost_share: proved, certified: share of a query's attention that a head may lose.
+        lost_share: proved, certified: share of a query's attention that a head may lose; None: `LOST_SHARE`.
         window: window: last tokens that are kept.
         sinks: window: first tokens that are kept besides.
 
@@ -109,6 +109,10 @@ def open_cache(
         (window is not None) == (policy == "window"),
         f"window = {window} with cache={policy}. "
         + ("Say how many tokens to keep: window=2048." if policy == "window" else "It belongs to cache=window."),
+    )
+    require(
+        lost_share is None or policy in ("proved", "certified"),
+        f"lost_share = {lost_share} with cache={policy}. It belongs to cache=proved or certified.",
     )
     require(sinks == 0 or policy == "window", f"sinks = {sinks} with cache={policy}. They belong to cache=window.")
     if policy == "full":
@@ -128,6 +132,7 @@ def open_cache(
         require(not reason, f"cache = window with position={name}: {reason}. Use cache=full.")
         same = torch.full((heads,), window + sinks)
         return WindowCache([same.clone() for _ in range(layers)], native, sinks=sinks)
+    lost_share = LOST_SHARE if lost_share is None else lost_share
     require(0 < lost_share < 1, f"lost_share = {lost_share}. Use a number above 0 and below 1, such as 1e-6.")
     try:
         tails = bias_tails(model)

@@ -171,6 +171,7 @@ def test_bfloat16_decodes_to_its_own_rounding(tiny_model):
         ("alibi", "full", {"window": 8}, "It belongs to cache=window"),
         ("alibi", "proved", {"sinks": 4}, "sinks = 4"),
         ("alibi", "proved", {"lost_share": 0.0}, "lost_share = 0.0"),
+        ("alibi", "full", {"lost_share": 0.1}, "It belongs to cache=proved or certified"),
         ("alibi", "certified", {"lost_share": 1.5}, "lost_share = 1.5"),
         ("alibi", "lru", {}, "cache = 'lru'. Allowed: full, proved, certified, window"),
     ],
