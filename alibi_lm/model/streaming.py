@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from alibi_lm.model.bound import LARGEST_WINDOW, LOST_SHARE, BiasTail, excess_from_weights
-from alibi_lm.model.cache import KeyValueCache, WindowCache
+from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.model.window_cache import WindowCache
 from alibi_lm.positions import PositionScheme
 from alibi_lm.settings import require
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from alibi_lm.attention.native import why_not
-from alibi_lm.model.cache import CHUNK, KeyValueCache, WindowCache
+from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.model.streaming import open_cache
 from alibi_lm.model.training_positions import RandomisedConfig
 from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.model.window_cache import CHUNK, WindowCache
 from alibi_lm.positions import POSITIONS
 
 BACKENDS = [
