@@ -32,12 +32,12 @@ from alibi_lm.runs import load_run
 from alibi_lm.settings import require
 
 OURS = {
-    "alibi full": ("alibi", "full"),
-    "alibi proved": ("alibi", "proved"),
-    "alibi certified": ("alibi", "certified"),
-    "alibi window 2048": ("alibi", "window"),
-    "rotary full": ("rotary", "full"),
-    "t5 full": ("t5", "full"),
+    "ALiBi, full": ("alibi", "full"),
+    "ALiBi, proved": ("alibi", "proved"),
+    "ALiBi, certified": ("alibi", "certified"),
+    "ALiBi, window 2048": ("alibi", "window"),
+    "rotary, full": ("rotary", "full"),
+    "T5, full": ("t5", "full"),
 }
 """Scheme and cache policy by name."""
 THEIRS = ("BLOOM", "MPT", "GPT-NeoX")
@@ -91,7 +91,9 @@ def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
                     row = pool.submit(_measure, config, subject, context).result()
                 except ImportError as error:
                     row = {"subject": subject, "context": context, "reason": f"{error.name} is not installed"}
-                except Exception as error:  # of another library, or want of memory
+                except Exception as error:
+                    if subject in OURS and not isinstance(error, (MemoryError, RuntimeError)):
+                        raise  # anything but want of memory is a mistake of ours
                     row = {"subject": subject, "context": context, "reason": f"{type(error).__name__}: {error}"}
             rows.append(row | {"machine": machine})
             print(_line(row), flush=True)
@@ -246,7 +248,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The figure: latency and memory of the cache against the context."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -258,13 +260,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes[0].plot(x, median, marker="o", markersize=4, label=subject, **style)
         axes[0].vlines(x, median, [row["p95_ms"] for row in own], color=style["color"], linewidth=0.8)
         axes[1].plot(x, [row["cache_bytes"] / 2**20 for row in own], marker="o", markersize=4, **style)
-    for axis, words in zip(axes, ("milliseconds per token, to the 95th percentile", "cache, MiB"), strict=True):
+    for axis, words in zip(
+        axes,
+        ("milliseconds per token, to the 95th percentile", "cache, MiB (equal for all that keep everything)"),
+        strict=True,
+    ):
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=10 if axis is axes[0] else 2)
         axis.set_title(words, fontsize=9, loc="left")
         axis.set_xlabel("tokens before", fontsize=9)
         axis.grid(True, color="#E5E5E5", linewidth=0.6)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)

@@ -149,6 +149,8 @@ def print_long_stream(config: LongStreamConfig) -> None:
     common: dict[str, Any] = {"run": Path(config.run).name, "cache": config.cache, "split": config.split}
     common |= {"commit": commit, "dirty": dirty}
     blocks = []
+    if config.output_dir is not None:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     for block in long_stream(config):
         blocks.append(block)
         if config.output_dir is not None:

@@ -76,6 +76,14 @@ def more_than_distance(scheme: PositionScheme) -> str:
     return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
 
 
+def cannot_roll(model: TransformerLM) -> str:
+    """Why a model cannot go on from its last tokens alone; empty where it can."""
+    scheme = model.active_schemes[0]
+    if not scheme.translation_invariant or model.max_length is not None:
+        return "its positions are absolute, so that a window cannot roll on"
+    return more_than_distance(scheme)
+
+
 def no_bound(scheme: PositionScheme) -> str:
     """Why nothing bounds the weight of distant keys under a scheme; empty where its bias may."""
     if reason := more_than_distance(scheme):
@@ -119,22 +127,18 @@ def open_cache(
     if policy == "full":
         return KeyValueCache()
     name = model.position.name
-    reason = beyond_scheme(model)
+    reason = beyond_scheme(model) or (cannot_roll(model) if policy == "window" else "")
     require(not reason, f"cache = {policy} with position={name}: {reason}. Use cache=full.")
-    absent = "" if model.strength else ", which takes no part any more"
     native, layers, heads = model.backend.name == "native", len(model.layers), model.config.num_heads
     if policy == "window":
         assert window is not None
         require(1 <= window <= LARGEST_WINDOW, f"window = {window}. Allowed: 1 to {LARGEST_WINDOW}.")
         require(0 <= sinks <= LARGEST_WINDOW, f"sinks = {sinks}. Allowed: 0 to {LARGEST_WINDOW}.")
-        reason = more_than_distance(model.active_schemes[0])
-        if not model.active_schemes[0].translation_invariant or model.max_length is not None:
-            reason = "its positions are absolute, so that a window cannot roll on"
-        require(not reason, f"cache = window with position={name}: {reason}. Use cache=full.")
         same = torch.full((heads,), window + sinks)
         return WindowCache([same.clone() for _ in range(layers)], native, sinks=sinks)
     lost_share = LOST_SHARE if lost_share is None else lost_share
     require(0 < lost_share < 1, f"lost_share = {lost_share}. Use a number above 0 and below 1, such as 1e-6.")
+    absent = "" if model.strength else ", which takes no part any more"
     try:
         tails = bias_tails(model)
         if policy == "proved":
@@ -142,8 +146,7 @@ def open_cache(
         for tail in tails:  # what no norms could do, however small, is refused now
             tail.windows(torch.zeros(heads), lost_share)
     except ValueError as error:
-        raise ValueError(
-            f"cache = {policy} with position={name}{absent}: {error}. Use cache=full or window."
-        ) from None
+        others = "full" if cannot_roll(model) else "full or window"
+        raise ValueError(f"cache = {policy} with position={name}{absent}: {error}. Use cache={others}.") from None
     ones = [torch.ones(heads, dtype=torch.int64) for _ in range(layers)]
     return WindowCache(ones, native, tails, grows=lost_share)

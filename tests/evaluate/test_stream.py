@@ -145,12 +145,14 @@ def test_memory_maps_are_read_a_chunk_at_a_time(tiny_model, tmp_path):
 
 def test_a_long_stream_is_the_stream_block_by_block(trained_runs, tmp_path, capsys):
     run = str(trained_runs / "outputs" / "smoke" / "runs" / "alibi_L8_s1")
-    config = LongStreamConfig(run, 3000, 1000, "validation", threads=1, output_dir=str(tmp_path))
+    config = LongStreamConfig(
+        run, 3000, 1000, "validation", threads=1, output_dir=str(tmp_path / "new" / "stream")
+    )
     for _ in range(2):  # the second replaces what the first has written
         print_long_stream(config)
-        blocks = [json.loads(line) for line in (tmp_path / "stream.jsonl").read_text().splitlines()]
+        blocks = [json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines()]
         blocks = [Block(**{f.name: b[f.name] for f in dataclasses.fields(Block)}) for b in blocks]
-        assert (tmp_path / "stream.md").read_text().count("\n") == 7
+        assert (folder / "stream.md").read_text().count("\n") == 7
         assert capsys.readouterr().out.startswith(f"to     1,000: perplexity {blocks[0].perplexity:.3f}, ")
     assert [block.end for block in blocks] == [1000, 2000, 3000] and all(b.perplexity > 1 for b in blocks)
     (whole,) = long_stream(LongStreamConfig(run, 3000, 3000, "validation", cache="full", threads=1))

@@ -160,9 +160,9 @@ def test_bfloat16_decodes_to_its_own_rounding(tiny_model):
     "position, policy, settings, words",
     [
         ("none", "proved", {}, "no bias that falls"),
-        ("rotary", "certified", {}, "no bias that falls"),
+        ("rotary", "certified", {}, "no bias that falls with the distance. Use cache=full or window.$"),
         ("t5", "proved", {}, "grows with the distance"),
-        ("cope", "proved", {}, "more than a function of the distance"),
+        ("cope", "proved", {}, "more than a function of the distance. Use cache=full.$"),
         ("learned", "window", {"window": 8}, "absolute"),
         ("sinusoidal", "window", {"window": 8}, "absolute"),
         ("cope", "window", {"window": 8}, "more than a function of the distance"),
