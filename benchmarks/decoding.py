@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,10 @@ def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
 
 def _measure(config: DecodingConfig, subject: str, context: int) -> dict[str, Any]:
     device = runtime.start("cpu", threads=config.threads)
+    library = None
     if subject in THEIRS:
         torch.set_flush_denormal(False)  # as their users have it
+        library = f"transformers {version('transformers')}"
     torch.manual_seed(0)
     step, held = (_theirs if subject in THEIRS else _ours)(config, subject, context)
     token = torch.zeros((1, 1), dtype=torch.int64)
@@ -127,6 +130,7 @@ def _measure(config: DecodingConfig, subject: str, context: int) -> dict[str, An
         "cache_bytes": held(),
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "threads": torch.get_num_threads(),
+        "library": library,
         "run": None if config.run is None else Path(config.run).name,
     }
 

@@ -144,10 +144,8 @@ def test_memory_maps_are_read_a_chunk_at_a_time(tiny_model, tmp_path):
 
 
 def test_a_long_stream_is_the_stream_block_by_block(trained_runs, tmp_path, capsys):
-    run = str(trained_runs / "outputs" / "smoke" / "runs" / "alibi_L8_s1")
-    config = LongStreamConfig(
-        run, 3000, 1000, "validation", threads=1, output_dir=str(tmp_path / "new" / "stream")
-    )
+    run, folder = str(trained_runs / "outputs" / "smoke" / "runs" / "alibi_L8_s1"), tmp_path / "new" / "stream"
+    config = LongStreamConfig(run, 3000, 1000, "validation", threads=1, output_dir=str(folder))
     for _ in range(2):  # the second replaces what the first has written
         print_long_stream(config)
         blocks = [json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines()]
