@@ -44,8 +44,8 @@ class GenerateConfig:
     """Strings that end the text, and are no part of it."""
     cache: str = "full"
     """full (all keys), proved, certified, or window (no promise)."""
-    lost_share: float = LOST_SHARE
-    """proved, certified: share of a query's attention that a head may lose; 2^-25 by default."""
+    lost_share: float | None = None
+    """proved, certified: share of a query's attention that a head may lose; null: 2^-25."""
     beyond: str = "continue"
     """certified: what to do when more than that may have been lost: continue (and say so) or stop."""
     window: int | None = None
@@ -221,12 +221,16 @@ def run_generate(config: GenerateConfig) -> int:
         print(json.dumps(found, ensure_ascii=False))
     else:
         _show(config, "\n")
-        print(_summary(config, found), file=sys.stderr)
+        print(_summary(config, found, cache.tokens_seen), file=sys.stderr)
     return status
 
 
 def _exceeded(config: GenerateConfig, lost_share: float | None) -> bool:
-    return config.cache == "certified" and lost_share is not None and lost_share > config.lost_share
+    return config.cache == "certified" and lost_share is not None and lost_share > _allowed(config)
+
+
+def _allowed(config: GenerateConfig) -> float:
+    return LOST_SHARE if config.lost_share is None else config.lost_share
 
 
 def _show(config: GenerateConfig, text: str) -> None:
@@ -234,12 +238,14 @@ def _show(config: GenerateConfig, text: str) -> None:
         print(text, end="", flush=True)
 
 
-def _summary(config: GenerateConfig, found: dict[str, object]) -> str:
+def _summary(config: GenerateConfig, found: dict[str, object], seen: int) -> str:
     speed = "" if found["tokens_per_second"] is None else f", {found['tokens_per_second']:,.0f} tokens/s"
     lost = found["lost_share"]
     share = "nothing is known of what was lost" if lost is None else f"lost share at most {lost:.2g}"
+    if found["keys_held"] == seen:
+        share = "all of them"
     if found["exceeded"]:
-        share += f", MORE than lost_share = {config.lost_share:.2g}"
+        share += f", MORE than lost_share = {_allowed(config):.2g}"
     return (
         f"[{found['tokens']} tokens after {found['prompt_tokens']} ({found['ended']}){speed}; "
         f"cache={config.cache}: {found['keys_held']:,.0f} keys held per head, {share}]"

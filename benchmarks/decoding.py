@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ from alibi_lm.runs import load_run
 from alibi_lm.settings import require
 
 OURS = {
-    "alibi full": ("alibi", "full"),
-    "alibi proved": ("alibi", "proved"),
-    "alibi certified": ("alibi", "certified"),
-    "alibi window 2048": ("alibi", "window"),
-    "rotary full": ("rotary", "full"),
-    "t5 full": ("t5", "full"),
+    "ALiBi, full": ("alibi", "full"),
+    "ALiBi, proved": ("alibi", "proved"),
+    "ALiBi, certified": ("alibi", "certified"),
+    "ALiBi, window 2048": ("alibi", "window"),
+    "rotary, full": ("rotary", "full"),
+    "T5, full": ("t5", "full"),
 }
 """Scheme and cache policy by name."""
 THEIRS = ("BLOOM", "MPT", "GPT-NeoX")
@@ -64,7 +65,7 @@ class DecodingConfig:
     vocab_size: int = 1024
     threads: int | None = None
     """CPU threads; null: torch's choice."""
-    output_dir: str = "outputs/bench"
+    output_dir: str = "outputs/decoding"
 
     def __post_init__(self) -> None:
         known = [*OURS, *THEIRS]
@@ -76,9 +77,13 @@ class DecodingConfig:
 
 
 def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
-    """Measure, and write decoding.jsonl, decoding.md and decoding.png; returns the rows."""
+    """Measure, and write decoding.jsonl, decoding.md and decoding.png; returns the rows.
+
+    Files that are there are replaced, not added to: only rows of one call can be compared.
+    """
     folder, rows = Path(config.output_dir), []
     folder.mkdir(parents=True, exist_ok=True)
+    machine = runtime.environment(torch.device("cpu"))
     for context in config.contexts:
         for subject in config.subjects:
             # A process of its own has a memory of its own.
@@ -87,20 +92,24 @@ def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
                     row = pool.submit(_measure, config, subject, context).result()
                 except ImportError as error:
                     row = {"subject": subject, "context": context, "reason": f"{error.name} is not installed"}
-                except Exception as error:  # of another library, or want of memory
+                except Exception as error:
+                    if subject in OURS and not isinstance(error, (MemoryError, RuntimeError)):
+                        raise  # anything but want of memory is a mistake of ours
                     row = {"subject": subject, "context": context, "reason": f"{type(error).__name__}: {error}"}
-            rows.append(row)
+            rows.append(row | {"machine": machine})
             print(_line(row), flush=True)
             write_text(folder / "decoding.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    write_text(folder / "decoding.md", table(rows))
-    draw(rows, folder / "decoding.png")
+        write_text(folder / "decoding.md", table(rows))
+        draw(rows, folder / "decoding.png")
     return rows
 
 
 def _measure(config: DecodingConfig, subject: str, context: int) -> dict[str, Any]:
     device = runtime.start("cpu", threads=config.threads)
+    library = None
     if subject in THEIRS:
         torch.set_flush_denormal(False)  # as their users have it
+        library = f"transformers {version('transformers')}"
     torch.manual_seed(0)
     step, held = (_theirs if subject in THEIRS else _ours)(config, subject, context)
     token = torch.zeros((1, 1), dtype=torch.int64)
@@ -121,8 +130,8 @@ def _measure(config: DecodingConfig, subject: str, context: int) -> dict[str, An
         "cache_bytes": held(),
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "threads": torch.get_num_threads(),
-        "commit": runtime.code_version()[0],
-        "from_run": config.run is not None,
+        "library": library,
+        "run": None if config.run is None else Path(config.run).name,
     }
 
 
@@ -243,7 +252,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The figure: latency and memory of the cache against the context."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -255,13 +264,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes[0].plot(x, median, marker="o", markersize=4, label=subject, **style)
         axes[0].vlines(x, median, [row["p95_ms"] for row in own], color=style["color"], linewidth=0.8)
         axes[1].plot(x, [row["cache_bytes"] / 2**20 for row in own], marker="o", markersize=4, **style)
-    for axis, words in zip(axes, ("milliseconds per token, to the 95th percentile", "cache, MiB"), strict=True):
+    for axis, words in zip(
+        axes,
+        ("milliseconds per token, to the 95th percentile", "cache, MiB (equal for all that keep everything)"),
+        strict=True,
+    ):
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=10 if axis is axes[0] else 2)
         axis.set_title(words, fontsize=9, loc="left")
         axis.set_xlabel("tokens before", fontsize=9)
         axis.grid(True, color="#E5E5E5", linewidth=0.6)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from alibi_lm import runtime
 from alibi_lm.config import load_config
 from alibi_lm.data.corpus import prepare
 from alibi_lm.evaluate.stream import Policy, stream_nats
+from alibi_lm.files import write_text
 from alibi_lm.model.streaming import POLICIES
 from alibi_lm.runs import load_run, run_tokenizer
 from alibi_lm.settings import require
@@ -42,6 +45,8 @@ class LongStreamConfig:
     """window: first tokens that are kept besides."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
+    output_dir: str | None = None
+    """Folder of stream.jsonl (a row per block) and stream.md, replaced if they are there; null: only print."""
 
     def __post_init__(self) -> None:
         require(self.cache in POLICIES, f"cache = {self.cache!r}. Allowed: {', '.join(POLICIES)}.")
@@ -78,6 +83,7 @@ def long_stream(config: LongStreamConfig) -> Iterator[Block]:
     device = runtime.start("cpu", threads=config.threads)
     folder = Path(config.run)
     model = load_run(folder, device=device)
+    model.serve(config.tokens)
     tokenizer = run_tokenizer(folder)
     corpus = prepare(load_config(folder).data, tokenizer, splits=(config.split,))
     stream = corpus.split(config.split).tokens
@@ -119,9 +125,38 @@ def descriptors() -> int:
         return 0
 
 
+def table(config: LongStreamConfig, blocks: list[Block]) -> str:
+    """Markdown: a row per block."""
+    lines = [
+        f"{Path(config.run).name}, cache={config.cache}, {config.split} split of its text",
+        "",
+        "| tokens until | perplexity of the block | tokens/s | resident MiB | open files | keys held per head "
+        "| lost share at most |",
+        "| --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for b in blocks:
+        lost = "not known" if b.lost_share is None else f"{b.lost_share:.2g}"
+        lines.append(
+            f"| {b.end:,} | {b.perplexity:.3f} | {b.tokens_per_second:,.0f} | {b.resident_bytes / 2**20:,.0f} "
+            f"| {b.descriptors} | {b.keys_held:,.0f} | {lost} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def print_long_stream(config: LongStreamConfig) -> None:
-    """Print a line per block."""
+    """Print a line per block, and write the same to the output folder as soon as it is done."""
+    commit, dirty = runtime.code_version()
+    common: dict[str, Any] = {"run": Path(config.run).name, "cache": config.cache, "split": config.split}
+    common |= {"commit": commit, "dirty": dirty}
+    blocks = []
+    if config.output_dir is not None:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     for block in long_stream(config):
+        blocks.append(block)
+        if config.output_dir is not None:
+            rows = [json.dumps(common | asdict(each)) + "\n" for each in blocks]
+            write_text(Path(config.output_dir) / "stream.jsonl", "".join(rows))
+            write_text(Path(config.output_dir) / "stream.md", table(config, blocks))
         lost = "not known" if block.lost_share is None else f"at most {block.lost_share:.2g}"
         print(
             f"to {block.end:>9,}: perplexity {block.perplexity:.3f}, {block.tokens_per_second:,.0f} tokens/s, "

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from alibi_lm import runtime
 from alibi_lm.evaluate.passes import Passes
-from alibi_lm.model.bound import LOST_SHARE
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import open_cache
 from alibi_lm.model.transformer import TransformerLM
@@ -42,8 +41,8 @@ class Policy:
 
     def open(self, model: TransformerLM) -> KeyValueCache:
         """An empty cache; ValueError where it does not fit the model."""
-        share = LOST_SHARE if self.lost_share is None else self.lost_share
-        return open_cache(model, self.cache, lost_share=share, window=self.window, sinks=self.sinks or 0)
+        sinks = self.sinks or 0
+        return open_cache(model, self.cache, lost_share=self.lost_share, window=self.window, sinks=sinks)
 
     @property
     def changes(self) -> dict[str, Any]:

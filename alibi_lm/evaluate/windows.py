@@ -18,7 +18,7 @@ from alibi_lm.model.bound import LOST_SHARE
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
 from alibi_lm.model.hub_bounds import alibi_slopes, head_bounds, lost_shares
 from alibi_lm.model.huggingface import HuggingFaceLM
-from alibi_lm.model.streaming import bias_tails, weight_excess
+from alibi_lm.model.streaming import beyond_scheme, bias_tails, weight_excess
 from alibi_lm.model.transformer import TransformerLM
 
 SHARES = {"2^-25": LOST_SHARE, "1e-3": 1e-3, "1e-2": 1e-2}
@@ -116,6 +116,8 @@ def head_windows(passes: Passes) -> list[dict[str, Any]]:
         return hub_windows(model, passes)
     if not isinstance(model, TransformerLM):
         return [{"reason": "its layers are not known here"}]
+    if reason := beyond_scheme(model):
+        return [{"reason": reason}]
     try:
         tails, excess = bias_tails(model), weight_excess(model)
         windows = {

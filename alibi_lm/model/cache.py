@@ -1,28 +1,19 @@
-"""Keys and values of the tokens seen so far: all of them, or per head those of a window.
+"""Keys and values of the tokens seen so far, all of them: it serves every scheme.
 
-`KeyValueCache` keeps everything and serves every scheme. `WindowCache` keeps a number of keys of its own for each
-head, and so streams in constant memory. `streaming.py` builds either by the name of a policy.
+`window_cache.py` keeps those of a window per head; `streaming.py` builds either by the name of a policy.
 
-Shape letters: B batch, T tokens now, S keys held, H heads, G heads of one buffer, K head dim,
-D model dim, N distances.
+Shape letters: B batch, T tokens now, S keys held, H heads, K head dim.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alibi_lm.attention import Attend
-from alibi_lm.attention.decode import HeldKeys, Lines, decode
-from alibi_lm.model.bound import BiasTail
 from alibi_lm.positions import PositionScheme
-from alibi_lm.settings import require
-
-CHUNK = 256
-"""Tokens that a buffer takes up beyond its window before it drops its oldest keys."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +132,7 @@ class KeyValueCache:
         if buffer is None or buffer.shape[dim] < total or not seen:
             shape = list(new.shape)
             shape[dim] = max(self.capacity, total if not seen else max(total, 2 * seen))
-            grown = _empty(new, shape)
+            grown = empty_like(new, shape)
             if buffer is not None and seen:
                 grown.narrow(dim, 0, seen).copy_(buffer.narrow(dim, 0, seen))
             buffer = grown
@@ -149,244 +140,7 @@ class KeyValueCache:
         return buffer
 
 
-def _empty(like: Tensor, shape: list[int]) -> Tensor:
+def empty_like(like: Tensor, shape: list[int]) -> Tensor:
+    """A tensor of this shape, of the dtype and on the device of another one."""
     with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-
-@dataclass
-class _Buffer:
-    """The keys of some heads of one window."""
-
-    heads: list[int]
-    window: int
-    k: Tensor
-    """(B, G, capacity, K)"""
-    v: Tensor
-    count: int = 0
-    """Keys that lie in it, from its start on."""
-
-    def keep(self, tokens: int) -> None:
-        """Move the last tokens to the start, and drop the others."""
-        for buffer in (self.k, self.v):
-            kept = buffer[:, :, self.count - tokens : self.count]
-            # Where the old and the new place overlap, the copy would read what it has written.
-            buffer[:, :, :tokens] = kept.clone() if self.count < 2 * tokens else kept
-        self.count = tokens
-
-
-class _Layer:
-    """The keys of one layer, and what the kernel must know of them."""
-
-    def __init__(self, windows: list[int], like: Tensor, value_dim: int) -> None:
-        self.seen, self.value_dim = 0, value_dim
-        self.held = HeldKeys(len(windows), like.shape[-1])
-        self.norms = _empty(like.float(), [len(like), len(windows)]).zero_()
-        self.first: tuple[Tensor, Tensor] = (like[:, :, :0], like[:, :, :0])
-        """Keys, not yet transformed, and values of the sinks."""
-        self.extremes: Tensor | None = None
-        """(3, H) float64: the largest norm of a query and of a key seen, and the largest -q . k of one token."""
-        self.buffers: list[_Buffer] = []
-        self.resize(windows, like)
-
-    def resize(self, windows: list[int], like: Tensor) -> None:
-        """Make room for windows that are no smaller than before; keys that were dropped do not come back."""
-        old = self.buffers
-        alike = len(set(windows)) == 1 and not old
-        self.buffers = []
-        for heads in [list(range(len(windows)))] if alike else [[h] for h in range(len(windows))]:
-            window = windows[heads[0]]
-            shape = [len(like), len(heads), window + CHUNK]
-            k, v = (_empty(like, [*shape, dim]) for dim in (like.shape[-1], self.value_dim))
-            buffer = _Buffer(heads, window, k, v)
-            for before in old:
-                if heads[0] in before.heads:
-                    at, buffer.count = before.heads.index(heads[0]), before.count
-                    k[:, 0, : before.count] = before.k[:, at, : before.count]
-                    v[:, 0, : before.count] = before.v[:, at, : before.count]
-            self.buffers.append(buffer)
-            self.held.place(heads, k, v)
-            self.held.windows[heads], self.held.keys[heads] = window, buffer.count
-
-    def make_room(self, tokens: int) -> None:
-        """Count `tokens` more as held, after dropping the oldest keys of every buffer that would overflow."""
-        for buffer in self.buffers:
-            if buffer.count + tokens > buffer.k.shape[2]:
-                buffer.keep(buffer.window - 1)
-            buffer.count += tokens
-            self.held.keys[buffer.heads] = buffer.count
-        self.seen += tokens
-        self.held.missing[:] = self.seen - self.held.keys
-
-
-class WindowCache(KeyValueCache):
-    """The last keys of each head, for schemes whose bias, if any, is a function of the distance.
-
-    A pass that raises leaves the cache unusable.
-
-    Args:
-        windows: of each layer, (H,) int64: keys that a head sees, the query's own among them.
-        native: whether the compiled kernel may serve.
-        tails: of each layer, the sums of its bias; None: what is lost is not known.
-        sinks: first tokens that are kept besides the last ones; counted in the windows, which must be equal.
-        grows: windows grow so that, by the norms of the queries and keys seen so far, no head loses more than this
-            share of its attention; None: they stay.
-        proved: share that no head can lose under any input.
-    """
-
-    attends = True
-
-    def __init__(
-        self,
-        windows: list[Tensor],
-        native: bool,
-        tails: list[BiasTail] | None = None,
-        sinks: int = 0,
-        grows: float | None = None,
-        proved: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.windows, self.native, self.tails, self.sinks, self.grows = windows, native, tails, sinks, grows
-        self.proved = proved
-        self.lost_share = None if tails is None else 0.0
-        self._stores: dict[int, _Layer] = {}
-        self._lines: dict[int, tuple[int, Tensor | None, Lines | None]] = {}
-
-    def begin(self, first: int, last: int, tokens: int, window: int | None) -> None:
-        require(window is None, f"window = {window} with a cache that has windows of its own. Leave it out.")
-        require(
-            last + 1 == self.tokens_seen + tokens,
-            f"positions end at {last} with {self.tokens_seen + tokens} tokens, and a window counts tokens. "
-            "Leave positions out.",
-        )
-        super().begin(first, last, tokens, window)
-
-    @property
-    def keys_held(self) -> float:
-        return float(torch.stack([w.clamp_max(self.tokens_seen).double().mean() for w in self.windows]).mean())
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor | None,
-        raw_k: Tensor,
-        position: LayerPositions,
-    ) -> Tensor:
-        if layer not in self._stores:
-            self._stores[layer] = _Layer(self.windows[layer].tolist(), k, v.shape[-1])
-        store = self._stores[layer]
-        assert store.seen == self.tokens_seen and k.shape[0] == len(store.norms), "a pass has failed before"
-        if self.grows is not None:
-            self._grow(layer, store, q, k, self.grows)
-        if store.first[0].shape[2] < self.sinks:
-            pairs = zip(store.first, (raw_k, v), strict=True)
-            store.first = tuple(torch.cat([old, new], 2)[:, :, : self.sinks] for old, new in pairs)  # type: ignore
-        parts, start, window = [], 0, int(self.windows[layer][0])
-        while start < q.shape[2]:
-            step = CHUNK
-            if self.sinks:  # once something was dropped, what is kept has other positions for every query
-                step = max(1, min(CHUNK, window - store.seen))
-            rows = slice(start, start + step)
-            parts.append(self._piece(layer, store, q[:, :, rows], k[:, :, rows], v[:, :, rows], position.scheme))
-            start += step
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-    def _piece(self, layer: int, store: _Layer, q: Tensor, k: Tensor, v: Tensor, scheme: PositionScheme) -> Tensor:
-        store.make_room(q.shape[2])
-        line, lines = self._bias(layer, scheme, q.device)
-        if self.sinks and store.seen > store.buffers[0].window:
-            self._place_sinks(store, scheme)
-        lost = None if self.tails is None else q.new_empty(q.shape[:3], dtype=torch.float32)
-        if self.native and q.is_cpu and q.dtype == torch.float32 and q.shape == v.shape:
-            out = decode(q, store.held, lines, (k, v), None if lines is None else store.norms, lost)
-        else:
-            out = self._plain(layer, store, q, k, v, line, lost)
-        if lost is not None:
-            share = min(self.proved, 2.0 ** min(0.0, float(lost.max())))
-            self.lost_share = max(self.lost_share or 0.0, share)
-        return out
-
-    def _bias(
-        self, layer: int, scheme: PositionScheme, device: torch.device
-    ) -> tuple[Tensor | None, Lines | None]:
-        """The bias (H, N) of all distances that there can be in a buffer, and the same as the kernel reads it."""
-        length = int(self.windows[layer].max()) + CHUNK
-        known = self._lines.get(layer)
-        if known is None or known[0] < length:
-            line = scheme.distance_bias(torch.arange(length, device=device))
-            lines = tails = None
-            if line is not None and self.native:
-                if self.tails is not None:
-                    tails = self.tails[layer].at(torch.arange(length).expand(len(line), -1))
-                lines = Lines.of(line, tails)
-            known = self._lines[layer] = (length, line, lines)
-        return known[1], known[2]
-
-    def _place_sinks(self, store: _Layer, scheme: PositionScheme) -> None:
-        """Put the sinks right before the rest of the window, over keys that were just dropped."""
-        (buffer,), (raw_k, v) = store.buffers, store.first
-        place = slice(buffer.count - buffer.window, buffer.count - buffer.window + self.sinks)
-        positions = torch.arange(self.sinks, device=v.device) + (store.seen - buffer.window)
-        buffer.k[:, :, place] = scheme.transform_qk(raw_k, raw_k, scheme.tables(positions))[1]
-        buffer.v[:, :, place] = v
-
-    def _plain(
-        self,
-        layer: int,
-        store: _Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        line: Tensor | None,
-        lost: Tensor | None,
-    ) -> Tensor:
-        """The same as the kernel, in plain tensor operations: scores and softmax in float32 or better."""
-        tokens, exact = q.shape[2], torch.promote_types(q.dtype, torch.float32)
-        out, scale = torch.empty_like(v), q.shape[-1] ** -0.5
-        for buffer in store.buffers:
-            heads, window, count = buffer.heads, buffer.window, buffer.count
-            buffer.k[:, :, count - tokens : count] = k[:, heads]
-            buffer.v[:, :, count - tokens : count] = v[:, heads]
-            begin = max(0, count - tokens - window + 1)
-            index = torch.arange(count - tokens, count, device=q.device)
-            distance = index[:, None] - torch.arange(begin, count, device=q.device)
-            queries, keys = q[:, heads].to(exact), buffer.k[:, :, begin:count].to(exact)
-            scores = queries @ keys.mT * scale
-            if line is not None:
-                scores = scores + line[heads][:, distance.clamp_min(0)]
-            scores = scores.masked_fill((distance < 0) | (distance >= window), -math.inf)
-            out[:, heads] = scores.softmax(-1).to(v.dtype) @ buffer.v[:, :, begin:count]
-            if lost is None:
-                continue
-            assert self.tails is not None and line is not None
-            # The running certificate: the share that keys would have which are not held or outside of the window.
-            largest = torch.maximum(store.norms[:, heads], k[:, heads].float().norm(dim=-1).amax(-1))
-            store.norms[:, heads] = largest
-            nearest = (index + 1).clamp_max(window).cpu().expand(len(line), -1)
-            tail = self.tails[layer].at(nearest)[heads].to(q.device)
-            own = line[heads, :1].double()
-            share = queries.norm(dim=-1) * scale * largest[:, :, None] + tail - (scores.logsumexp(-1) - own)
-            whole = (index < window) if count == store.seen else torch.zeros_like(index, dtype=torch.bool)
-            lost[:, heads] = (share / math.log(2) + 1e-3).masked_fill(whole, -math.inf).float()
-        return out
-
-    def _grow(self, layer: int, store: _Layer, q: Tensor, k: Tensor, lost_share: float) -> None:
-        """Take up the norms of new queries and keys, and widen the windows that they make too short."""
-        assert self.tails is not None
-        exact_q, exact_k = q.double(), k.double()
-        opposed = -(exact_q * exact_k).sum(-1)
-        now = torch.stack([x.amax((0, 2)) for x in (exact_q.norm(dim=-1), exact_k.norm(dim=-1), opposed)])
-        if store.extremes is not None:
-            now = torch.maximum(now, store.extremes)
-            if torch.equal(now, store.extremes):
-                return
-        store.extremes = now
-        excess = (now[0] * now[1] + now[2]) * q.shape[-1] ** -0.5
-        wanted, own = self.tails[layer].windows(excess, lost_share), self.windows[layer]
-        if bool((wanted > own).any()):
-            # A little more than is needed now, so that a slow rise of the norms does not copy keys at every step.
-            self.windows[layer] = torch.where(wanted > own, wanted + wanted // 16, own)
-            store.resize(self.windows[layer].tolist(), k)

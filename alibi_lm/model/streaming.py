@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from alibi_lm.model.bound import LARGEST_WINDOW, LOST_SHARE, BiasTail, excess_from_weights
-from alibi_lm.model.cache import KeyValueCache, WindowCache
+from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.model.window_cache import WindowCache
 from alibi_lm.positions import PositionScheme
 from alibi_lm.settings import require
 
@@ -43,11 +44,8 @@ def weight_windows(model: TransformerLM, lost_share: float = LOST_SHARE) -> list
     Raises:
         ValueError: the scheme has no bound, and why.
     """
-    try:
-        pairs = zip(bias_tails(model), weight_excess(model), strict=True)
-        return [tail.windows(excess, lost_share) for tail, excess in pairs]
-    except ValueError as error:
-        raise ValueError(_refusal(model, str(error))) from None
+    pairs = zip(bias_tails(model), weight_excess(model), strict=True)
+    return [tail.windows(excess, lost_share) for tail, excess in pairs]
 
 
 def bias_tails(model: TransformerLM) -> list[BiasTail]:
@@ -56,10 +54,19 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
     Raises:
         ValueError: the scheme has none, and why.
     """
-    if reason := no_bound(model.active_schemes[0]):
-        raise ValueError(reason)
+    reason = no_bound(model.active_schemes[0])
+    require(not reason, reason)
     tails = [BiasTail(scheme.distance_bias) for scheme in model.active_schemes]
     return tails * (len(model.layers) // len(tails))
+
+
+def beyond_scheme(model: TransformerLM) -> str:
+    """Why no window serves a model, whatever its scheme; empty where one may."""
+    if (scale := model.query_scale.config.name) != "none":
+        return f"its queries are multiplied by factors (query_scale={scale}), which no window accounts for"
+    if model.drawn.range is not None:
+        return f"its positions are drawn (training_positions={model.drawn.name}), and windows count tokens"
+    return ""
 
 
 def more_than_distance(scheme: PositionScheme) -> str:
@@ -67,6 +74,14 @@ def more_than_distance(scheme: PositionScheme) -> str:
     if scheme.defines("bias", "content_bias", "content_key_bias"):
         return "its bias is more than a function of the distance"
     return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
+
+
+def cannot_roll(model: TransformerLM) -> str:
+    """Why a model cannot go on from its last tokens alone; empty where it can."""
+    scheme = model.active_schemes[0]
+    if not scheme.translation_invariant or model.max_length is not None:
+        return "its positions are absolute, so that a window cannot roll on"
+    return more_than_distance(scheme)
 
 
 def no_bound(scheme: PositionScheme) -> str:
@@ -78,15 +93,11 @@ def no_bound(scheme: PositionScheme) -> str:
     return "it changes queries and keys by their positions" if scheme.defines("transform_qk") else ""
 
 
-def _refusal(model: TransformerLM, reason: str) -> str:
-    return f"cache = proved or certified with position={model.position.name}: {reason}. Use cache=full or window."
-
-
 def open_cache(
     model: TransformerLM,
     policy: str = "full",
     *,
-    lost_share: float = LOST_SHARE,
+    lost_share: float | None = None,
     window: int | None = None,
     sinks: int = 0,
 ) -> KeyValueCache:
@@ -95,7 +106,7 @@ def open_cache(
     Args:
         model: the language model.
         policy: full, proved, certified or window.
-        lost_share: proved, certified: share of a query's attention that a head may lose.
+        lost_share: proved, certified: share of a query's attention that a head may lose; None: `LOST_SHARE`.
         window: window: last tokens that are kept.
         sinks: window: first tokens that are kept besides.
 
@@ -108,34 +119,34 @@ def open_cache(
         f"window = {window} with cache={policy}. "
         + ("Say how many tokens to keep: window=2048." if policy == "window" else "It belongs to cache=window."),
     )
+    require(
+        lost_share is None or policy in ("proved", "certified"),
+        f"lost_share = {lost_share} with cache={policy}. It belongs to cache=proved or certified.",
+    )
     require(sinks == 0 or policy == "window", f"sinks = {sinks} with cache={policy}. They belong to cache=window.")
     if policy == "full":
         return KeyValueCache()
-    require(
-        model.query_scale.config.name == "none",
-        f"cache = {policy} with query_scale={model.query_scale.config.name}: the factor of a query depends on how "
-        "many keys it sees, and here it would see fewer. Use cache=full.",
-    )
+    name = model.position.name
+    reason = beyond_scheme(model) or (cannot_roll(model) if policy == "window" else "")
+    require(not reason, f"cache = {policy} with position={name}: {reason}. Use cache=full.")
     native, layers, heads = model.backend.name == "native", len(model.layers), model.config.num_heads
     if policy == "window":
         assert window is not None
         require(1 <= window <= LARGEST_WINDOW, f"window = {window}. Allowed: 1 to {LARGEST_WINDOW}.")
         require(0 <= sinks <= LARGEST_WINDOW, f"sinks = {sinks}. Allowed: 0 to {LARGEST_WINDOW}.")
-        scheme = model.active_schemes[0]
-        reason = ""
-        if not scheme.translation_invariant or model.max_length is not None:
-            reason = "its positions are absolute, so that a window cannot roll on"
-        reason = reason or more_than_distance(scheme)
-        require(not reason, f"cache = window with position={model.position.name}: {reason}. Use cache=full.")
         same = torch.full((heads,), window + sinks)
         return WindowCache([same.clone() for _ in range(layers)], native, sinks=sinks)
+    lost_share = LOST_SHARE if lost_share is None else lost_share
     require(0 < lost_share < 1, f"lost_share = {lost_share}. Use a number above 0 and below 1, such as 1e-6.")
+    absent = "" if model.strength else ", which takes no part any more"
     try:
         tails = bias_tails(model)
+        if policy == "proved":
+            return WindowCache(weight_windows(model, lost_share), native, tails, proved=lost_share)
+        for tail in tails:  # what no norms could do, however small, is refused now
+            tail.windows(torch.zeros(heads), lost_share)
     except ValueError as error:
-        raise ValueError(_refusal(model, str(error))) from None
-    if policy == "proved":
-        return WindowCache(weight_windows(model, lost_share), native, tails, proved=lost_share)
-    return WindowCache(
-        [torch.ones(heads, dtype=torch.int64) for _ in range(layers)], native, tails, grows=lost_share
-    )
+        others = "full" if cannot_roll(model) else "full or window"
+        raise ValueError(f"cache = {policy} with position={name}{absent}: {error}. Use cache={others}.") from None
+    ones = [torch.ones(heads, dtype=torch.int64) for _ in range(layers)]
+    return WindowCache(ones, native, tails, grows=lost_share)

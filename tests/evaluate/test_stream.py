@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from alibi_lm.evaluate.config import EvaluateConfig
-from alibi_lm.evaluate.long_stream import LongStreamConfig, descriptors, long_stream, resident_bytes
+from alibi_lm.evaluate.long_stream import (
+    Block,
+    LongStreamConfig,
+    descriptors,
+    long_stream,
+    print_long_stream,
+    resident_bytes,
+)
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.stream import Policy, measure_stream, stream_nats
 from alibi_lm.evaluate.sweep import analyse, describe, evaluate
@@ -133,9 +143,15 @@ def test_memory_maps_are_read_a_chunk_at_a_time(tiny_model, tmp_path):
     assert [len(part) for part in parts] == [32, 32, 32, 4]
 
 
-def test_a_long_stream_is_the_stream_block_by_block(trained_runs):
-    run = str(trained_runs / "outputs" / "smoke" / "runs" / "alibi_L8_s1")
-    blocks = list(long_stream(LongStreamConfig(run, 3000, 1000, "validation", threads=1)))
+def test_a_long_stream_is_the_stream_block_by_block(trained_runs, tmp_path, capsys):
+    run, folder = str(trained_runs / "outputs" / "smoke" / "runs" / "alibi_L8_s1"), tmp_path / "new" / "stream"
+    config = LongStreamConfig(run, 3000, 1000, "validation", threads=1, output_dir=str(folder))
+    for _ in range(2):  # the second replaces what the first has written
+        print_long_stream(config)
+        blocks = [json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines()]
+        blocks = [Block(**{f.name: b[f.name] for f in dataclasses.fields(Block)}) for b in blocks]
+        assert (folder / "stream.md").read_text().count("\n") == 7
+        assert capsys.readouterr().out.startswith(f"to     1,000: perplexity {blocks[0].perplexity:.3f}, ")
     assert [block.end for block in blocks] == [1000, 2000, 3000] and all(b.perplexity > 1 for b in blocks)
     (whole,) = long_stream(LongStreamConfig(run, 3000, 3000, "validation", cache="full", threads=1))
     mean = np.mean(np.log([block.perplexity for block in blocks]))
