@@ -87,6 +87,8 @@ def test_generation_is_ours_token_by_token(name, exported):
     }
     found = theirs.generate(prompt, **options)
     assert torch.equal(found, theirs.generate(prompt, use_cache=False, **options))
+    # As a tokenizer gives it: generate(**tokenizer(text, return_tensors="pt")).
+    assert torch.equal(found, theirs.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options))
     cache, step, expected = KeyValueCache(), prompt, prompt
     with torch.inference_mode():
         for _ in range(count):
