@@ -117,6 +117,15 @@ def test_and_back_with_the_same_rows(name, exported, place, tmp_path, monkeypatc
         assert (theirs.corpus == ours.corpus) or name != "plain"
 
 
+def test_another_text_goes_by_its_own_name(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("some other text\n" * 30)
+    data = EvaluateData(path="other", name="text", cache_dir="cache")
+    config = EvaluateConfig(runs=str(exported["plain"][0]), lengths=[16], device="cpu", threads=1, data=data)
+    assert {row.extra["corpus_name"] for row in evaluate(dataclasses.replace(config, output_dir="a"))} == {"other"}
+
+
 def test_what_it_refuses(exported, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -306,7 +306,7 @@ def test_many_labels_get_a_higher_panel_and_stay_inside():
 
 @pytest.mark.parametrize("values", [[31.0, 34.0], [498.9551, 498.9582], [-0.0031, 0.0029]], ids=str)
 def test_the_name_of_the_axis_stays_in_the_picture_beside_long_numbers(values):
-    panel = Panel("trained at 64", "perplexity", [Line("alibi", "ALiBi", [64.0, 128.0], values)])
+    panel = Panel([Line("alibi", "ALiBi", [64.0, 128.0], values)])
     figure = plots.build("Title", [[panel, panel]], "origin")
     figure.canvas.draw()
     boxes = [axis.yaxis.get_tightbbox() for axis in figure.axes]
