@@ -149,7 +149,7 @@ def _prompt(config: GenerateConfig) -> str:
     if config.file is None:
         return config.prompt or ""
     try:
-        return sys.stdin.read() if config.file == "-" else Path(config.file).read_text(encoding="utf-8")
+        return sys.stdin.read() if config.file == "-" else Path(config.file).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"file = {config.file} cannot be read ({error.strerror or error}).") from None
     except UnicodeDecodeError:

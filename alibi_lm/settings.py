@@ -220,7 +220,9 @@ def describe_error(error: Exception) -> str:
     elif isinstance(error, MemoryError):
         message = "the memory of this machine does not suffice"
     elif isinstance(error, mistakes):
-        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        # Below its first line omegaconf names its own types, which tell a user nothing.
+        cause = str(error.__cause__).partition("\n    full_key:")[0]
+        cause = f"\n{cause}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         message = f"{str(error).split('Config search path:')[0].strip()}{cause}" or type(error).__name__
     else:
         return "".join(traceback.format_exception(error))

@@ -58,11 +58,14 @@ def find_config(config: CheckSchemeConfig) -> Any:
             f"scheme_file = {path} holds no config of a scheme: a dataclass with `name` and `build(shape)`.",
         )
     name = config.position or (next(iter(known)) if len(known) == 1 else None)
+    require(
+        name is not None, f"Which scheme? Give scheme_file=<Python file>, or position= one of {', '.join(known)}."
+    )
     require(name in known, f"position = {name}. Allowed here: {', '.join(known)}.")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(known[str(name)]), config.settings))
     except Exception as error:
-        raise ValueError(f"settings = {config.settings} do not fit {name}: {error}") from error
+        raise ValueError(f"settings = {config.settings} do not fit {name}: {str(error).splitlines()[0]}") from None
 
 
 def page(config: Any, checks: list[Check]) -> str:

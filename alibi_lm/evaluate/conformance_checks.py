@@ -13,8 +13,10 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,7 +118,9 @@ class Conformance:
             try:
                 yield from (dataclasses.replace(found, name=name) for found in check())
             except Exception as error:
-                yield Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                yield Check(name, False, f"{words} ({Path(at.filename).name}, line {at.lineno})")
 
     # --- what must hold --------------------------------------------------------------------------
 
@@ -142,7 +146,7 @@ class Conformance:
         shifts = [37] if model.max_length else [37, 5000]
         with torch.no_grad():
             here = model(tokens, positions=places)
-            moved = max(float((model(tokens, positions=places + s) - here).abs().max()) for s in shifts)
+            moved = _largest(float((model(tokens, positions=places + s) - here).abs().max()) for s in shifts)
         share, invariant = moved / self._size(model, tokens), self.scheme.translation_invariant
         limit = ROUNDING if invariant else 10 * ROUNDING
         words = f"shifts of {', '.join(map(str, shifts))} change {share:.1e} of the output"
@@ -163,7 +167,8 @@ class Conformance:
                     for piece, where in zip(tokens.split(pieces, 1), places.split(pieces), strict=True)
                 ]
                 whole = model(tokens, positions=places, window=window)
-            worst = max(worst, float((torch.cat(parts, 1) - whole).abs().max()) / self._size(model, tokens))
+            gap_here = float((torch.cat(parts, 1) - whole).abs().max()) / self._size(model, tokens)
+            worst = _largest((worst, gap_here))
         yield Check(
             "", worst <= ROUNDING, f"pieces of {pieces}: {worst:.1e} of the output (at most {ROUNDING:.0e})"
         )
@@ -214,11 +219,10 @@ class Conformance:
             for window in (None, 9):
                 nats, grads = results[attention, window]
                 expected, right = results["eager", window]
-                worst_nats = max(worst_nats, float((nats - expected).abs().max()))
-                scale = max(float(g.abs().max()) for g in right)
-                worst_grad = max(
-                    worst_grad, *(float((a - b).abs().max()) / scale for a, b in zip(grads, right, strict=True))
-                )
+                worst_nats = _largest((worst_nats, float((nats - expected).abs().max())))
+                scale = _largest(float(g.abs().max()) for g in right)
+                gaps = [float((a - b).abs().max()) / scale for a, b in zip(grads, right, strict=True)]
+                worst_grad = _largest((worst_grad, *gaps))
             words = f"{attention} against eager: nats {worst_nats:.1e}, gradients {worst_grad:.1e}"
             yield Check("", worst_nats <= 1e-4 and worst_grad <= 1e-4, f"{words} (each at most 1e-04)")
         if not Backends("flex", "").refuses_scheme(self.scheme):
@@ -251,7 +255,7 @@ class Conformance:
                     parameter += 1e-6 * way
                 assert parameter.grad is not None
                 slope, expected = float((parameter.grad * way).sum()), (values[0] - values[1]) / 2e-6
-                worst = max(worst, abs(slope - expected) / max(abs(expected), 1e-2))
+                worst = _largest((worst, abs(slope - expected) / max(abs(expected), 1e-2)))
         yield Check("", worst <= 1e-4, f"{count} parameters: off by {worst:.1e} of the slope (at most 1e-04)")
 
     def precision(self) -> Iterator[Check]:
@@ -371,6 +375,11 @@ class Conformance:
         """What another order of the tokens changes in the output."""
         with torch.no_grad():
             return float((model(tokens) - model(tokens.flip(1))).abs().max())
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest value, NaN where one is: Python's max drops a NaN that does not come first."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 def _ratio(work: Callable[[TransformerLM], None], first: TransformerLM, second: TransformerLM) -> float:

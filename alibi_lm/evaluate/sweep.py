@@ -169,9 +169,15 @@ def perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
 def common_fields(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[str, Any]:
     """Fields of all rows of a run and a task."""
     run = opened.plan
-    trained, own = finished(run.folder) or {}, run.folder / CORPUS_FILE
+    trained, record = finished(run.folder) or {}, run.folder / CORPUS_FILE
+    own, corpus = read_json(record) if record.is_file() else {}, opened.corpus
+    # The run's record says whether a text is the original one, and is no name of another text.
+    texts = [
+        m.get("splits", {}).get(task.split, {}).get("text_sha256") for m in (own, getattr(corpus, "manifest", {}))
+    ]
+    same = own and (corpus is None or texts[0] == texts[1])
     extra: dict[str, Any] = {
-        "corpus_name": read_json(own)["description"] if own.is_file() else getattr(opened.corpus, "name", ""),
+        "corpus_name": own["description"] if same else getattr(corpus, "name", ""),
         "tokens_seen": trained.get("tokens_seen"),
         "device": trained.get("device"),
     } | opened.way

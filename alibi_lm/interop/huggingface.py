@@ -162,12 +162,16 @@ class RunForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = RunCache()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, past_key_values: RunCache | None = None, **options: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: RunCache | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Only the tokens that the cache has not seen."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = options.get("attention_mask")
-        return {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "attention_mask": mask}
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        return {"input_ids": input_ids[:, seen:]} | given
 
 
 AutoConfig.register(RunConfig.model_type, RunConfig, exist_ok=True)

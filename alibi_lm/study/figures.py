@@ -36,6 +36,11 @@ COMPANY = 1.5
 """A close-up shows the curves whose best value up to the training length is at most this factor above the best."""
 
 
+def drawn_views(found: Sequence[View]) -> list[View]:
+    """Those with a figure: what was streamed stands in that of the other windows, where there is one."""
+    return [view for view in found if view.mode != "stream"] or list(found)
+
+
 def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool = False) -> list[Path]:
     """Draw every figure of a folder of results and write its Markdown table.
 
@@ -61,9 +66,7 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
         lines = "\n".join(f"  {item.sentence}" for item in unfair if item.matters)
         raise ValueError(f"strict = true, and the runs differ in more than the scheme:\n{lines}")
     written = []
-    # What was streamed stands in the figure of the other windows, where there is one.
-    drawn = [view for view in found if view.mode != "stream"] or found
-    for index, view in enumerate(drawn):
+    for index, view in enumerate(drawn_views(found)):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
         figure = curve_figure(rows, view, words, unfair, with_paper)
         for suffix in ("png", "svg"):

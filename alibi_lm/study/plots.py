@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import whole_file
-from alibi_lm.study.style import look
+from alibi_lm.study.style import look, room_for_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -405,18 +405,19 @@ def build(
     top = 0.42 + 0.16 * len(head) + 0.36
     height = top + len(rows) * chart[1] + (len(rows) - 1) * below + 0.58
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(width, height), facecolor="white")
+        figure, placed = Figure(figsize=(width, height), facecolor="white"), []
         for r, row in enumerate(rows):
-            for c, cell in enumerate(row):
-                if cell is None:
-                    continue
-                left = 0.62 + c * (chart[0] + right + beside)
-                bottom = height - top - chart[1] - r * (chart[1] + below)
-                axis = figure.add_axes((left / width, bottom / height, chart[0] / width, chart[1] / height))
-                if isinstance(cell, Panel):
-                    draw_panel(axis, cell)
-                else:
-                    cell(axis)
+            for c, cell in ((c, cell) for c, cell in enumerate(row) if cell is not None):
+                bottom = (height - top - chart[1] - r * (chart[1] + below)) / height
+                axis = figure.add_axes((0, bottom, 1, chart[1] / height))
+                placed.append((axis, c, bottom))
+                draw_panel(axis, cell) if isinstance(cell, Panel) else cell(axis)
+        room = 0 if dense else room_for_ticks(axis for axis, *_ in placed)
+        width += columns * room
+        figure.set_size_inches(width, height)
+        for axis, c, bottom in placed:
+            left = 0.62 + room + c * (chart[0] + right + beside + room)
+            axis.set_position((left / width, bottom, chart[0] / width, chart[1] / height))
         left = 0.16 / width
         figure.text(left, 1 - 0.12 / height, title, va="top", fontsize=12, fontweight="bold")
         for index, (line, color) in enumerate(head):

@@ -16,7 +16,7 @@ from alibi_lm.study.claims import NUMBERS_NOTE, claims_tables, judge_claims
 from alibi_lm.study.compare import VERDICTS
 from alibi_lm.study.evidence import Evidence, read_evidence
 from alibi_lm.study.fairness import Difference
-from alibi_lm.study.figures import draw
+from alibi_lm.study.figures import draw, drawn_views
 from alibi_lm.study.paper import caveats, compare, comparison_table
 from alibi_lm.study.plots import DOTS
 from alibi_lm.study.records import RunRecord, show
@@ -64,7 +64,7 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
     name = folder.parent.name if own else folder.name
     found = views(rows)
     pictures = [path for path in drawn if path.suffix == ".svg" and path.name.startswith("extrapolation")]
-    titles = [f"Results by inference length, {view.title}" for view in found]
+    titles = [f"Results by inference length, {view.title}" for view in drawn_views(found)]
     figures = dict(zip(titles, pictures, strict=True))
     # Figures of the analyses, and whatever else was drawn here; not what an earlier set of results left behind.
     others = [path for path in sorted(folder.glob("*.svg")) if not path.name.startswith("extrapolation")]

@@ -8,7 +8,12 @@ so that it, too, never changes between figures.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Dashes = tuple[float, ...]
 SOLID: Dashes = ()
@@ -70,3 +75,9 @@ def label(position: str, variant: str = "", length: int | None = None) -> str:
     """A scheme's name, with the training length and the variant where they are given."""
     name = look(position).name + (f" L={length}" if length else "")
     return f"{name} ({variant})" if variant else name
+
+
+def room_for_ticks(axes: Iterable[Axes]) -> float:
+    """Inches that long numbers at the y axes need besides the usual room, so that no name is cut."""
+    lengths = [len(label.get_text()) for axis in axes for label in axis.get_yticklabels()]
+    return 0.07 * max(0, max(lengths, default=0) - 5)

@@ -176,6 +176,20 @@ def test_a_planted_mistake_is_caught_by_name(kind, check):
     assert check in failed(kind)
 
 
+class NotANumber(Alibi):
+    """No distance has a bias."""
+
+    def distance_bias(self, distance):
+        return super().distance_bias(distance) * float("nan")
+
+    key_bias = PositionScheme.key_bias
+    score_mod = PositionScheme.score_mod
+
+
+def test_what_is_not_a_number_never_passes():
+    assert {"shift", "cache", "backends", "gradients", "longer inputs"} <= failed(NotANumber)
+
+
 @pytest.mark.parametrize("kind", [PositionScheme, Alibi, Rotary])
 def test_what_is_right_passes(kind):
     assert failed(kind) == set()
@@ -259,7 +273,7 @@ def test_a_file_of_the_users_own_is_checked_where_it_lies(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"position": "alibbi"}, "position = alibbi. Allowed here: none, sinusoidal"),
-        ({}, "position = None. Allowed here"),
+        ({}, "Which scheme.*position= one of none, sinusoidal"),
         ({"scheme_file": "nowhere.py"}, r"scheme_file = nowhere\.py is no file"),
         ({"scheme_file": "empty.py"}, "holds no config of a scheme"),
         ({"scheme_file": "broken.py"}, "cannot be loaded: NameError"),

@@ -87,6 +87,8 @@ def test_generation_is_ours_token_by_token(name, exported):
     }
     found = theirs.generate(prompt, **options)
     assert torch.equal(found, theirs.generate(prompt, use_cache=False, **options))
+    # As a tokenizer gives it: generate(**tokenizer(text, return_tensors="pt")).
+    assert torch.equal(found, theirs.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options))
     cache, step, expected = KeyValueCache(), prompt, prompt
     with torch.inference_mode():
         for _ in range(count):
@@ -113,6 +115,15 @@ def test_and_back_with_the_same_rows(name, exported, place, tmp_path, monkeypatc
             for field in ("nats", "perplexity", "word_perplexity"):
                 assert getattr(theirs, field) == pytest.approx(getattr(ours, field), rel=1e-7)
         assert (theirs.corpus == ours.corpus) or name != "plain"
+
+
+def test_another_text_goes_by_its_own_name(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("some other text\n" * 30)
+    data = EvaluateData(path="other", name="text", cache_dir="cache")
+    config = EvaluateConfig(runs=str(exported["plain"][0]), lengths=[16], device="cpu", threads=1, data=data)
+    assert {row.extra["corpus_name"] for row in evaluate(dataclasses.replace(config, output_dir="a"))} == {"other"}
 
 
 def test_what_it_refuses(exported, tmp_path):

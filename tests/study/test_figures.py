@@ -304,6 +304,15 @@ def test_many_labels_get_a_higher_panel_and_stay_inside():
     assert len(places) == 50 and max(places) <= 1.0001 and min(places) >= 0
 
 
+@pytest.mark.parametrize("values", [[31.0, 34.0], [498.9551, 498.9582], [-0.0031, 0.0029]], ids=str)
+def test_the_name_of_the_axis_stays_in_the_picture_beside_long_numbers(values):
+    panel = Panel([Line("alibi", "ALiBi", [64.0, 128.0], values)])
+    figure = plots.build("Title", [[panel, panel]], "origin")
+    figure.canvas.draw()
+    boxes = [axis.yaxis.get_tightbbox() for axis in figure.axes]
+    assert boxes[0].x0 > 0 and boxes[1].x0 > figure.axes[0].get_window_extent().x1
+
+
 def test_labels_keep_their_order_and_distance():
     assert spread([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
     assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])

@@ -11,6 +11,7 @@ import pytest
 from study_rows import curve, run_script, study, unigram, write_run
 
 from alibi_lm.results.rows import write_rows
+from alibi_lm.study.report import write_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 CONFIG = "position: {name: alibi}\noptimizer: {lr: 0.002}\nseed: SEED\nnote: '</td><script>alert(1)</script>'\n"
@@ -174,3 +175,10 @@ def test_a_browser_shows_every_figure(report, tmp_path):
     bands = 1 + int((np.diff(rows) > 150).sum())
     assert bands == len(report[1].all("figure"))
     assert (pixels < 0.5).all(2).sum() > 20_000  # text is there
+
+
+def test_a_streamed_split_has_its_table_and_shares_the_figure(tmp_path):
+    rows = curve("alibi", {64: 18.0, 128: 17.9}) + curve("alibi", {9000: 17.5}, mode="stream")
+    write_rows(tmp_path / "results.jsonl", rows)
+    page = Page(write_report(tmp_path).read_text())
+    assert len(page.all("img")) == 1 and "the whole split as one window" in page.text
