@@ -43,7 +43,6 @@ LONG = {
     "alibi_lm/evaluate/sweep.py": "one planner for curves and views",
     "alibi_lm/data/corpus.py": "what prepares streams and what opens them share their files and checks",
     "alibi_lm/interop/fairseq.py": "one format, from reading it to the run folder",
-    "alibi_lm/study/figures.py": "every figure, by one engine",
 }
 """Files of more than 450 lines, and the reason for it."""
 
