@@ -50,7 +50,7 @@ def compose(overrides: list[str], name: str = "train", config: type = TrainConfi
     parsed = OverridesParser.create().parse_overrides(spelled(overrides, config))
     loader.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
     # As Hydra does it: first the chosen entries are merged, which takes most of the time, then values are set.
-    values, choices = [], []
+    values, choices = list[Any](), list[Any]()
     for override in parsed:
         key, single = override.key_or_group, not isinstance(override.value(), dict)
         group = key.startswith("hydra.") or (single and loader.repository.group_exists(key))
