@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import queue
 import shlex
@@ -40,16 +42,36 @@ def compose(overrides: list[str], name: str = "train", config: type = TrainConfi
         ValueError: settings that do not fit together.
         hydra.errors.HydraException: an override that does not fit the schema.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
 
-    cfg = _loader(name, config).load_configuration(
-        Path(name).name, overrides=spelled(overrides, config), run_mode=RunMode.RUN
-    )
-    with open_dict(cfg):
-        del cfg["hydra"]
+    loader = _loader(name, config)
+    parsed = OverridesParser.create().parse_overrides(spelled(overrides, config))
+    loader.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
+    # As Hydra does it: first the chosen entries are merged, which takes most of the time, then values are set.
+    values, choices = list[Any](), list[Any]()
+    for override in parsed:
+        key, single = override.key_or_group, not isinstance(override.value(), dict)
+        group = key.startswith("hydra.") or (single and loader.repository.group_exists(key))
+        (choices if group else values).append(override)
+    changed = max(path.stat().st_mtime_ns for path in (ROOT / "configs").rglob("*"))
+    cfg = copy.deepcopy(_merged(ROOT, name, config, tuple(str(o.input_line) for o in choices), changed))
+    loader._apply_overrides_to_config(values, cfg)
     OmegaConf.resolve(cfg)
     return to_config(cfg)
+
+
+@functools.lru_cache(maxsize=64)
+def _merged(root: Path, name: str, config: type, choices: tuple[str, ...], changed: int) -> Any:
+    """What these choices of entries are together; `root` and when a file below changed are part of the key."""
+    from hydra.types import RunMode
+    from omegaconf import open_dict
+
+    cfg = _loader(name, config).load_configuration(Path(name).name, list(choices), RunMode.RUN)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
 
 
 def _loader(name: str, config: type) -> Any:

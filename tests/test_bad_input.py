@@ -575,14 +575,20 @@ COMMANDS: list[tuple[str, list[str], list[str]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def loaded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command`, after the first one, which waits until all modules are loaded."""
+    command(ROOT, "claims.py", "--help")
+    return command
+
+
 @pytest.mark.parametrize(("script", "arguments", "words"), COMMANDS, ids=[" ".join(c[1]) for c in COMMANDS])
 def test_a_bad_command_ends_with_a_message(
-    place: Place, command: Callable[..., Any], script: str, arguments: list[str], words: list[str]
+    place: Place, loaded: Callable[..., Any], script: str, arguments: list[str], words: list[str]
 ) -> None:
     before = place.contents()
-    command(place.folder, "claims.py", "--help")  # the first command waits until all modules are loaded
     started = time.monotonic()
-    done = command(place.folder, script, *arguments)
+    done = loaded(place.folder, script, *arguments)
     assert time.monotonic() - started < 10
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout

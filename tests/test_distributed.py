@@ -24,14 +24,14 @@ from alibi_lm.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 train_until_stopped = runpy.run_path(str(ROOT / "tests" / "two_process_driver.py"))["train_until_stopped"]
-STEPS = 50
+STEPS = 20
 FEW = ("alibi", "t5")
 """Schemes of the quick tests: one without and one with trained parameters."""
 # 7 sequences a step in micro-batches of 2: the processes have unequal shares, and unequal last micro-batches.
 TINY = [
     "experiment=smoke", "data=wikitext2", "tokenizer=word", "tracking=jsonl", "device=cpu", "threads=1",
     "train_length=8", f"steps={STEPS}", "tokens_per_step=56", "micro_batch_tokens=16", "log_every=1",
-    "validate_every=25", "checkpoint_every=25", "keep_last=9", "schedule=constant", "schedule.warmup_steps=5",
+    "validate_every=10", "checkpoint_every=10", "keep_last=9", "schedule=constant", "schedule.warmup_steps=5",
     "model.model_dim=16", "model.ffn_dim=16", "model.dropout=0",
 ]  # fmt: skip
 
@@ -60,11 +60,12 @@ def torchrun(*arguments: str, cwd: Path, ok: bool = True) -> subprocess.Complete
     return done
 
 
-def on_two(place: Path, jobs: list[dict[str, Any]]) -> list[str]:
+def on_two(place: Path, command: Callable[..., Any], jobs: list[dict[str, Any]]) -> list[str]:
     """Do jobs on two processes; returns what the second one wrote."""
     path = place / "jobs.json"
     path.write_text(json.dumps({"place": str(place), "jobs": jobs}))
-    torchrun(str(ROOT / "tests" / "two_process_driver.py"), str(path), cwd=place)
+    done = command(place, "../tests/two_process_driver.py", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((place / "written.json").read_text())
 
 
@@ -92,7 +93,7 @@ def assert_same_curve(place: Path, scheme: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(place: Path) -> list[str]:
+def trained(place: Path, command: Callable[..., Any]) -> list[str]:
     """Two schemes in `one/` and `two/`, handed over, evaluated; returns what process 1 wrote."""
     jobs = train_on_one(place, FEW)
     for output, more in evaluations(place).items():
@@ -103,13 +104,13 @@ def trained(place: Path) -> list[str]:
     train_until_stopped(compose(whole), place / "half_on_one", asked=True)
     jobs.append({"train": whole, "folder": str(place / "half_on_one")})
     jobs.append(jobs[0])
-    return on_two(place, jobs)
+    return on_two(place, command, jobs)
 
 
 @pytest.fixture(scope="module")
-def trained_rest(place: Path) -> None:
+def trained_rest(place: Path, command: Callable[..., Any]) -> None:
     """The other schemes in `one/` and `two/`."""
-    on_two(place, train_on_one(place, [scheme for scheme in POSITIONS if scheme not in FEW]))
+    on_two(place, command, train_on_one(place, [scheme for scheme in POSITIONS if scheme not in FEW]))
 
 
 def train_on_one(place: Path, schemes: Iterable[str]) -> list[dict[str, Any]]:

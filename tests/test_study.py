@@ -1,10 +1,15 @@
 """A whole study from one command: runs, curves, further measurements, claims, report, published folder."""
 
 import json
+import os
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from alibi_lm import experiment
 from alibi_lm.experiment import compose, measurement, study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,10 +17,10 @@ EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs" / "experiment").glob("*.y
 TEXT = ["experiment=smoke", "data=wikitext2", "data.path=text", "tokenizer=word", "threads=1", "device=cpu"]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_measurement_is_a_command_with_settings_that_it_knows(experiment):
-    for line in compose([f"experiment={experiment}"]).measurements:
-        assert callable(measurement(experiment, line, ["device=cpu"]))
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_measurement_is_a_command_with_settings_that_it_knows(name):
+    for line in compose([f"experiment={name}"]).measurements:
+        assert callable(measurement(name, line, ["device=cpu"]))
 
 
 @pytest.mark.parametrize(
@@ -34,18 +39,33 @@ def test_a_wrong_measurement_is_refused_before_any_work(tmp_path, monkeypatch, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_bad_run_takes_no_other_with_it(tmp_path, write_text, command):
+def test_one_bad_run_takes_no_other_with_it(tmp_path, write_text, command, monkeypatch, capsys):
     """Training of the second run fails; the first is evaluated and drawn, and is not trained a second time."""
     write_text(tmp_path / "text")
+    monkeypatch.chdir(tmp_path)
+    one_at_a_time = threading.Lock()
+
+    def run(line, check, env):
+        """A process of its own, but one that has all modules loaded."""
+        assert line[0] == sys.executable and Path(line[1]).parent == ROOT / "scripts"
+        own = {name: value for name, value in env.items() if os.environ.get(name) != value}
+        with one_at_a_time:
+            done = command(tmp_path, Path(line[1]).name, *line[2:], **own)
+        print(done.stdout)
+        print(done.stderr, file=sys.stderr)
+        return done
+
+    monkeypatch.setattr(experiment, "subprocess", SimpleNamespace(run=run))
     sweeps = ["position=none", "position=sinusoidal model.model_dim=5 model.num_heads=1"]
-    arguments = [*TEXT, "steps=2", "runs_at_once=2", f"study={json.dumps(sweeps)}"]
+    arguments = [*TEXT[1:], "steps=2", "runs_at_once=2", f"study={json.dumps(sweeps)}"]
     for again in (False, True):
-        done = command(tmp_path, "reproduce.py", *arguments)
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert "2 runs, 2 at a time" in done.stdout and "Traceback" not in done.stderr
-        assert "of 2 runs, these failed: sinusoidal_L16_s1_" in done.stderr
-        assert "model.model_dim = 5" in done.stderr
-        assert ("already finished" in done.stdout) == again
+        status = experiment.reproduce("smoke", arguments)
+        out, err = capsys.readouterr()
+        assert status == 1, out + err
+        assert "2 runs, 2 at a time" in out and "Traceback" not in err
+        assert "of 2 runs, these failed: sinusoidal_L16_s1_" in err
+        assert "model.model_dim = 5" in err
+        assert ("already finished" in out) == again
         output = tmp_path / "outputs" / "smoke" / "extrapolation"
         rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
         assert [(row["position"], row["inference_length"]) for row in rows if row["run"]] == [

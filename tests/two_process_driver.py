@@ -1,6 +1,6 @@
-"""Runs a list of jobs as each process of torchrun does, and notes what every process but the first writes.
+"""Runs a list of jobs on two processes as torchrun has them, and notes what every process but the first writes.
 
-    torchrun --standalone --nproc-per-node 2 tests/two_process_driver.py JOBS.json
+    python tests/two_process_driver.py JOBS.json
 
 JOBS.json: {"place": folder, "jobs": [{"train": [overrides], "folder": run folder} or {"evaluate": settings}]}.
 With "stopped": true the last process, and only that, is asked to stop in the first validation.
@@ -10,6 +10,7 @@ Process 1 leaves `written.json`: the files below `place` that it opened for writ
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -53,6 +54,27 @@ def train_until_stopped(config, folder: Path, asked: bool) -> None:
     raise AssertionError("the run went on")
 
 
+def become_two() -> None:
+    """Return in two new processes with torchrun's environment; this one waits for them and ends as they do."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+            return
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+    sys.exit(0)
+
+
 def main() -> None:
     from alibi_lm import distributed
     from alibi_lm.evaluate.config import EvaluateConfig
@@ -61,6 +83,7 @@ def main() -> None:
     from alibi_lm.tracking import JsonlConfig
     from alibi_lm.train import train
 
+    become_two()
     work = json.loads(Path(sys.argv[1]).read_text())
     rank = int(os.environ["RANK"])
     if rank:

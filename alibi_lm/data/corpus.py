@@ -535,7 +535,7 @@ def _whole(passages: Iterator[Passage]) -> Iterator[Passage]:
                 yield joined
             joined, size = Passage([], passage.starts_document), 0
         joined.lines.extend(passage.lines)
-        size += sum(map(len, passage.lines)) + len(passage.lines)
+        size += passage.characters
     if joined is not None:
         yield joined
 
@@ -545,7 +545,7 @@ def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
     size = 0
     for passage in passages:
         batch.append(passage)
-        size += sum(map(len, passage.lines)) + len(passage.lines)
+        size += passage.characters
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -25,14 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_lm.data.config import DataConfig
-from alibi_lm.data.text import (
-    BYTE_ORDER_MARK,
-    PASSAGE_LINES,
-    SPLITS,
-    Passage,
-    Source,
-    split_of_file,
-)  # fmt: skip
+from alibi_lm.data.text import BYTE_ORDER_MARK, SPLITS, Passage, Source, passages_of, split_of_file
 from alibi_lm.files import fingerprint
 from alibi_lm.settings import require
 
@@ -82,9 +75,7 @@ class DocumentSource(Source):
             budget = budget and budget - len(text.encode())
             if not text.strip() or (dealt and split_of_file(text) != split):
                 continue
-            lines = text.removesuffix("\n").split("\n")
-            for start in range(0, len(lines), PASSAGE_LINES):
-                yield Passage(lines[start : start + PASSAGE_LINES], start == 0)
+            yield from passages_of(text)
 
     def require(self, split: str, reason: str = "") -> None:
         self.require_files(split)

@@ -41,6 +41,18 @@ class Passage(NamedTuple):
         """The lines with their line ends."""
         return "\n".join(self.lines) + "\n"
 
+    @property
+    def characters(self) -> int:
+        """Length of `text`."""
+        return sum(map(len, self.lines)) + len(self.lines)
+
+
+def passages_of(document: str) -> Iterator[Passage]:
+    """A whole document in passages; a last line without a line end gets one."""
+    lines = document.removesuffix("\n").split("\n")
+    for start in range(0, len(lines), PASSAGE_LINES):
+        yield Passage(lines[start : start + PASSAGE_LINES], start == 0)
+
 
 class Source(ABC):
     """A text in three splits."""
@@ -145,9 +157,7 @@ class StandardLibrarySource(Source):
             text = _read_text(self.folder / relative)
             if text is None:
                 raise ValueError(f"data=python_stdlib: {self.folder / relative} vanished while it was read.")
-            lines = text.removesuffix("\n").split("\n")
-            for start in range(0, len(lines), PASSAGE_LINES):
-                yield Passage(lines[start : start + PASSAGE_LINES], start == 0)
+            yield from passages_of(text)
 
     def record(self, split: str) -> dict[str, Any]:
         return {"folder": str(self.folder), "files": len(self.files[split]), "sha256": self._hashes[split]}

@@ -48,6 +48,10 @@ class View:
         return f"{task}{self.split}_{self.mode}{'' if self.stride is None else self.stride}"
 
 
+VALIDATION = View("validation", "nonoverlapping")
+"""What runs are first compared by."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """One metric of one scheme, training length and recipe by inference length, for each of its runs."""
@@ -92,6 +96,11 @@ class Curve:
         if not both or self.metric != "perplexity":
             return None
         return math.exp(math.fsum(self.losses[length][run] - own[run] for run in both) / len(both))
+
+    def doublings(self) -> list[tuple[int, int]]:
+        """(Multiple of the training length, inference length) of the values at 2 L, 4 L, 8 L and so on."""
+        multiples = [(length // self.train_length, length) for length in self.lengths]
+        return [(k, n) for k, n in multiples if k > 1 and not k & (k - 1) and k * self.train_length == n]
 
 
 def views(rows: Iterable[ResultRow]) -> list[View]:

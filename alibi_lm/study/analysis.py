@@ -81,6 +81,11 @@ class Series:
         """Name of the scheme, and of the variant where there is one."""
         return label(self.position, self.variant)
 
+    @property
+    def reason(self) -> str:
+        """The first reason why there is no value somewhere; empty where there is one everywhere."""
+        return next((str(point["reason"]) for point in self.points if point.get("reason")), "")
+
 
 @dataclass(frozen=True)
 class Analysis:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import read_json, write_text
-from alibi_lm.results.curves import Curve, View, curves, point_of, view_of
+from alibi_lm.results.curves import VALIDATION, Curve, curves, point_of, view_of
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.analysis import Series
 from alibi_lm.study.compare import Measured, answer_at, judge, measure, sample
@@ -21,13 +21,12 @@ from alibi_lm.study.evidence import Evidence, read_evidence
 from alibi_lm.study.plots import Cell, Line, Panel, build, dress, grid, save
 from alibi_lm.study.report import coloured, picture, report_page, safe
 from alibi_lm.study.style import label, look
-from alibi_lm.study.tables import Table, escape, provenance
+from alibi_lm.study.tables import Table, escape, number, provenance
 from alibi_lm.study.view_figures import decomposition_panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-VIEW = View("validation", "nonoverlapping")
 FACTORS = (1, 2, 8)
 """Inference lengths, in training lengths, at which schemes are judged."""
 RIVALS = ("alibi", "rotary")
@@ -99,7 +98,7 @@ def write_atlas(folder: Path, target: Path) -> list[Path]:
     for old in target.glob("*.png"):
         old.unlink()
     pictures = target / "all.png"
-    save(overview(entries, provenance(evidence.rows, VIEW)), pictures)
+    save(overview(entries, provenance(evidence.rows, VALIDATION)), pictures)
     blocks: list[Block] = [*_front(entries, evidence, pictures)]
     for entry in entries:
         path = target / f"{_slug(entry)}.png"
@@ -127,9 +126,9 @@ def read_cards(path: Path) -> list[dict[str, Any]]:
 
 def entries_of(evidence: Evidence, cards: Sequence[Mapping[str, Any]]) -> list[Entry]:
     """The schemes at the most frequent training length: first those that extrapolate, by perplexity at 8 L."""
-    rows = [row for row in evidence.rows if row.run is not None and view_of(row) == VIEW and not row.changes]
-    most = Counter(c.train_length for c in curves(rows, VIEW, evidence.words)).most_common(1)[0][0]
-    found = [c for c in curves(rows, VIEW, evidence.words) if c.train_length == most and c.losses]
+    rows = [row for row in evidence.rows if row.run is not None and view_of(row) == VALIDATION and not row.changes]
+    most = Counter(c.train_length for c in curves(rows, VALIDATION, evidence.words)).most_common(1)[0][0]
+    found = [c for c in curves(rows, VALIDATION, evidence.words) if c.train_length == most and c.losses]
     by_run: dict[str, list[ResultRow]] = {}
     for row in rows:
         by_run.setdefault(str(row.run), []).append(row)
@@ -304,7 +303,8 @@ def _front(entries: Sequence[Entry], evidence: Evidence, pictures: Path) -> Iter
         f"extrapolates if its perplexity at {max(FACTORS)} L is at most {FLAT - 1:.0%} above that at L, by a 95% "
         "interval over seeds and documents.",
     )
-    yield Block("p", provenance(evidence.rows, VIEW) + ". A verdict is about this text and models of this size.")
+    origin = provenance(evidence.rows, VALIDATION)
+    yield Block("p", f"{origin}. A verdict is about this text and models of this size.")
     for item in evidence.unfair:
         if item.matters:
             yield Block("p", f"NOT A FAIR COMPARISON: {item.sentence}")
@@ -331,13 +331,13 @@ def _table(entries: Sequence[Entry]) -> Table:
     head = ["scheme", "past L", "at L", "at 2 L", "at 8 L", "8 L / L", "better than ALiBi", "than rotary"]
     body = []
     for entry in entries:
-        cells = [_number(entry.value(factor)) for factor in FACTORS]
-        cells.append(_number(entry.ratio(max(FACTORS)), 3))
+        cells = [number(entry.value(factor)) for factor in FACTORS]
+        cells.append(number(entry.ratio(max(FACTORS)), 3))
         for rival in RIVALS:
             signs = {"YES": "YES", "NO": "no", "NOT SETTLED": "?", "NOT RUN": "-"}
             told = [signs[entry.answers[rival, f][0]] for f in FACTORS if (rival, f) in entry.answers]
             cells.append(", ".join(told))
-        cells += [_number(v) for v in (entry.train_time, entry.eval_time)]
+        cells += [number(v) for v in (entry.train_time, entry.eval_time)]
         parameters = entry.card.get("parameters")
         words = STANDINGS[entry.standing][0]
         body.append([entry.name, words, *cells, "-" if parameters is None else f"{parameters:,}"])
@@ -357,8 +357,8 @@ def _card(entry: Entry, path: Path) -> Iterator[Block]:
         "acts on": ", ".join(card.get("acts_on", [])) or "nothing",
         "past L": card.get("beyond") or "defined everywhere",
         "parameters": f"{card.get('parameters', 0):,}",
-        "training time": f"{_number(entry.train_time)} of that without positions",
-        "evaluation time": f"{_number(entry.eval_time)} of that without positions",
+        "training time": f"{number(entry.train_time)} of that without positions",
+        "evaluation time": f"{number(entry.eval_time)} of that without positions",
         "receptive field of the bias": _field(field, entry.curve.train_length),
         "receptive field as measured": "-"
         if entry.context is None
@@ -383,10 +383,6 @@ def _field(reach: Sequence[int] | None, train_length: int) -> str:
     shown = [f"{n:,}" if n < 32 * train_length else "no limit" for n in reach]
     heads = shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]} by head"
     return f"{heads} (distances that hold 99% of its weight)"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _slug(entry: Entry) -> str:

@@ -13,7 +13,7 @@ from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
 from alibi_lm.results.statistics import paired_difference
 from alibi_lm.study.style import label
-from alibi_lm.study.tables import Table
+from alibi_lm.study.tables import Table, numbered, refer
 
 Cell = list[ResultRow]
 """Rows of one change at one length: one for each seed."""
@@ -57,7 +57,7 @@ def _table(changes: Mapping[str, Mapping[int, Cell]], documents: Mapping[RowKey,
             line.append(_cell(cell, crop, documents, best[length], reasons))
         body.append(line)
     first = next(iter(changes[order[0]].values()))[0]
-    notes = [f"[{i + 1}] {reason}" for i, reason in enumerate(reasons)]
+    notes = numbered(reasons)
     notes.append(
         f"Perplexity of the test split ({first.tokens:,} tokens), the lowest at each length in bold. In brackets: "
         "the value with the lowest loss on the validation split. < better and > worse than the crop, by the 95% "
@@ -79,9 +79,7 @@ def _cell(
     loss = _loss(cell)
     if not math.isfinite(loss):
         why = next((row.reason for row in cell if row.reason), "not evaluated")
-        if why not in reasons:
-            reasons.append(why)
-        return f"- [{reasons.index(why) + 1}]"
+        return f"- {refer(why, reasons)}"
     value = f"{math.exp(loss):.2f}"
     chosen = ", ".join(dict.fromkeys(_value(row.changes) for row in cell if row.extra.get("tuned_on")))
     return (

@@ -93,7 +93,7 @@ def _number(value: float, _: object) -> str:
 
 def _refused(axis: Axes, series: Series) -> None:
     dress(axis, series.name)
-    say(axis, next((str(p["reason"]) for p in series.points if p.get("reason")), "no length"))
+    say(axis, series.reason or "no length")
 
 
 def attention_table(found: Analysis) -> Table:

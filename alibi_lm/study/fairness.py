@@ -13,7 +13,7 @@ from typing import Any
 
 from alibi_lm.results.curves import step_of
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.study.records import RunRecord, show
+from alibi_lm.study.records import RunRecord, shortened, show
 
 SMALL_PARAMETERS = 0.05
 """A scheme's own parameters (a table of positions, a bias per head) are part of it; more is a difference."""
@@ -65,7 +65,7 @@ def _of_rows(rows: Sequence[ResultRow]) -> list[Difference]:
     found = []
     for split in sorted({row.split for row in rows if row.task == "text"}):
         part = [row for row in rows if row.split == split and row.task == "text"]
-        found += _compare(f"{split} text (hash)", {(r.run or "", r.key): _short(r.corpus) for r in part}, True)
+        found += _compare(f"{split} text (hash)", {(r.run or "", r.key): shortened(r.corpus) for r in part}, True)
         found += _compare(f"{split} tokens scored", {(r.run or "", r.key): f"{r.tokens:,}" for r in part}, True)
     # Points are compared at one length in one view, and each of these may have been measured at another time.
     points: dict[tuple[Any, ...], list[ResultRow]] = {}
@@ -73,7 +73,7 @@ def _of_rows(rows: Sequence[ResultRow]) -> list[Difference]:
         if row.nats is not None:
             points.setdefault(row.key[1:7], []).append(row)
     mixed = [row for point in points.values() if len({row.commit for row in point}) > 1 for row in point]
-    found += _compare("commit of the evaluation", {(r.run or "", r.key): _short(r.commit) for r in mixed}, True)
+    found += _compare("commit of the evaluation", {(r.run or "", r.key): shortened(r.commit) for r in mixed}, True)
     for name in ("checkpoint", "precision", "attention"):
         ways = {(r.run or "", r.key): str(r.extra[name]) for r in rows if name in r.extra}
         found += _compare(f"{name} of the evaluation", ways, name != "attention")
@@ -97,7 +97,7 @@ def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
     found += _compare_counts(records, "num_parameters", "parameters", SMALL_PARAMETERS)
     found += _compare_counts(records, "tokens_seen", "tokens seen in training", SMALL_TOKENS)
     trained_on = {name: record.training_text for name, record in records.items() if record.finished}
-    hashes = {name: _short(text) for name, text in trained_on.items() if text}
+    hashes = {name: shortened(text) for name, text in trained_on.items() if text}
     found += _compare("training text (hash)", hashes, True)
     env = {name: record.environment for name, record in records.items() if record.environment}
     found += _compare("commit of the training", {n: _commit(e) for n, e in env.items()}, True)
@@ -127,9 +127,5 @@ def _compare(what: str, values: Mapping[Any, str], matters: bool) -> list[Differ
     return [Difference(what, {value: sorted(runs) for value, runs in ordered}, matters)]
 
 
-def _short(text: Any) -> str:
-    return "unknown" if not text else str(text)[:10]
-
-
 def _commit(environment: Mapping[str, Any]) -> str:
-    return _short(environment.get("commit")) + (" with changes" if environment.get("dirty") else "")
+    return shortened(environment.get("commit")) + (" with changes" if environment.get("dirty") else "")

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
-from alibi_lm.results.curves import Curve, View, baselines, curves, views
+from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, curves, views
 from alibi_lm.results.rows import ResultRow, read_rows
 from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.paper import paper_curves
-from alibi_lm.study.plots import Line, Panel, build, fits, grid, save
+from alibi_lm.study.plots import Line, Panel, build, fits, grid, save_both
 from alibi_lm.study.records import find_records, recipes
-from alibi_lm.study.stages import STAGE_VIEW, Stage, stages_of
+from alibi_lm.study.stages import Stage, stages_of
 from alibi_lm.study.style import label
 from alibi_lm.study.tables import markdown, provenance
 
@@ -65,21 +65,17 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     if strict and any(item.matters for item in unfair):
         lines = "\n".join(f"  {item.sentence}" for item in unfair if item.matters)
         raise ValueError(f"strict = true, and the runs differ in more than the scheme:\n{lines}")
-    written = []
+    written: list[Path] = []
     for index, view in enumerate(drawn_views(found)):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
         figure = curve_figure(rows, view, words, unfair, with_paper)
-        for suffix in ("png", "svg"):
-            written.append(folder / f"{name}.{suffix}")
-            save(figure, written[-1])
+        written += save_both(figure, folder, name)
     from alibi_lm.study import task_figures
 
     written += task_figures.draw_tasks(folder, rows, words)
     stages = stages_of(rows, records, words)
     if stages:
-        for suffix in ("png", "svg"):
-            written.append(folder / f"stages.{suffix}")
-            save(stage_figure(stages, provenance(rows, STAGE_VIEW)), written[-1])
+        written += save_both(stage_figure(stages, provenance(rows, VALIDATION)), folder, "stages")
     table = folder / "table.md"
     write_text(table, markdown(rows, words, unfair, stages) + task_figures.summary(rows, words))
     return [*written, table]

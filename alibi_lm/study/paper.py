@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alibi_lm.results.curves import Curve, View, curves, views
+from alibi_lm.results.curves import VALIDATION, Curve, View, curves, views
 from alibi_lm.results.rows import ResultRow, perplexity_of
 from alibi_lm.study.records import RunRecord, show
 from alibi_lm.study.style import label
-from alibi_lm.study.tables import Table
+from alibi_lm.study.tables import Table, number
 
 TOKENS = {"validation": 217_646, "test": 245_569}
 """Scored words of WikiText-103's splits, line ends included."""
@@ -53,7 +53,6 @@ NEAR = 0.15
 """The paper tested at 512 + 100 and so on, not at powers of two; a length this close stands for a multiple."""
 FLAT = 0.01
 """A change of perplexity within one per cent is none."""
-VIEW = View("validation", "nonoverlapping", None)
 
 
 @dataclass(frozen=True)
@@ -276,8 +275,8 @@ def comparison_table(items: Sequence[Comparison]) -> Table:
                 f"{item.ours:.2f}",
                 str(len(curve.losses[item.inference_length])),
                 f"{item.ours - item.paper:+.2f}",
-                _ratio(item.paper_ratio),
-                _ratio(item.our_ratio),
+                number(item.paper_ratio, 3),
+                number(item.our_ratio, 3),
             ]
         )
     header = "scheme,trained at,tested at,paper,table,ours,seeds,difference,paper's ratio,our ratio".split(",")
@@ -296,14 +295,12 @@ def shapes(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) ->
     scheme goes past its training length, and roughly how fast.
     """
     found = []
-    for curve in curves(rows, VIEW, words):
-        own = find(curve.position, PAPER_LENGTH, PAPER_LENGTH, VIEW)
-        for length in curve.lengths if own and not curve.variant else []:
-            factor, rest = divmod(length, curve.train_length)
-            if rest or factor < 2 or factor & (factor - 1) or curve.ratio(length) is None:
-                continue
-            if values := find(curve.position, PAPER_LENGTH, factor * PAPER_LENGTH, VIEW, NEAR):
-                found.append(Comparison(VIEW, curve, length, values, own[0].perplexity))
+    for curve in curves(rows, VALIDATION, words):
+        own = find(curve.position, PAPER_LENGTH, PAPER_LENGTH, VALIDATION)
+        for factor, length in curve.doublings() if own and not curve.variant else []:
+            values = find(curve.position, PAPER_LENGTH, factor * PAPER_LENGTH, VALIDATION, NEAR)
+            if values and curve.ratio(length) is not None:
+                found.append(Comparison(VALIDATION, curve, length, values, own[0].perplexity))
     return found
 
 
@@ -317,8 +314,8 @@ def shapes_table(found: Iterable[Comparison]) -> Table:
             [
                 label(shape.curve.position),
                 f"{shape.inference_length // length} L",
-                f"{_ratio(shape.paper_ratio)} ({shape.values[0].inference_length:,})",
-                f"{_ratio(shape.our_ratio)} (L = {length})",
+                f"{number(shape.paper_ratio, 3)} ({shape.values[0].inference_length:,})",
+                f"{number(shape.our_ratio, 3)} (L = {length})",
                 f"yes: {ours}" if paper == ours else f"no: {paper}, {ours}",
             ]
         )
@@ -331,7 +328,3 @@ def _budget(record: RunRecord) -> float | None:
     if not isinstance(seen, int | float) or not isinstance(length, int) or not 1 <= length <= 9216:
         return None
     return seen / (9216 // length * length * GPUS * STEPS)  # 9,216 tokens a GPU, cut to whole sequences
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

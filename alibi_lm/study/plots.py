@@ -1,7 +1,4 @@
-"""The chart engine: lines in panels, names at their ends, whiskers for intervals, one layout for all figures.
-
-`figures.py` turns result rows into the panels that are drawn here, `view_figures.py` turns analyses into them.
-"""
+"""The chart engine: lines in panels, names at their ends, whiskers for intervals, one layout for all figures."""
 
 from __future__ import annotations
 
@@ -433,6 +430,13 @@ def grid(cells: Sequence[Cell], columns: int) -> list[list[Cell]]:
 
 def _some(lines: Sequence[str]) -> list[str]:
     return list(lines) if len(lines) <= 4 else [*lines[:3], f"and {len(lines) - 3} more (see the table)"]
+
+
+def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write `<name>.png` and `<name>.svg`; returns their paths."""
+    for path in (paths := [folder / f"{name}.png", folder / f"{name}.svg"]):
+        save(figure, path)
+    return paths
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -181,6 +181,11 @@ def show(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def shortened(text: str | None) -> str:
+    """The first ten signs of a hash or commit."""
+    return str(text)[:10] if text else "unknown"
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A YAML or JSON object; empty where there is no file."""
     import yaml

@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alibi_lm.results.curves import CHECKPOINT, View, curves, step_of, view_of
+from alibi_lm.results.curves import CHECKPOINT, VALIDATION, curves, step_of, view_of
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import RunRecord
 
-STAGE_VIEW = View("validation", "nonoverlapping")
 FEWEST = 3
 """Stages of a curve that is worth drawing, its end included."""
 
@@ -45,7 +44,7 @@ def stages_of(
     """
     by_step: dict[int, list[ResultRow]] = {}
     for row in rows:
-        if row.run is None or view_of(row) != STAGE_VIEW:
+        if row.run is None or view_of(row) != VALIDATION:
             continue
         end = records[row.run].config.get("steps") if row.run in records else None
         step = end if (named := step_of(row)) is None else named
@@ -54,12 +53,10 @@ def stages_of(
             by_step.setdefault(step, []).append(replace(row, changes=changes))
     found: dict[tuple[str, int, str, int], dict[int, list[float]]] = {}
     for step, of_step in sorted(by_step.items()):
-        for curve in curves({row.key: row for row in of_step}.values(), STAGE_VIEW, words):
+        for curve in curves({row.key: row for row in of_step}.values(), VALIDATION, words):
             own = curve.losses.get(curve.train_length, {})
-            for length in curve.lengths:
-                factor, rest = divmod(length, curve.train_length)
-                both = [run for run in curve.losses[length] if run in own]
-                if both and not rest and factor > 1 and not factor & (factor - 1):
+            for factor, length in curve.doublings():
+                if both := [run for run in curve.losses[length] if run in own]:
                     ratios = found.setdefault((curve.position, curve.train_length, curve.variant, factor), {})
                     ratios[step] = [math.exp(curve.losses[length][run] - own[run]) for run in both]
     return [Stage(*key, ratios) for key, ratios in sorted(found.items()) if len(ratios) >= FEWEST]

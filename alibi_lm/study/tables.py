@@ -14,6 +14,7 @@ from alibi_lm.results.rows import ResultRow
 from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, context_words, perplexity, times
 from alibi_lm.study.fairness import Difference
+from alibi_lm.study.records import shortened
 from alibi_lm.study.stages import Stage
 from alibi_lm.study.style import label
 
@@ -95,7 +96,7 @@ def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] |
         body.append(head + [_cell(curve, n, reasons) for n in lengths])
     for name, value in sorted(baselines(rows, view).items()):
         body.append([f"{name} baseline", "", "", *(f"{value:.2f}" for _ in lengths)])
-    notes = _numbered(reasons)
+    notes = numbered(reasons)
     if view.metric == "perplexity":
         notes.append("In brackets: ratio to the value at the training length (bold).")
     if view.metric == "accuracy":
@@ -108,7 +109,9 @@ def provenance(rows: Iterable[ResultRow], view: View) -> str:
     own = [row for row in rows if row.run is not None and view_of(row) == view]
     seeds = {row.seed for row in own if row.seed is not None}
     names = text_names(own).items()
-    texts = [f"({_short(corpus)})" if name == "text" else f"{name} ({_short(corpus)})" for corpus, name in names]
+    texts = [
+        f"({shortened(corpus)})" if name == "text" else f"{name} ({shortened(corpus)})" for corpus, name in names
+    ]
     what = "tokens scored" if view.task == "text" else f"targets of task {view.task} scored"
     parts = [
         ("corpus " if len(texts) == 1 else f"{len(texts)} texts: ") + ", ".join(sorted(texts)),
@@ -117,13 +120,13 @@ def provenance(rows: Iterable[ResultRow], view: View) -> str:
         (f"{len(seeds)} seeds" + (", means of the loss" if view.metric == "perplexity" else ""))
         if len(seeds) > 1
         else "one seed",
-        "commit " + _all(_short(row.commit) for row in own),
+        "commit " + _all(shortened(row.commit) for row in own),
     ]
     return "; ".join(parts)
 
 
 def _cell(curve: Curve, length: int, reasons: list[str]) -> str:
-    why = _refer(curve.refused[length], reasons) if length in curve.refused else ""
+    why = refer(curve.refused[length], reasons) if length in curve.refused else ""
     if length not in curve.losses:
         return f"- {why}" if why else "-"
     digits = 2 if curve.metric == "perplexity" else 3
@@ -202,12 +205,12 @@ def _grid(found: Analysis) -> Table:
     body = [
         [*head[: 2 + len(windows)], *(row.get(column, "") for column in columns)] for head, row in cells.items()
     ]
-    return Table(["scheme", "trained at", *windows, *heads], body, 1, _numbered(reasons))
+    return Table(["scheme", "trained at", *windows, *heads], body, 1, numbered(reasons))
 
 
 def _analysis_cell(view: str, series: Series, point: Mapping[str, Any], reasons: list[str]) -> str:
     if point["nats"] is None:
-        return f"- {_refer(point['reason'], reasons)}"
+        return f"- {refer(point['reason'], reasons)}"
     if view == "documents":
         base = next((p for p in series.points if p["length"] == series.train_length), None)
         if base is None or base["nats"] is None:
@@ -236,13 +239,13 @@ def _windows(found: Analysis) -> Table:
     for series, point in points:
         name = [series.name, str(series.train_length)]
         if point.get("reason"):
-            body.append([*name, *["-"] * 4, *[f"- {_refer(point['reason'], reasons)}" for _ in shares]])
+            body.append([*name, *["-"] * 4, *[f"- {refer(point['reason'], reasons)}" for _ in shares]])
             continue
         needed = {s: f" ({n:,})" for s, n in point.get("needed", {}).items()}
         keys = [f"{point['windows'][s]:,}{needed.get(s, '')}" for s in shares]
         numbers = [f"{point['slope']:.4g}", f"{point['excess']:.1f}"]
         body.append([*name, str(point["layer"]), str(point["head"]), *numbers, *keys])
-    return Table(["scheme", "trained at", "layer", "head", "slope", "bound", *shares], body, 1, _numbered(reasons))
+    return Table(["scheme", "trained at", "layer", "head", "slope", "bound", *shares], body, 1, numbered(reasons))
 
 
 def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:
@@ -263,12 +266,12 @@ def _decomposition(found: Analysis) -> Table:
             for name in TERM_NAMES:
                 term = point[name]
                 if term is None or term["nats"] is None:
-                    row.append(f"- {_refer(point.get('reason') or term['reason'], reasons)}")
+                    row.append(f"- {refer(point.get('reason') or term['reason'], reasons)}")
                     continue
                 interval = "" if term["low"] is None else f" [{term['low']:+.4f}, {term['high']:+.4f}]"
                 row.append(f"{term['nats']:+.4f}{interval}, {times(term['nats'])}")
             body.append(row)
-    return Table(["scheme", "trained at", "length", *TERM_NAMES.values()], body, 1, _numbered(reasons))
+    return Table(["scheme", "trained at", "length", *TERM_NAMES.values()], body, 1, numbered(reasons))
 
 
 def escape(text: str, keep: str = "") -> str:
@@ -292,18 +295,21 @@ def _html_cell(tag: str, cell: str, words: bool) -> str:
     return f"<{tag}{kind}>{f'<strong>{text}</strong>' if bold else text}</{tag}>"
 
 
-def _refer(reason: str, reasons: list[str]) -> str:
+def refer(reason: str, reasons: list[str]) -> str:
+    """The mark `[1]` of a note, which is added where it is new."""
     if reason not in reasons:
         reasons.append(reason)
     return f"[{reasons.index(reason) + 1}]"
 
 
-def _numbered(reasons: Sequence[str]) -> list[str]:
+def numbered(reasons: Sequence[str]) -> list[str]:
+    """Notes below a table, with the marks of `refer`."""
     return [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]
 
 
-def _short(text: str | None) -> str:
-    return "unknown" if not text else text[:10]
+def number(value: float | None, digits: int = 2) -> str:
+    """With so many digits after the point; `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _all(values: Iterable[str]) -> str:

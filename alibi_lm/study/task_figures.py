@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from alibi_lm.results.curves import Curve, View, baselines, curves, views
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.study import figures
-from alibi_lm.study.plots import build, dress, grid, save
+from alibi_lm.study.plots import build, dress, grid, save_both
 from alibi_lm.study.style import label, look
 from alibi_lm.study.tables import Table
 
@@ -46,8 +46,8 @@ def effective_length(curve: Curve) -> int | None:
 
 def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Path]:
     """`tasks.png` and `.svg` where there are several tasks, `depths.png` and `.svg` where items have depths."""
-    found, written = accuracy_views(rows), []
-    drawn = {}
+    found = accuracy_views(rows)
+    drawn: list[Path] = []
     if len(found) > 1:
         panels = []
         for view in found:
@@ -57,20 +57,17 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
             assert panel is not None
             panels.append(figures.replace(panel, title=f"{view.task.replace('_', ' ')}, {panel.title}"))
         remark = "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
-        drawn["tasks"] = build(
-            "Accuracy by length, all tasks", grid(panels, 2), _counts(rows, found), [remark], [], (3.6, 2.9)
-        )
+        title, origin = "Accuracy by length, all tasks", _counts(rows, found)
+        drawn += save_both(build(title, grid(panels, 2), origin, [remark], [], (3.6, 2.9)), folder, "tasks")
     depths = [partial(depth_panel, curve=curve, shares=shares) for curve, shares in _by_depth(rows, words)]
     if depths:
         origin = "items that are right in per cent, mean over seeds; " + _counts(rows, found)
         remark = "Above the white line needles stand further from the question than the training length."
         cells = grid(depths, min(len(depths), 4))
-        drawn["depths"] = build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0))
-    for name, figure in drawn.items():
-        for suffix in ("png", "svg"):
-            written.append(folder / f"{name}.{suffix}")
-            save(figure, written[-1])
-    return written
+        drawn += save_both(
+            build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0)), folder, "depths"
+        )
+    return drawn
 
 
 def summary(rows: Sequence[ResultRow], words: Mapping[str, str]) -> str:

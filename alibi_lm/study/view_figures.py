@@ -19,7 +19,7 @@ from alibi_lm.study.context_figures import (
     repeat_panel,
 )
 from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
-from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save, say
+from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save_both, say
 from alibi_lm.study.style import label, look
 from alibi_lm.study.tables import analysis_markdown
 from alibi_lm.study.window_figures import window_panels
@@ -37,14 +37,13 @@ def draw_analysis(path: str | Path) -> list[Path]:
     Raises:
         ValueError: no such file, or not one of ours.
     """
-    png, svg, table = (Path(path).with_suffix(suffix) for suffix in (".png", ".svg", ".md"))
+    path = Path(path)
     found = read_analysis(path)
-    figure = analysis_figure(found)
-    save(figure, png)
-    save(figure, svg)
+    drawn = save_both(analysis_figure(found), path.parent, path.stem)
+    table = path.with_suffix(".md")
     own = attention_table(found) if found.view == "attention" else None
     write_text(table, analysis_markdown(found, own))
-    return [png, svg, table]
+    return [*drawn, table]
 
 
 def analysis_figure(found: Analysis) -> Figure:
@@ -231,7 +230,7 @@ def decomposition_panel(axis: Axes, series: Series) -> None:
     dress(axis, f"{series.name}, L = {series.train_length}", look(series.position).color)
     points = [p for p in series.points if p["total"] is not None and p["total"]["nats"] is not None]
     if not points:
-        say(axis, next((p["reason"] for p in series.points if p.get("reason")), "no length beyond L"))
+        say(axis, series.reason or "no length beyond L")
         return
     axis.grid(visible=False, axis="x")
     axis.axhline(0, color="#555555", linewidth=0.8, zorder=3)
@@ -263,8 +262,7 @@ def documents_panel(axis: Axes, series: Series) -> None:
     base = next((p for p in known if p["length"] == series.train_length), None)
     far = max(known, key=lambda p: p["length"], default=None)
     if base is None or far is None or far is base:
-        refused = [p["reason"] for p in series.points if p.get("reason")]
-        say(axis, refused[0] if refused else "no value at the trained length and beyond")
+        say(axis, series.reason or "no value at the trained length and beyond")
         return
     both = zip(base["documents"], far["documents"], strict=True)
     pairs = [(a, b) for a, b in both if a is not None and b is not None]
