@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from omegaconf import MISSING
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -207,8 +209,12 @@ def export_huggingface(config: ExportConfig) -> Path:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     exported = RunForCausalLM(RunConfig(_plain(load_config(folder)), model.vocab_size)).eval()
     exported.run.load_state_dict(model.state_dict())
-    exported.save_pretrained(output)
-    _write_tokenizer(tokenizer, output)
+    try:
+        exported.save_pretrained(output)
+        _write_tokenizer(tokenizer, output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(output, ignore_errors=True)  # half a model is worse than none
+        raise ValueError(f"output_dir = {output} cannot be written: {error}. Give another folder.") from None
     again = AutoModelForCausalLM.from_pretrained(output)
     ids = torch.arange(min(model.train_length, 64))[None] % model.vocab_size
     with torch.inference_mode():

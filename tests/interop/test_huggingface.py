@@ -117,6 +117,16 @@ def test_and_back_with_the_same_rows(name, exported, place, tmp_path, monkeypatc
         assert (theirs.corpus == ours.corpus) or name != "plain"
 
 
+def test_a_full_disk_leaves_no_half_model(exported, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("alibi_lm.interop.huggingface._write_tokenizer", full)
+    with pytest.raises(ValueError, match=r"output_dir = .*half cannot be written: No space left"):
+        export_huggingface(ExportConfig(str(exported["plain"][0]), str(tmp_path / "half")))
+    assert not (tmp_path / "half").exists()
+
+
 def test_another_text_goes_by_its_own_name(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
