@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alibi_lm.files import read_json, read_json_if_whole, sha256_of, sync_folder, whole_file, write_json
-from alibi_lm.settings import require
+from alibi_lm.settings import listing, require
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -270,7 +270,7 @@ class Checkpoint:
         missing, unexpected = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
         require(
             not missing and not unexpected,
-            f"{refusal} it lacks {_listing(missing)} and has {_listing(unexpected)} that the model has not. "
+            f"{refusal} it lacks {listing(missing)} and has {listing(unexpected)} that the model has not. "
             f"{advice}",
         )
         for name, target in targets.items():
@@ -426,8 +426,3 @@ def _open_tensors(path: Path) -> Any:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     with _open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(names[:4]) or "nothing"
-    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

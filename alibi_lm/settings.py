@@ -77,6 +77,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def listing(names: Sequence[str]) -> str:
+    """For messages: the first four names, and how many more there are."""
+    shown = ", ".join(names[:4]) or "nothing"
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def check_values(config: Any, prefix: str = "") -> None:
     """Refuse what no setting may be: an empty text, and a whole number that overflows or fills the memory.
 

@@ -37,7 +37,7 @@ from alibi_lm.optim import FairseqCosineConfig, NAGConfig
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.runs import delete_run, finished, mark_finished, run_identity, run_lock
-from alibi_lm.settings import require
+from alibi_lm.settings import listing, require
 from alibi_lm.tracking import TRACKING
 
 POSITIONS = ("alibi", "sinusoidal")
@@ -295,7 +295,7 @@ def convert_weights(checkpoint: FairseqCheckpoint, config: ModelConfig) -> dict[
     missing, unknown = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unknown:
         raise ValueError(
-            f"{source} does not fit its own settings: missing {_listing(missing)}; unknown {_listing(unknown)}. "
+            f"{source} does not fit its own settings: missing {listing(missing)}; unknown {listing(unknown)}. "
             "Only complete models as in the paper are imported."
         )
     for name, original in ties.items():
@@ -344,10 +344,6 @@ def _ties(num_tails: int) -> dict[str, str]:
         ties[f"{outputs}.tail.{i}.0.weight"] = f"{inputs}.{i + 1}.1.weight"
         ties[f"{outputs}.tail.{i}.2.weight"] = f"{inputs}.{i + 1}.0.weight"
     return ties
-
-
-def _listing(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "nothing"
 
 
 # --- reading -------------------------------------------------------------------------------------
