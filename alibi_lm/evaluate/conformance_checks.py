@@ -228,8 +228,8 @@ class Conformance:
         if not Backends("flex", "").refuses_scheme(self.scheme):
             model = self.model("flex")
             with torch.no_grad():
-                gaps = [model.nats(tokens, targets, window=w) - results["eager", w][0] for w in (None, 9)]
-            worst = max(float(gap.abs().max()) for gap in gaps)
+                apart = [model.nats(tokens, targets, window=w) - results["eager", w][0] for w in (None, 9)]
+            worst = _largest(float(gap.abs().max()) for gap in apart)
             words = f"flex against eager: nats {worst:.1e} (at most 1e-04), no gradients on a CPU"
             yield Check("", worst <= 1e-4, words)
 
