@@ -165,6 +165,17 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
     return sorted(found.values(), key=lambda c: (-c.train_length, c.position, c.variant))
 
 
+def by_byte(rows: Iterable[ResultRow], view: View) -> list[ResultRow]:
+    """The rows of a view in bits per byte, where models with different tokenizers read one text; else none.
+
+    A text that every model encodes in its own way has another hash for each of them, and as many bytes for all.
+    """
+    own = [row for row in rows if replace(view_of(row), metric=view.metric) == view and row.metric == "perplexity"]
+    if len({row.corpus for row in own if row.run}) < 2 or len({row.bytes for row in own}) != 1 or not own[0].bytes:
+        return []
+    return [replace(row, metric="bits_per_byte", value=row.bits_per_byte, corpus="") for row in own]
+
+
 def point_of(row: ResultRow) -> float | None:
     """What a row adds to a curve: mean nats for perplexity, else the value; None where it measured nothing.
 

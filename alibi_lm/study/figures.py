@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
-from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, curves, views
+from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, by_byte, curves, views
 from alibi_lm.results.rows import ResultRow, read_rows
 from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.fairness import Difference, differences
@@ -45,7 +45,8 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     """Draw every figure of a folder of results and write its Markdown table.
 
     The first view (validation, nonoverlapping, where present) is `extrapolation.png` and `.svg`; each further
-    one has its view in the name. `table.md` has them all.
+    one has its view in the name. `table.md` has them all. Where models with different tokenizers read one text,
+    `bits_per_byte.png` and `.svg` have them on one axis.
 
     Args:
         folder: holds `results.jsonl`.
@@ -70,6 +71,12 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
         figure = curve_figure(rows, view, words, unfair, with_paper)
         written += save_both(figure, folder, name)
+        in_bytes = by_byte(rows, view)
+        if in_bytes:
+            by_tokenizer = (f"{view.split} text (hash)", f"{view.split} tokens scored")
+            left = [item for item in unfair if item.what not in by_tokenizer]
+            figure = curve_figure(in_bytes, replace(view, metric="bits_per_byte"), words, left)
+            written += save_both(figure, folder, name.replace("extrapolation", "bits_per_byte"))
     from alibi_lm.study import task_figures
 
     written += task_figures.draw_tasks(folder, rows, words)
@@ -141,7 +148,7 @@ def curve_figure(
     remarks += [
         f"Out of range: {name} baseline, {value:.4g}." for name, value in base.items() if name not in shown
     ]
-    what = "Perplexity" if view.metric == "perplexity" else f"{view.metric.capitalize()} of {view.task}"
+    what = view.metric.replace("_", " ").capitalize() + ("" if view.task == "text" else f" of {view.task}")
     origin = f"{view.title}; {provenance(rows, view)}"
     size = (3.6 if any(len(line.x) > 2 for panel in panels for line in panel.lines) else 2.4, 3.1)
     return build(f"{what} by inference length", layout, origin, remarks, marks, size)
@@ -177,7 +184,7 @@ def curve_panels(
     lines = [_line(curve, train_length, every) for curve in drawn]
     trained = f"trained at {train_length}" if train_length is not None else "several training lengths"
     close = close_up(drawn)
-    y_label = "perplexity per token" if metric == "perplexity" else metric
+    y_label = "perplexity per token" if metric == "perplexity" else metric.replace("_", " ")
     published = [_line(curve, train_length, every) for curve in dotted]
     panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label, dotted=published)
     if metric == "accuracy":

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from study_rows import accuracy, curve, real_config, row, run_script, study, unigram, write_run
 
-from alibi_lm.results.curves import Curve, View, curves
+from alibi_lm.results.curves import Curve, View, by_byte, curves
 from alibi_lm.results.rows import write_rows
 from alibi_lm.study import fairness, plots
 from alibi_lm.study.analysis import Analysis, Series, read_analysis
@@ -410,3 +410,20 @@ def test_stages_of_training_have_a_figure_and_a_table_and_leave_the_curves_alone
     assert [s.factor for s in stages_of(rows, records)] == [2, 8]
     assert stages_of([r for r in rows if r.changes != {"checkpoint": "step:100"}], records) == []
     assert not [d for d in fairness.differences(rows, records) if d.matters]
+
+
+def test_models_with_different_tokenizers_stand_on_one_axis(tmp_path):
+    """The same text in 10,000 tokens of one tokenizer and 20,000 of another."""
+    rows = curve("alibi", {64: 20.0, 128: 22.0}) + curve("gpt2", {64: 5.0, 128: 4.0}, corpus="beef", tokens=20_000)
+    write_rows(tmp_path / "results.jsonl", rows)
+    names = {path.name for path in draw(tmp_path)}
+    assert {"bits_per_byte.png", "extrapolation.png"} <= names
+    assert "NOT A FAIR" in (tmp_path / "extrapolation.svg").read_text(), "perplexities per token do not compare"
+    assert "NOT A FAIR" not in (tmp_path / "bits_per_byte.svg").read_text()
+    view = View("validation", "nonoverlapping", metric="bits_per_byte")
+    found = {c.position: [c.value(n) for n in c.lengths] for c in curves(by_byte(rows, PLAIN), view)}
+    texts_of = ((10_000, 20), (10_000, 22), (20_000, 5), (20_000, 4))
+    bits = [tokens * math.log2(value) / 50_000 for tokens, value in texts_of]
+    assert found == {"alibi": pytest.approx(bits[:2]), "gpt2": pytest.approx(bits[2:])}
+    other = [replace(row, bytes=60_000) if row.position == "gpt2" else row for row in rows]
+    assert not by_byte(other, PLAIN) and not by_byte(rows[:2], PLAIN), "another text, one tokenizer"
