@@ -110,7 +110,8 @@ class Analysis:
             parts.append(f"{tokens} in {documents}" if self.series[0].documents > 1 else f"{tokens} in 1 document")
         if self.view == "attention":
             windows = {p["windows"] for s in self.series for p in s.points if "windows" in p}
-            parts.append(f"{min(windows, default=0)} to {max(windows, default=0)} windows at each length")
+            ends = sorted({min(windows, default=0), max(windows, default=0)})
+            parts.append(f"{' to '.join(map(str, ends))} windows at each length")
         elif self.view == "windows":
             measured = {p["measured_on"] for one in self.series for p in one.points if "measured_on" in p}
             parts += [f"needed on the first {n:,}" for n in sorted(measured)]

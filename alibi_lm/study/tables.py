@@ -160,7 +160,7 @@ _NOTES = {
     "length. Effective context: the least one whose loss is within 1% of the best. Field: how many of the last "
     "tokens hold 99% of the gradient of the loss, in windows of the longest context; median of the runs.",
     "repeat": "Nats per token that a segment costs less where it has been read before, with interval.",
-    "attention": "Where heads look.",
+    "attention": "How far heads look, how widely, and how many rest on the first token.",
     "self_longppl": "Perplexity of the key tokens, which a long context makes cheap by the judgement of one of "
     "the runs; in brackets its ratio to that at the training length, where the runs are flattered: they chose "
     "these tokens by their low loss there.",

@@ -83,7 +83,12 @@ def summary_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[T
         for curve in curves(rows, view, words):
             good, runs = fit(curve)
             longest = effective_length(curve)
-            row = [view.task, label(curve.position, curve.variant), str(curve.train_length), f"{good} of {runs}"]
+            row = [
+                view.task,
+                label(curve.position, curve.variant),
+                str(curve.train_length),
+                f"{good} of {runs}" if runs else "not tested there",
+            ]
             body.append([*row, "none" if longest is None else str(longest)])
     notes = [
         f"A seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. Effective"
