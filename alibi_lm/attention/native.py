@@ -209,7 +209,7 @@ def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> Non
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int, key_bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend: output (B, H, T, K), log2 of the sum of exponentials (B, H, T), distances that count (B, H, N)."""
     out, log_sum, reach = _results(q)

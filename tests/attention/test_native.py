@@ -75,7 +75,7 @@ def test_a_window_hides_what_lies_outside(window, biased):
 def test_steep_heads_equal_the_definition(length, size):
     q, k, v, grad = draw(1, 8, length, 16, size)
     bias = alibi_bias(8, length)
-    _, _, reach = native.forward(q, k, v, bias, length)
+    _, _, reach = native.forward(q, k, v, bias, length, None)
     assert reach.min() < length == reach[:, -1].min()  # the steepest head leaves keys out, the gentlest none
     assert_within(attend(q, k, v, grad, bias), definition(q, k, v, grad, bias), BUDGET * max(1, size))
 
@@ -89,7 +89,7 @@ def test_what_lies_past_the_reach_weighs_less_than_float32_rounds_away(size, num
     if opposed:  # every query shuns its own key and seeks the early ones
         q[:], k[:, :, :300], k[:, :, 300:] = size, size, -size
     bias = alibi_bias(num_heads, length)
-    reach = native.forward(q, k, v, bias, length)[2]
+    reach = native.forward(q, k, v, bias, length, None)[2]
     distance = torch.arange(length)[:, None] - torch.arange(length)
     scores = q.double() @ k.double().mT * 8**-0.5 + bias.double()[:, distance.clamp_min(0)]
     weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
@@ -103,11 +103,11 @@ def test_the_reach_is_what_the_formula_says():
     q, k, v = torch.zeros(1, 2, 500, 8), *torch.randn(2, 1, 2, 500, 8)
     slopes = torch.tensor([0.5, 0.25])
     bias = -slopes[:, None] * torch.arange(500)
-    reach = native.forward(q, k, v, bias, 500)[2]
+    reach = native.forward(q, k, v, bias, 500, None)[2]
     for constant in (-32.0, 32.0):
-        assert torch.equal(native.forward(q, k, v, bias + constant, 500)[2], reach)
+        assert torch.equal(native.forward(q, k, v, bias + constant, 500, None)[2], reach)
     k[0, 1, 10, 0] = math.nan
-    assert (native.forward(q, k, v, bias, 500)[2][0, 1] == 500).all()  # nobody knows its weight
+    assert (native.forward(q, k, v, bias, 500, None)[2][0, 1] == 500).all()  # nobody knows its weight
     for slope, found in zip(slopes.tolist(), reach[0], strict=True):
         assert len(set(found.tolist())) == 1
         total = [sum(math.exp(-slope * d) for d in range(start, 500)) for start in (found[0] - 1, found[0])]
@@ -121,7 +121,7 @@ def test_one_far_key_of_great_weight_keeps_its_place():
     q[:] = q.abs()
     k[:, 0, 3] = 300.0
     bias = -torch.tensor([0.5, 0.25])[:, None] * torch.arange(length)
-    reach = native.forward(q, k, v, bias, length)[2]
+    reach = native.forward(q, k, v, bias, length, None)[2]
     assert (reach[0, 0] == length).all() and (reach[0, 1] < length).all()
     expected = definition(q, k, v, grad, bias)
     assert (expected[0][:, 0, 5:200] - v[:, 0, 3:4].double()).abs().max() < 1e-3  # they all look at it
@@ -138,7 +138,7 @@ def test_one_far_key_of_great_weight_keeps_its_place():
 )
 def test_a_bias_that_does_not_fall_for_good_leaves_nothing_out(bias):
     q, k, v, grad = draw(1, 1, 600, 8)
-    assert (native.forward(q, k, v, bias[None], 600)[2] == 600).all()
+    assert (native.forward(q, k, v, bias[None], 600, None)[2] == 600).all()
     rounding = 6e-8 * float(bias.abs().max())  # of the scores it is added to
     assert_within(attend(q, k, v, grad, bias[None]), definition(q, k, v, grad, bias[None]), BUDGET + rounding)
 
@@ -235,9 +235,9 @@ def test_a_compiler_sees_the_operators_as_they_are():
     q, k, v, grad = draw(2, 4, 100, 8)
     for bias in (None, alibi_bias(4, 100), alibi_bias(4, 100).requires_grad_()):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        torch.library.opcheck(native._operator, (*leaves, bias, 100))
+        torch.library.opcheck(native._operator, (*leaves, bias, 100, None))
         with torch.no_grad():
-            saved = native.forward(q, k, v, bias, 100)
+            saved = native.forward(q, k, v, bias, 100, None)
             arguments = (grad, q, k, v, bias, 100, None, *saved, bias is not None, False)
             torch.library.opcheck(native._operator_backward, arguments)
     key_bias = torch.randn(2, 4, 100, dtype=torch.float64)
@@ -305,7 +305,7 @@ def test_the_documented_share_of_the_scores():
     for length in (1024, 4096, 16384):
         q, k, v = torch.zeros(3, 1, 8, length, 8)
         q[..., 0] = k[..., 1] = (20 * 8**0.5) ** 0.5
-        reach = native.forward(q, k, v, alibi_bias(8, length), length)[2][0]
+        reach = native.forward(q, k, v, alibi_bias(8, length), length, None)[2][0]
         first_query = torch.arange(0, length, ROWS)
         end = (first_query + ROWS).clamp_max(length)
         first_key = (first_query - reach + 1).clamp_min(0) // keys * keys
