@@ -78,7 +78,7 @@ report: $(STAMP)  ## write one HTML file of the experiment's results
 publish: $(STAMP)  ## copy the experiment's results to docs/results, without weights
 	$(BIN)/python scripts/publish.py experiment=$(EXPERIMENT) $(ARGS)
 
-atlas: $(STAMP)  ## every position scheme, three seeds, about 50 minutes on 2 cores; then docs/atlas
+atlas: $(STAMP)  ## every position scheme, three seeds (about an hour on 2 cores, by estimate); then docs/atlas
 	$(BIN)/python scripts/study.py experiment=atlas $(ARGS)
 	$(BIN)/python scripts/atlas.py folder=docs/results/atlas
 
