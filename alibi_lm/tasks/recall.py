@@ -19,7 +19,25 @@ GAP_POWER = 0.01
 
 
 @dataclass
-class MQAR(Synthetic):
+class OverTokens(Synthetic):
+    """Items whose length is their number of tokens, all of them equally long."""
+
+    vocabulary: int = 16
+    """Tokens that items are made of."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary
+
+    def width(self, length: int) -> int:
+        return length
+
+    def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
+        return [length]
+
+
+@dataclass
+class MQAR(OverTokens):
     """Multi-query associative recall: n pairs of a key and a value, then each key again somewhere in filler.
 
     The keys are different, and so are the values. Slots of two tokens follow the pairs; n of them hold a key each,
@@ -45,16 +63,6 @@ class MQAR(Synthetic):
             f"task.vocabulary = {self.vocabulary} has no {self.pairs} different keys and values. "
             f"Use at least {2 * self.pairs + 2}, or fewer pairs.",
         )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.vocabulary
-
-    def width(self, length: int) -> int:
-        return length
-
-    def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
-        return [length]
 
     def refuses(self, length: int) -> str:
         least = 4 * self.pairs  # the pairs, and a slot of two tokens for each query
@@ -98,7 +106,7 @@ class MQARExtrapolate(MQAR):
 
 
 @dataclass
-class Induction(Synthetic):
+class Induction(OverTokens):
     """Induction: a sign stands once in uniform tokens, and again at the end; what followed it is the answer.
 
     Source: Fu et al. (2023), "Hungry Hungry Hippos", arXiv 2212.14052, section 3.1, with the settings of Gu and
@@ -116,16 +124,6 @@ class Induction(Synthetic):
             self.vocabulary >= 3,
             f"task.vocabulary = {self.vocabulary}. Use at least 3: the sign and two answers.",
         )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.vocabulary
-
-    def width(self, length: int) -> int:
-        return length
-
-    def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
-        return [length]
 
     def item(self, draw: np.random.Generator, length: int) -> Item:
         tokens = draw.integers(1, self.vocabulary, size=length)
