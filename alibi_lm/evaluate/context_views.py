@@ -131,8 +131,8 @@ def repeat(
     def measured(distance: int) -> Point:
         gains = []
         for passes in group.passes:
-            same = _second_reading(passes, "repeat", starts, starts, distance, width)
-            other = _second_reading(passes, "repeat_other", starts, np.roll(starts, -1), distance, width)
+            same = _second_reading(passes, f"repeat_{every}x", starts, starts, distance, width)
+            other = _second_reading(passes, f"repeat_other_{every}x", starts, np.roll(starts, -1), distance, width)
             gains.append(other.astype(np.float64) - same)
         return group.over((starts[:, None] + np.arange(width)).ravel(), gains)
 

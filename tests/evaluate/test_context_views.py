@@ -7,6 +7,7 @@ from toy_models import Toy
 
 from alibi_lm.evaluate import context_views, views
 from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.tasks.text import TextTask
 
 
@@ -42,6 +43,15 @@ def test_a_second_reading_gains_up_to_the_reach_of_the_model(text):
     assert points[1]["low"] <= points[1]["nats"] <= points[1]["high"] and points[1]["targets"] % 8 == 0
     with pytest.raises(ValueError, match="width = 400 at a distance of 600"):
         context_views.repeat(group, [48], [600], 400, 1)
+
+
+def test_segments_at_other_places_are_passes_of_their_own(text, tmp_path):
+    def points(every, store):
+        passes = Passes(Copier(reach=20, identity="copier"), text, store)
+        return context_views.repeat(views.Group("toy", 16, [passes]), [48], [20], 8, every)
+
+    store = TokenStore(tmp_path)
+    assert points(3, store) != points(4, store) == points(4, None)
 
 
 def test_the_effective_context_is_the_least_that_is_as_good_as_the_best(text):
