@@ -53,6 +53,12 @@ class Check:
     """The number, in words."""
 
 
+CHECKS = {
+    "causality": "causality", "shift": "shift", "cache": "cache", "forms of the bias": "forms",
+    "backends": "agreement", "gradients": "gradients", "precision": "precision", "longer inputs": "longer",
+    "parameters": "parameters", "tail of the bias": "tail", "cost": "cost",
+}  # fmt: skip
+"""The checks in their order: their names on the page, and the methods of `Conformance` below."""
 Found = tuple[bool | None, str]
 """`passed` and `found` of a check."""
 
@@ -106,15 +112,9 @@ class Conformance:
 
     def checks(self) -> Iterator[Check]:
         """All checks, one after another; an error in one of them is its result."""
-        checks = {
-            "causality": self.causality, "shift": self.shift, "cache": self.cache, "forms of the bias": self.forms,
-            "backends": self.agreement, "gradients": self.gradients, "precision": self.precision,
-            "longer inputs": self.longer, "parameters": self.parameters, "tail of the bias": self.tail,
-            "cost": self.cost,
-        }  # fmt: skip
-        for name, check in checks.items():
+        for name, check in CHECKS.items():
             try:
-                yield from (Check(name, passed, found) for passed, found in check())
+                yield from (Check(name, passed, found) for passed, found in getattr(self, check)())
             except Exception as error:
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
