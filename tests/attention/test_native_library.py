@@ -196,6 +196,8 @@ def test_what_computes_something_else_is_refused(anew, tmp_path, monkeypatch):
     wrong = tmp_path / "native.cpp"
     wrong.write_text(text.replace("load(scores + j) + load(line + j)", "load(scores + j) - load(line + j)"))
     monkeypatch.setattr(native_library, "SOURCE", wrong)
+    flags = native_library._flags()  # nobody waits for a good machine code here
+    monkeypatch.setattr(native_library, "_flags", lambda: [f.replace("-O3", "-O0") for f in flags])
     assert "does not compute attention" in message_of_native()
     assert backend("auto") == "sdpa"
 
