@@ -175,18 +175,11 @@ def test_a_compiler_that_fails_is_quoted(anew, fake_compiler, script, reason):
     assert backend("auto") == "sdpa"
 
 
-def test_what_killed_compilers_left_is_swept_away(anew, fake_compiler):
+def test_a_compiler_works_outside_of_the_cache(anew, fake_compiler):
+    """So that one that is killed leaves nothing there."""
     fake_compiler("exit 3")
     message_of_native()
-    (lock,) = anew.glob("*.lock")
-    names = [f"{lock.name.removesuffix('.so.lock')}-killed", "another-machine-now", "another-machine-long-ago"]
-    for name in names:
-        (anew / name).mkdir()
-        (anew / name / "half.so").write_text("half")
-    os.utime(anew / names[2], (0, 0))
-    forget()
-    message_of_native()
-    assert [path.name for path in anew.iterdir() if path.is_dir()] == [names[1]]
+    assert {path.suffix for path in anew.iterdir()} == {".lock"}
 
 
 @needs_compiler
