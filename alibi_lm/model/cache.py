@@ -51,7 +51,12 @@ class KeyValueCache:
         self.first = self.next_position = self.tokens_seen = 0
         self.lost_share: float | None = 0.0
         self._buffers: list[list[Tensor | None]] = []
-        self._positions: Tensor | None = None
+        self._positions = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(S,) int64; None when empty."""
+        return self._positions[: self.tokens_seen] if self.tokens_seen else None
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -65,8 +70,13 @@ class KeyValueCache:
 
     def key_positions(self, positions: Tensor) -> Tensor:
         """Positions of the keys of a pass: those seen and the new ones."""
-        self._positions = self._append(self._positions, positions, 0)
-        return self._positions[: self.tokens_seen + len(positions)]
+        new = self.tokens_seen + len(positions)
+        if new > len(self._positions) or self._positions.device != positions.device:
+            grown = positions.new_empty(max(self.capacity, 2 * self.tokens_seen, new))
+            grown[: self.tokens_seen] = self._positions[: self.tokens_seen]
+            self._positions = grown
+        self._positions[self.tokens_seen : new] = positions
+        return self._positions[:new]
 
     def begin(self, first: int, last: int, tokens: int, window: int | None) -> None:
         """Note the pass that starts now: first position of all keys, last one, its tokens and its window."""
@@ -121,7 +131,7 @@ class KeyValueCache:
         seen, total = self.tokens_seen, self.tokens_seen + new.shape[dim]
         if buffer is None or buffer.shape[dim] < total or not seen:
             shape = list(new.shape)
-            shape[dim] = max(self.capacity, total, 2 * seen)
+            shape[dim] = max(self.capacity, total if not seen else max(total, 2 * seen))
             grown = empty_like(new, shape)
             if buffer is not None and seen:
                 grown.narrow(dim, 0, seen).copy_(buffer.narrow(dim, 0, seen))

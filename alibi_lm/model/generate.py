@@ -1,6 +1,6 @@
 """Text from a language model, token by token, in constant or growing memory.
 
-Shape letters: T tokens, V vocabulary.
+Shape letters: B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -84,29 +84,81 @@ def generate(
         ValueError: an empty prompt, ids outside of the vocabulary, or more tokens than the scheme has positions;
             before the first token.
     """
+    caches = None if cache is None else [cache]
+    steps = generate_batch(model, [ids], max_tokens, caches=caches, sampling=sampling, seed=seed)
+    return (token for (token,) in steps)
+
+
+def generate_batch(
+    model: TransformerLM,
+    prompts: Sequence[Sequence[int] | Tensor],
+    max_tokens: int,
+    *,
+    caches: Sequence[KeyValueCache] | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 1,
+) -> Iterator[list[int]]:
+    """Go on from several prompts of any lengths at once: the tokens of each are those that it would have alone.
+
+    Each prompt has a cache and positions of its own, so nothing is padded. Row n draws with seed + n.
+
+    Args:
+        model: the language model, in evaluation mode.
+        prompts: B prompts, see `generate`.
+        max_tokens: how many tokens to make of each.
+        caches: one for each prompt; None: all keys are kept.
+        sampling: how tokens are chosen.
+        seed: of the choice.
+
+    Returns:
+        B token ids at a time, made when they are asked for.
+
+    Raises:
+        ValueError: see `generate`.
+    """
     require(max_tokens >= 1, f"max_tokens = {max_tokens}. Use a whole number >= 1.")
-    row, limit = torch.as_tensor(ids, dtype=torch.int64).view(1, -1), model.max_length
-    require(row.numel() > 0, "The prompt is empty. Give at least one token.")
-    check_ids(model.vocab_size, row)
-    needed = row.shape[1] + max_tokens - 1
-    require(
-        limit is None or needed <= limit,
-        f"A prompt of {row.shape[1]} tokens and max_tokens = {max_tokens} need {needed} positions; "
-        f"position={model.position.name} has {limit}. Use a shorter prompt or fewer tokens.",
-    )
-    return _steps(model, row, max_tokens, cache or KeyValueCache(), sampling or Sampling(), seed)
+    require(bool(prompts), "There is no prompt. Give at least one.")
+    rows = [torch.as_tensor(ids, dtype=torch.int64).view(1, -1) for ids in prompts]
+    limit = model.max_length
+    for row in rows:
+        require(row.numel() > 0, "The prompt is empty. Give at least one token.")
+        check_ids(model.vocab_size, row)
+        needed = row.shape[1] + max_tokens - 1
+        require(
+            limit is None or needed <= limit,
+            f"A prompt of {row.shape[1]} tokens and max_tokens = {max_tokens} need {needed} positions; "
+            f"position={model.position.name} has {limit}. Use a shorter prompt or fewer tokens.",
+        )
+    held = list(caches) if caches is not None else [KeyValueCache() for _ in rows]
+    require(len(held) == len(rows), f"{len(held)} caches for {len(rows)} prompts. Give one for each.")
+    generators = [torch.Generator().manual_seed(seed + n) for n in range(len(rows))]
+    sampling = sampling or Sampling()
+    return _steps(model, rows, held, max_tokens, sampling, generators)
 
 
 def _steps(
-    model: TransformerLM, row: Tensor, max_tokens: int, cache: KeyValueCache, sampling: Sampling, seed: int
-) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed)
-    *before, row = row.split(PREFILL, dim=1)
-    for _ in range(max_tokens):
-        with torch.inference_mode(), runtime.autocast(model.device, model.precision):
-            for piece in before:
-                model.hidden(piece.to(model.device), cache=cache)
-            logits = model(row.to(model.device), last=True, cache=cache)[0, 0]
-        token = sampling.choose(logits, generator)
-        yield token
-        before, row = [], torch.tensor([[token]])
+    model: TransformerLM,
+    rows: list[Tensor],
+    caches: list[KeyValueCache],
+    max_tokens: int,
+    sampling: Sampling,
+    generators: list[torch.Generator],
+) -> Iterator[list[int]]:
+    with torch.inference_mode():
+        logits = torch.cat([prefill(model, row, cache) for row, cache in zip(rows, caches, strict=True)])
+    for step in range(max_tokens):
+        tokens = [sampling.choose(*pair) for pair in zip(logits, generators, strict=True)]
+        yield tokens
+        if step + 1 < max_tokens:
+            ids = torch.tensor(tokens, device=model.device)[:, None]
+            with torch.inference_mode(), runtime.autocast(model.device, model.precision):
+                logits = model(ids, last=True, cache=caches if len(caches) > 1 else caches[0])[:, 0]
+
+
+def prefill(model: TransformerLM, row: Tensor, cache: KeyValueCache) -> Tensor:
+    """Put a prompt (1, T) into a cache, in pieces; scores of the token after it, (1, V)."""
+    with runtime.autocast(model.device, model.precision):
+        *before, last = row.to(model.device).split(PREFILL, dim=1)
+        for piece in before:
+            model.hidden(piece, cache=cache)
+        return model(last, last=True, cache=cache)[:, 0]

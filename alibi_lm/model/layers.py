@@ -19,7 +19,7 @@ Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, F insid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,6 +100,18 @@ class ModelConfig:
         return self.model_dim // self.num_heads
 
 
+@dataclass
+class Part:
+    """Sequences of a batch that have their positions and their cache in common."""
+
+    rows: slice
+    at: Tensor
+    """(T,) int64, their positions."""
+    positions: list[LayerPositions]
+    """Of each scheme; layer n takes number n modulo their number."""
+    cache: KeyValueCache | None
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -109,20 +121,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim)
         self.out = nn.Linear(config.model_dim, config.model_dim)
 
-    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, parts: Sequence[Part]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         # (B, T, 3 D) -> three of (B, H, T, K)
-        q, raw_k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        found = []
+        for part in parts:
+            rows = part.rows
+            found.append(self._attend(q[rows], k[rows], v[rows], x[rows], layer, part))
+        y = found[0] if len(found) == 1 else torch.cat(found)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, raw_k: Tensor, v: Tensor, x: Tensor, layer: int, part: Part) -> Tensor:
+        position = part.positions[layer % len(part.positions)]
         q, k = position.scheme.transform_qk(q, raw_k, position.tables)
         if position.query_factor is not None:
             q = (q * position.query_factor[..., None]).to(k.dtype)
         inputs = position.scheme.features(x) if position.scheme.cache_inputs else None
-        if cache is not None:
-            y = cache.attend(layer, q, k, v, inputs, raw_k, position)
-        else:
-            assert position.attend is not None
-            y = position.attend(q, k, v, inputs)
-        return self.out(y.transpose(1, 2).flatten(2))
+        if part.cache is not None:
+            return part.cache.attend(layer, q, k, v, inputs, raw_k, position)
+        assert position.attend is not None
+        return position.attend(q, k, v, inputs)
 
 
 class FeedForward(nn.Module):
@@ -151,9 +170,9 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, position: LayerPositions, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, parts: Sequence[Part]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), layer, position, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), layer, parts))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens now, S keys seen, D model dim, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, cast
@@ -18,7 +19,7 @@ from alibi_lm.attention import Request, build_backend
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
 from alibi_lm.model.changed_bias import CONTENT_HOOKS, FadedBias, RowScaledBias, only_a_bias, scales_bias
 from alibi_lm.model.interface import Scores, check_ids
-from alibi_lm.model.layers import ACTIVATIONS, Block, ModelConfig
+from alibi_lm.model.layers import ACTIVATIONS, Block, ModelConfig, Part
 from alibi_lm.model.query_scale import QueryScaleConfig, visible_keys
 from alibi_lm.model.training_positions import PlainConfig
 from alibi_lm.model.vocabulary import AdaptiveVocabulary, Vocabulary
@@ -163,7 +164,7 @@ class TransformerLM(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | Sequence[KeyValueCache] | None = None,
         window: int | None = None,
     ) -> Tensor:
         """Hidden states from which the next token of each position is predicted.
@@ -171,7 +172,8 @@ class TransformerLM(nn.Module):
         Args:
             input_ids: (B, T) int64, in [0, V).
             positions: (T,) int64, >= 0, each above the one before; None: 0, 1, ... or from the cache's last on.
-            cache: keys and values of earlier tokens, extended in place; with one, there are no gradients.
+            cache: keys and values of earlier tokens, extended in place; with one, there are no gradients. Several:
+                one for each row of input_ids, which may have seen different numbers of tokens.
             window: each layer's queries see only keys at distances below it; None: all keys before them.
 
         Returns:
@@ -190,30 +192,40 @@ class TransformerLM(nn.Module):
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.hidden(input_ids, positions, cache, window)
-        positions, first, last = self._places(input_ids, positions, cache)
-        parts = self._prepare(positions, first, last, cache, window)
+        if cache is None or isinstance(cache, KeyValueCache):
+            parts = [self._part(slice(None), cache, positions, input_ids, window)]
+        else:
+            require(
+                len(cache) == len(input_ids),
+                f"{len(cache)} caches with {len(input_ids)} rows of input_ids. Give one for each row.",
+            )
+            rows = (slice(row, row + 1) for row in range(len(cache)))
+            parts = [self._part(*pair, positions, input_ids, window) for pair in zip(rows, cache, strict=True)]
         x = self.vocabulary.embed(input_ids)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.model_dim)
-        x = self.dropout(self.active_schemes[0].add_to_embeddings(x, positions))
+        added = [self.active_schemes[0].add_to_embeddings(x[part.rows], part.at) for part in parts]
+        x = self.dropout(added[0] if len(added) == 1 else torch.cat(added))
         for layer, block in enumerate(self.layers):
-            x = block(x, layer, parts[layer % len(parts)], cache)
-        if cache is not None:
-            cache.advance()
+            x = block(x, layer, parts)
+        for part in parts:
+            if part.cache is not None:
+                part.cache.advance()
         return self.final_norm(x)
 
-    def _places(
-        self, input_ids: Tensor, positions: Tensor | None, cache: KeyValueCache | None
-    ) -> tuple[Tensor, int, int]:
-        """Positions of the tokens, (T,) int64, and the first and last of them.
-
-        These two are Python numbers, known without reading the device wherever they can be.
-        """
+    def _part(
+        self,
+        rows: slice,
+        cache: KeyValueCache | None,
+        positions: Tensor | None,
+        input_ids: Tensor,
+        window: int | None,
+    ) -> Part:
+        """What attention needs of some rows; it looks at no weights before the positions are known."""
         length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
-        if positions is not None:
-            first, last = _ends(positions, length, start)
-        elif self.places is not None:
-            seen = 0 if cache is None else cache.tokens_seen
+        seen, schemes = 0 if cache is None else cache.tokens_seen, self.active_schemes
+        # Ends of the positions as Python numbers, where they can be known without reading the device.
+        if positions is None and self.places is not None:
             places = self.places[seen : seen + length]
             require(
                 len(places) == length,
@@ -222,43 +234,48 @@ class TransformerLM(nn.Module):
             )
             first, last = int(places[0]), int(places[-1])
             positions = places.to(input_ids.device)
-        else:
+        elif positions is None:
             first, last = start, start + length - 1
             positions = torch.arange(start, start + length, device=input_ids.device)
+        else:
+            first, last = _ends(positions, length, start)
         limit = self.max_length
-        require(
-            limit is None or last < limit,
-            f"position={self.position.name} has {limit} positions; got position {last}. "
-            f"Use inference_length <= {limit}, or a scheme that is defined past its trained length.",
-        )
-        return positions, first, last
+        if limit is not None and last >= limit:
+            raise ValueError(
+                f"position={self.position.name} has {limit} positions; got position {last}. "
+                f"Use inference_length <= {limit}, or a scheme that is defined past its trained length."
+            )
+        request = None
+        if cache is None or not cache.attends:
+            k_pos = positions
+            if cache is not None:
+                k_pos, first = cache.key_positions(positions), cache.first if cache.tokens_seen else first
+            device, dtype = positions.device.type, self.layers[0].attention.qkv.weight.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+            dropout = self.config.attention_dropout if self.training else 0.0
+            request = Request(positions, k_pos, last - first, window, dtype, dropout)
+        if cache is not None:
+            cache.begin(first, last, length, window)
+        return Part(rows, positions, self._prepare(schemes, positions, request, seen), cache)
 
     def _prepare(
-        self, positions: Tensor, first: int, last: int, cache: KeyValueCache | None, window: int | None
+        self, schemes: list[PositionScheme], positions: Tensor, request: Request | None, seen: int
     ) -> list[LayerPositions]:
-        """What the layers of a pass need: entry n modulo their number for layer n."""
-        schemes = self.active_schemes
+        """What the layers of a pass need: one entry for all, or one for each; `seen` tokens came before.
+
+        Without a request a cache attends by itself; it serves no query scale.
+        """
+        scale, biases = self.query_scale, schemes
         tables = [scheme.tables(positions) for scheme in schemes]
-        if cache is not None and cache.attends:  # by itself; it serves no query scale
-            cache.begin(first, last, len(positions), window)
+        if request is None:
             return [LayerPositions(*pair, None) for pair in zip(schemes, tables, strict=True)]
-        k_pos, seen = positions, 0
-        if cache is not None:
-            k_pos, seen = cache.key_positions(positions), cache.tokens_seen
-            first = cache.first if seen else first
-            cache.begin(first, last, len(positions), window)
-        device, dtype = positions.device.type, self.layers[0].attention.qkv.weight.dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        dropout = self.config.attention_dropout if self.training else 0.0
-        request = Request(positions, k_pos, last - first, window, dtype, dropout)
-        exact = torch.promote_types(dtype, torch.float32)
-        visible = visible_keys(seen, positions, k_pos, request.window)
-        factors = [factor.to(exact) for factor in self.query_scale.factors(visible)]
-        biases = schemes
-        if factors and scales_bias(self.query_scale.config, schemes[0]):
+        visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
+        dtype = torch.promote_types(request.dtype, torch.float32)
+        factors = [factor.to(dtype) for factor in scale.factors(visible)]
+        if factors and scales_bias(scale.config, schemes[0]):
             layers = range(max(len(schemes), len(factors)))
             pairs = [(schemes[i % len(schemes)], factors[i % len(factors)]) for i in layers]
-            biases = [RowScaledBias(scheme, positions, factor) for scheme, factor in pairs]
+            biases = [RowScaledBias(scheme, request.q_pos, factor) for scheme, factor in pairs]
         attends = [self.backend.prepare(scheme, request) for scheme in biases]
         return [
             LayerPositions(

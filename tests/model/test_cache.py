@@ -1,4 +1,4 @@
-"""Decoding with a cache equals the full pass: every scheme, policy and backend, cut anywhere."""
+"""Decoding with a cache equals the full pass: every scheme, policy and backend, cut anywhere, ragged rows."""
 
 from __future__ import annotations
 
@@ -28,6 +28,21 @@ def ids(*shape: int) -> torch.Tensor:
 def streamed(model, tokens, cache, pieces):
     with torch.inference_mode():
         return torch.cat([model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_rows_of_different_lengths_decode_as_each_one_alone(tiny_model, position):
+    model, lengths = tiny_model(position, "auto"), (3, 17, 1)
+    rows, caches = [ids(1, n + 6) for n in lengths], [KeyValueCache() for _ in lengths]
+    with torch.inference_mode():
+        for row, cache, n in zip(rows, caches, lengths, strict=True):
+            model(row[:, :n], cache=cache)
+        for step in range(6):
+            new = torch.cat([row[:, n + step :][:, :1] for row, n in zip(rows, lengths, strict=True)])
+            found = model(new, cache=caches)
+            for r, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+                expected = model(row[:, : n + step + 1], last=True)[0]
+                torch.testing.assert_close(found[r], expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("attention", BACKENDS)
@@ -150,6 +165,28 @@ def test_no_window_serves_a_query_scale_or_drawn_positions(tiny_config, policy):
         model = TransformerLM(tiny_config, POSITIONS["alibi"](), "eager", 50, 16, **parts)
         with pytest.raises(ValueError, match=f"cache = {policy} with position=alibi: its .* Use cache=full\\.$"):
             open_cache(model, policy, **settings)
+
+
+@pytest.mark.parametrize(
+    "scale, scale_bias", [("ssmax", True), ("ssmax", False), ("log_n", False), ("none", None)]
+)
+def test_ragged_rows_count_their_own_keys_and_draw_their_own_positions(tiny_config, scale, scale_bias):
+    """A factor depends on how many keys its row has seen; so does a drawn position."""
+    settings = {} if scale_bias is None else {"scale_bias": scale_bias}
+    drawn = RandomisedConfig(num_positions=99) if scale == "none" else None
+    parts = {"query_scale": QUERY_SCALES[scale](**settings), "training_positions": drawn}
+    model = TransformerLM(tiny_config, POSITIONS["alibi"](), "auto", 50, 8, 40, **parts).eval()
+    lengths, rows = (3, 17, 1), ids(3, 23)
+    caches = [KeyValueCache() for _ in lengths]
+    with torch.inference_mode():
+        for row, cache, n in zip(rows, caches, lengths, strict=True):
+            model(row[None, :n], cache=cache)
+        for step in range(6):
+            new = torch.stack([row[n + step : n + step + 1] for row, n in zip(rows, lengths, strict=True)])
+            found = model(new, cache=caches)
+            for r, n in enumerate(lengths):
+                expected = model(rows[r : r + 1, : n + step + 1], last=True)[0]
+                torch.testing.assert_close(found[r], expected, rtol=1e-4, atol=2e-5)
 
 
 def test_a_scheme_that_takes_no_part_any_more_bounds_nothing(tiny_model):

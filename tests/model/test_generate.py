@@ -1,4 +1,4 @@
-"""Generation: the tokens of the full pass, the same for a seed; text as it is made."""
+"""Generation: the tokens of the full pass, the same for a seed, alone or in a batch; text as it is made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from alibi_lm.data.tokenizers import BPEConfig, word_tokenizer
 from alibi_lm.generation import GenerateConfig, TextStream
 from alibi_lm.model import generate as generate_module
-from alibi_lm.model.generate import Sampling, generate
+from alibi_lm.model.generate import Sampling, generate, generate_batch
 from alibi_lm.model.streaming import open_cache
 from alibi_lm.positions import POSITIONS
 
@@ -30,18 +30,19 @@ def test_greedy_tokens_are_those_of_full_passes(tiny_model, position):
 
 
 @pytest.mark.parametrize("policy", ["full", "proved", "certified"])
-def test_a_prompt_in_pieces_through_any_cache(tiny_model, monkeypatch, policy):
+def test_a_batch_of_ragged_prompts_is_each_one_alone(tiny_model, monkeypatch, policy):
     monkeypatch.setattr(generate_module, "PREFILL", 4)
-    model = tiny_model("alibi", "auto")
-    for prompt in ([1, 2, 3, 4, 5, 6, 7], [8]):
-        found = list(generate(model, prompt, 6, cache=open_cache(model, policy), sampling=GREEDY))
-        assert found == by_full_passes(model, prompt, 6)
+    model, prompts = tiny_model("alibi", "auto"), [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    found = generate_batch(model, prompts, 6, caches=[open_cache(model, policy) for _ in prompts], sampling=GREEDY)
+    assert list(map(list, zip(*found, strict=True))) == [by_full_passes(model, p, 6) for p in prompts]
 
 
-def test_a_seed_gives_its_tokens(tiny_model):
+def test_a_seed_gives_its_tokens_and_rows_draw_by_themselves(tiny_model):
     model = tiny_model("alibi", "auto")
     first, again, other = (list(generate(model, [1, 2], 12, seed=s)) for s in (5, 5, 6))
     assert first == again != other
+    rows = list(zip(*generate_batch(model, [[1, 2], [1, 2]], 12, seed=5), strict=True))
+    assert list(rows[0]) == first and list(rows[1]) == other
 
 
 def test_sampling_keeps_the_tokens_that_it_should():
