@@ -48,9 +48,12 @@ class CompiledNats:
             if not any(m.startswith(("torch._inductor", "torch._dynamo")) for m in modules):
                 raise
             reason = (str(error).strip() or "no reason given").splitlines()[0]
+            advice = "It needs a C++ compiler (g++ or clang++, named by CXX if it is not g++). Install one"
+            limits = ("temporarily unavailable", "start new thread", "allocate memory")
+            if any(limit in str(error) for limit in limits):
+                advice = "The system let it start no more processes or threads: raise that limit (ulimit -u)"
             raise ValueError(
                 f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n"
-                "It needs a C++ compiler (g++ or clang++, named by CXX if it is not g++). Install one, or use "
-                "compile=false."
+                f"{advice}, or use compile=false."
             ) from error
         return model.nats_of(hidden, target_ids, counted)

@@ -250,14 +250,16 @@ def load_huggingface(found: HubFolder, device: torch.device, precision: str, att
         f"model = {found.source}: {len(missing)} of its weights are in none of its files "
         f"({', '.join(missing[:3])}), so they would be random numbers. Copy or download the model again.",
     )
-    return HuggingFaceLM(
-        model.eval().to(device), found.name, found.train_length, max_length=_longest(model, found.config)
-    )
+    longest = _longest(model.eval(), found.config)  # while it is on the CPU
+    return HuggingFaceLM(model.to(device), found.name, found.train_length, max_length=longest)
 
 
 @torch.inference_mode()
 def _longest(model: nn.Module, config: Any) -> int | None:
-    """Most positions that a model has; None where it has any number. Asked on the CPU: a GPU would be lost."""
+    """Most positions that a model has; None where it has any number.
+
+    Asked on the CPU: a GPU is lost after an index out of range.
+    """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or "position_ids" not in inspect.signature(model.forward).parameters:
         return None

@@ -10,9 +10,9 @@ import torch
 from alibi_lm.distributed import World
 from alibi_lm.evaluate import views
 from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.rows import describe, measure
 from alibi_lm.evaluate.score import score
 from alibi_lm.evaluate.store import TokenStore
-from alibi_lm.evaluate.rows import describe, measure
 from alibi_lm.model.interface import Scores
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
