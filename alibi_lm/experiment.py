@@ -180,7 +180,7 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
 def analyse_and_draw(config: EvaluateConfig) -> None:
     """Compute each view, write its data, then its figure."""
     from alibi_lm.evaluate.sweep import analyse
-    from alibi_lm.study.view_figures import draw_analysis
+    from alibi_lm.study.views import draw_analysis
 
     if config.model is not None:
         import alibi_lm.interop.huggingface  # noqa: F401
@@ -280,7 +280,7 @@ def study(experiment: str, overrides: list[str]) -> int:
         (shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)),
         *((line, measurement(experiment, line, shared)) for line in lines),
         ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
-        ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
+        ("compare_paper", partial(commands.compare_paper, commands.StudyConfig(experiment))),
         ("report", partial(commands.report, commands.ReportConfig(experiment))),
         ("publish", partial(commands.publish_results, commands.PublishConfig(experiment, bench=bench))),
     ]

@@ -1,11 +1,11 @@
-"""Redraw figures and tables from result files alone: python scripts/figures.py experiment=quick [paper=true]."""
+"""Redraw figures and tables from result files alone: python scripts/figures.py experiment=quick."""
 
 from alibi_lm.cli import command
-from alibi_lm.study.commands import FiguresConfig, figures
+from alibi_lm.study.commands import StudyConfig, figures
 
 
-@command(FiguresConfig)
-def main(config: FiguresConfig) -> None:
+@command(StudyConfig)
+def main(config: StudyConfig) -> None:
     figures(config)
 
 

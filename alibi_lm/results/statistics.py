@@ -27,9 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-ONE_SEED = "one seed: conditional on that seed"
-BOTH = "seeds and documents"
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -39,8 +36,6 @@ class Interval:
     """A mean, or a difference of two."""
     low: float
     high: float
-    kind: str
-    """What the interval is over: `BOTH`, or `ONE_SEED`, which says nothing about another training run."""
     note: str
     """What was left out; empty otherwise."""
     seed_variance: float
@@ -353,7 +348,6 @@ def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, 
         estimate,
         estimate - half,
         estimate + half,
-        ONE_SEED if seeds < 2 else BOTH,
         note.removeprefix("; "),
         seed_variance=float(parts.seed) * seeds,
         document_variance=float(document),

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, by_byte, curves, views
-from alibi_lm.results.rows import ResultRow, read_rows
+from alibi_lm.results.rows import ResultRow
 from alibi_lm.results.statistics import accuracy_interval
-from alibi_lm.study.fairness import Difference, differences
-from alibi_lm.study.paper import paper_curves
+from alibi_lm.study.evidence import read_results
+from alibi_lm.study.fairness import Difference
+from alibi_lm.study.pages import markdown
 from alibi_lm.study.plots import Line, Panel, build, fits, grid, save_both
-from alibi_lm.study.records import find_records, recipes
 from alibi_lm.study.stages import Stage, stages_of
 from alibi_lm.study.style import label
-from alibi_lm.study.tables import markdown, provenance
+from alibi_lm.study.tables import provenance, results_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,12 +36,7 @@ COMPANY = 1.5
 """A close-up shows the curves whose best value up to the training length is at most this factor above the best."""
 
 
-def drawn_views(found: Sequence[View]) -> list[View]:
-    """Those with a figure: what was streamed stands in that of the other windows, where there is one."""
-    return [view for view in found if view.mode != "stream"] or list(found)
-
-
-def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool = False) -> list[Path]:
+def draw(folder: str | os.PathLike[str]) -> list[Path]:
     """Draw every figure of a folder of results and write its Markdown table.
 
     The first view (validation, nonoverlapping, where present) is `extrapolation.png` and `.svg`; each further
@@ -50,29 +45,23 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
 
     Args:
         folder: holds `results.jsonl`.
-        with_paper: draw the paper's curves dotted where it has the same scheme and training length.
-        strict: refuse to draw runs that differ in more than the scheme.
 
     Raises:
-        ValueError: no rows, damaged rows, or `strict` and an unfair comparison.
+        ValueError: no rows, or damaged ones.
     """
     folder = Path(folder)
-    rows = read_rows(folder / "results.jsonl")
+    evidence = read_results(folder)
+    rows, words, unfair = evidence.rows, evidence.words, evidence.unfair
     found = views(rows)
     if not found:
         raise ValueError(f"{folder / 'results.jsonl'} holds no row of a run; evaluate at least one run first")
-    records = find_records(rows, folder)
-    unfair, words = differences(rows, records), recipes(rows, records)
-    if strict and any(item.matters for item in unfair):
-        lines = "\n".join(f"  {item.sentence}" for item in unfair if item.matters)
-        raise ValueError(f"strict = true, and the runs differ in more than the scheme:\n{lines}")
     written: list[Path] = []
-    for index, view in enumerate(drawn_views(found)):
+    # What was streamed stands in the figure of the other windows, where there is one.
+    for index, view in enumerate([view for view in found if view.mode != "stream"] or found):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
-        figure = curve_figure(rows, view, words, unfair, with_paper)
+        figure = curve_figure(rows, view, words, unfair)
         written += save_both(figure, folder, name)
-        in_bytes = by_byte(rows, view)
-        if in_bytes:
+        if in_bytes := by_byte(rows, view):
             by_tokenizer = (f"{view.split} text (hash)", f"{view.split} tokens scored")
             left = [item for item in unfair if item.what not in by_tokenizer]
             figure = curve_figure(in_bytes, replace(view, metric="bits_per_byte"), words, left)
@@ -80,11 +69,10 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     from alibi_lm.study import task_figures
 
     written += task_figures.draw_tasks(folder, rows, words)
-    stages = stages_of(rows, records, words)
-    if stages:
+    if stages := stages_of(rows, evidence.records, words):
         written += save_both(stage_figure(stages, provenance(rows, VALIDATION)), folder, "stages")
     table = folder / "table.md"
-    write_text(table, markdown(rows, words, unfair, stages) + task_figures.summary(rows, words))
+    write_text(table, markdown(results_page(evidence)))
     return [*written, table]
 
 
@@ -125,15 +113,13 @@ def curve_figure(
     view: View,
     words: Mapping[str, str] | None = None,
     unfair: Sequence[Difference] = (),
-    with_paper: bool = False,
 ) -> Figure:
     """The figure of one view; `words` are the recipes of the runs, `unfair` the differences to mark."""
     found = curves(rows, view, words)
     base = baselines(rows, view)
     cells: list[list[Panel | None]] = []
     for train_length, members in split_into_panels(found):
-        dotted = paper_curves(members, view) if with_paper else []
-        cells.append(curve_panels(members, train_length, base, dotted))
+        cells.append(curve_panels(members, train_length, base))
     layout: list[list[Any]] = [[cell for cell in cells[0] if cell]] if len(cells) == 1 else []
     for start in range(0, len(cells), 3) if len(cells) > 1 else ():
         layout += [list(row) for row in zip(*cells[start : start + 3], strict=True) if any(row)]
@@ -175,7 +161,7 @@ def homes_of(train_lengths: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def curve_panels(
-    found: Sequence[Curve], train_length: int | None, base: Mapping[str, float], dotted: Sequence[Curve] = ()
+    found: Sequence[Curve], train_length: int | None, base: Mapping[str, float]
 ) -> list[Panel | None]:
     """The whole range of these curves and, where it helps, a close-up beside it."""
     drawn = [curve for curve in found if curve.lengths]
@@ -185,8 +171,7 @@ def curve_panels(
     trained = f"trained at {train_length}" if train_length is not None else "several training lengths"
     close = close_up(drawn)
     y_label = "perplexity per token" if metric == "perplexity" else metric.replace("_", " ")
-    published = [_line(curve, train_length, every) for curve in dotted]
-    panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label, dotted=published)
+    panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label)
     if metric == "accuracy":
         x_label = "length in the task's own measure, log axis"
         return [panel(trained, limits=(-0.03, 1.03), levels=dict(base), x_label=x_label), None]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 GRID, SOFT, RED = "#E4E4E4", "#777777", "#B00020"
 DOTS = 160
 """Of a PNG, per inch."""
-PAPER_DASHES = (1.0, 1.6)
 COINCIDE = 0.012
 """Lines nearer than this share of a panel's height hide each other, so the lower one is drawn wider."""
 RC: dict[Any, Any] = {
@@ -78,8 +77,6 @@ class Panel:
     """Fill between low and high, without markers; for a panel with one line that has them."""
     levels: dict[str, float] = field(default_factory=dict)
     """Horizontal lines by name, such as `unigram` or `unigram (name of its text)`."""
-    dotted: list[Line] = field(default_factory=list)
-    """Published curves."""
     behind: list[Line] = field(default_factory=list)
     """Other lines, thin and grey."""
     tick_points: bool = False
@@ -111,8 +108,6 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
         _draw(axis, panel, line, wider, 0.0 if panel.zero else shift)
         if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
             labels.append(Label(line.x[-1], line.y[-1], line.name, look(line.position).color, line.note))
-    for line in panel.dotted:
-        axis.plot(line.x, line.y, color=look(line.position).color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
     if panel.zero:
         axis.axhline(0, color="#999999", linewidth=0.9, zorder=1)
     _levels(axis, panel, labels)
@@ -367,7 +362,6 @@ def build(
     remarks: Sequence[str] = (),
     marks: Sequence[str] = (),
     size: tuple[float, float] = (3.6, 3.1),
-    dense: bool = False,
 ) -> Figure:
     """A figure: its head, then a grid of cells.
 
@@ -378,7 +372,6 @@ def build(
         remarks: what is not drawn and why, and keys of signs.
         marks: in red, what makes the comparison unfair.
         size: width and height of a chart in inches, without its labels.
-        dense: little room between cells, for charts without labels.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -387,8 +380,8 @@ def build(
     panels = [cell for row in rows for cell in row if isinstance(cell, Panel)]
     names = [len(t) for panel in panels for line in panel.lines for t in (line.name, *note_lines(line.note))]
     names += [min(26, len(name) + 9) for panel in panels for name in panel.levels]
-    right = 0.08 if dense else 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
-    beside, below = (0.27, 0.5) if dense else (0.55, 0.95)
+    right = 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
+    beside, below = 0.55, 0.95
     # A slot of ten points for each label and line of small print.
     slots = max(
         [sum(1 + len(note_lines(line.note)) for line in p.lines) + 3 * len(p.levels) for p in panels] or [0]
@@ -409,7 +402,7 @@ def build(
                 axis = figure.add_axes((0, bottom, 1, chart[1] / height))
                 placed.append((axis, c, bottom))
                 draw_panel(axis, cell) if isinstance(cell, Panel) else cell(axis)
-        room = 0 if dense else room_for_ticks(axis for axis, *_ in placed)
+        room = room_for_ticks(axis for axis, *_ in placed)
         width += columns * room
         figure.set_size_inches(width, height)
         for axis, c, bottom in placed:

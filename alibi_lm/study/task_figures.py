@@ -12,41 +12,14 @@ from alibi_lm.results.rows import ResultRow
 from alibi_lm.study import figures
 from alibi_lm.study.plots import build, dress, grid, save_both
 from alibi_lm.study.style import label, look
-from alibi_lm.study.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FIT = 0.99
-"""Accuracy at the training length from which a run counts as having learned its task there."""
-RETRIEVES = 0.85
-"""Mean accuracy that a length must reach to count as an effective one (RULER, arXiv 2404.06654, has 85.6%)."""
-
-
-def accuracy_views(rows: Sequence[ResultRow]) -> list[View]:
-    """The views of accuracies."""
-    return [view for view in views(rows) if view.metric == "accuracy"]
-
-
-def fit(curve: Curve) -> tuple[int, int]:
-    """Runs that learned their task at the training length, and all runs with a value there."""
-    own = curve.losses.get(curve.train_length, {}).values()
-    return sum(value >= FIT for value in own), len(own)
-
-
-def effective_length(curve: Curve) -> int | None:
-    """Longest length up to which no mean accuracy is below `RETRIEVES`; None: not even the first is as good."""
-    found = None
-    for length in curve.lengths:
-        if curve.value(length) < RETRIEVES:
-            break
-        found = length
-    return found
-
 
 def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Path]:
     """`tasks.png` and `.svg` where there are several tasks, `depths.png` and `.svg` where items have depths."""
-    found = accuracy_views(rows)
+    found = [view for view in views(rows) if view.metric == "accuracy"]
     drawn: list[Path] = []
     if len(found) > 1:
         panels = []
@@ -59,7 +32,7 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
         remark = "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
         title, origin = "Accuracy by length, all tasks", _counts(rows, found)
         drawn += save_both(build(title, grid(panels, 2), origin, [remark], [], (3.6, 2.9)), folder, "tasks")
-    depths = [partial(depth_panel, curve=curve, shares=shares) for curve, shares in _by_depth(rows, words)]
+    depths = [partial(depth_panel, curve=curve, shares=shares) for curve, shares in _by_depth(rows, found, words)]
     if depths:
         origin = "items that are right in per cent, mean over seeds; " + _counts(rows, found)
         remark = "Above the white line needles stand further from the question than the training length."
@@ -68,34 +41,6 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
             build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0)), folder, "depths"
         )
     return drawn
-
-
-def summary(rows: Sequence[ResultRow], words: Mapping[str, str]) -> str:
-    """A section of `table.md`; empty where nothing has an accuracy."""
-    title = "## Accuracies: what was learned, and how far it reaches"
-    return "".join(f"\n{title}\n\n{table.markdown()}" for table in summary_table(rows, words))
-
-
-def summary_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Table]:
-    """Which seeds learned the task where it was trained, and how far each scheme gets; none without accuracies."""
-    body = []
-    for view in accuracy_views(rows):
-        for curve in curves(rows, view, words):
-            good, runs = fit(curve)
-            longest = effective_length(curve)
-            row = [
-                view.task,
-                label(curve.position, curve.variant),
-                str(curve.train_length),
-                f"{good} of {runs}" if runs else "not tested there",
-            ]
-            body.append([*row, "none" if longest is None else str(longest)])
-    notes = [
-        f"A seed fits where its accuracy at the training length is {FIT} or more; means count all seeds. Effective"
-        f" length: the longest up to which the mean accuracy is {RETRIEVES} or more."
-    ]
-    header = ["task", "scheme", "trained at", "seeds that fit", "effective length"]
-    return [Table(header, body, 2, notes)] if body else []
 
 
 def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, float]]) -> None:
@@ -121,11 +66,11 @@ def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, floa
 
 
 def _by_depth(
-    rows: Sequence[ResultRow], words: Mapping[str, str]
+    rows: Sequence[ResultRow], views_: Sequence[View], words: Mapping[str, str]
 ) -> list[tuple[Curve, dict[int, dict[str, float]]]]:
     """Curves whose rows tell depths apart: length -> depth -> mean share over the runs."""
     found = []
-    for view in accuracy_views(rows):
+    for view in views_:
         for curve in curves(rows, view, words):
             shares: dict[int, dict[str, float]] = {}
             for length in curve.lengths:

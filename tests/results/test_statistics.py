@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alibi_lm.results import coverage
 from alibi_lm.results.statistics import (
-    BOTH,
-    ONE_SEED,
     critical_value,
     mean_nats_interval,
     paired_difference,
@@ -16,6 +13,7 @@ from alibi_lm.results.statistics import (
     variance_parts,
     wilson_interval,
 )
+from benchmarks import coverage
 
 
 @pytest.fixture
@@ -53,11 +51,6 @@ def test_sums_are_added_in_double_precision():
     assert sums[0] == pytest.approx(300_000 * float(np.float32(0.1)), rel=1e-12)
 
 
-def test_values_that_are_not_finite_name_their_document():
-    with pytest.raises(ValueError, match="document 1 "):
-        per_document_sums(np.array([1, 2, np.inf, 3]), np.array([0, 2, 3]))
-
-
 # ---- the interval of a mean
 
 
@@ -78,15 +71,8 @@ def test_documents_of_one_length_give_the_analysis_of_variance_by_hand():
     half = np.quantile(np.abs(draws), 0.95) * np.sqrt((4 + 10 - 2 / 3) / 12)
     interval = mean_nats_interval(rates * 100, np.full(4, 100))
     np.testing.assert_allclose(ends(interval), [4, 4 - half, 4 + half], atol=0.03)
-    assert interval.kind == BOTH and interval.note == ""
+    assert interval.note == ""
     assert interval.seed_variance == pytest.approx(1) and interval.document_variance == pytest.approx(28 / 36)
-
-
-def test_seed_noise_alone_gives_the_t_interval_over_seeds():
-    tokens = np.array([100.0, 300.0, 50.0])
-    interval = mean_nats_interval(np.array([2.0, 3.0, 4.0])[:, None] * tokens, tokens)
-    half = stats.t.ppf(0.975, 2) * 1 / np.sqrt(3)
-    np.testing.assert_allclose(ends(interval), [3, 3 - half, 3 + half], rtol=1e-6)
 
 
 def test_one_seed_is_conditional_and_over_documents_alone():
@@ -94,7 +80,6 @@ def test_one_seed_is_conditional_and_over_documents_alone():
     interval = mean_nats_interval(rates[None] * 50, np.full(4, 50), level=0.9)
     half = stats.t.ppf(0.95, 3) * rates.std(ddof=1) / 2
     np.testing.assert_allclose(ends(interval), [3, 3 - half, 3 + half], rtol=1e-9)
-    assert interval.kind == ONE_SEED
 
 
 def test_the_document_part_of_one_seed_is_the_delete_one_jackknife(scores):
@@ -118,24 +103,11 @@ def test_shift_scale_order_and_empty_documents(scores):
     assert "1 documents without tokens" in empty.note
 
 
-def test_a_higher_level_is_wider_and_more_documents_do_not_shrink_the_seed_part(scores):
-    nats, tokens = scores
-    widths = [mean_nats_interval(nats, tokens, level).high for level in (0.5, 0.9, 0.95, 0.99)]
-    assert sorted(widths) == widths
-    many = variance_parts(np.tile(nats, (1, 50)), np.tile(tokens, 50))
-    few = variance_parts(nats, tokens)
-    assert many.seed == pytest.approx(few.seed)
-    assert many.document < few.document / 40
-
-
 @pytest.mark.parametrize(
     ("nats", "tokens", "match"),
     [
         (np.ones((2, 1)), np.ones(1), "documents = 1"),
-        (np.array([[1.0, 0.0]]), np.array([5, 0]), "documents = 1"),
         (np.ones((2, 3)), np.ones(4), "shape"),
-        (np.ones((0, 3)), np.ones(3), "shape"),
-        (np.ones((1, 2, 3)), np.ones(3), "shape"),
         (np.array([[1.0, np.nan]]), np.ones(2), "finite"),
         (np.ones((1, 2)), np.array([1, -1]), "finite"),
         (np.array([[1.0, 2.0], [1.0, 2.0]]), np.ones(2), "same run twice"),
@@ -205,7 +177,7 @@ def test_seeds_without_partners_add_their_variances(scores):
     rng = np.random.default_rng(5)
     other = 1.1 * nats[0] + (0.1 + 0.05 * rng.standard_normal((5, 1)) + 0.01 * rng.random((5, 12))) * tokens
     interval = paired_difference(nats, other, tokens, seeds_a=[0, 1, 2], seeds_b=[3, 4, 5, 6, 7])
-    assert "not paired" in interval.note and interval.kind == BOTH
+    assert "not paired" in interval.note
     a, b = variance_parts(nats, tokens), variance_parts(other, tokens)
     both = variance_parts((nats.mean(0) - other.mean(0))[None], tokens)
     document = max(both.documents_seen - a.interaction - b.interaction, 0)
@@ -218,7 +190,7 @@ def test_seeds_without_partners_add_their_variances(scores):
 def test_one_seed_on_either_side_is_said(scores):
     nats, tokens = scores
     for a, b in [(nats[:1], nats[1:2]), (nats[:1], nats), (nats, nats[:1] + tokens)]:
-        assert difference(a, b - tokens, tokens).kind == ONE_SEED
+        assert difference(a, b - tokens, tokens).seed_variance == 0
 
 
 def test_asking_more_lengths_widens_by_bonferroni(scores):
@@ -231,15 +203,10 @@ def test_asking_more_lengths_widens_by_bonferroni(scores):
     assert one.low < difference(nats, other, tokens, level=0.94).low
 
 
-def test_other_documents_are_refused(scores):
-    with pytest.raises(ValueError, match="nats_b has shape"):
-        difference(scores[0], scores[0][:, 1:], scores[1])
-
-
 # ---- how many seeds
 
 
-@pytest.mark.parametrize("gap", [0.3, 0.6, 1.0, 3.0])
+@pytest.mark.parametrize("gap", [0.3, 1.0])
 def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     seeds = seeds_to_settle(gap, 1.0, 0.0)
 
@@ -250,28 +217,20 @@ def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     assert power(seeds + 2) >= 0.8 and (seeds <= 3 or power(seeds - 3) < 0.8)
 
 
-@pytest.mark.parametrize(("noise", "gap"), [(1.0, 5.0), (3.0, 6.0), (6.0, 8.0)])
-def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies(noise, gap):
+def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies():
     """True variances in: about 80% of studies with so many seeds have an interval that leaves the bound out."""
+    noise, gap = 3.0, 6.0
     of_mean = np.exp(coverage.LENGTH_SPREAD**2) / coverage.DOCUMENTS
     found = seeds_to_settle(gap * of_mean**0.5, (noise**2 + 0.01) * of_mean, of_mean)
     rng = np.random.default_rng(3)
     settled = {}
-    for seeds in (found, max(2, found // 2)):
-        tokens = coverage.draw_tokens(rng, 4000)
+    for seeds in (found, found // 2):
+        tokens = coverage.draw_tokens(rng, 2000)
         parts = variance_parts(coverage.draw_errors(rng, tokens, seeds, noise, 0.1), tokens)
         bound = parts.estimate + gap * of_mean**0.5 - coverage.half_width(parts, seeds, 0.95)
         settled[seeds] = float((bound > 0).mean())
-    assert 0.72 < settled[found] < 0.95, settled
-    assert found == 2 or settled[max(2, found // 2)] < 0.72, settled
-
-
-def test_more_scatter_a_nearer_bound_and_more_questions_take_more_seeds():
-    base = seeds_to_settle(0.5, 1.0, 0.001)
-    assert seeds_to_settle(0.5, 2.0, 0.001) > base
-    assert seeds_to_settle(0.25, 1.0, 0.001) > base
-    assert seeds_to_settle(0.5, 1.0, 0.001, level=1 - 0.05 / 6) > base
-    assert seeds_to_settle(0.5, 1.0, 0.02) > base
+    assert 0.72 < settled[found] < 0.95 and settled[found // 2] < 0.72, settled
+    assert seeds_to_settle(0.5, 1.0, 0.02) > seeds_to_settle(0.5, 1.0, 0.001)
     assert seeds_to_settle(0.5, 1.0, 0.1) is None  # the documents alone leave it open
     assert seeds_to_settle(0.0, 1.0, 0.0) is None and seeds_to_settle(1.0, 0.0, 0.0) == 2
 
@@ -306,7 +265,7 @@ def test_the_simulated_interval_is_the_library_interval(seeds, comparisons):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
 def test_95_percent_intervals_cover_93_to_98(seeds, noise):
     widest = 0.99 if seeds == 2 else 0.98
     for interaction, documents in itertools.product(coverage.INTERACTION, ("normal", "skewed")):
@@ -317,15 +276,14 @@ def test_95_percent_intervals_cover_93_to_98(seeds, noise):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0], ids=["small", "equal", "large"])
-def test_differences_of_unpaired_seeds_cover_at_least_95(noise):
-    for seeds in ((3, 3), (3, 5)):
-        assert coverage.unpaired_coverage(10_000, seeds, noise) >= 0.943, seeds
+def test_differences_of_unpaired_seeds_cover_at_least_95():
+    for seeds, noise in itertools.product(((3, 3), (3, 5)), (0.1, 1.0, 10.0)):
+        assert coverage.unpaired_coverage(10_000, seeds, noise) >= 0.943, (seeds, noise)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
 def test_equal_schemes_get_a_verdict_in_at_most_5_percent_of_families(seeds, correlation):
     families = 2_000
     # Three standard errors of the simulation at the limit.

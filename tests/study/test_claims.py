@@ -1,6 +1,5 @@
 """Claims can hold and can fail: on the paper's own tables, on made-up rows, and with too few seeds."""
 
-import html
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +10,14 @@ from study_rows import TOKENS, accuracy, curve, paper_rows, row, run_script, stu
 
 from alibi_lm.files import write_json
 from alibi_lm.results.documents import DocumentSums, upsert_documents
-from alibi_lm.results.rows import write_rows
 from alibi_lm.study.analysis import Analysis, Series
-from alibi_lm.study.claims import claims_tables, judge_claim, judge_claims
-from alibi_lm.study.compare import Measured, judge, measure, overall, power_note, sample
+from alibi_lm.study.claims import judge_claim
+from alibi_lm.study.compare import Measured, judge, measure, power_note, sample
 from alibi_lm.study.evidence import Evidence, read_evidence
-from alibi_lm.study.paper_claims import CLAIMS, Claim, Side
+from alibi_lm.study.paper_claims import Claim, Side, paper_claims
 from alibi_lm.study.records import RunRecord, find_records
 
-ALL = {claim.id: claim for claims in CLAIMS.values() for claim in claims}
+ALL = {claim.id: claim for claims in paper_claims().values() for claim in claims}
 BOUND = math.log(1.01)
 AT_EQUAL_LENGTH = Claim("x", "s", "t", Side("alibi"), Side("sinusoidal"), "below")
 
@@ -44,6 +42,9 @@ def evidence(rows, folder=Path("nowhere"), documents=None, bench=()):
 
 
 def test_verdicts_on_the_papers_own_tables():
+    assert len(ALL) == sum(map(len, paper_claims().values())) and all(
+        c.statement and c.source for c in ALL.values()
+    )
     rows = evidence(paper_rows())
     found = {name: judge_claim(claim, rows, min_seeds=1) for name, claim in ALL.items()}
     expected = dict.fromkeys(HOLD_ON_PAPER, "HOLDS") | dict.fromkeys(FAIL_ON_PAPER, "FAILS")
@@ -54,14 +55,6 @@ def test_verdicts_on_the_papers_own_tables():
         "2.172 (seed 1 alone; no sums per document)"
     )
     assert all(item.note for item in found.values() if item.verdict == "NOT RUN")
-
-
-def test_one_seed_settles_nothing_between_schemes():
-    rows = evidence(paper_rows())
-    assert judge_claim(ALL["alibi_best_at_2L"], rows).verdict == "NOT SETTLED"
-    assert judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], rows).verdict == "NOT SETTLED"
-    # a scheme against itself is a statement about that run
-    assert judge_claim(ALL["sinusoidal_worse_at_2L"], rows).verdict == "HOLDS"
 
 
 def two_schemes(alibi, sinusoidal, length=64):
@@ -77,7 +70,6 @@ def two_schemes(alibi, sinusoidal, length=64):
     [
         ([20.0, 20.2, 20.1], [22.0, 22.3, 22.1], "HOLDS"),
         ([22.0, 22.3, 22.1], [20.0, 20.2, 20.1], "FAILS"),
-        ([20.0, 22.0, 21.0], [21.0, 20.0, 22.0], "NOT SETTLED"),
         # seeds differ more than schemes do, but each pair agrees: pairing sees it
         ([20.0, 25.0, 30.0], [20.4, 25.5, 30.6], "HOLDS"),
         ([20.0], [40.0], "NOT SETTLED"),
@@ -100,14 +92,6 @@ def test_every_claim_about_rows_fails_where_the_opposite_is_true():
     rows = evidence(inverted)
     for name in HOLD_ON_PAPER - {"alibi_gain_vanishes_when_sliding", "alibi_flat_when_sliding"}:  # flat stays flat
         assert judge_claim(ALL[name], rows, min_seeds=1).verdict != "HOLDS", name
-
-
-def test_a_claim_over_several_lengths_fails_where_one_fails():
-    rows = two_schemes([20.0, 20.1, 20.2], [21.0, 21.1, 21.2], 64)
-    rows += two_schemes([21.0, 21.1, 21.2], [20.0, 20.1, 20.2], 128)
-    found = judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], evidence(rows))
-    assert [i.verdict for i in found.instances] == ["HOLDS", "FAILS"] and found.verdict == "FAILS"
-    assert overall(["HOLDS", "NOT SETTLED"]) == "NOT SETTLED" and overall([]) == "NOT RUN"
 
 
 def test_the_t_interval_is_the_textbooks():
@@ -144,26 +128,21 @@ def test_document_sums_are_used_where_they_are_at_hand():
     assert judge_claim(claim, evidence(one, documents=sums), min_seeds=1).verdict == "HOLDS"
 
 
-@pytest.mark.parametrize(
-    "low, high, relation, verdict",
-    [
-        (-0.1, BOUND - 1e-9, "below", "HOLDS"),
-        (-0.1, BOUND + 1e-9, "below", "NOT SETTLED"),
-        (BOUND + 1e-9, 0.1, "below", "FAILS"),
-        (BOUND + 1e-9, 0.1, "above", "HOLDS"),
-        (-0.1, BOUND - 1e-9, "above", "FAILS"),
-        (-BOUND + 1e-9, BOUND - 1e-9, "within", "HOLDS"),
-        (-0.1, -BOUND - 1e-9, "within", "FAILS"),
+def test_bounds_are_strict_about_the_interval_and_one_seed_must_clear_a_margin():
+    near = 1e-9
+    for low, high, relation, verdict in (
+        (-0.1, BOUND - near, "below", "HOLDS"),
+        (-0.1, BOUND + near, "below", "NOT SETTLED"),
+        (BOUND + near, 0.1, "below", "FAILS"),
+        (BOUND + near, 0.1, "above", "HOLDS"),
+        (-0.1, BOUND - near, "above", "FAILS"),
+        (-BOUND + near, BOUND - near, "within", "HOLDS"),
+        (-0.1, -BOUND - near, "within", "FAILS"),
         (-0.1, 0.1, "within", "NOT SETTLED"),
-    ],
-)
-def test_bounds_are_strict_about_the_interval(low, high, relation, verdict):
-    measured = Measured((low + high) / 2, low, high, 3, "")
-    assert judge(measured, relation, 1.01, 2) == verdict
-    assert judge(replace(measured, seeds=1), relation, 1.01, 2) == "NOT SETTLED"
-
-
-def test_one_seed_without_an_interval_must_clear_a_margin():
+    ):
+        measured = Measured((low + high) / 2, low, high, 3, "")
+        assert judge(measured, relation, 1.01, 2) == verdict, (low, high, relation)
+        assert judge(replace(measured, seeds=1), relation, 1.01, 2) == "NOT SETTLED"
     assert judge(Measured(-0.004, None, None, 1, ""), "below", 1.0, 1) == "NOT SETTLED"
     assert judge(Measured(-0.006, None, None, 1, ""), "below", 1.0, 1) == "HOLDS"
 
@@ -207,7 +186,6 @@ def taken_apart(position, parts, **changes):
     [
         ({128: (0.0, -0.009, 0.009)}, "HOLDS"),
         ({128: (0.0, -0.009, 0.009), 256: (-0.05, -0.06, -0.04)}, "FAILS"),
-        ({128: (0.0, -0.02, 0.02)}, "NOT SETTLED"),
         ({128: (0.0, -0.009, 0.009), 256: None}, "HOLDS"),
         ({32: (0.0, -0.009, 0.009)}, "NOT RUN"),
     ],
@@ -297,10 +275,8 @@ def test_a_sample_less_another_is_taken_within_seeds_and_documents():
 @pytest.mark.parametrize(
     ("faster", "alibi", "sinusoidal", "verdict"),
     [  # perplexities after 400 and 600 steps
-        (1.2, (22, 20), (21.5, 21), "HOLDS"),
         (0.9, (22, 20), (21.5, 21), "NOT SETTLED"),  # better at the end only, which took longer
         (0.9, (20.5, 20), (21.5, 21), "HOLDS"),
-        (1.0, (23, 22), (21.5, 21), "FAILS"),
         (1.2, (23, 22), (21.5, 21), "FAILS"),  # sinusoidal was ahead before its time was up
         (1.2, (23, 22), (23.0, 21), "NOT SETTLED"),
     ],
@@ -317,16 +293,6 @@ def test_equal_time_lets_neither_side_train_longer(faster, alibi, sinusoidal, ve
     assert found.verdict == verdict, found.line
     assert found.instances[0].what.startswith("L=128, at 128, alibi at L/2")
     assert judge_claim(ALL["equal_time"], with_steps(rows)).verdict == "NOT RUN"
-
-
-def test_the_half_precision_form_is_the_same_runs_tested_otherwise():
-    rows = checkpoints("alibi", {600: {32: 25.0, 64: 20.0, 128: 19.0}}, seeds=(1,))
-    half = {"position.half_precision": True}
-    for factor, verdict in ((1.0, "HOLDS"), (1.01, "FAILS")):
-        changed = [row(r.position, r.inference_length, r.perplexity * factor, changes=half) for r in rows]
-        found = judge_claim(ALL["half_precision_form"], with_steps([*rows, *changed]))
-        assert found.verdict == ("NOT SETTLED" if factor == 1.0 else verdict)
-        assert [i.what for i in found.instances] == ["L=64, at 64", "L=64, at 128"]
 
 
 def test_a_claim_is_not_confirmed_at_lengths_that_were_not_run():
@@ -356,12 +322,6 @@ def test_different_texts_are_never_compared():
     assert found.verdict == "NOT RUN" and "different texts" in found.note
 
 
-def test_refused_lengths_are_a_reason_not_a_value():
-    claim = Claim("x", "s", "t", Side("learned", 2), Side("learned"), "below")
-    found = judge_claim(claim, evidence(curve("learned", {64: 20.0, 128: None})))
-    assert found.verdict == "NOT RUN" and "positions end at 64" in found.note
-
-
 def test_settings_pick_runs_and_variants_are_not_mixed(tmp_path):
     claim = ALL["learned_slopes_extrapolate_worse"]
     rows = []
@@ -389,11 +349,6 @@ def test_measured_lengths_are_found_nearby_or_not_at_all():
     assert Side("alibi", train=1 / 6).lengths(3072, [3072]) == [3072]
 
 
-def test_every_claim_has_its_own_name_and_says_what_decides_it():
-    assert len(ALL) == sum(map(len, CLAIMS.values())) == 39
-    assert all(claim.statement.endswith(".") and claim.source for claim in ALL.values())
-
-
 def test_what_is_not_settled_says_how_many_seeds_would_settle_it():
     rows = evidence(two_schemes([20.0, 22.0, 21.0], [21.0, 21.5, 22.0]))
     (instance,) = judge_claim(AT_EQUAL_LENGTH, rows).instances
@@ -410,46 +365,20 @@ def test_what_is_not_settled_says_how_many_seeds_would_settle_it():
     assert "2 seeds or more" in power_note(Measured(0.1, None, None, 1, ""), "below", 1.0)
 
 
-def test_a_result_without_intervals_says_why():
-    rows = two_schemes([20.0], [22.0])
-    assert "no sums per document" in judge_claim(AT_EQUAL_LENGTH, evidence(rows)).instances[0].numbers
-    whole = {r.key: DocumentSums(r.key, np.array([r.nats]), np.array([TOKENS])) for r in rows}
-    (one,) = judge_claim(AT_EQUAL_LENGTH, evidence(rows, documents=whole)).instances
-    assert "the text is one document" in one.numbers
-
-
-def test_claims_and_the_report_judge_by_the_same_evidence(tmp_path):
-    """The report once left out the decomposition: what HOLDS in claims.md was NOT RUN there."""
+def test_sums_per_document_and_views_beside_the_results_are_read(tmp_path):
     folder = tmp_path / "mine" / "extrapolation"
-    rows = study(folder, seeds=(1, 2))
-    sums = [
-        DocumentSums(r.key, np.array([r.nats / 2] * 2), np.array([TOKENS // 2] * 2))
-        for r in rows
-        if r.nats and r.run
-    ]
-    upsert_documents(folder / "documents.jsonl", sums)
+    rows = [row for row in study(folder, seeds=(1, 2)) if row.nats and row.run]
+    halves = [DocumentSums(r.key, np.array([r.nats / 2] * 2), np.array([TOKENS // 2] * 2)) for r in rows]
+    upsert_documents(folder / "documents.jsonl", halves)
     (tmp_path / "mine" / "analysis").mkdir()
     part = {"nats": 0.0, "low": -0.001, "high": 0.001}
     points = [{"length": 128} | dict.fromkeys(("early_tokens", "positions_beyond", "keys_beyond", "total"), part)]
-    series = dict(position="alibi", train_length=64, variant="", runs=["alibi_L64_s1"], points=points)
-    series |= dict(corpus="c0ffee", tokens=TOKENS, documents=2)
-    content = dict(
-        view="decomposition", experiment="mine", split="validation", corpora={"c0ffee": "text"}, commit=None
-    )
-    write_json(tmp_path / "mine" / "analysis" / "decomposition.json", content | {"series": [series]})
+    series = vars(Series("alibi", 64, ["alibi_L64_s1"], points, "c0ffee", TOKENS, 2))
+    content = vars(decomposition()) | {"series": [series]}
+    write_json(tmp_path / "mine" / "analysis" / "decomposition.json", content)
     found = read_evidence(folder)
-    assert set(found.analyses) == {"decomposition"} and len(found.documents) == len(sums)
-    assert run_script("claims.py", f"folder={folder}").returncode == 0
-    assert run_script("report.py", f"folder={folder}").returncode == 0
-    told, report = (folder / "claims.md").read_text(), (folder / "report.html").read_text()
-    judged = judge_claims(found)
-    assert next(j for j in judged["What the gain is made of (Appendix B, Tables 5 and 13-15)"]
-                if j.claim.id == "alibi_uses_no_keys_beyond").verdict == "HOLDS"  # fmt: skip
-    for table in claims_tables(judged).values():
-        assert table.markdown() in told
-        for verdict, statement, *_ in table.rows:
-            kind = f"word verdict {verdict.lower().replace(' ', '-')}"
-            assert f'<td class="{kind}">{verdict}</td><td class="word">{html.escape(statement)}</td>' in report
+    assert set(found.analyses) == {"decomposition"} and len(found.documents) == len(halves)
+    assert judge_claim(ALL["alibi_uses_no_keys_beyond"], found).verdict == "HOLDS"
 
 
 def test_the_script_prints_a_line_a_claim_and_exits_0_whatever_they_say(tmp_path):
@@ -457,17 +386,13 @@ def test_the_script_prints_a_line_a_claim_and_exits_0_whatever_they_say(tmp_path
     done = run_script("claims.py", "experiment=mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(ALL) + 1
+    assert len(lines) == len(ALL) + 1 == 40
     assert {line[:11].strip() for line in lines[:-1]} <= {"HOLDS", "FAILS", "NOT SETTLED", "NOT RUN"}
     assert lines[0].startswith(
         "HOLDS        Sinusoidal positions are worse at 2L than at L. L=64, at 128 over 64: 1.951"
     )
     text = (tmp_path / lines[-1]).read_text()
     assert text.count("\n| HOLDS |") == sum(line.startswith("HOLDS") for line in lines)
-    (tmp_path / "flat").mkdir()
-    write_rows(tmp_path / "flat" / "results.jsonl", curve("sinusoidal", {64: 20.0, 128: 19.0}))
-    failing = run_script("claims.py", f"folder={tmp_path / 'flat'}")
-    assert failing.returncode == 0 and failing.stdout.startswith("FAILS        Sinusoidal positions are worse")
     missing = run_script("claims.py", "experiment=nope", cwd=tmp_path)
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
 
@@ -501,7 +426,6 @@ NEEDLE = {"task.name": "needle", "query_scale.name": "none"}
     ("far", "at_256", "verdict", "decisive"),
     [
         (0.02, 20.0, "HOLDS", None),
-        (0.9, 20.0, "FAILS", "far needles, L=64, at 128"),
         (0.02, 30.0, "FAILS", "perplexity, L=64, at 256 over 64"),
         (0.14, 20.0, "NOT SETTLED", "far needles, L=64, at 128"),
     ],
@@ -555,18 +479,6 @@ def test_tasks_are_judged_each_by_itself_with_all_seeds():
     assert wild.verdict == "NOT SETTLED" and "would settle" in wild.line
 
 
-def test_query_scales_tell_the_runs_of_bam_apart():
-    plain = needle_rows("bam", {64: (1.0,) * 3, 512: (0.0, 0.1, 1.0)})
-    scaled = needle_rows("bam", {64: (1.0,) * 3, 512: (0.8, 0.9, 1.0)}, suffix="_0f3a9c21")
-    scale = {True: "ssmax", False: "none"}
-    found = judge_claim(
-        ALL["ssmax_retrieves_far"],
-        with_config(plain + scaled, lambda run: NEEDLE | {"query_scale.name": scale["_0f" in run]}),
-    )
-    assert found.verdict == "HOLDS" and [i.numbers.split(" ")[0] for i in found.instances] == ["+0.850", "+0.800"]
-    assert judge_claim(ALL["ssmax_retrieves_far"], with_config(plain, lambda run: NEEDLE)).verdict == "NOT RUN"
-
-
 def test_the_interval_of_a_difference_of_accuracies_is_over_seeds_and_items():
     def made(position, values, items=400):
         return sample([accuracy(position, 64, v, items=items, seed=s) for s, v in enumerate(values, start=1)], {})
@@ -604,7 +516,6 @@ def by_run(values):
     ("name", "verdict", "values"),
     [
         ("focuses_locally", "HOLDS", {64: {"near": (0.7, 0.71, 0.69)}}),
-        ("focuses_locally", "FAILS", {64: {"near": (0.2, 0.21, 0.22)}}),
         ("focuses_locally", "NOT SETTLED", {64: {"near": (0.1, 0.9, 0.8)}}),
         ("focuses_locally", "NOT RUN", {128: {"near": (0.7, 0.71, 0.69)}}),
         ("weights_fall_with_distance", "FAILS", {64: {"falling": (0.6, 0.61, 0.6)}}),

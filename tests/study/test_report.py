@@ -11,7 +11,6 @@ import pytest
 from study_rows import curve, run_script, study, unigram, write_run
 
 from alibi_lm.results.rows import write_rows
-from alibi_lm.study.report import write_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 CONFIG = "position: {name: alibi}\noptimizer: {lr: 0.002}\nseed: SEED\nnote: '</td><script>alert(1)</script>'\n"
@@ -60,6 +59,9 @@ def report(tmp_path_factory):
             config = config.replace("0.002", "0.005")
         environment = {"commit": "abc1234", "device": "a <b>processor</b>"}
         write_run(root / "outputs" / "mine" / "runs", name, config, {"tokens_seen": 1000}, environment)
+    (root / "outputs" / "mine" / "analysis").mkdir()
+    (root / "outputs" / "mine" / "analysis" / "per_position.png").write_bytes(b"picture")
+    (folder / "extrapolation_validation_sliding99.svg").write_text("<svg/>")  # left behind by earlier results
     done = run_script("report.py", "experiment=mine", cwd=root)
     assert done.returncode == 0, done.stderr
     path = root / done.stdout.strip()
@@ -83,15 +85,11 @@ def test_nothing_is_loaded_or_run(report):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_each_view_has_its_figure(report):
+def test_each_view_has_its_figure_and_those_of_analyses_are_there(report):
     path, page = report
-    assert [attrs["id"] for attrs in page.all("figure")] == ["figure-1", "figure-2"]
-    pictures = page.all("img")
-    assert [p["alt"] for p in pictures] == [
-        "Results by inference length, validation, nonoverlapping windows",
-        "Results by inference length, validation, sliding window with stride 1",
-    ]
-    drawn = base64.b64decode(pictures[0]["src"].partition(",")[2])
+    pictures = {picture["alt"]: picture["src"] for picture in page.all("img")}
+    assert list(pictures) == ["extrapolation", "extrapolation validation sliding1", "per position"]
+    drawn = base64.b64decode(pictures["extrapolation"].partition(",")[2])
     assert drawn == (path.parent / "extrapolation.svg").read_bytes()
 
 
@@ -105,7 +103,6 @@ def test_it_has_tables_claims_fairness_configs_and_environments(report):
         "HOLDS Sinusoidal positions are worse at 2L than at L.",
         "The same in all runs",
         "environment: commit abc1234",
-        "result: tokens_seen 1000",
         "learned_L64_s2 setting value config: optimizer.lr 0.005 config: seed 2",
     ):
         assert part in text, part
@@ -117,14 +114,6 @@ def test_text_from_files_stays_text(report):
     assert "<script" not in path.read_text() and "<b>" not in path.read_text()
 
 
-def test_it_is_rewritten_and_the_same_for_the_same_results(report):
-    path, _ = report
-    before = path.read_bytes()
-    path.write_text("old")
-    done = run_script("report.py", f"folder={path.parent}", cwd=path.parents[3])
-    assert done.returncode == 0 and path.read_bytes() == before
-
-
 def test_hostile_names_of_runs_and_schemes_are_harmless(tmp_path):
     rows = curve('<img src="http://x" onerror="x">', {64: 20.0, 128: 21.0}, run='"><script>', corpus="<i>")
     write_rows(tmp_path / "results.jsonl", [*rows, unigram()])
@@ -134,17 +123,6 @@ def test_hostile_names_of_runs_and_schemes_are_harmless(tmp_path):
     assert not page.all("script") and not page.all("i")
     assert all(attrs["src"].startswith("data:") for attrs in page.all("img"))
     assert '<img src="http://x" onerror="x">' in page.text
-
-
-def test_figures_of_the_analyses_are_in_it_and_left_overs_are_not(tmp_path):
-    folder = tmp_path / "mine" / "extrapolation"
-    study(folder)
-    (tmp_path / "mine" / "analysis").mkdir()
-    (tmp_path / "mine" / "analysis" / "per_position.png").write_bytes(b"picture")
-    (folder / "extrapolation_validation_sliding99.svg").write_text("<svg/>")
-    assert run_script("report.py", f"folder={folder}").returncode == 0
-    page = Page((folder / "report.html").read_text())
-    assert [attrs["alt"] for attrs in page.all("img")][1:] == ["per position"]
 
 
 def chromium():
@@ -173,12 +151,5 @@ def test_a_browser_shows_every_figure(report, tmp_path):
     alibi = (np.abs(pixels - np.array([0xD5, 0x5E, 0x00]) / 255) < 0.02).all(2).sum(1) > 0
     rows = np.flatnonzero(alibi)
     bands = 1 + int((np.diff(rows) > 150).sum())
-    assert bands == len(report[1].all("figure"))
+    assert bands == len(report[1].all("figure")) - 1  # the picture of the analysis is none
     assert (pixels < 0.5).all(2).sum() > 20_000  # text is there
-
-
-def test_a_streamed_split_has_its_table_and_shares_the_figure(tmp_path):
-    rows = curve("alibi", {64: 18.0, 128: 17.9}) + curve("alibi", {9000: 17.5}, mode="stream")
-    write_rows(tmp_path / "results.jsonl", rows)
-    page = Page(write_report(tmp_path).read_text())
-    assert len(page.all("img")) == 1 and "the whole split as one window" in page.text
