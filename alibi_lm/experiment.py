@@ -180,7 +180,7 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
 def analyse_and_draw(config: EvaluateConfig) -> None:
     """Compute each view, write its data, then its figure."""
     from alibi_lm.evaluate.sweep import analyse
-    from alibi_lm.study.views import draw_analysis
+    from alibi_lm.study.view_figures import draw_analysis
 
     if config.model is not None:
         import alibi_lm.interop.huggingface  # noqa: F401

@@ -254,13 +254,18 @@ def seeds_to_settle(
     """
     from scipy import stats
 
+    power = float(stats.norm.ppf(0.8))
+    # With ever more seeds the documents' part is all that is left.
+    if gap < (float(stats.t.ppf((1 + level) / 2, document_df)) + power) * np.sqrt(document_variance):
+        return None
+
     def enough(seeds: int) -> bool:
         variance = seed_variance / seeds + document_variance
         if variance == 0:
             return gap > 0
         share = np.asarray(seed_variance / seeds / variance)
         critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(document_df), level))
-        return bool(gap >= (critical + float(stats.norm.ppf(0.8))) * np.sqrt(variance))
+        return bool(gap >= (critical + power) * np.sqrt(variance))
 
     high = 2
     while not enough(high):

@@ -228,6 +228,7 @@ def is_better(
         if measured is None:
             lines.append(f"{length:>8}  {answer:<11}  {note}")
             continue
+        note += f"; {power_note(measured, *_better(measured))}" if answer == "NOT SETTLED" else ""
         ends = f" [{measured.low:+.4f}, {measured.high:+.4f}]" if measured.low is not None else ""
         text = a[0].metric == "perplexity"
         unit = f"nats, perplexity x {measured.ratio}" if text else a[0].metric
@@ -255,11 +256,13 @@ def answer_at(
             f"A and B were scored on different texts at length {length} ({hashes}); evaluate both on the same one"
         )
     measured = measure(sample(sides[0], documents), sample(sides[1], documents), comparisons)
-    relation: Relation = "below" if measured.logs else "above"
-    equal = 1.0 if measured.logs else 0.0
-    verdict = judge(measured, relation, equal, 2)
-    note = f"; {power_note(measured, relation, equal)}" if verdict == "NOT SETTLED" else ""
-    return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, measured.over + note
+    verdict = judge(measured, *_better(measured), 2)
+    return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, measured.over
+
+
+def _better(measured: Measured) -> tuple[Relation, float]:
+    """What the difference is where the left side is better: a lower perplexity, or a higher share."""
+    return ("below", 1.0) if measured.logs else ("above", 0.0)
 
 
 def select(

@@ -23,7 +23,7 @@ from alibi_lm.study.evidence import read_results
 from alibi_lm.study.fairness import Difference
 from alibi_lm.study.pages import markdown
 from alibi_lm.study.plots import Line, Panel, build, fits, grid, save_both
-from alibi_lm.study.stages import Stage, stages_of
+from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import label
 from alibi_lm.study.tables import provenance, results_page
 
@@ -76,36 +76,25 @@ def draw(folder: str | os.PathLike[str]) -> list[Path]:
     return [*written, table]
 
 
-def stage_figure(stages: Sequence[Stage], origin: str) -> Figure:
+def stage_figure(stages: Sequence[tuple[int, Curve]], origin: str) -> Figure:
     """How far schemes extrapolate at each stage of training: a panel for each multiple of L."""
     panels: list[Any] = []
-    for factor in sorted({stage.factor for stage in stages}):
+    several = len({curve.train_length for _, curve in stages}) > 1
+    for factor in sorted({factor for factor, _ in stages}):
         lines = []
-        several = len({stage.train_length for stage in stages}) > 1
-        for stage in (one for one in stages if one.factor == factor):
-            length = stage.train_length if several else None
-            values = [(float(step), value) for step in stage.ratios for value in stage.ratios[step]]
-            lines.append(
-                Line(
-                    stage.position,
-                    label(stage.position, length=length),
-                    [float(step) for step in stage.ratios],
-                    [stage.mean(step) for step in stage.ratios],
-                    stage.variant,
-                    dots=values if len(values) > len(stage.ratios) else [],
-                    stray=bool(stage.variant),
-                )
-            )
+        for curve in (curve for own, curve in stages if own == factor):
+            steps = curve.lengths
+            name = label(curve.position, length=curve.train_length if several else None)
+            dots = [(float(n), curve.shown(v)) for n in steps for v in curve.losses[n].values()]
+            line = Line(curve.position, name, [float(n) for n in steps], [curve.value(n) for n in steps])
+            dots = dots if len(dots) > len(steps) else []
+            lines.append(replace(line, note=curve.variant, dots=dots, stray=bool(curve.variant)))
         ratio = f"perplexity at {factor} L over that at L"
-        steps = "training steps done, log axis"
-        panels.append(Panel(lines, f"tested at {factor} L", steps, ratio, log_y=_spread(lines), tick_points=True))
+        log_y = _range([curve for own, curve in stages if own == factor]) > CLOSE_UP_FROM
+        x_label = "training steps done, log axis"
+        panels.append(Panel(lines, f"tested at {factor} L", x_label, ratio, log_y=log_y, tick_points=True))
     remarks = ["Above 1: worse beyond the training length than at it. Dots: single seeds."]
     return build("Extrapolation by stage of training", grid(panels, 2), origin, remarks)
-
-
-def _spread(lines: Sequence[Line]) -> bool:
-    values = [v for line in lines for v in line.y]
-    return max(values) / min(values) > CLOSE_UP_FROM
 
 
 def curve_figure(

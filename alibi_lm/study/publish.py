@@ -14,7 +14,7 @@ from alibi_lm.results.documents import DOCUMENTS_FILE
 from alibi_lm.results.rows import read_rows, write_csv, write_rows
 from alibi_lm.study.figures import draw
 from alibi_lm.study.records import RUN_FILES, find_records
-from alibi_lm.study.views import draw_analysis
+from alibi_lm.study.view_figures import draw_analysis
 
 RESULT_FILES = (DOCUMENTS_FILE, "claims.md", "paper.md", "cards.json")
 LARGEST = 16 * 2**20

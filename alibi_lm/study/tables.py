@@ -10,7 +10,7 @@ from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.evidence import Evidence
 from alibi_lm.study.pages import Block, Table, numbered, refer
 from alibi_lm.study.records import shortened
-from alibi_lm.study.stages import Stage, stages_of
+from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import label
 
 FIT = 0.99
@@ -57,13 +57,13 @@ def accuracy_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> Table
     return Table(header, body, 2, [note]) if body else None
 
 
-def stage_table(stages: Sequence[Stage]) -> Table:
+def stage_table(stages: Sequence[tuple[int, Curve]]) -> Table:
     """Schemes down, training steps across: perplexity over that at the training length, mean over the seeds."""
-    steps = sorted({step for stage in stages for step in stage.ratios})
+    steps = sorted({step for _, curve in stages for step in curve.losses})
     body = []
-    for one in stages:
-        cells = [f"{one.mean(step):.3f}" if step in one.ratios else "-" for step in steps]
-        body.append([label(one.position, one.variant), str(one.train_length), f"{one.factor} L", *cells])
+    for factor, curve in stages:
+        cells = [f"{curve.value(step):.3f}" if step in curve.losses else "-" for step in steps]
+        body.append([label(curve.position, curve.variant), str(curve.train_length), f"{factor} L", *cells])
     notes = ["Perplexity over that at the training length, both of the checkpoint after so many steps."]
     return Table(["scheme", "trained at", "tested at", *(f"step {step}" for step in steps)], body, 3, notes)
 

@@ -66,11 +66,11 @@ def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, floa
 
 
 def _by_depth(
-    rows: Sequence[ResultRow], views_: Sequence[View], words: Mapping[str, str]
+    rows: Sequence[ResultRow], accuracies: Sequence[View], words: Mapping[str, str]
 ) -> list[tuple[Curve, dict[int, dict[str, float]]]]:
     """Curves whose rows tell depths apart: length -> depth -> mean share over the runs."""
     found = []
-    for view in views_:
+    for view in accuracies:
         for curve in curves(rows, view, words):
             shares: dict[int, dict[str, float]] = {}
             for length in curve.lengths:

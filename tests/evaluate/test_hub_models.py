@@ -15,7 +15,7 @@ from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.sweep import analyse, evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.results.rows import read_rows
-from alibi_lm.study.views import draw_analysis
+from alibi_lm.study.view_figures import draw_analysis
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 TEXT = [f"Document {k}: " + " ".join(f"word{(k * j) % 17}" for j in range(12)) + "\n" for k in range(6)]

@@ -28,7 +28,7 @@ from alibi_lm.results.curves import View, curves, views
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
 from alibi_lm.study.figures import curve_figure, draw
-from alibi_lm.study.views import draw_analysis
+from alibi_lm.study.view_figures import draw_analysis
 from alibi_lm.tasks.text import TextTask
 
 

@@ -225,7 +225,7 @@ def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies():
     rng = np.random.default_rng(3)
     settled = {}
     for seeds in (found, found // 2):
-        tokens = coverage.draw_tokens(rng, 2000)
+        tokens = coverage.draw_tokens(rng, 1000)
         parts = variance_parts(coverage.draw_errors(rng, tokens, seeds, noise, 0.1), tokens)
         bound = parts.estimate + gap * of_mean**0.5 - coverage.half_width(parts, seeds, 0.95)
         settled[seeds] = float((bound > 0).mean())

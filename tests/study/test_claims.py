@@ -107,27 +107,6 @@ def test_the_t_interval_is_the_textbooks():
     assert welch.over.startswith("3 and 3 seeds")
 
 
-def test_document_sums_are_used_where_they_are_at_hand():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(100, 300, 40)
-    tokens[-1] += TOKENS - tokens.sum()
-    rows, sums = [], {}
-    for position, shift in (("alibi", 0.0), ("sinusoidal", 0.2)):
-        rates = 3 + shift + rng.normal(0, 0.01, (3, 40))
-        for seed, rate in enumerate(rates, start=1):
-            nats = rate * tokens
-            made = row(position, seed=seed, perplexity=math.exp(nats.sum() / TOKENS))
-            rows.append(made)
-            sums[made.key] = DocumentSums(made.key, nats, tokens)
-    claim = AT_EQUAL_LENGTH
-    found = judge_claim(claim, evidence(rows, documents=sums))
-    assert found.verdict == "HOLDS" and "3 seeds and 40 documents" in found.instances[0].numbers
-    one = [r for r in rows if r.seed == 1]
-    single = judge_claim(claim, evidence(one, documents=sums))
-    assert single.verdict == "NOT SETTLED" and "40 documents, one seed" in single.instances[0].numbers
-    assert judge_claim(claim, evidence(one, documents=sums), min_seeds=1).verdict == "HOLDS"
-
-
 def test_bounds_are_strict_about_the_interval_and_one_seed_must_clear_a_margin():
     near = 1e-9
     for low, high, relation, verdict in (

@@ -7,13 +7,11 @@ from study_rows import curve, row, run_script, unigram, write_run
 
 from alibi_lm.results.curves import View
 from alibi_lm.results.rows import ResultRow, write_rows
-from alibi_lm.study.evidence import Evidence
 from alibi_lm.study.pages import markdown
 from alibi_lm.study.paper import (
     SETTINGS,
     caveats,
     compare,
-    comparison_page,
     direction,
     find,
     paper_values,
@@ -81,16 +79,6 @@ def test_ours_stand_beside_the_papers_per_word():
     assert found[512].paper == 19.73 and [v.table for v in found[512].values] == [2, 5]
     assert found[1024].our_ratio == pytest.approx(word[1] / word[0])
     assert found[1024].paper_ratio == pytest.approx(18.81 / 19.73)
-
-
-def test_a_run_without_a_perplexity_per_word_takes_no_other_with_it():
-    rows = curve("alibi", {512: 19.0}, train=512)
-    long = dict(nats=5306.0 * 10_000, words=20, reason="exp(5306) is too large for a number")
-    rows.append(row("t5", 512, None, train=512, **long))
-    assert [item.curve.position for item in compare(rows)] == ["alibi"]
-    assert "| ALiBi | 512 | 512 | 19.73 |" in markdown(
-        comparison_page(Evidence(rows, find_records(rows, "nowhere")))
-    )
 
 
 def paper_config(**changes):
