@@ -153,7 +153,8 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
     """Evaluate, write results.jsonl row by row, then draw figure and table, also where some runs failed."""
     from alibi_lm import distributed
     from alibi_lm.evaluate.plan import FailedRuns
-    from alibi_lm.evaluate.sweep import describe, evaluate, log_curve
+    from alibi_lm.evaluate.rows import describe
+    from alibi_lm.evaluate.sweep import evaluate, log_curve
     from alibi_lm.study.figures import draw
 
     if config.model is not None:
@@ -192,7 +193,7 @@ def analyse_and_draw(config: EvaluateConfig) -> None:
 def change_and_draw(config: ChangesConfig) -> None:
     """Tune and score changes for the test, write results.jsonl row by row, then the table."""
     from alibi_lm.evaluate.changes import change_and_evaluate
-    from alibi_lm.evaluate.sweep import describe
+    from alibi_lm.evaluate.rows import describe
     from alibi_lm.files import write_text
     from alibi_lm.results.documents import read_documents
     from alibi_lm.results.rows import read_rows

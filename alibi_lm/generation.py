@@ -112,16 +112,14 @@ class TextStream:
         ends = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self.stop) if at >= 0]
         if ends:
             self.text, self.stopped = self.text[: min(ends)], True
-        open_end = 0
-        for s in [] if ends else self.stop:
-            open_end = max([open_end, *(n for n in range(1, len(s)) if self.text.endswith(s[:n]))])
-        return self._show(len(self.text) - open_end)
+            return self._show(len(self.text))
+        begun = (n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n]))
+        return self._show(len(self.text) - max(begun, default=0))
 
     def end(self) -> str:
         """What was held back."""
         if self._tokens:
             self.text += self.tokenizer.decode(self._tokens)
-            self._tokens = []
         return self._show(len(self.text))
 
     def _show(self, end: int) -> str:
@@ -184,72 +182,58 @@ def run_generate(config: GenerateConfig) -> int:
     cache = open_cache(model, config.cache, lost_share=config.lost_share, window=config.window, sinks=config.sinks)
     tokens = generate(model, ids, config.max_tokens, cache=cache, sampling=config.sampling(), seed=config.seed)
     stream, made, status = TextStream(tokenizer, ids[-1], config.stop, config.join), 0, 0
-    if config.prompt is not None:
-        _show(config, text)
+
+    def show(text: str) -> None:
+        if text and not config.json:
+            print(text, end="", flush=True)
+
+    allowed, why = LOST_SHARE if config.lost_share is None else config.lost_share, "max_tokens"
+    show(config.prompt or "")
     begun = first = time.perf_counter()
-    why = ""
     try:
         for token in tokens:
             made += 1
-            if made == 1:
-                first = time.perf_counter()
-            _show(config, stream.feed(token))
+            first = time.perf_counter() if made == 1 else first
+            show(stream.feed(token))
             if stream.stopped:
                 why = "stopped at a stop string"
-            elif config.beyond == "stop" and _exceeded(config, cache.lost_share):
+                break
+            if config.beyond == "stop" and (cache.lost_share or 0.0) > allowed:
                 why = "stopped: more than lost_share may have been lost"
-            if why:
                 break
     except KeyboardInterrupt:
         why, status = "interrupted", 130
-    _show(config, stream.end())
+    show(stream.end())
     seconds = time.perf_counter() - first
     speed = (made - 1) / seconds if made > 1 else None
-    found = {
-        "text": stream.text,
-        "tokens": made,
-        "prompt_tokens": len(ids),
-        "prompt_seconds": first - begun,
-        "tokens_per_second": speed,
-        "cache": config.cache,
-        "keys_held": cache.keys_held,
-        "lost_share": cache.lost_share,
-        "exceeded": _exceeded(config, cache.lost_share),
-        "ended": why or "max_tokens",
-    }
+    exceeded = config.cache == "certified" and (cache.lost_share or 0.0) > allowed
     if config.json:
+        found = {
+            "text": stream.text,
+            "tokens": made,
+            "prompt_tokens": len(ids),
+            "prompt_seconds": first - begun,
+            "tokens_per_second": speed,
+            "cache": config.cache,
+            "keys_held": cache.keys_held,
+            "lost_share": cache.lost_share,
+            "exceeded": exceeded,
+            "ended": why,
+        }
         print(json.dumps(found, ensure_ascii=False))
-    else:
-        _show(config, "\n")
-        print(_summary(config, found, cache.tokens_seen), file=sys.stderr)
-    return status
-
-
-def _exceeded(config: GenerateConfig, lost_share: float | None) -> bool:
-    return config.cache == "certified" and lost_share is not None and lost_share > _allowed(config)
-
-
-def _allowed(config: GenerateConfig) -> float:
-    return LOST_SHARE if config.lost_share is None else config.lost_share
-
-
-def _show(config: GenerateConfig, text: str) -> None:
-    if not config.json and text:
-        print(text, end="", flush=True)
-
-
-def _summary(config: GenerateConfig, found: dict[str, object], seen: int) -> str:
-    speed = "" if found["tokens_per_second"] is None else f", {found['tokens_per_second']:,.0f} tokens/s"
-    lost = found["lost_share"]
+        return status
+    lost = cache.lost_share
     share = "nothing is known of what was lost" if lost is None else f"lost share at most {lost:.2g}"
-    if found["keys_held"] == seen:
-        share = "all of them"
-    if found["exceeded"]:
-        share += f", MORE than lost_share = {_allowed(config):.2g}"
-    return (
-        f"[{found['tokens']} tokens after {found['prompt_tokens']} ({found['ended']}){speed}; "
-        f"cache={config.cache}: {found['keys_held']:,.0f} keys held per head, {share}]"
+    share = "all of them" if cache.keys_held == cache.tokens_seen else share
+    share += f", MORE than lost_share = {allowed:.2g}" if exceeded else ""
+    pace = "" if speed is None else f", {speed:,.0f} tokens/s"
+    show("\n")
+    print(
+        f"[{made} tokens after {len(ids)} ({why}){pace}; cache={config.cache}: {cache.keys_held:,.0f} keys held "
+        f"per head, {share}]",
+        file=sys.stderr,
     )
+    return status
 
 
 def _unknown(tokenizer: Tokenizer, text: str) -> list[str]:

@@ -31,6 +31,7 @@ from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runs import load_run
 from alibi_lm.settings import require
+from benchmarks.peers import HUGGING_FACE, hugging_face_model
 
 OURS = {
     "ALiBi, full": ("alibi", "full"),
@@ -41,7 +42,7 @@ OURS = {
     "T5, full": ("t5", "full"),
 }
 """Scheme and cache policy by name."""
-THEIRS = ("BLOOM", "MPT", "GPT-NeoX")
+THEIRS = tuple(HUGGING_FACE)
 WARM_UP = 5
 WINDOW = 2048
 
@@ -187,25 +188,12 @@ def _fill(model: TransformerLM, cache: KeyValueCache, context: int) -> None:
 
 
 def _theirs(config: DecodingConfig, subject: str, context: int) -> Measured:
-    import transformers as hf
+    from transformers import DynamicCache
 
     sizes, vocab_size = _sizes(config)
-    dim, layers, heads, longest = sizes.model_dim, sizes.num_layers, sizes.num_heads, context + 4096
-    common: dict[str, Any] = {"vocab_size": vocab_size}
-    shape: dict[str, Any]
-    if subject == "BLOOM":
-        bloom = hf.BloomConfig(**common, hidden_size=dim, n_layer=layers, n_head=heads)
-        model: Any = hf.BloomForCausalLM(bloom)
-    elif subject == "MPT":
-        ratio = math.ceil(sizes.ffn_dim / dim)
-        shape = {"d_model": dim, "n_layers": layers, "n_heads": heads, "expansion_ratio": ratio}
-        model = hf.MptForCausalLM(hf.MptConfig(**common, **shape, max_seq_len=longest))
-    else:
-        shape = {"hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads}
-        inside: dict[str, Any] = {"intermediate_size": sizes.ffn_dim, "max_position_embeddings": longest}
-        model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**common, **shape, **inside))
-    model.eval()
-    cache = hf.DynamicCache()
+    dim, layers, heads = sizes.model_dim, sizes.num_layers, sizes.num_heads
+    model = hugging_face_model(subject, sizes, vocab_size, context + 4096).eval()
+    cache = DynamicCache()
     for layer in range(layers):
         k, v = (torch.randn(1, heads, context, dim // heads) for _ in "kv")
         cache.update(k, v, layer)

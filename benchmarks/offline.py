@@ -7,8 +7,7 @@
 `start.sh` in the folder does the last two. Nothing is installed into the machine's Python, which must have torch.
 A run that the end of the time interrupts saves where it is, and goes on when `start.sh` is given again.
 
-All travels compressed, because what a node takes in is often small. Ids of frequent words are small numbers, so a
-token takes one to three bytes, which LZMA brings to 9 bits or so.
+All travels compressed, because what a node takes in is often small.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from alibi_lm.files import read_json, whole_file, write_json, write_text
+from alibi_lm.files import read_json, write_json, write_text
 from alibi_lm.runs import status
 from alibi_lm.settings import require
 
@@ -49,10 +46,6 @@ status=$?
 python3 code/scripts/offline.py do=collect folder=. || exit 1
 exit $status
 """
-
-
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 27}]
-"""A dictionary as large as the longest streams: 3% less than by default for 50 million words."""
 
 
 @dataclass
@@ -102,14 +95,9 @@ def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus
     def git(*arguments: str) -> bytes:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True).stdout
 
-    for stream in (folder / "data").rglob("*.bin"):
-        compress(stream)
-    with tarfile.open(
-        folder / "texts.tar.xz", "w:xz", preset=9
-    ) as archive:  # two copies of the dictionary are one
-        for path in [p for p in sorted((folder / "data").rglob("*")) if p.is_file() and p.suffix != ".xz"]:
-            archive.add(path, path.relative_to(folder))
-            path.unlink()
+    with tarfile.open(folder / "texts.tar.xz", "w:xz", preset=9) as archive:
+        archive.add(folder / "data", "data")
+    shutil.rmtree(folder / "data")
     (folder / "code.tar.xz").write_bytes(lzma.compress(git("archive", "HEAD")))
     if config.wheels:
         wheels = ["-d", str(folder / "wheels"), *config.wheels]
@@ -127,8 +115,6 @@ def work(config: OfflineConfig) -> int:
     """Check, measure, train and evaluate until the time is over; returns 1 if something failed."""
     end = time.monotonic() + config.seconds
     folder = Path(config.folder).absolute()
-    for packed in (folder / "data").rglob("*.bin.xz"):
-        expand(packed)
     kit = read_json(folder / "kit.json")
     place = folder / "work"
     place.mkdir(exist_ok=True)
@@ -153,37 +139,6 @@ def work(config: OfflineConfig) -> int:
         runs.append((name, train, script("evaluate", *own)))
     crew.study(runs, config.trainers)
     return int(bool(crew.failed))
-
-
-def compress(stream: Path) -> None:
-    """Replace a token stream, <split>.bin, by <split>.bin.xz, a code of one to four bytes per id, compressed."""
-    ids = np.fromfile(stream, _dtype(stream))[:, None]
-    groups = ids >> np.array([21, 14, 7, 0])  # 7 bits each; leading ones that are empty are left out
-    written = groups > 0
-    written[:, -1] = True
-    code = (groups & 127).astype(np.uint8)
-    code[:, :-1] |= 128  # another one follows
-    stream.with_name(stream.name + ".xz").write_bytes(lzma.compress(code[written].tobytes(), filters=FILTERS))
-    stream.unlink()
-
-
-def expand(packed: Path) -> None:
-    """The stream that `compress` replaced, unless it is there."""
-    stream = packed.with_suffix("")
-    if not stream.is_file():
-        code = np.frombuffer(lzma.decompress(packed.read_bytes()), np.uint8)
-        last = np.flatnonzero(code < 128)
-        lengths = np.diff(last, prepend=-1)
-        ids = code[last].astype(np.int64)
-        for more in range(1, int(lengths.max(initial=1))):
-            longer = lengths > more
-            ids[longer] += (code[last[longer] - more] & np.int64(127)) << 7 * more
-        with whole_file(stream) as file:
-            file.write(ids.astype(_dtype(stream)).tobytes())
-
-
-def _dtype(stream: Path) -> str:
-    return str(read_json(stream.with_name("manifest.json"))["splits"][stream.stem]["dtype"])
 
 
 class Crew:

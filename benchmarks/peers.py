@@ -194,23 +194,36 @@ def _x_transformers(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterat
 
 def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator[Found]:
     """Hugging Face's ALiBi models and its rotary one, with the attention that it chooses by default."""
-    import transformers as hf
 
     def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return model(input_ids=inputs, labels=inputs, use_cache=False).loss
 
+    for name, position in HUGGING_FACE.items():
+        yield f"transformers {name}", position, hugging_face_model(name, sizes, vocab_size, longest), loss
+
+
+HUGGING_FACE = {"BLOOM": "alibi", "MPT": "alibi", "GPT-NeoX": "rotary"}
+"""Models of transformers, and their schemes."""
+
+
+def hugging_face_model(name: str, sizes: ModelConfig, vocab_size: int, longest: int) -> Any:
+    """One of them, of these sizes, for sequences of up to `longest` tokens."""
+    import transformers as hf
+
     dim, layers, heads = sizes.model_dim, sizes.num_layers, sizes.num_heads
-    bloom = hf.BloomConfig(vocab_size=vocab_size, hidden_size=dim, n_layer=layers, n_head=heads)
-    yield "transformers BLOOM", "alibi", hf.BloomForCausalLM(bloom), loss
-    mpt = hf.MptConfig(
-        vocab_size=vocab_size,
-        d_model=dim,
-        n_layers=layers,
-        n_heads=heads,
-        expansion_ratio=math.ceil(sizes.ffn_dim / dim),
-        max_seq_len=longest,
-    )
-    yield "transformers MPT", "alibi", hf.MptForCausalLM(mpt), loss
+    if name == "BLOOM":
+        bloom = hf.BloomConfig(vocab_size=vocab_size, hidden_size=dim, n_layer=layers, n_head=heads)
+        return hf.BloomForCausalLM(bloom)
+    if name == "MPT":
+        mpt = hf.MptConfig(
+            vocab_size=vocab_size,
+            d_model=dim,
+            n_layers=layers,
+            n_heads=heads,
+            expansion_ratio=math.ceil(sizes.ffn_dim / dim),
+            max_seq_len=longest,
+        )
+        return hf.MptForCausalLM(mpt)
     neox = hf.GPTNeoXConfig(
         vocab_size=vocab_size,
         hidden_size=dim,
@@ -221,4 +234,4 @@ def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator
         max_position_embeddings=longest,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
     )
-    yield "transformers GPT-NeoX", "rotary", hf.GPTNeoXForCausalLM(neox), loss
+    return hf.GPTNeoXForCausalLM(neox)

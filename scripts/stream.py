@@ -1,7 +1,7 @@
 """Stream a million tokens in constant memory: python scripts/stream.py run=outputs/quick/runs/alibi_L64_s1."""
 
 from alibi_lm.cli import command
-from alibi_lm.evaluate.long_stream import LongStreamConfig, print_long_stream
+from alibi_lm.evaluate.stream import LongStreamConfig, print_long_stream
 
 
 @command(LongStreamConfig)

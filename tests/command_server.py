@@ -6,6 +6,7 @@ with the exit status. What a command prints goes to the files `<output>.out` and
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -39,9 +40,19 @@ def run(request: dict) -> None:
 
 
 def main() -> None:
-    import alibi_lm.cli
-    import alibi_lm.experiment
-    import alibi_lm.study.figures  # noqa: F401
+    import alibi_lm.study.figures
+    import alibi_lm.train  # noqa: F401
+
+    # What an optimizer of torch, a checkpoint, a text and a figure load at their first use.
+    for name in (
+        "torch._dynamo",
+        "safetensors.torch",
+        "filelock",
+        "tokenizers",
+        "matplotlib.pyplot",
+        "hydra.main",
+    ):
+        importlib.import_module(name)
 
     for line in sys.stdin:
         child = os.fork()

@@ -2,11 +2,14 @@
 
 import bisect
 import json
+import os
 import random
 import statistics
 import sys
+import threading
 import warnings
 from itertools import accumulate
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -255,7 +258,7 @@ def test_a_scheme_past_its_table_is_a_reason():
 
 
 def test_a_run_writes_the_documented_fields_and_shows_them_again(tmp_path, capsys):
-    arguments = [*TINY, "lengths=[16,33]", "eval_lengths=[70]", "seconds=0.5", "tokens=64"]
+    arguments = [*TINY, "lengths=[16,33]", "eval_lengths=[70]", "seconds=0.2", "tokens=64"]
     measured = bench(parse(BenchConfig, [*arguments, f"output_dir={tmp_path}"]))
     printed = capsys.readouterr().out
     path = tmp_path / "results.jsonl"
@@ -375,6 +378,32 @@ def test_a_missing_peer_is_a_line_and_no_failure(monkeypatch):
     assert len(lines) == 2 and all("not measured" in line for line in lines)
 
 
+def test_what_is_asked_of_the_other_process_is_done_or_refused(monkeypatch):
+    """Its side in a thread of this one."""
+    common = setup()
+    monkeypatch.setattr("benchmarks.peers.peers", lambda *_: [*ours(common, [], ["sdpa"], compile=False), "none"])
+
+    class Thread(threading.Thread):
+        exitcode = -9
+
+        def __init__(self, target, args, daemon):
+            theirs = Connection(os.dup(args[0].fileno()))  # a process has a copy of its own
+            super().__init__(target=target, args=(theirs, *args[1:]), daemon=daemon)
+
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Thread)
+    with PeerProcess(common, flush_denormals=True) as process:
+        assert process.missing == ["none"]
+        (peer,) = process.subjects
+        assert (peer.label, peer.backend) == ("ours none", "its own")
+        assert peer.prepare(Task(2, 16)) > 4 * 3 * peer.parameters and 0 < peer.seconds("train", Task(2, 16)) < 60
+        with pytest.raises(CannotRun, match="AttributeError"):
+            process.ask(0, "no_such_method")
+        assert process.ask(0, "seconds", "eval", Task(1, 4)) > 0, "it goes on after an error"
+    with pytest.raises(RuntimeError, match=r"ended with status -9.*peers=false"):
+        peer.seconds("eval", Task(1, 4))
+
+
+@pytest.mark.slow
 def test_peers_take_turns_with_us_from_a_process_of_their_own():
     pytest.importorskip("transformers")
     torch.set_flush_denormal(True)

@@ -7,12 +7,10 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from alibi_lm.experiment import planned_runs, prepare_corpus
-from alibi_lm.files import write_json
-from benchmarks.offline import Crew, OfflineConfig, collect, compress, expand, pack
+from benchmarks.offline import Crew, OfflineConfig, collect, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,21 +89,6 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
         pack(OfflineConfig("pack", str(tmp_path), "smoke"), planned_runs, prepare_corpus)
     with pytest.raises(ValueError, match="do=work first"):
         collect(OfflineConfig("collect", str(tmp_path)))
-
-
-@pytest.mark.parametrize(("dtype", "most"), [("<u2", 2**16 - 1), ("<i4", 267_734)])
-def test_a_stream_comes_back_bit_for_bit(tmp_path, dtype, most):
-    """Ids of one to four bytes of UTF-8, those of its surrogates among them."""
-    ids = np.r_[0, 127, 128, 2047, 2048, np.arange(0xD7FE, 0xE002), 2**16 - 1, most].astype(dtype)
-    ids = np.r_[ids, np.zeros(5000, dtype)]
-    write_json(tmp_path / "manifest.json", {"splits": {"train": {"dtype": dtype}}})
-    stream = tmp_path / "train.bin"
-    stream.write_bytes(ids.tobytes())
-    compress(stream)
-    packed = tmp_path / "train.bin.xz"
-    assert not stream.exists() and packed.stat().st_size < 5000
-    expand(packed)
-    np.testing.assert_array_equal(np.fromfile(stream, dtype), ids)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alibi_lm.attention import native_library
+from alibi_lm.attention.native_library import View
 
 MARGIN = native_library.ROWS + 64
 """Numbers that the kernel reads past the end of a line, at most."""
@@ -65,17 +66,13 @@ class HeldKeys:
         self.table[2, heads] = k.stride(0)
 
 
-class _View(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((f"step_{n}", ctypes.c_int64) for n in "bht")]
-
-
 class _Call(ctypes.Structure):
     """`struct Decode` of decode.cpp, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "H", "T", "K", "threads", "length", "step")),
         ("scale", ctypes.c_float),
-        *((name, _View) for name in ("q", "out", "new_k", "new_v")),
+        *((name, View) for name in ("q", "out", "new_k", "new_v")),
         *((name, ctypes.c_void_p) for name in ("k", "v", "step_b", "keys", "windows", "missing")),
         *((name, ctypes.c_void_p) for name in ("lines", "tails", "norms", "lost")),
     ]
@@ -103,24 +100,15 @@ def decode(
     Returns:
         (B, H, T, K).
     """
-    library = native_library.find()
-    assert not isinstance(library, str)
     batch, heads, tokens, dim = q.shape
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     length = 0 if lines is None else lines.bias.shape[1] - MARGIN
     call = _Call(batch, heads, tokens, dim, torch.get_num_threads(), length, held.step, dim**-0.5)
-    views = {"q": q, "out": out} | ({} if new is None else {"new_k": new[0], "new_v": new[1]})
-    views = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
-    for name, x in views.items():
-        setattr(call, name, _View(x.data_ptr(), *x.stride()[:3]))
-    start, row = held.table.ctypes.data, held.table.strides[0]
     for index, name in enumerate(("k", "v", "step_b", "keys", "windows", "missing")):
-        setattr(call, name, start + index * row)
-    if lines is not None:
-        call.lines = lines.bias.data_ptr()
-        call.tails = None if lines.tails is None else lines.tails.data_ptr()
-    call.norms = None if norms is None else norms.data_ptr()
-    call.lost = None if lost is None else lost.data_ptr()
-    if library.decode(ctypes.byref(call)):
-        raise RuntimeError(f"attention = native: no memory for {batch} x {heads} heads of {held.keys.max()} keys.")
+        setattr(call, name, held.table.ctypes.data + index * held.table.strides[0])
+    bias, tails = (None, None) if lines is None else (lines.bias, lines.tails)
+    views = {"q": q, "new_k": None if new is None else new[0], "new_v": None if new is None else new[1]}
+    views = {name: x if x is None or x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
+    tensors = views | {"out": out, "lines": bias, "tails": tails, "norms": norms, "lost": lost}
+    native_library.run("decode", call, tensors)
     return out

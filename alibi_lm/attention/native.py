@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from alibi_lm.attention import native_library
 from alibi_lm.attention.base import Attend, AttentionBackend, Request, equal_widths, more_than_a_bias
 from alibi_lm.attention.decode import HeldKeys, Lines, decode
+from alibi_lm.attention.native_library import View
 from alibi_lm.positions.base import PositionScheme
 
 
@@ -175,37 +176,23 @@ def why_not() -> str:
     return ""
 
 
-class _View(ctypes.Structure):
-    """A (B, H, T, K) tensor whose last dimension lies in one run."""
-
-    _fields_ = [("data", ctypes.c_void_p), *((f"step_{n}", ctypes.c_int64) for n in "bht")]
-
-
 class _Call(ctypes.Structure):
     """What a call of the kernel hands over: `struct Call` of native.cpp, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "H", "T", "K", "threads", "window")),
         ("scale", ctypes.c_float),
-        *((name, _View) for name in ("q", "k", "v", "out")),
+        *((name, View) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_void_p) for name in ("bias", "log_sum", "reach", "key_bias")),
-        *((name, _View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("grad_bias", "grad_key_bias")),
     ]
 
 
 def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> None:
     """Call the kernel; tensors must be float32 (reach: int64, key_bias: float64), and alive until this returns."""
-    batch, heads, tokens, dim = q.shape
-    library = native_library.find()
-    assert not isinstance(library, str)
-    call = _Call(batch, heads, tokens, dim, torch.get_num_threads(), window, dim**-0.5)
-    for name, x in {"q": q, **tensors}.items():
-        if x is not None:
-            is_view = isinstance(getattr(call, name), _View)
-            setattr(call, name, _View(x.data_ptr(), *x.stride()[:3]) if is_view else x.data_ptr())
-    if getattr(library, function)(ctypes.byref(call)):
-        raise RuntimeError(f"attention = native: no memory for {batch} x {heads} heads of {tokens} tokens.")
+    call = _Call(*q.shape, torch.get_num_threads(), window, q.shape[-1] ** -0.5)
+    native_library.run(function, call, {"q": q, **tensors})
 
 
 def forward(

@@ -19,10 +19,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from alibi_lm.files import whole_file
 
@@ -33,7 +34,7 @@ ROWS = 48
 COMPILERS = ("g++", "c++", "clang++")
 """Looked for in this order, unless CXX names one."""
 SECONDS = 300
-"""After this time a compiler is given up, and what it left behind is swept away by the next one."""
+"""After this time a compiler is given up."""
 
 log = logging.getLogger("alibi_lm")
 
@@ -53,6 +54,29 @@ def find() -> ctypes.CDLL | str:
     except Exception as error:
         # There is always another backend, so nothing unusual about this machine may stop the run.
         return str(error) or type(error).__name__
+
+
+class View(ctypes.Structure):
+    """A (B, H, T, K) tensor whose last dimension lies in one run, as the library reads it."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((f"step_{n}", ctypes.c_int64) for n in "bht")]
+
+
+def run(function: str, call: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
+    """Call the library with a structure whose first fields are B, H, T, after putting tensors into it by name.
+
+    Raises:
+        RuntimeError: no memory.
+    """
+    library = find()
+    assert not isinstance(library, str)
+    for name, x in tensors.items():
+        if x is not None:
+            is_view = isinstance(getattr(call, name), View)
+            setattr(call, name, View(x.data_ptr(), *x.stride()[:3]) if is_view else x.data_ptr())
+    if getattr(library, function)(ctypes.byref(call)):
+        batch, heads, tokens = (getattr(call, name) for name in "BHT")
+        raise RuntimeError(f"attention = native: no memory for {batch} x {heads} heads of {tokens} queries.")
 
 
 def _compiler() -> list[str]:
@@ -110,8 +134,7 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _compile(command: list[str], target: Path) -> Path:
     log.info("compiling the attention kernel for this processor, once; it takes some seconds")
-    _sweep(target)
-    with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="alibi_lm-") as folder:
         made = Path(folder) / target.name
         subprocess.run(
             [*command, "-o", str(made), "-include", str(SOURCE), str(DECODE), *_openmp_of_torch()],
@@ -121,20 +144,6 @@ def _compile(command: list[str], target: Path) -> Path:
     with whole_file(target) as file:
         file.write(content + hashlib.sha256(content).digest())
     return target
-
-
-def _sweep(target: Path) -> None:
-    """Remove what compilers left behind that were killed.
-
-    Nobody else compiles this library now, because the caller holds its lock; another one for SECONDS at most.
-    """
-    for folder in target.parent.iterdir():
-        try:
-            ours, age = folder.name.startswith(f"{target.stem}-"), time.time() - folder.stat().st_mtime
-            if folder.is_dir() and (ours or age > 2 * SECONDS):
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
 
 
 def _flags() -> list[str]:

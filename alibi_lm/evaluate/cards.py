@@ -54,6 +54,7 @@ def write_cards(config: EvaluateConfig) -> None:
     for run in sorted(runs, key=lambda run: (run.config.seed, run.name)):
         first.setdefault(f"{run.config.position} {run.config.train_length}", run)
     path = config.output / "cards.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     chosen = tqdm(first.values(), desc="cards", disable=None)
     write_json(path, {"cards": [card(run.folder, run) for run in chosen]})
     print(path)
@@ -65,6 +66,8 @@ def card(folder: Path, run: PlannedRun) -> dict[str, Any]:
     model = load_run(folder)
     scheme = model.schemes[0]
     parameters = sum(p.numel() for own in model.schemes for p in own.parameters())
+    positions = scheme.training_positions(torch.Generator(), length)
+    drawn = [] if positions is None else ["positions, drawn in training"]
     cost = {"train": seconds_per_token(model, length, True)}
     if not model.max_length or model.max_length >= FACTOR * length:
         cost["evaluate"] = seconds_per_token(model, FACTOR * length, False)
@@ -72,16 +75,11 @@ def card(folder: Path, run: PlannedRun) -> dict[str, Any]:
         "run": run.name,
         "position": settings.name,
         **told(sys.modules[type(settings).__module__].__doc__ or "", inspect.getdoc(type(settings)) or ""),
-        "acts_on": [words for hook, words in HOOKS.items() if scheme.defines(hook)] + _drawn(scheme, length),
+        "acts_on": [words for hook, words in HOOKS.items() if scheme.defines(hook)] + drawn,
         "parameters": parameters,
         "receptive_field": receptive_field(scheme, length),
         "seconds_per_token": cost,
     }
-
-
-def _drawn(scheme: PositionScheme, length: int) -> list[str]:
-    drawn = scheme.training_positions(torch.Generator(), length)
-    return [] if drawn is None else ["positions, drawn in training"]
 
 
 def seconds_per_token(model: TransformerLM, length: int, backward: bool, passes: int = 12) -> float:
@@ -121,9 +119,8 @@ def told(of_file: str, of_class: str) -> dict[str, str]:
         found = re.search(rf"^{name}: (.*?)(?=\n\n|\nDiffers|\Z)", text, re.DOTALL | re.MULTILINE)
         return " ".join(found[1].split()) if found else ""
 
-    title = " ".join(text.split("\n\n")[0].split())
     return {
-        "title": title,
+        "title": " ".join(text.split("\n\n")[0].split()),
         "formula": "\n".join(formula),
         "source": part("Source"),
         "beyond": part("Past the trained length"),

@@ -31,8 +31,8 @@ from alibi_lm.data.corpus import prepare
 from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, PlannedRun, open_run, plan, raise_failures
+from alibi_lm.evaluate.rows import common_fields, measure
 from alibi_lm.evaluate.store import Stored
-from alibi_lm.evaluate.sweep import common_fields, measure
 from alibi_lm.positions import POSITIONS
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.runs import experiment_folder
@@ -73,13 +73,10 @@ class ChangesConfig:
         """Folder of the results."""
         return Path(self.output_dir) if self.output_dir else experiment_folder(self.experiment) / "test_time"
 
-    def evaluation(self, split: str, lengths: list[int], changes: Candidate) -> EvaluateConfig:
+    def evaluation(self, split: str, length: int, changes: Candidate) -> EvaluateConfig:
         """An evaluation with some changes."""
-        return EvaluateConfig(
-            experiment=self.experiment, runs=self.runs, lengths=lengths, mode="nonoverlapping", split=split,
-            checkpoint=self.checkpoint, attention=self.attention, data=self.data, device=self.device,
-            precision=self.precision, threads=self.threads, output_dir=str(self.output), **changes,
-        )  # fmt: skip
+        own = {"lengths": [length], "mode": "nonoverlapping", "split": split, "output_dir": str(self.output)}
+        return EvaluateConfig(**vars(self) | own | changes)
 
 
 class CroppedPasses(Passes):
@@ -139,7 +136,7 @@ def change_and_evaluate(config: ChangesConfig) -> Iterator[ResultRow]:
         FailedRuns: at the end, where some of several runs could not be evaluated.
     """
     device = runtime.start(config.device, threads=config.threads)
-    runs, failures = plan(config.evaluation("validation", [1], {}))
+    runs, failures = plan(config.evaluation("validation", 1, {}))
     total = len(runs) + len(failures)
     config.output.mkdir(parents=True, exist_ok=True)
     for run in runs:
@@ -162,18 +159,24 @@ def _of_run(config: ChangesConfig, run: PlannedRun, device: torch.device) -> Ite
     for split in ("validation", "test"):
         prepare(config.data.apply(own.data), own.tokenizer, splits=(split,))
     for length in lengths:
-        tried = candidates(own, length)
-        bar = tqdm(
-            total=sum(map(len, tried.values())) + 1, desc=f"{run.name} at {length}", leave=False, disable=None
-        )
+        tried = candidates(own, length) | {CROP: [{}]}
+        bar = tqdm(total=sum(map(len, tried.values())), desc=f"{run.name} at {length}", leave=False, disable=None)
         for name, values in tried.items():
             losses = []
             for value in values if len(values) > 1 else []:
                 losses.append(_validation_nats(config, run, length, value, device))
                 bar.update()
             chosen = values[int(np.argmin(losses))] if losses else values[0]
-            yield from _test_rows(config, run, length, chosen, name, len(values), device)
-        yield from _test_rows(config, run, length, {}, CROP, 1, device)
+            evaluation = config.evaluation("test", length, chosen)
+            opened = open_run(evaluation, replace(run, settings=evaluation.settings(own)), device)
+            common = common_fields(evaluation, opened, opened.passes.task)
+            passes = opened.passes
+            if name == CROP:
+                passes, common["changes"] = CroppedPasses(**vars(passes)), {"crop": own.train_length}
+            tuned = "validation" if len(values) > 1 else None
+            common["extra"] |= {"change": name, "tuned_on": tuned, "values_tried": len(values)}
+            common["extra"]["untried"] = untried(own)
+            yield from measure(passes, length, config.output, **common)
         bar.close()
 
 
@@ -181,30 +184,7 @@ def _validation_nats(
     config: ChangesConfig, run: PlannedRun, length: int, value: Candidate, device: torch.device
 ) -> float:
     """Sum of nats on the validation split; infinite where the model cannot run."""
-    evaluation = config.evaluation("validation", [length], value)
+    evaluation = config.evaluation("validation", length, value)
     passes = open_run(evaluation, replace(run, settings=evaluation.settings(run.config)), device).passes
-    if passes.refuses(length):
-        return math.inf
-    found = float(passes.nats(length).sum(dtype=np.float64))
+    found = math.inf if passes.refuses(length) else float(passes.nats(length).sum(dtype=np.float64))
     return found if math.isfinite(found) else math.inf
-
-
-def _test_rows(
-    config: ChangesConfig,
-    run: PlannedRun,
-    length: int,
-    value: Candidate,
-    name: str,
-    tried: int,
-    device: torch.device,
-) -> list[ResultRow]:
-    evaluation = config.evaluation("test", [length], value)
-    opened = open_run(evaluation, replace(run, settings=evaluation.settings(run.config)), device)
-    passes = opened.passes
-    common = common_fields(evaluation, opened, passes.task)
-    if name == CROP:
-        passes = CroppedPasses(**vars(passes))
-        common["changes"] = {"crop": run.config.train_length}
-    common["extra"] |= {"change": name, "tuned_on": "validation" if tried > 1 else None, "values_tried": tried}
-    common["extra"]["untried"] = untried(run.config)
-    return measure(passes, length, config.output, **common)

@@ -37,9 +37,10 @@ VIEWS: dict[str, tuple[str, ...]] = {
 """The views and the settings that each understands."""
 CURVE = ("lengths", "mode", "stride", "task", "tracking", "cache", "lost_share", "window", "sinks")
 """The settings that `view=curve` understands."""
-
-DEFAULTS = {"last": 16, "windows": 16, "key_gain": 2.0, "key_loss": 2.0, "tracking": "jsonl"}
-"""Of the settings of single views that have one."""
+STREAMED = ("cache", "lost_share", "window", "sinks")
+"""Those of them that belong to mode=stream."""
+OF_MODELS = ("model_config", "train_length", "trust_remote_code")
+"""The settings that belong to model=hf:..."""
 
 
 @dataclass
@@ -170,8 +171,6 @@ class EvaluateConfig:
     """CPU threads; null: torch's choice."""
     draw: bool = True
     """Draw figure and table afterwards."""
-    tokens_dir: str | None = None
-    """Where per-token results are kept; null: the folder `tokens` of the experiment's curves."""
     output_dir: str | None = None
     """Where results go; null: outputs/<experiment>/extrapolation (curve) or outputs/<experiment>/analysis."""
 
@@ -185,10 +184,19 @@ class EvaluateConfig:
             "mode": (*MODES, STREAM),
             "cache": POLICIES,
         }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            unset = value is None and name in ("split", "mode", "cache")
-            require(unset or value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+        for name, value in vars(self).items():
+            least = 0 if name in ("offsets", "sinks") else 1
+            if value is not None and name in choices:
+                require(value in choices[name], f"{name} = {value!r}. Allowed: {', '.join(choices[name])}.")
+            elif isinstance(value, str):
+                require(
+                    bool(value.strip()), f"{name} is empty. Give a value, or leave {name} out for the default."
+                )
+            elif isinstance(value, int) and not isinstance(value, bool):
+                require(value >= least, f"{name} = {value}. Use a whole number >= {least}.")
+            elif isinstance(value, list):
+                require(bool(value), f"{name} = []. Name some, quoted: '{name}=[64,128]'.")
+                require(min(value) >= least, f"{name} = {value}. Use whole numbers >= {least}.")
         require(
             re.fullmatch(r"best|last|step:\d+", self.checkpoint) is not None,
             f"checkpoint = {self.checkpoint!r}. Allowed: best, last, step:<number> of one that was kept.",
@@ -197,55 +205,27 @@ class EvaluateConfig:
             self.model is None or (self.runs is None and not self.position and not self.query_scale),
             "model = ... with runs, position or query_scale: those are of our own runs. Give one or the other.",
         )
-        for name in ("model_config", "train_length", "trust_remote_code"):
-            shown, value = "+model.<key>" if name == "model_config" else name, getattr(self, name)
-            require(
-                self.model is not None or not value,
-                f"{shown} = {value} has no effect without model=hf:<folder or hub name>.",
-            )
-        for name in ("experiment", "runs", "tokens_dir", "output_dir", "model"):
-            value = getattr(self, name)
-            require(
-                value is None or bool(value.strip()),
-                f"{name} is empty. Give a value, or leave {name} out for the default.",
-            )
-        for name in (
-            "stride", "every", "last", "width", "windows", "short", "tokens_per_forward", "threads",
-            "train_length",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} = {value}. Use a whole number >= 1.")
-        for name, least in (("lengths", 1), ("contexts", 1), ("offsets", 0), ("distances", 1)):
-            values = getattr(self, name)
-            require(values is None or bool(values), f"{name} = []. Name some, quoted: '{name}=[64,128]'.")
-            require(all(v >= least for v in values or ()), f"{name} = {values}. Use whole numbers >= {least}.")
-        self._refuse_settings_of_other_views()
-        for name in ("cache", "lost_share", "window", "sinks"):
-            value = getattr(self, name)
-            require(
-                value is None or self.mode == STREAM,
-                f"{name} = {value} with mode={self.mode}. It belongs to mode={STREAM}.",
-            )
-        for name in ("lengths", "stride"):
-            value = getattr(self, name)
-            require(
-                value is None or self.mode != STREAM,
-                f"{name} = {value} with mode={STREAM}, which has one window: the whole split. Leave {name} out.",
-            )
-
-    def _refuse_settings_of_other_views(self) -> None:
         known = {"curve": CURVE, **VIEWS}
         own = set().union(*VIEWS.values()) if self.view == "all" else set(known[self.view])
-        for setting in sorted(set().union(*known.values()) - own):
-            value = getattr(self, setting)
-            if setting == "tracking":
-                value = getattr(value, "name", "jsonl")
-            default = DEFAULTS.get(setting)
-            users = ", ".join(view for view, names in known.items() if setting in names)
-            require(
-                value == default,
-                f"{setting} = {value} has no effect with view={self.view}. It belongs to view={users}.",
-            )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)} | {
+            "model_config": {},
+            "tracking": "jsonl",
+        }
+        for name, value in (vars(self) | {"tracking": getattr(self.tracking, "name", "jsonl")}).items():
+            users = [view for view, names in known.items() if name in names]
+            if value == defaults[name]:
+                continue
+            if name in OF_MODELS and self.model is None:
+                why = "has no effect without model=hf:<folder or hub name>."
+            elif users and name not in own:
+                why = f"has no effect with view={self.view}. It belongs to view={', '.join(users)}."
+            elif name in STREAMED and self.mode != STREAM:
+                why = f"with mode={self.mode}. It belongs to mode={STREAM}."
+            elif name in ("lengths", "stride") and self.mode == STREAM:
+                why = f"with mode={STREAM}, which has one window: the whole split. Leave {name} out."
+            else:
+                continue
+            raise ValueError(f"{'+model.<key>' if name == 'model_config' else name} = {value} {why}")
 
     @property
     def output(self) -> Path:
@@ -262,8 +242,6 @@ class EvaluateConfig:
     @property
     def tokens(self) -> Path:
         """Folder of per-token results: evaluation and analysis have one and the same."""
-        if self.tokens_dir:
-            return Path(self.tokens_dir)
         curves = self.output if self.view == "curve" else self._home / "extrapolation"
         return curves / "tokens"
 

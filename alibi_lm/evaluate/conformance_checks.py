@@ -9,12 +9,12 @@ Shape letters: B batch, T tokens, S keys, H heads, K head dim.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
+import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,16 @@ class Check:
     """None: told, not judged."""
     found: str
     """The number, in words."""
+
+
+CHECKS = {
+    "causality": "causality", "shift": "shift", "cache": "cache", "forms of the bias": "forms",
+    "backends": "agreement", "gradients": "gradients", "precision": "precision", "longer inputs": "longer",
+    "parameters": "parameters", "tail of the bias": "tail", "cost": "cost",
+}  # fmt: skip
+"""The checks in their order: their names on the page, and the methods of `Conformance` below."""
+Found = tuple[bool | None, str]
+"""`passed` and `found` of a check."""
 
 
 class InDouble(TorchFunctionMode):
@@ -102,21 +112,9 @@ class Conformance:
 
     def checks(self) -> Iterator[Check]:
         """All checks, one after another; an error in one of them is its result."""
-        for name, check in (
-            ("causality", self.causality),
-            ("shift", self.shift),
-            ("cache", self.cache),
-            ("forms of the bias", self.forms),
-            ("backends", self.agreement),
-            ("gradients", self.gradients),
-            ("precision", self.precision),
-            ("longer inputs", self.longer),
-            ("parameters", self.parameters),
-            ("tail of the bias", self.tail),
-            ("cost", self.cost),
-        ):
+        for name, check in CHECKS.items():
             try:
-                yield from (dataclasses.replace(found, name=name) for found in check())
+                yield from (Check(name, passed, found) for passed, found in getattr(self, check)())
             except Exception as error:
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -124,7 +122,7 @@ class Conformance:
 
     # --- what must hold --------------------------------------------------------------------------
 
-    def causality(self) -> Iterator[Check]:
+    def causality(self) -> Iterator[Found]:
         """An output depends on every earlier token, and its gradient of each later one is exactly 0."""
         for attention in self.backends:
             model, seen = self.model(attention), dict[str, Tensor]()
@@ -138,26 +136,26 @@ class Conformance:
             reached = gradient[0].abs().amax(dim=1)
             leak, blind = float(reached[8:].max()), int((reached[:8] == 0).sum())
             words = f"{attention}: largest gradient of a later token {leak:.1e} (0)"
-            yield Check("", leak == 0 and blind == 0, f"{words}, earlier tokens without one {blind} (0)")
+            yield leak == 0 and blind == 0, f"{words}, earlier tokens without one {blind} (0)"
 
-    def shift(self) -> Iterator[Check]:
+    def shift(self) -> Iterator[Found]:
         """Moving all positions changes nothing where the scheme says so, and something where it does not."""
         model, tokens, places = self.model(), self.ids(1, 60), torch.arange(60)
         shifts = [37] if model.max_length else [37, 5000]
         with torch.no_grad():
             here = model(tokens, positions=places)
-            moved = _largest(float((model(tokens, positions=places + s) - here).abs().max()) for s in shifts)
+            moved = _largest((model(tokens, positions=places + s) - here).abs().max() for s in shifts)
         share, invariant = moved / self._size(model, tokens), self.scheme.translation_invariant
         limit = ROUNDING if invariant else 10 * ROUNDING
         words = f"shifts of {', '.join(map(str, shifts))} change {share:.1e} of the output"
         claim = f"translation_invariant = {invariant}: {'at most' if invariant else 'more than'} {limit:.0e}"
-        yield Check("", share <= limit if invariant else share > limit, f"{words} ({claim})")
+        yield share <= limit if invariant else share > limit, f"{words} ({claim})"
 
-    def cache(self) -> Iterator[Check]:
+    def cache(self) -> Iterator[Found]:
         """Decoding in ragged pieces equals one pass, also across gaps of the positions and with a window."""
         tokens, pieces = self.ids(2, 60), [23, 1, 1, 30, 5]
         starts = torch.arange(len(pieces)).repeat_interleave(torch.tensor(pieces))
-        worst = 0.0
+        gaps = []
         for attention, (gap, window) in itertools.product(self.backends, [(0, None), (7, 30)]):
             model, cache = self.model(attention), KeyValueCache()
             places = torch.arange(60) + gap * starts
@@ -167,13 +165,11 @@ class Conformance:
                     for piece, where in zip(tokens.split(pieces, 1), places.split(pieces), strict=True)
                 ]
                 whole = model(tokens, positions=places, window=window)
-            gap_here = float((torch.cat(parts, 1) - whole).abs().max()) / self._size(model, tokens)
-            worst = _largest((worst, gap_here))
-        yield Check(
-            "", worst <= ROUNDING, f"pieces of {pieces}: {worst:.1e} of the output (at most {ROUNDING:.0e})"
-        )
+            gaps.append(float((torch.cat(parts, 1) - whole).abs().max()) / self._size(model, tokens))
+        worst = _largest(gaps)
+        yield worst <= ROUNDING, f"pieces of {pieces}: {worst:.1e} of the output (at most {ROUNDING:.0e})"
 
-    def forms(self) -> Iterator[Check]:
+    def forms(self) -> Iterator[Found]:
         """The fast forms of a bias are the bias: of distance, of the key, of one score."""
         scheme = self.scheme
         q_pos, k_pos = torch.arange(20, 300, 7), torch.arange(3, 300)
@@ -199,11 +195,9 @@ class Conformance:
             )
         for name, gap in gaps.items():
             worst = float(gap.detach().masked_fill(~visible, 0).abs().max()) / size
-            yield Check(
-                "", worst <= 1e-5, f"{name} differs from bias by {worst:.1e} of the largest bias (at most 1e-05)"
-            )
+            yield worst <= 1e-5, f"{name} differs from bias by {worst:.1e} of the largest bias (at most 1e-05)"
 
-    def agreement(self) -> Iterator[Check]:
+    def agreement(self) -> Iterator[Found]:
         """All backends give the outputs and gradients of `eager`, also by slices and extra columns."""
         tokens, targets, results = self.ids(2, 101), self.ids(2, 101).flip(1), {}
         for attention, window in itertools.product(self.backends, (None, 9)):
@@ -215,38 +209,35 @@ class Conformance:
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             results[attention, window] = (nats.detach(), grads)
         for attention in self.backends[1:]:
-            worst_nats = worst_grad = 0.0
-            for window in (None, 9):
-                nats, grads = results[attention, window]
-                expected, right = results["eager", window]
-                worst_nats = _largest((worst_nats, float((nats - expected).abs().max())))
-                scale = _largest(float(g.abs().max()) for g in right)
-                gaps = [float((a - b).abs().max()) / scale for a, b in zip(grads, right, strict=True)]
-                worst_grad = _largest((worst_grad, *gaps))
+            pairs = [(results[attention, window], results["eager", window]) for window in (None, 9)]
+            worst_nats = _largest((nats - right).abs().max() for (nats, _), (right, _) in pairs)
+            worst_grad = _largest(
+                float((a - b).abs().max()) / _largest(g.abs().max() for g in right)
+                for (_, grads), (_, right) in pairs
+                for a, b in zip(grads, right, strict=True)
+            )
             words = f"{attention} against eager: nats {worst_nats:.1e}, gradients {worst_grad:.1e}"
-            yield Check("", worst_nats <= 1e-4 and worst_grad <= 1e-4, f"{words} (each at most 1e-04)")
+            yield worst_nats <= 1e-4 and worst_grad <= 1e-4, f"{words} (each at most 1e-04)"
         if not Backends("flex", "").refuses_scheme(self.scheme):
             model = self.model("flex")
             with torch.no_grad():
                 apart = [model.nats(tokens, targets, window=w) - results["eager", w][0] for w in (None, 9)]
-            worst = _largest(float(gap.abs().max()) for gap in apart)
+            worst = _largest(gap.abs().max() for gap in apart)
             words = f"flex against eager: nats {worst:.1e} (at most 1e-04), no gradients on a CPU"
-            yield Check("", worst <= 1e-4, words)
+            yield worst <= 1e-4, words
 
-    def gradients(self) -> Iterator[Check]:
+    def gradients(self) -> Iterator[Found]:
         """Gradients are those of finite differences in float64, along a random direction of each parameter."""
-        tokens, targets, worst, count = self.ids(1, 40), self.ids(1, 40).flip(1), 0.0, 0
+        tokens, targets, gaps = self.ids(1, 40), self.ids(1, 40).flip(1), list[float]()
         with InDouble():
             # Near their start, so that parameters stay where they are not clamped.
             model = self.model(moved=0.02).double()
             model.nats(tokens, targets).sum().backward()
             owned = [p for scheme in model.schemes for p in scheme.parameters()]
             for parameter in [*owned, model.layers[0].attention.qkv.weight]:
-                count += 1
                 require(parameter.grad is not None, "a parameter has no gradient")
-                way = torch.randn(
-                    parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(count)
-                )
+                generator = torch.Generator().manual_seed(len(gaps) + 1)
+                way = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
                 values = []
                 with torch.no_grad():
                     for step in (1e-6, -2e-6):
@@ -255,10 +246,11 @@ class Conformance:
                     parameter += 1e-6 * way
                 assert parameter.grad is not None
                 slope, expected = float((parameter.grad * way).sum()), (values[0] - values[1]) / 2e-6
-                worst = _largest((worst, abs(slope - expected) / max(abs(expected), 1e-2)))
-        yield Check("", worst <= 1e-4, f"{count} parameters: off by {worst:.1e} of the slope (at most 1e-04)")
+                gaps.append(abs(slope - expected) / max(abs(expected), 1e-2))
+        worst = _largest(gaps)
+        yield worst <= 1e-4, f"{len(gaps)} parameters: off by {worst:.1e} of the slope (at most 1e-04)"
 
-    def precision(self) -> Iterator[Check]:
+    def precision(self) -> Iterator[Found]:
         """In a bfloat16 model a bias and the rotation of queries are exact to float32, at positions to 8,191."""
         scheme, reference = self.model().schemes[0].bfloat16(), self.model().schemes[0]
         reference.load_state_dict(scheme.state_dict())
@@ -273,7 +265,7 @@ class Conformance:
             visible = (q_pos[:, None] >= k_pos).expand_as(bias)
             error = ((bias.double() - expected).abs() / expected.abs().clamp_min(1e-3))[visible].max().detach()
             words = f"bias in a bfloat16 model: {error:.1e} of its value ({bias.dtype}; at most 1e-05)"
-            yield Check("", float(error) <= 1e-5 and bias.dtype in (torch.float32, torch.float64), words)
+            yield float(error) <= 1e-5 and bias.dtype in (torch.float32, torch.float64), words
         if scheme.defines("transform_qk"):
             generator = torch.Generator().manual_seed(0)
             q = torch.randn(1, SIZES.num_heads, len(q_pos), SIZES.head_dim, generator=generator).bfloat16()
@@ -282,9 +274,9 @@ class Conformance:
                 want, _ = reference.transform_qk(q.double(), q.double(), reference.tables(q_pos))
             error = (got.double() - want).abs().max() / want.abs().max()
             words = f"queries at positions to {last:,} in bfloat16: {error:.1e} of the largest (at most 8e-03)"
-            yield Check("", float(error) <= 8e-3, words)
+            yield float(error) <= 8e-3, words
 
-    def longer(self) -> Iterator[Check]:
+    def longer(self) -> Iterator[Found]:
         """Four and sixteen times the training length give finite values, or the documented error."""
         for times in (4, 16):
             model = self.model(self.backends[-1], train_length=TRAIN_LENGTH)
@@ -294,17 +286,15 @@ class Conformance:
             if model.max_length is None:
                 with torch.no_grad():
                     finite = bool(torch.isfinite(model(tokens)).all())
-                yield Check("", finite, f"{times} L = {length}: {'finite' if finite else 'NaN or infinite'}")
+                yield finite, f"{times} L = {length}: {'finite' if finite else 'NaN or infinite'}"
                 continue
             try:
                 model(tokens)
-                yield Check("", False, f"{times} L = {length}: no error, with max_position = {model.max_length}")
+                yield False, f"{times} L = {length}: no error, with max_position = {model.max_length}"
             except ValueError as error:
-                yield Check(
-                    "", "positions" in str(error), f"{times} L = {length}: refused, {str(error).split('.')[0]}"
-                )
+                yield "positions" in str(error), f"{times} L = {length}: refused, {str(error).split('.')[0]}"
 
-    def parameters(self) -> Iterator[Check]:
+    def parameters(self) -> Iterator[Found]:
         """Every parameter takes part in training, and weights load at another context length."""
         # A step from their start, where some are multiplied by others that start at 0.
         model = self.model(train_length=128, moved=0.01).train()
@@ -316,42 +306,35 @@ class Conformance:
         same = all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
         numbers = sum(p.numel() for p in named.values())
         words = f"{numbers:,} trained numbers, without a gradient: {', '.join(idle) or 'none'}"
-        yield Check("", not idle and same, words + ("" if same else "; weights change with the context length"))
+        yield not idle and same, words + ("" if same else "; weights change with the context length")
 
     # --- what is told ----------------------------------------------------------------------------
 
-    def tail(self) -> Iterator[Check]:
+    def tail(self) -> Iterator[Found]:
         """Whether the sum of exp(bias) over distances ends, and where all but 1% of it lies (arXiv 2307.10156)."""
         if not self.scheme.defines("distance_bias"):
-            yield Check("", None, "no bias that is a function of distance")
+            yield None, "no bias that is a function of distance"
             return
         line = self.model(moved=0.0).schemes[0].distance_bias(torch.arange(FAR))
         assert line is not None
         heads = torch.logcumsumexp(line.detach().double(), -1)
-        half, whole = heads[:, FAR // 2 - 1], heads[:, -1]
-        growth = (whole - half).exp()
+        growth = (heads[:, -1] - heads[:, FAR // 2 - 1]).exp()
         # Of a sum that converges, the last doubling of distances adds next to nothing.
         ends = growth < 1.01
-        reach = [
-            int((head < total + math.log(0.99)).sum()) if end else None
-            for head, total, end in zip(heads, whole, ends, strict=True)
-        ]
-        own = [r for r in reach if r is not None]
-        words = f"at its start the sum of exp(bias) ends in {int(ends.sum())} of {len(ends)} heads"
+        own = (heads < heads[:, -1:] + math.log(0.99)).sum(-1)[ends].tolist()
+        words = f"at its start the sum of exp(bias) ends in {len(own)} of {len(ends)} heads"
         words += f"; 99% of it within {min(own):,} to {max(own):,} tokens" if own else ""
-        yield Check("", None, f"{words} (summed to {FAR:,})")
+        yield None, f"{words} (summed to {FAR:,})"
         if float(growth.max()) > NO_BOUND:
             worst = f"the bias grows without bound: twice the distances, {float(growth.max()):.1e} times the sum"
-            yield Check("", False, f"{worst} (at most {NO_BOUND:g} times). Far keys take all attention")
+            yield False, f"{worst} (at most {NO_BOUND:g} times). Far keys take all attention"
 
-    def cost(self) -> Iterator[Check]:
+    def cost(self) -> Iterator[Found]:
         """Time to train, evaluate and decode against no positions: medians of paired measurements."""
         sizes = ModelConfig(num_layers=2, model_dim=64, num_heads=4, ffn_dim=128)
-        plain = Conformance.__new__(Conformance)
-        plain.config = POSITIONS["none"]()
         attention = self.backends[-1] if len(self.backends) > 1 else "eager"
-        pair = [one.model(attention, 256, sizes) for one in (self, plain)]
-        tokens = self.ids(4, 256)
+        pair = [one.model(attention, 256, sizes) for one in (self, Conformance(POSITIONS["none"]()))]
+        tokens, words = self.ids(4, 256), list[str]()
 
         def train(model: TransformerLM) -> None:
             model.nats(tokens, tokens).sum().backward()
@@ -367,9 +350,16 @@ class Conformance:
             for at in range(200, 216):
                 model(tokens[:1, at : at + 1], cache=cache)
 
-        ratios = {work.__name__: _ratio(work, *pair) for work in (train, evaluate, decode)}
-        words = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-        yield Check("", None, f"time over that of no positions (attention={attention}, 256 tokens): {words}")
+        for work in (train, evaluate, decode):
+            ratios = []
+            for _ in range(6):
+                times = [time.perf_counter()]
+                for model in pair:
+                    work(model)
+                    times.append(time.perf_counter())
+                ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+            words.append(f"{work.__name__} {statistics.median(ratios[1:]):.2f}")
+        yield None, f"time over that of no positions (attention={attention}, 256 tokens): {', '.join(words)}"
 
     def _size(self, model: TransformerLM, tokens: Tensor) -> float:
         """What another order of the tokens changes in the output."""
@@ -377,19 +367,6 @@ class Conformance:
             return float((model(tokens) - model(tokens.flip(1))).abs().max())
 
 
-def _largest(values: Iterable[float]) -> float:
+def _largest(values: Iterable[float | Tensor]) -> float:
     """The largest value, NaN where one is: Python's max drops a NaN that does not come first."""
-    return float(torch.tensor(list(values), dtype=torch.float64).max())
-
-
-def _ratio(work: Callable[[TransformerLM], None], first: TransformerLM, second: TransformerLM) -> float:
-    """Median over pairs of the time for `first` over that for `second`."""
-    ratios = []
-    for _ in range(6):
-        times = []
-        for model in (first, second):
-            start = time.perf_counter()
-            work(model)
-            times.append(time.perf_counter() - start)
-        ratios.append(times[0] / times[1])
-    return sorted(ratios[1:])[2]
+    return float(torch.tensor([float(value) for value in values], dtype=torch.float64).max())

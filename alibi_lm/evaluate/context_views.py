@@ -36,34 +36,39 @@ SLICE = 128
 """Queries whose weights are held at once."""
 
 
-def effective_context(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
+def effective_context(
+    group: Group, lengths: Sequence[int], contexts: Sequence[int] | None = None, every: int | None = None
+) -> list[Point]:
     """`fixed`, and as `effective` the least context whose loss is within 1% of the best one.
 
     `numbers` has the same for each run, and its `receptive_field`: how many of the last tokens hold 99% of the
-    gradient of the loss, in windows of the longest context that could be scored.
+    gradient of the loss, in windows of the longest context that could be scored. Without contexts these are the
+    lengths, and powers of 2 up to the longest.
 
     Source: Khandelwal et al. (2018), arXiv 1805.04623, and the relative effective context length of Dai et al.
     (2019), arXiv 1901.02860, section 3.5; of the gradients Chi et al. (2023), arXiv 2212.10356, section 3.
     """
-    points = fixed(group, contexts, every)
+    powers = (2**k for k in range(max(lengths).bit_length()))
+    points = fixed(group, lengths, contexts or [*{*powers, *lengths}], every)
     known = [point for point in points if point["nats"] is not None]
     if not known:
         return [point | {"effective": None} for point in points]
-    losses = {name: [point["by_run"][name] for point in known] for name in group.labels}
-    numbers: dict[str, dict[str, int | None]] = {
-        "effective": {name: known[_as_good(values)]["context"] for name, values in losses.items()}
-    }
+
+    def least(losses: list[float]) -> int:
+        return next(
+            p["context"] for p, loss in zip(known, losses, strict=True) if loss <= min(losses) * (1 + NEAR)
+        )
+
     context = known[-1]["context"]
     targets = np.linspace(context - 1, group.num_tokens - 1, min(FIELD_TARGETS, group.num_tokens - context + 1))
-    fields = {p.model.label: receptive_field(p, context, targets.astype(np.int64)) for p in group.passes}
-    numbers["receptive_field"] = fields
-    effective = known[_as_good([point["nats"] for point in known])]["context"]
+    numbers = {
+        "effective": {name: least([point["by_run"][name] for point in known]) for name in group.labels},
+        "receptive_field": {
+            p.model.label: receptive_field(p, context, targets.astype(np.int64)) for p in group.passes
+        },
+    }
+    effective = least([point["nats"] for point in known])
     return [point | {"effective": effective, "numbers": numbers} for point in points]
-
-
-def _as_good(losses: Sequence[float]) -> int:
-    """Index of the first loss that is within 1% of the least."""
-    return next(k for k, loss in enumerate(losses) if loss <= min(losses) * (1 + NEAR))
 
 
 def receptive_field(passes: Passes, context: int, targets: np.ndarray) -> int | None:
@@ -99,42 +104,47 @@ def receptive_field(passes: Passes, context: int, targets: np.ndarray) -> int | 
     return int(torch.searchsorted(total.cumsum(0) / total.sum(), FIELD)) + 1
 
 
-def repeat(group: Group, distances: Sequence[int], width: int, every: int) -> list[Point]:
+def repeat(
+    group: Group,
+    lengths: Sequence[int],
+    distances: Sequence[int] | None = None,
+    width: int | None = None,
+    every: int | None = None,
+) -> list[Point]:
     """What reading a segment a second time gains, by the distance between the two readings.
 
     A segment of `width` tokens is scored at its own place in the text, after the `distance - width` tokens before
     it. In front of those stands once the segment itself, and once another one (that of the next place). The gain
-    is the difference of the losses, in nats per token; above 0 where the first reading helps.
+    is the difference of the losses, in nats per token; above 0 where the first reading helps. Unless it is said,
+    segments have L / 4 tokens, distances double from there on, and about 128 segments are scored.
     """
+    width = width or max(1, group.train_length // 4)
+    doubling = [width * 2**k for k in range(16) if width * 2**k + width <= max(lengths)]
+    distances, every = sorted(distances or doubling or [width]), every or max(1, group.num_tokens // width // 128)
     longest = max(distances)
     starts = np.arange(longest, group.num_tokens - width + 1, width * every)
     require(
         len(starts) > 1,
         f"width = {width} at a distance of {longest}: the split has {group.num_tokens} tokens. Use smaller ones.",
     )
-    targets = (starts[:, None] + np.arange(width)).ravel()
-    tokens = group.by_document(targets, [np.ones(len(targets))])[0].astype(np.int64)
-    points: list[Point] = []
-    for distance in distances:
-        at: Point = {"distance": distance, "width": width}
-        reason = next(filter(None, (p.refuses(distance + width) for p in group.passes)), "")
-        reason = reason or (
-            f"two readings of {width} tokens lie {width} apart or more" if distance < width else ""
-        )
-        if reason:
-            points.append(at | {"nats": None, "low": None, "high": None, "reason": reason})
-            continue
-        losses = [
-            [_second_reading(p, starts, first, distance, width) for p in group.passes]
-            for first in (starts, np.roll(starts, -1))
-        ]
-        gains = [other.astype(np.float64) - same for same, other in zip(*losses, strict=True)]
-        points.append(at | group.point(group.by_document(targets, gains), tokens))
-    return points
+
+    def measured(distance: int) -> Point:
+        gains = []
+        for passes in group.passes:
+            same = _second_reading(passes, f"repeat_{every}x", starts, starts, distance, width)
+            other = _second_reading(passes, f"repeat_other_{every}x", starts, np.roll(starts, -1), distance, width)
+            gains.append(other.astype(np.float64) - same)
+        return group.over((starts[:, None] + np.arange(width)).ravel(), gains)
+
+    def refuses(distance: int) -> str:
+        short = f"two readings of {width} tokens lie {width} apart or more" if distance < width else ""
+        return next(filter(None, (p.refuses(distance + width) for p in group.passes)), short)
+
+    return group.points("distance", distances, measured, refuses, width=width)
 
 
 def _second_reading(
-    passes: Passes, starts: np.ndarray, first: np.ndarray, distance: int, width: int
+    passes: Passes, mode: str, starts: np.ndarray, first: np.ndarray, distance: int, width: int
 ) -> np.ndarray:
     """Nats of segments after `first` ones at a distance: (segments * width,) float32."""
     tokens, start_id = passes.text.tokens, passes.text.start_id
@@ -149,7 +159,6 @@ def _second_reading(
             numbers = np.arange(k, k + len(front))[:, None] * width + np.arange(width)
             yield Batch(ids[:, :-1], ids[:, 1:], numbers)
 
-    mode = "repeat" if first is starts else "repeat_other"
     scoring = Scoring(passes.text.split, mode, distance + width, width, first=int(starts[0]))
     return passes.kept(scoring, batches, len(starts) * width).nats
 
@@ -168,11 +177,9 @@ class Looks(AttentionBackend):
     def __init__(self, length: int) -> None:
         self.length = length
         self.layers: list[dict[str, Tensor]] = []
-        self._layer = 0
-
-    def begin(self) -> None:
-        """Begin a forward pass."""
-        self._layer = 0
+        """Sums over the queries, (H,) or (H, length) float64 each."""
+        self.layer = 0
+        """That comes next in a pass."""
 
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         q_pos, k_pos = request.q_pos, request.k_pos
@@ -190,7 +197,7 @@ class Looks(AttentionBackend):
                 out, added = weights.to(v.dtype) @ v[:, :, :end], scheme.value_bias(weights, rows, keys)
                 outs.append(out if added is None else out + added.to(v.dtype))
                 self._note(weights.double(), rows, keys)
-            self._layer += 1
+            self.layer += 1
             return torch.cat(outs, dim=2)
 
         return attend
@@ -199,14 +206,11 @@ class Looks(AttentionBackend):
         """Add the weights (B, H, rows, keys) of some queries to the layer's sums."""
         late = rows >= self.length // 2
         weights, rows = weights[:, :, late], rows[late]
-        heads = weights.shape[1]
-        if self._layer == len(self.layers):
-            zeros = {
-                name: torch.zeros(heads, dtype=torch.float64)
-                for name in ("queries", "distance", "entropy", "first")
-            }
-            self.layers.append(zeros | {"weights": torch.zeros(heads, self.length, dtype=torch.float64)})
-        sums, distance = self.layers[self._layer], (rows[:, None] - keys).clamp_min(0)
+        if self.layer == len(self.layers):
+            one = torch.zeros(weights.shape[1], dtype=torch.float64)
+            zeros = {name: one.clone() for name in ("distance", "entropy", "first", "queries")}
+            self.layers.append(zeros | {"weights": one[:, None].repeat(1, self.length)})
+        sums, distance = self.layers[self.layer], (rows[:, None] - keys).clamp_min(0)
         sums["queries"] += weights.shape[0] * len(rows)
         sums["distance"] += (weights * distance).sum(dim=(0, 2, 3)).cpu()
         sums["entropy"] += torch.special.entr(weights).sum(dim=(0, 2, 3)).cpu()
@@ -225,33 +229,42 @@ def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]
         four, the weight of keys `near` (distances below L / 8) and `beyond` (L or more), and `falling`, the share
         of steps from one range of distances to the next at which the mean weight of a key falls.
     """
-    points: list[Point] = []
-    for length in lengths:
-        at: Point = {"length": length}
-        if reason := group.reason(length):
-            points.append(at | {"nats": None, "reason": reason})
-            continue
-        whole = group.num_tokens // length
-        starts = np.arange(0, whole, max(1, whole // windows))[:windows] * length
-        found = [_look(passes, starts, length) for passes in group.passes]
-        sinks = [head["first"] > SINK for heads in found for head in heads]
-        edges = curve_edges(length, group.train_length) - 1  # distances from 0
-        points.append(
-            at
-            | {
-                "windows": len(starts),
-                "nearest": edges[:-1].tolist(),
-                "farthest": (edges[1:] - 1).tolist(),
-                "heads": [head | {"weights": _binned(head["weights"], edges, length)} for head in found[0]],
-                "sink_rate": float(np.mean(sinks)),
-                "numbers": _over_heads(group, found, edges, length),
+    trained = group.train_length
+
+    def measured(length: int) -> Point:
+        starts = np.arange(0, group.num_tokens // length, max(1, group.num_tokens // length // windows))
+        starts = starts[:windows] * length
+        edges = curve_edges(length, trained) - 1  # distances from 0
+        found = [_look(passes, starts, length, edges) for passes in group.passes]
+        numbers: dict[str, dict[str, float]] = {}
+        for name, heads in zip(group.labels, found, strict=True):
+            weights, binned = heads.pop("each"), np.array(heads["weights"])
+            means = {key: heads[key].mean() for key in ("distance", "entropy", "first")} | {
+                "sink_rate": (heads["first"] > SINK).mean(),
+                "near": weights[:, : max(1, trained // 8)].sum(axis=1).mean(),
+                "beyond": weights[:, trained:].sum(axis=1).mean(),
+                "falling": (np.diff(binned, axis=1) < 0).mean() if binned.shape[1] > 1 else 0.0,
             }
-        )
-    return points
+            for key, value in means.items():
+                numbers.setdefault(key, {})[name] = float(value)
+        columns = {key: values.tolist() for key, values in found[0].items()}
+        return {
+            "windows": len(starts),
+            "nearest": edges[:-1].tolist(),
+            "farthest": (edges[1:] - 1).tolist(),
+            "heads": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+            "sink_rate": float(np.mean([heads["first"] > SINK for heads in found])),
+            "numbers": numbers,
+        }
+
+    return group.points("length", sorted(lengths), measured, empty=("nats",))
 
 
-def _look(passes: Passes, starts: np.ndarray, length: int) -> list[dict[str, Any]]:
-    """What `Looks` notes of some windows, by head: means over queries."""
+def _look(passes: Passes, starts: np.ndarray, length: int, edges: np.ndarray) -> dict[str, np.ndarray]:
+    """What `Looks` notes of some windows: means over queries, a row for each head of each layer.
+
+    `each` has the mean weights by distance, (rows, length); `weights` those of a key in each bin of distances.
+    """
     model = passes.model
     require(
         isinstance(model, TransformerLM),
@@ -265,46 +278,17 @@ def _look(passes: Passes, starts: np.ndarray, length: int) -> list[dict[str, Any
         rows = max(1, passes.tokens_per_forward // length)
         with torch.inference_mode():
             for k in range(0, len(starts), rows):
-                looks.begin()
+                looks.layer = 0
                 ids, _ = cut_windows(passes.text.tokens, passes.text.start_id, starts[k : k + rows], length)
                 model.hidden(ids.to(model.device))
     finally:
         model.backend = backend
-    return [
-        {
-            "layer": layer,
-            "head": head,
-            **{name: float(sums[name][head] / sums["queries"][head]) for name in ("distance", "entropy", "first")},
-            "weights": (sums["weights"][head] / sums["queries"][head]).numpy(),
-        }
-        for layer, sums in enumerate(looks.layers)
-        for head in range(len(sums["queries"]))
-    ]
-
-
-def _over_heads(
-    group: Group, found: Sequence[Sequence[dict[str, Any]]], edges: np.ndarray, length: int
-) -> dict[str, dict[str, float]]:
-    """Means over the heads of each run, by name and run."""
-    numbers: dict[str, dict[str, float]] = {}
-    for name, heads in zip(group.labels, found, strict=True):
-        weights = np.stack([head["weights"] for head in heads])
-        binned = np.array([_binned(own, edges, length) for own in weights])
-        means = {key: np.mean([head[key] for head in heads]) for key in ("distance", "entropy", "first")} | {
-            "sink_rate": np.mean([head["first"] > SINK for head in heads]),
-            "near": weights[:, : max(1, group.train_length // 8)].sum(axis=1).mean(),
-            "beyond": weights[:, group.train_length :].sum(axis=1).mean(),
-            "falling": (np.diff(binned, axis=1) < 0).mean() if binned.shape[1] > 1 else 0.0,
-        }
-        for key, value in means.items():
-            numbers.setdefault(key, {})[name] = float(value)
-    return numbers
-
-
-def _binned(weights: np.ndarray, edges: np.ndarray, length: int) -> list[float]:
-    """Mean weight of a key at the distances of each bin, where a query of the second half has such a key."""
-    late = np.arange(length // 2, length)
-    # How many of these queries have a key at a distance, as a share: all have up to half of the length.
-    reach = np.minimum(1.0, (length - np.arange(length)) / len(late))
-    means = weights / reach
-    return [float(f"{means[a:b].mean():.4g}") for a, b in itertools.pairwise(edges)]
+    sums = {name: torch.cat([layer[name] for layer in looks.layers]).numpy() for name in looks.layers[0]}
+    layers, heads = len(looks.layers), len(looks.layers[0]["queries"])
+    found = {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
+    found |= {name: sums[name] / sums["queries"] for name in ("distance", "entropy", "first")}
+    each = sums["weights"] / sums["queries"][:, None]
+    # How many queries of the second half have a key at a distance, as a share: all have up to half of the length.
+    means = each / np.minimum(1.0, (length - np.arange(length)) / (length - length // 2))
+    bins = [[float(f"{row[a:b].mean():.4g}") for a, b in itertools.pairwise(edges)] for row in means]
+    return found | {"weights": np.array(bins), "each": each}

@@ -187,107 +187,86 @@ def open_model(config: EvaluateConfig, run: PlannedRun, device: torch.device) ->
     corpus = prepare(run.config.data, tokenizer, splits=(run.settings.split,))
     model = load_huggingface(found, device, precision, config.attention)
     settings = {name: value for name, value in found.config.to_dict().items() if name != "_name_or_path"}
-    settings |= {
-        "files": found.files,
-        "attention": model.attention,
-        "precision": precision,
-        "library": model.version,
-    }
-    model.identity = short_hash(settings, digits=12)
+    settings |= {"files": found.files, "attention": model.attention, "precision": precision}
+    model.identity = short_hash(settings | {"library": model.version}, digits=12)
     return corpus, model
-
-
-def open_corpus(config: EvaluateConfig, run: PlannedRun) -> Corpus:
-    """The text to evaluate on, encoded with the run's own tokenizer.
-
-    Raises:
-        ValueError: the text is missing, or a prepared stream belongs to another tokenizer.
-    """
-    data = config.data.apply(run.config.data)
-    tokenizer = run_tokenizer(run.folder)
-    return prepare(data, tokenizer, splits=(run.settings.split,))
 
 
 def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, world: World | None = None) -> OpenRun:
     """Load a run's model, once for all lengths, and open its text, or the items of its task.
 
     Raises:
-        ValueError: see `open_corpus` and `load_run`.
+        ValueError: see `load_run`; the text is missing, or a prepared stream belongs to another tokenizer.
     """
-    if config.model is not None:
-        text, foreign = open_model(config, run, device)
-        return _opened(config, run, text, foreign, foreign.attention, world)
-    corpus = None if isinstance(run.config.task, Synthetic) else open_corpus(config, run)
-    model = load_run(
-        run.folder,
-        checkpoint=config.checkpoint,
-        attention=config.attention,
-        device=device,
-        position=config.position or None,
-        precision=config.precision,
-        query_scale=config.query_scale or None,
-    )
-    if corpus is None:
-        items = ItemTask(run.config.task, run.config.train_length, run.settings.split)
-        store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
-        passes = Passes(model, items, store, tokens_per_forward, world, run.config.position.name)
-        way = {"checkpoint": config.checkpoint, "attention": model.backend.name, "precision": str(model.precision)}
-        _require_task(config, run, (items.name,))
-        return OpenRun(run, None, passes, way, [passes])
-    require(
-        model.vocab_size == corpus.vocab_size + run.config.task.added_tokens,
-        f"{run.folder / 'tokenizer.json'} has {corpus.vocab_size} tokens, the run's model {model.vocab_size}. "
-        "Put the run's own tokenizer back.",
-    )
-    opened = _opened(config, run, corpus, model, model.backend.name, world)
-    _check_validation(config, opened)
+    corpus: Corpus | None = None
+    model: LanguageModel
+    if run.found is not None:
+        corpus, model = open_model(config, run, device)
+        attention = model.attention
+    else:
+        if not isinstance(run.config.task, Synthetic):
+            data = config.data.apply(run.config.data)
+            corpus = prepare(data, run_tokenizer(run.folder), splits=(run.settings.split,))
+        model = own = load_run(
+            run.folder,
+            checkpoint=config.checkpoint,
+            attention=config.attention,
+            device=device,
+            position=config.position or None,
+            precision=config.precision,
+            query_scale=config.query_scale or None,
+        )
+        attention = own.backend.name
+        require(
+            corpus is None or own.vocab_size == corpus.vocab_size + run.config.task.added_tokens,
+            f"{run.folder / 'tokenizer.json'} has {getattr(corpus, 'vocab_size', 0)} tokens, the run's model "
+            f"{own.vocab_size}. Put the run's own tokenizer back.",
+        )
+    tasks, asked = _tasks(config, run, corpus)
+    scheme = run.config.position.name if run.found is None else ""
+    store, first = TokenStore(config.tokens), next(iter(tasks.values()))
+    passes = Passes(model, first, store, run.settings.tokens_per_forward, world, scheme)
+    way = {"checkpoint": config.checkpoint, "attention": attention, "precision": str(model.precision)}
+    opened = OpenRun(run, corpus, passes, way, [dataclasses.replace(passes, task=tasks[name]) for name in asked])
+    if run.found is None and corpus is not None:
+        _check_validation(config, opened)
     return opened
 
 
-def _opened(
-    config: EvaluateConfig,
-    run: PlannedRun,
-    corpus: Corpus,
-    model: LanguageModel,
-    attention: str,
-    world: World | None,
-) -> OpenRun:
-    stream = corpus.split(run.settings.split)
-    scheme = run.config.position.name if run.found is None else ""
-    text = TextTask(
-        stream.tokens,
-        corpus.start_id,
-        run.settings.stride,
-        np.asarray(stream.documents),
-        stream.split,
-        stream.hash,
-        stream.sha256,
-        stream.words,
-        stream.bytes,
-    )
-    store, tokens_per_forward = TokenStore(config.tokens), run.settings.tokens_per_forward
-    passes = Passes(model, text, store, tokens_per_forward, world, scheme)
-    way = {"checkpoint": config.checkpoint, "attention": attention, "precision": str(model.precision)}
-    tasks: dict[str, Task] = {"text": text}
-    if isinstance(run.config.task, NeedleConfig):
-        needles = NeedleTask(
-            run.config.task, stream.tokens, corpus.start_id, corpus.vocab_size, stream.split, stream.hash
+def _tasks(config: EvaluateConfig, run: PlannedRun, corpus: Corpus | None) -> tuple[dict[str, Task], list[str]]:
+    """What a run can be asked, by name, and the names of what rows are made of."""
+    own, split = run.config.task, run.settings.split
+    tasks: dict[str, Task] = {}
+    if corpus is None:
+        assert isinstance(own, Synthetic)
+        tasks[own.name] = ItemTask(own, run.config.train_length, split)
+    else:
+        stream = corpus.split(split)
+        tasks["text"] = TextTask(
+            stream.tokens,
+            corpus.start_id,
+            run.settings.stride,
+            np.asarray(stream.documents),
+            stream.split,
+            stream.hash,
+            stream.sha256,
+            stream.words,
+            stream.bytes,
         )
-        tasks["needle"] = needles
-    own = [config.task] if config.task else list(tasks)
-    if config.task == "passkey":
-        tasks["passkey"] = PasskeyTask(corpus.tokenizer, stream.split)
-    _require_task(config, run, (*tasks, "passkey"))
-    asked = [dataclasses.replace(passes, task=tasks[name]) for name in own]
-    return OpenRun(run, corpus, passes, way, asked)
-
-
-def _require_task(config: EvaluateConfig, run: PlannedRun, known: tuple[str, ...]) -> None:
+        if isinstance(own, NeedleConfig):
+            tasks["needle"] = NeedleTask(
+                own, stream.tokens, corpus.start_id, corpus.vocab_size, split, stream.hash
+            )
+    asked = [config.task] if config.task else list(tasks)
+    known = list(tasks) if corpus is None else [*tasks, "passkey"]
+    if config.task == "passkey" and corpus is not None:
+        tasks["passkey"] = PasskeyTask(corpus.tokenizer, split)
     require(
-        config.task is None or config.task in known,
-        f"task = {config.task}: {run.name} was trained on {run.config.task.name}, and can be asked "
-        f"{', '.join(dict.fromkeys(known))}. Use one of these, or leave task out.",
+        set(asked) <= set(tasks),
+        f"task = {config.task}: {run.name} was trained on {own.name}, and can be asked {', '.join(known)}. "
+        "Use one of these, or leave task out.",
     )
+    return tasks, asked
 
 
 def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:

@@ -16,47 +16,36 @@ ALLOWED = 0.01
 """Share by which the loss may rise."""
 
 
-def safe_length(group: Group, lengths: Sequence[int]) -> list[Point]:
+def safe_length(group: Group, lengths: Sequence[int]) -> dict[str, Any]:
     """The training length and all longer ones: mean loss, and its `excess` over that at the training length.
 
-    `excess` holds `share` (0.02: the loss is 2% higher) and the ends of its 95% interval, `low` and `high`, which
-    are None where the text is a single document.
+    Returns:
+        points: as of `perplexity`. `excess` holds `share` (0.02: the loss is 2% higher) and the ends of its 95%
+            interval, `low` and `high`, which are None where the text is a single document.
+        safe_length: the longest length up to which the loss stays within ALLOWED at every length that was tested;
+            the training length where it leaves at once, None where nothing could be tested.
+        safe_length_low: the same, where the whole interval must be within.
+        safe_length_high: the same, where any part of it may be.
+        verdict: what that says, in words.
     """
     trained = group.train_length
-    points = perplexity(group, sorted({trained, *(n for n in lengths if n > trained)}), None)
+    points = perplexity(group, sorted({trained, *(n for n in lengths if n > trained)}))
     base = points[0]["nats"]
     for point in points:
         del point["mode"], point["stride"]
         if base and (change := point.get("difference")):
             share, low, high = (None if change[k] is None else change[k] / base for k in ("nats", "low", "high"))
             point["excess"] = {"share": share, "low": low, "high": high}
-    return points
-
-
-def verdict(points: Sequence[Point]) -> dict[str, Any]:
-    """What these points say, for a row of results and for people.
-
-    Args:
-        points: of `safe_length`, the training length first.
-
-    Returns:
-        safe_length: the longest length up to which the loss stays within ALLOWED at every length that was tested;
-            the training length where it leaves at once, None where nothing could be tested.
-        safe_length_low: the same, where the whole interval must be within.
-        safe_length_high: the same, where any part of it may be.
-        verdict: in words.
-    """
-    trained, beyond = points[0]["length"], points[1:]
-    tested = [p for p in beyond if "excess" in p]
-    refused = next((p for p in beyond if "excess" not in p), None)
-    ends: dict[str, int | None] = {
+    tested = [p for p in points[1:] if "excess" in p]
+    refused = next((p for p in points[1:] if "excess" not in p), None)
+    ends = {
         f"safe_length{suffix}": _up_to(trained, tested, key) if tested else None
         for suffix, key in (("", "share"), ("_low", "high"), ("_high", "low"))
     }
     words = _words(trained, tested, ends["safe_length_low"])
     if refused is not None:
         words += f" At {refused['length']} it cannot be read: {refused['reason']}."
-    return ends | {"verdict": words.strip()}
+    return {"points": points} | ends | {"verdict": words.strip()}
 
 
 def _up_to(trained: int, tested: Sequence[Point], key: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,13 +121,9 @@ def score_tokens(
     length: int,
     stride: int | None = None,
     tokens_per_forward: int = 8192,
-    window: int | None = None,
     world: World | None = None,
-    progress: str | None = None,
-    interrupt: Callable[[], bool] | None = None,
+    **options: Any,
 ) -> np.ndarray:
     """Nats of every target of a stream of tokens, (N,): `score` of a `TextTask`, see both for the arguments."""
     batches = TextTask(tokens, start_id, stride).batches(length, tokens_per_forward, world)
-    return score(
-        model, batches, len(tokens), window=window, world=world, progress=progress, interrupt=interrupt
-    ).nats
+    return score(model, batches, len(tokens), world=world, **options).nats

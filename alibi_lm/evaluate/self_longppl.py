@@ -13,35 +13,30 @@ scored on tokens that it has chosen itself by a low loss; at other lengths it is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from alibi_lm.evaluate.views import Group, Point, by_document, change_sums, nothing, point_of_sums
+from alibi_lm.evaluate.views import Group, Point
 
 
 @dataclass
 class Gathered:
     """What the passes of one curve gave; it outlives the models."""
 
-    labels: list[str]
-    train_length: int
-    documents: np.ndarray
-    short: int
-    """K, tokens."""
     keys: np.ndarray
     """(N,) bool: key tokens of any of its runs."""
-    chosen_by: str
-    """The thresholds, in words."""
-    nats: dict[int, list[np.ndarray]] = field(default_factory=dict)
-    """Inference length -> nats of every target, (N,) float32 a run."""
-    refused: dict[int, str] = field(default_factory=dict)
+    points: Callable[[np.ndarray], list[Point]]
+    """From the numbers of the key tokens of all curves to the points of this one."""
 
 
-def gather(group: Group, lengths: Sequence[int], short: int | None, key_gain: float, key_loss: float) -> Gathered:
-    """Judge the tokens and score all lengths; `Group` and its models are not needed after this.
+def self_longppl(
+    group: Group, lengths: Sequence[int], short: int | None = None, key_gain: float = 2.0, key_loss: float = 2.0
+) -> Gathered:
+    """Judge the tokens and score all lengths; the models of the group are not needed after this.
 
     Args:
         group: seeds of a curve.
@@ -50,20 +45,31 @@ def gather(group: Group, lengths: Sequence[int], short: int | None, key_gain: fl
         key_gain: nats.
         key_loss: nats.
     """
-    length = group.train_length
-    short = short or max(1, length // 2)
-    words = f"{key_gain:g} nats cheaper in windows of {length} than of {short}, and below {key_loss:g} nats there"
-    found = Gathered(group.labels, length, group.documents, short, np.zeros(group.num_tokens, bool), words)
-    stride = max(1, short // 4)
-    for n in sorted({*lengths, length}):
-        if reason := group.reason(n):
-            found.refused[n] = reason
-        else:
-            found.nats[n] = [p.nats(n) for p in group.passes]
-    if length in found.nats and not group.reason(short, stride=stride):
-        for passes, long in zip(group.passes, found.nats[length], strict=True):
-            found.keys |= (passes.nats(short, stride) - long > key_gain) & (long < key_loss)
-    return found
+    trained, short = group.train_length, short or max(1, group.train_length // 2)
+    reasons = {n: group.reason(n) for n in sorted({*lengths, trained})}
+    nats = {n: [p.nats(n) for p in group.passes] for n, reason in reasons.items() if not reason}
+    keys, stride = np.zeros(group.num_tokens, bool), max(1, short // 4)
+    if trained in nats and not group.reason(short, stride=stride):
+        for passes, long in zip(group.passes, nats[trained], strict=True):
+            keys |= (passes.nats(short, stride) - long > key_gain) & (long < key_loss)
+    rest = copy.copy(group)
+    rest.passes = []  # lets the models go
+    none = (
+        f"no token is {key_gain:g} nats cheaper in windows of {trained} than of {short}, and below {key_loss:g} "
+    )
+    none += "nats there: use a lower key_gain or a higher key_loss"
+
+    def points(targets: np.ndarray) -> list[Point]:
+        return rest.points(
+            "length",
+            reasons,
+            lambda n: rest.over(targets, [own[targets] for own in nats[n]]),
+            lambda n: reasons[n] or ("" if len(targets) else none),
+            base=trained,
+            short=short,
+        )
+
+    return Gathered(keys, points)
 
 
 def finish(series: Sequence[dict[str, Any]]) -> None:
@@ -74,32 +80,6 @@ def finish(series: Sequence[dict[str, Any]]) -> None:
     """
     keys: dict[str, np.ndarray] = {}
     for one in series:
-        mask = one["points"].keys
-        keys[one["corpus"]] = keys.get(one["corpus"], False) | mask
+        keys[one["corpus"]] = keys.get(one["corpus"], False) | one["points"].keys
     for one in series:
-        one["points"] = _points(one["points"], np.flatnonzero(keys[one["corpus"]]))
-
-
-def _points(found: Gathered, targets: np.ndarray) -> list[Point]:
-    points: list[Point] = []
-    tokens = by_document(found.documents, targets, [np.ones(len(targets))])[0].astype(np.int64)
-    sums = {
-        n: by_document(found.documents, targets, [own[targets] for own in runs]) for n, runs in found.nats.items()
-    }
-    for n in sorted({*found.nats, *found.refused}):
-        at: Point = {"length": n, "short": found.short}
-        if n in found.refused:
-            points.append(at | nothing(found.refused[n]))
-        elif not len(targets):
-            points.append(
-                at | nothing(f"no token is {found.chosen_by}: use a lower key_gain or a higher key_loss")
-            )
-        else:
-            points.append(at | point_of_sums(found.labels, sums[n], tokens))
-            if found.train_length in sums:
-                changes = change_sums(sums[n], tokens, sums[found.train_length], tokens)
-                change = point_of_sums(found.labels, changes, tokens)
-                points[-1]["difference"] = {"from": found.train_length} | {
-                    key: change[key] for key in ("nats", "low", "high")
-                }
-    return points
+        one["points"] = one["points"].points(np.flatnonzero(keys[one["corpus"]]))

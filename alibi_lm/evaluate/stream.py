@@ -1,30 +1,33 @@
-"""A whole split as one window: every target has all tokens before it as context, through a key/value cache.
+"""A stream of tokens through a key/value cache, chunk by chunk; and a text of any length in constant memory.
 
-It is the last point of an extrapolation curve. With a cache of windows (`model/streaming.py`) it takes constant
-memory, and the row says which policy was used, what it kept and what it may have lost.
+`evaluate.py mode=stream` takes a whole split as one window (`measure_stream` in rows.py); `stream.py` repeats a
+split as often as it likes and prints perplexity and memory block by block.
 """
 
 from __future__ import annotations
 
-import sys
+import json
+import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alibi_lm import runtime
-from alibi_lm.evaluate.passes import Passes
+from alibi_lm.config import load_config
+from alibi_lm.data.corpus import prepare
+from alibi_lm.files import write_text
 from alibi_lm.model.cache import KeyValueCache
-from alibi_lm.model.streaming import open_cache
+from alibi_lm.model.streaming import POLICIES, open_cache
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.results.documents import DocumentSums
-from alibi_lm.results.rows import ResultRow, perplexity_of
-from alibi_lm.results.statistics import per_document_sums
+from alibi_lm.runs import load_run, run_tokenizer
+from alibi_lm.settings import require
 
 CHUNK = 2048
 """Tokens of a pass."""
@@ -78,47 +81,116 @@ def stream_nats(
         yield nats[0].to("cpu", torch.float64).numpy()
 
 
-def measure_stream(passes: Passes, policy: Policy, **common: Any) -> tuple[ResultRow, DocumentSums | None]:
-    """The row of a whole split as one window, and its sums per document where it has a value.
+# --- a text of any length ------------------------------------------------------------------------
 
-    Args:
-        passes: of a model of ours over a text.
-        policy: the cache.
-        common: further fields of the row; `position` at least.
+
+@dataclass
+class LongStreamConfig:
+    """Which text, and through which cache."""
+
+    run: str
+    """The run folder."""
+    tokens: int = 1_000_000
+    """Tokens to stream; the split is repeated where it is shorter."""
+    every: int = 100_000
+    """A line is printed for so many tokens."""
+    split: str = "train"
+    """train, validation or test, of the run's own text."""
+    cache: str = "proved"
+    """full, proved, certified or window, see alibi_lm/model/streaming.py."""
+    lost_share: float | None = None
+    """proved, certified: share of a query's attention that a head may lose; null: 2^-25."""
+    window: int | None = None
+    """window: last tokens that are kept."""
+    sinks: int | None = None
+    """window: first tokens that are kept besides."""
+    threads: int | None = None
+    """CPU threads; null: torch's choice."""
+    output_dir: str | None = None
+    """Folder of stream.jsonl (a row per block) and stream.md, replaced if they are there; null: only print."""
+
+    def __post_init__(self) -> None:
+        require(self.cache in POLICIES, f"cache = {self.cache!r}. Allowed: {', '.join(POLICIES)}.")
+        splits = ("train", "validation", "test")
+        require(self.split in splits, f"split = {self.split!r}. Allowed: {', '.join(splits)}.")
+        for name in ("tokens", "every"):
+            require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}. Use a whole number >= 1.")
+
+
+def long_stream(config: LongStreamConfig) -> Iterator[dict[str, Any]]:
+    """Stream, and yield what each block of tokens took as soon as it is done.
+
+    `end` is the number of tokens until its end; `resident_bytes` and `descriptors` (open files) are those of the
+    process at its end, 0 where the system does not tell.
 
     Raises:
-        ValueError: a cache that does not fit the model, and why.
+        ValueError: a run that cannot be loaded, or a cache that does not fit it.
     """
-    text, model = passes.text, passes.model
-    length = len(text.tokens)
-    fields: dict[str, Any] = {"run": model.label, "train_length": model.train_length} | common
-    fields |= {name: getattr(text, name) for name in ("split", "corpus", "words", "bytes")}
-    fields |= {"mode": "stream", "inference_length": length, "tokens": length}
-    fields["commit"] = runtime.code_version()[0]
-    fields["changes"] = fields.get("changes", {}) | policy.changes
-    extra = fields.get("extra", {}) | {"cache": policy.cache}
-    fields["extra"] = extra
-    if not isinstance(model, TransformerLM):
-        return ResultRow(**fields, reason="it has no key/value cache that is known here"), None
-    if reason := passes.refuses(length):
-        return ResultRow(**fields, reason=reason), None
-    model.serve(length)
-    cache = policy.open(model)
-    begun = time.perf_counter()
-    runtime.reset_peak_memory(model.device)
-    parts = []
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=length, unit="tok", unit_scale=True, desc=f"{model.label}: stream", disable=quiet) as bar:
-        for part in stream_nats(model, text.tokens, text.start_id, cache):
-            parts.append(part)
-            bar.update(len(part))
-    nats = np.concatenate(parts)
-    total = float(nats.sum())
-    fields |= {"peak_memory_bytes": runtime.peak_memory_bytes(model.device)}
-    fields |= {"tokens_per_second": length / (time.perf_counter() - begun), "nats": total}
-    extra |= {"keys_held": cache.keys_held, "lost_share": cache.lost_share}
-    fields["extra"] = extra
-    perplexity, why = perplexity_of(total, length)
-    by_word = perplexity_of(total, text.words)[0] if text.words else None
-    row = ResultRow(**fields, perplexity=perplexity, word_perplexity=by_word, reason=why)
-    return row, DocumentSums(row.key, *per_document_sums(nats, text.groups(length)))
+    device = runtime.start("cpu", threads=config.threads)
+    folder = Path(config.run)
+    model = load_run(folder, device=device)
+    model.serve(config.tokens)
+    corpus = prepare(load_config(folder).data, run_tokenizer(folder), splits=(config.split,))
+    stream = corpus.split(config.split).tokens
+    require(len(stream) > 0, f"split = {config.split} holds no tokens. Use another one.")
+    cache = Policy(config.cache, config.lost_share, config.window, config.sinks).open(model)
+    before = corpus.start_id
+    for start in range(0, config.tokens, config.every):
+        end = min(start + config.every, config.tokens)
+        tokens = stream[np.arange(start, end) % len(stream)]
+        begun = time.perf_counter()
+        total = sum(float(nats.sum()) for nats in stream_nats(model, tokens, before, cache))
+        before = int(tokens[-1])
+        yield {
+            "end": end,
+            "perplexity": math.exp(total / (end - start)),
+            "tokens_per_second": (end - start) / (time.perf_counter() - begun),
+            "resident_bytes": resident_bytes(),
+            "descriptors": descriptors(),
+            "keys_held": cache.keys_held,
+            "lost_share": cache.lost_share,
+        }
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def descriptors() -> int:
+    """Open files of this process; 0 where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 0
+
+
+def print_long_stream(config: LongStreamConfig) -> None:
+    """Print a line per block, and write the same to the output folder as soon as it is done."""
+    commit, dirty = runtime.code_version()
+    common = {"run": Path(config.run).name, "cache": config.cache, "split": config.split}
+    rows = ""
+    table = f"{common['run']}, cache={config.cache}, {config.split} split of its text\n\n"
+    table += (
+        "| tokens until | perplexity of the block | tokens/s | resident MiB | open files | keys held per head "
+    )
+    table += "| lost share at most |\n" + "| --: " * 7 + "|\n"
+    for block in long_stream(config):
+        bound, megabytes = block["lost_share"], f"{block['resident_bytes'] / 2**20:,.0f}"
+        lost = "not known" if bound is None else f"{bound:.2g}"
+        perplexity, speed = f"{block['perplexity']:.3f}", f"{block['tokens_per_second']:,.0f}"
+        end, files, keys = block["end"], block["descriptors"], f"{block['keys_held']:,.0f}"
+        rows += json.dumps(common | {"commit": commit, "dirty": dirty} | block) + "\n"
+        table += f"| {end:,} | {perplexity} | {speed} | {megabytes} | {files} | {keys} | {lost} |\n"
+        if config.output_dir is not None:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            write_text(Path(config.output_dir) / "stream.jsonl", rows)
+            write_text(Path(config.output_dir) / "stream.md", table)
+        print(
+            f"to {end:>9,}: perplexity {perplexity}, {speed} tokens/s, {megabytes} MiB, {files} open files, "
+            f"{keys} keys held per head, lost share {lost if bound is None else f'at most {lost}'}",
+            flush=True,
+        )

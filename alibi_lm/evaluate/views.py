@@ -11,7 +11,7 @@ trained length, paired by document, whose interval is far narrower: it says whet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from alibi_lm.data.windows import positions_in_window
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.results.statistics import mean_nats_interval, per_document_sums
+from alibi_lm.settings import require
 
 TERMS = ("early_tokens", "positions_beyond", "keys_beyond")
 """The three parts of the decomposition, in the order in which they add up."""
@@ -39,25 +40,14 @@ class Group:
     train_length: int
     passes: list[Passes]
 
-    @property
-    def labels(self) -> list[str]:
-        """Names of the runs."""
-        return [p.model.label for p in self.passes]
-
-    @property
-    def documents(self) -> np.ndarray:
+    def __post_init__(self) -> None:
+        text = self.passes[0].text
+        self.labels = [p.model.label for p in self.passes]
+        self.documents = text.groups(self.train_length)
         """(D,) int64, where documents start."""
-        return self.passes[0].text.groups(self.train_length)
-
-    @property
-    def num_tokens(self) -> int:
-        """Targets of the text."""
-        return self.passes[0].text.num_targets(self.train_length)
-
-    @property
-    def note(self) -> str:
+        self.num_tokens = text.num_targets(self.train_length)
+        self.note = ONE_DOCUMENT if len(self.documents) == 1 else ""
         """What a reader of the points must know; empty where there is nothing."""
-        return ONE_DOCUMENT if len(self.documents) == 1 else ""
 
     def reason(self, length: int, window: bool = False, stride: int | None = None) -> str:
         """Why windows of this length cannot be scored, or hold no text; empty where they can."""
@@ -65,9 +55,49 @@ class Group:
         reasons = [text.refuses(length), *(p.refuses(length, window=window) for p in self.passes)]
         return next(filter(None, reasons), "")
 
-    def by_document(self, targets: np.ndarray, values: Sequence[np.ndarray]) -> np.ndarray:
-        """Sums of some targets' values by run and document: (runs, documents) float64."""
-        return by_document(self.documents, targets, values)
+    def points(
+        self,
+        name: str,
+        values: Iterable[int],
+        measured: Callable[[int], Point],
+        refuses: Callable[[int], str] | None = None,
+        *,
+        base: int | None = None,
+        paired: bool = False,
+        empty: Sequence[str] = ("nats", "low", "high"),
+        **at: Any,
+    ) -> list[Point]:
+        """A point for each value of what `name` says: what is measured there, or why nothing is.
+
+        Args:
+            name: length, context, ...
+            values: where there are points.
+            measured: the point at a value, by `mean` or `over` where others are compared with it.
+            refuses: why there is none; None: `reason`.
+            base: the value from which the others have their `difference`, if there is a point.
+            paired: whether all points have the same targets, so that differences are those of single targets.
+            empty: fields that are None in a point without a value.
+            at: further fields of each point.
+        """
+        points: list[Point] = []
+        for value in values:
+            reason = (refuses or self.reason)(value)
+            nothing: Point = {**dict.fromkeys(empty), "reason": reason}
+            points.append({name: value} | at | (nothing if reason else measured(value)))
+        made = [(point, point.pop("sums")) for point in points if "sums" in point]
+        valued = [(point, sums) for point, sums in made if point["nats"] is not None]
+        start = next((sums for point, sums in valued if point[name] == base), None)
+        if start is None:
+            return points
+        for point, (sums, tokens) in valued:
+            changed = sums - start[0] if paired else change_sums(sums, tokens, *start)
+            change = self.point(changed, start[1])
+            if np.count_nonzero(tokens) < 2:  # one document does not show how documents differ
+                change |= {"low": None, "high": None}
+            point["difference"] = {"from": base} | {key: change[key] for key in ("nats", "low", "high")}
+            if paired:
+                point["difference"]["by_document"] = _by_document(changed, tokens)
+        return points
 
     def mean(self, nats: Sequence[np.ndarray], scored: np.ndarray | None = None) -> Point:
         """A point of the mean nats (N,) of each run, over the targets that are `scored`, (N,) bool; None: all."""
@@ -75,62 +105,45 @@ class Group:
         sums, tokens = np.stack([sums for sums, _ in both]), both[0][1]
         return self.point(sums, tokens) | {"sums": (sums, tokens)}
 
+    def over(self, targets: np.ndarray, values: Sequence[np.ndarray]) -> Point:
+        """A point of the mean of each run's values of some targets, both (M,)."""
+        owner, count = np.searchsorted(self.documents, targets, side="right") - 1, len(self.documents)
+        sums, tokens = (
+            np.stack([np.bincount(owner, one, count) for one in values]),
+            np.bincount(owner, None, count),
+        )
+        return self.point(sums, tokens) | {"sums": (sums, tokens)}
+
     def point(self, sums: np.ndarray, tokens: np.ndarray) -> Point:
-        """The same from sums of nats (seeds, documents) and numbers of targets (documents,)."""
-        return point_of_sums(self.labels, sums, tokens)
+        """A point of sums of nats (seeds, documents) and numbers of targets (documents,)."""
+        means = sums.sum(axis=1) / tokens.sum()
+        if not np.isfinite(means).all():
+            return {"nats": None, "low": None, "high": None, "reason": f"the sum of nats is {sums.sum()}"}
+        low, high = (None if np.isnan(end) else end for end in interval_ends(sums, tokens))
+        return {
+            "nats": float(means.mean()),
+            "low": low,
+            "high": high,
+            "targets": int(tokens.sum()),
+            "by_run": dict(zip(self.labels, means.tolist(), strict=True)),
+        }
 
 
-def by_document(documents: np.ndarray, targets: np.ndarray, values: Sequence[np.ndarray]) -> np.ndarray:
-    """`Group.by_document` from where documents start, (D,) int64."""
-    owner = np.searchsorted(documents, targets, side="right") - 1
-    return np.stack([np.bincount(owner, one, len(documents)) for one in values])
-
-
-def point_of_sums(labels: Sequence[str], sums: np.ndarray, tokens: np.ndarray) -> Point:
-    """`Group.point` from the names of the runs."""
-    means = sums.sum(axis=1) / tokens.sum()
-    if not np.isfinite(means).all():
-        return nothing(f"the sum of nats is {sums.sum()}")
-    low, high = interval_ends(sums, tokens)
-    return {
-        "nats": float(means.mean()),
-        "low": None if np.isnan(low) else low,
-        "high": None if np.isnan(high) else high,
-        "targets": int(tokens.sum()),
-        "by_run": dict(zip(labels, means.tolist(), strict=True)),
-    }
-
-
-def _by_length(group: Group, lengths: Sequence[int], measured: Callable[[int], Point], **at: Any) -> list[Point]:
-    """A point for each length: what is measured there, by `Group.mean`, or why nothing is.
-
-    Where there is one at the trained length, the others have their `difference` from it.
-    """
-    points: list[Point] = []
-    for length in lengths:
-        reason = group.reason(length, stride=at.get("stride"))
-        points.append({"length": length} | at | (nothing(reason) if reason else measured(length)))
-    sums: list[Any] = [point.pop("sums", None) for point in points]
-    valued = [k for k, point in enumerate(points) if point["nats"] is not None]
-    base = [k for k in valued if points[k]["length"] == group.train_length]
-    for k in valued if base else []:
-        change = group.point(change_sums(*sums[k], *sums[base[0]]), sums[base[0]][1])
-        if np.count_nonzero(sums[k][1]) < 2:  # one document does not show how documents differ
-            change |= {"low": None, "high": None}
-        points[k]["difference"] = {"from": group.train_length} | {n: change[n] for n in ("nats", "low", "high")}
-    return points
-
-
-def perplexity(group: Group, lengths: Sequence[int], stride: int | None) -> list[Point]:
+def perplexity(group: Group, lengths: Sequence[int], stride: int | None = None) -> list[Point]:
     """Mean loss by inference length: nonoverlapping, and sliding too where a stride is given."""
 
-    def measured(length: int, stride: int | None = None) -> Point:
-        return group.mean([p.nats(length, stride) for p in group.passes])
+    def points(mode: str, stride: int | None) -> list[Point]:
+        return group.points(
+            "length",
+            lengths,
+            lambda n: group.mean([p.nats(n, stride) for p in group.passes]),
+            lambda n: group.reason(n, stride=stride),
+            base=group.train_length,
+            mode=mode,
+            stride=stride,
+        )
 
-    points = _by_length(group, lengths, measured, mode="nonoverlapping", stride=None)
-    if stride is not None:
-        points += _by_length(group, lengths, lambda n: measured(n, stride), mode="sliding", stride=stride)
-    return points
+    return points("nonoverlapping", None) + ([] if stride is None else points("sliding", stride))
 
 
 def position(group: Group, lengths: Sequence[int]) -> list[Point]:
@@ -147,20 +160,21 @@ def position(group: Group, lengths: Sequence[int]) -> list[Point]:
         curve = position_curve(np.stack(nats), group.documents, positions, length, group.train_length)
         return group.mean(nats) | {"curve": {name: _numbers(values) for name, values in curve.items()}}
 
-    return _by_length(group, lengths, measured)
+    return group.points("length", sorted(lengths), measured, base=group.train_length)
 
 
-def last(group: Group, lengths: Sequence[int], count: int) -> list[Point]:
-    """Mean loss of the last `count` targets of every whole window: none of them has a short context."""
+def last(group: Group, lengths: Sequence[int], last: int) -> list[Point]:
+    """Mean loss of the `last` targets of every whole window: none of them has a short context."""
 
     def measured(length: int) -> Point:
-        if count > length:
-            return nothing(f"last = {count} is longer than the window")
-        scored = positions_in_window(group.num_tokens, length) > length - count
+        scored = positions_in_window(group.num_tokens, length) > length - last
         scored[group.num_tokens // length * length :] = False
         return group.mean([p.nats(length) for p in group.passes], scored)
 
-    return _by_length(group, lengths, measured, last=count)
+    def refuses(length: int) -> str:
+        return group.reason(length) or (f"last = {last} is longer than the window" if last > length else "")
+
+    return group.points("length", lengths, measured, refuses, base=group.train_length, last=last)
 
 
 def documents(group: Group, lengths: Sequence[int]) -> list[Point]:
@@ -171,39 +185,30 @@ def documents(group: Group, lengths: Sequence[int]) -> list[Point]:
         sums, tokens = point["sums"]
         return point | {"documents": _numbers(sums.mean(axis=0) / tokens)}
 
-    return _by_length(group, lengths, measured)
+    return group.points("length", lengths, measured, base=group.train_length)
 
 
-def fixed(group: Group, contexts: Sequence[int], every: int) -> list[Point]:
-    """Mean loss of the same targets, each with exactly `context` tokens of input.
+def fixed(
+    group: Group, lengths: Sequence[int], contexts: Sequence[int] | None = None, every: int | None = None
+) -> list[Point]:
+    """Mean loss of the same targets, each with exactly `context` tokens of input; without contexts, the lengths.
 
     `difference` is against the context of the trained length (or the longest one below it), paired by target.
     """
+    contexts, every = sorted(contexts or lengths), every or max(1, group.num_tokens // 1000)
     # The same targets for every scheme: of all contexts that the text has, not only those that this one can use.
-    targets = np.arange(
-        max((c for c in contexts if c <= group.num_tokens), default=1) - 1, group.num_tokens, every
+    longest = max((c for c in contexts if c <= group.num_tokens), default=1)
+    targets = np.arange(longest - 1, group.num_tokens, every)
+    return group.points(
+        "context",
+        contexts,
+        lambda c: group.over(targets, [p.fixed(c, targets, every) for p in group.passes]),
+        base=max((c for c in contexts if c <= group.train_length and not group.reason(c)), default=None),
+        paired=True,
     )
-    tokens = group.by_document(targets, [np.ones(len(targets))])[0].astype(np.int64)
-    sums: dict[int, np.ndarray] = {}
-    for context in contexts:
-        if not group.reason(context):
-            sums[context] = group.by_document(targets, [p.fixed(context, targets, every) for p in group.passes])
-    base = max((c for c in sums if c <= group.train_length), default=None)
-    points: list[Point] = []
-    for context in contexts:
-        at: Point = {"context": context}
-        if context not in sums:
-            points.append(at | nothing(group.reason(context)))
-            continue
-        points.append(at | group.point(sums[context], tokens))
-        if base is not None:
-            difference = group.point(sums[context] - sums[base], tokens)
-            points[-1]["difference"] = {"from": base} | {k: difference[k] for k in ("nats", "low", "high")}
-            points[-1]["difference"]["by_document"] = _by_document(sums[context] - sums[base], tokens)
-    return points
 
 
-def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Point]:
+def decomposition(group: Group, lengths: Sequence[int], stride: int | None = None) -> list[Point]:
     """Why the loss at a longer window differs from the loss at the trained length: three measured parts.
 
     Source: Press, Smith and Lewis (2022), arXiv 2108.12409, Appendix B, which shows one of the parts (the "early
@@ -222,62 +227,68 @@ def decomposition(group: Group, lengths: Sequence[int], stride: int) -> list[Poi
 
     With a stride s, a reset target beyond L has between L - s + 1 and L tokens of input. Its loss is then a little
     too high, which moves the same amount from the second part to the first; the third part and the sum are not
-    touched, and neither are the targets up to L. Stride 1 is exact.
+    touched, and neither are the targets up to L. Stride 1 is exact; without one it is L / 8.
 
     Returns:
         A point for each length beyond L: each part and `total`, with intervals, and `largest_early_difference`, in
         nats, between the three losses of any target up to L. That is rounding, but for a scheme whose parameters
         depend on the window's length (automatic scaling), and shows how far the parts can be trusted.
     """
+    # The same setting means sliding windows elsewhere, so with view=all it may be too long for a short L.
+    trained = group.train_length
+    stride = stride or max(1, trained // 8)
+    require(stride <= trained, f"stride = {stride}. Allowed: 1 to train_length = {trained}.")
     tokens = np.diff(group.documents, append=group.num_tokens)
-    points: list[Point] = []
-    for length in (n for n in lengths if n > group.train_length):
-        at: Point = {"length": length, "stride": stride}
-        if reason := group.reason(length, window=True):
-            points.append(at | {name: None for name in (*TERMS, "total")} | {"reason": reason})
-            continue
+
+    def measured(length: int) -> Point:
         # By step of the ladder, run and target. Only sums of differences mean something, never their signs.
-        steps = np.stack([losses(p, length, group.train_length, stride) for p in group.passes], axis=1)
-        parts = dict(zip(TERMS, np.diff(steps, axis=0), strict=True)) | {"total": steps[-1] - steps[0]}
-        for name, part in parts.items():
+        steps = np.stack([losses(p, length, trained, stride) for p in group.passes], axis=1)
+        point: Point = {}
+        for name, part in zip((*TERMS, "total"), [*np.diff(steps, axis=0), steps[-1] - steps[0]], strict=True):
             by_document = np.add.reduceat(part, group.documents, axis=1)
-            at[name] = group.point(by_document, tokens) | {"by_document": _by_document(by_document, tokens)}
-        early = positions_in_window(group.num_tokens, length) <= group.train_length
-        at["largest_early_difference"] = float(np.ptp(steps[1:, :, early], axis=0).max())
-        points.append(at)
-    return points
+            point[name] = group.point(by_document, tokens) | {"by_document": _by_document(by_document, tokens)}
+        early = positions_in_window(group.num_tokens, length) <= trained
+        return point | {"largest_early_difference": float(np.ptp(steps[1:, :, early], axis=0).max())}
+
+    return group.points(
+        "length",
+        [n for n in sorted(lengths) if n > trained],
+        measured,
+        lambda n: group.reason(n, window=True),
+        empty=(*TERMS, "total"),
+        stride=stride,
+    )
 
 
-def offset(group: Group, offsets: Sequence[int], width: int, every: int) -> list[Point]:
+def offset(
+    group: Group,
+    lengths: Sequence[int],
+    offsets: Sequence[int] | None = None,
+    width: int | None = None,
+    every: int | None = None,
+) -> list[Point]:
     """Change of the mean loss when the same tokens get positions k, k + 1, ... in place of 0, 1, ...
 
-    `largest` is the largest change of a single target, in nats: rounding for a scheme that sees distances only.
+    Windows are half of L wide, and about 256 of them, unless it is said. `largest` is the largest change of a
+    single target, in nats: rounding for a scheme that sees distances only.
     """
+    trained = group.train_length
+    width = width or max(1, trained // 2)
+    every = every or max(1, group.num_tokens // width // 256)
+    powers = [0, *(trained * 2**k // 8 for k in range(3)), *(n for n in lengths if n >= trained)]
     starts = np.arange(0, group.num_tokens - width + 1, width * every)
-    if not len(starts):
-        raise ValueError(f"width = {width}: the split has only {group.num_tokens} tokens. Use a smaller one.")
+    require(len(starts) > 0, f"width = {width}: the split has only {group.num_tokens} tokens. Use a smaller one.")
     targets = (starts[:, None] + np.arange(width)).ravel()
-    tokens = group.by_document(targets, [np.ones(len(targets))])[0].astype(np.int64)
     base = [p.shifted(width, starts, 0).astype(np.float64).ravel() for p in group.passes]
-    points: list[Point] = []
-    for k in offsets:
-        at: Point = {"offset": k}
-        reasons = (p.refuses(k + width, positions=k > 0) for p in group.passes)
-        if reason := next(filter(None, reasons), ""):
-            points.append(at | nothing(reason))
-            continue
+
+    def measured(k: int) -> Point:
         changes = [p.shifted(width, starts, k).ravel() - b for p, b in zip(group.passes, base, strict=True)]
-        points.append(
-            at
-            | group.point(group.by_document(targets, changes), tokens)
-            | {"largest": float(np.abs(changes).max())}
-        )
-    return points
+        return group.over(targets, changes) | {"largest": float(np.abs(changes).max())}
 
+    def refuses(k: int) -> str:
+        return next(filter(None, (p.refuses(k + width, positions=k > 0) for p in group.passes)), "")
 
-def nothing(reason: str) -> Point:
-    """A point without a value, and why."""
-    return {"nats": None, "low": None, "high": None, "reason": reason}
+    return group.points("offset", sorted(set(offsets or powers)), measured, refuses)
 
 
 def _by_document(sums: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:

@@ -8,18 +8,20 @@ Shape letters: B batch, T queries, S keys, H heads, K head dim.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.views import Group, Point
 from alibi_lm.model.bound import LOST_SHARE
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
 from alibi_lm.model.hub_bounds import alibi_slopes, head_bounds, lost_shares
 from alibi_lm.model.huggingface import HuggingFaceLM
 from alibi_lm.model.streaming import beyond_scheme, bias_tails, weight_excess
 from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.settings import require
 
 SHARES = {"2^-25": LOST_SHARE, "1e-3": 1e-3, "1e-2": 1e-2}
 """Lost shares of the view, by the name that tables give them."""
@@ -72,77 +74,58 @@ def largest_lost(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
             scores = scores + bias.double()[:, distance.clamp_min(0)]
         weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
         # Of query i, keys at distances >= d are the first i - d + 1.
-        shares = weights.cumsum(-1)
-        last = rows[:, None] - torch.arange(tokens)
-        by_distance = shares.gather(2, last.clamp_min(0).expand(len(q), -1, -1)).masked_fill(last < 0, 0.0)
-        found = torch.maximum(found, by_distance.amax(1))
+        shares = weights.cumsum(-1).gather(2, distance.clamp_min(0).expand(len(q), -1, -1))
+        found = torch.maximum(found, shares.masked_fill(distance < 0, 0.0).amax(1))
     return found
 
 
-def hub_windows(model: HuggingFaceLM, passes: Passes) -> list[dict[str, Any]]:
-    """`head_windows` of a model of transformers, without `needed` where its attention weights are not told."""
-    try:
-        bounds = {name: head_bounds(model, len(passes.text.tokens), share) for name, share in SHARES.items()}
-    except ValueError as error:
-        return [{"reason": str(error)}]
-    slopes = alibi_slopes(model)
-    tokens = torch.from_numpy(passes.text.tokens[: TOKENS // 4].astype("int64"))
-    inputs = torch.cat([torch.tensor([passes.text.start_id]), tokens[:-1]])[None].to(model.device)
-    model.serve(len(tokens))
-    measured = lost_shares(model, inputs)
-    points = []
-    for layer, found in enumerate(bounds["2^-25"]):
-        for head, excess in enumerate(found.excess.tolist()):
-            point = {"layer": layer + 1, "head": head + 1, "slope": float(slopes[head]), "excess": excess}
-            point["windows"] = {name: int(each[layer].windows[head]) for name, each in bounds.items()}
-            if measured is not None:
-                lost = measured[layer][head]
-                point["needed"] = {name: max(1, int((lost > share).sum())) for name, share in SHARES.items()}
-                point["measured_on"] = len(tokens)
-            points.append(point)
-    return points
-
-
 @torch.inference_mode()
-def head_windows(passes: Passes) -> list[dict[str, Any]]:
+def windows(group: Group, lengths: Sequence[int]) -> list[Point]:
     """A point for each layer and head of a model, or one with the `reason` why there is no bound.
 
     Each has `layer` and `head` (from 1 on), `slope` (how much the bias falls from the own key to the next),
     `excess` (the bound on a key's score over that of the query's own key), `windows` and `needed` (keys, by lost
-    share; a `needed` that is as long as the measured text may be longer).
+    share; a `needed` that is as long as the measured text may be longer). A model of transformers that does not
+    tell its attention weights has no `needed`. Only the first seed is looked at: other seeds have other weights,
+    and much the same windows.
     """
+    passes = group.passes[0]
     model = passes.model
-    if isinstance(model, HuggingFaceLM):
-        return hub_windows(model, passes)
-    if not isinstance(model, TransformerLM):
-        return [{"reason": "its layers are not known here"}]
-    if reason := beyond_scheme(model):
-        return [{"reason": reason}]
     try:
-        tails, excess = bias_tails(model), weight_excess(model)
-        windows = {
-            name: [tail.windows(b, share) for tail, b in zip(tails, excess, strict=True)]
-            for name, share in SHARES.items()
-        }
+        if isinstance(model, HuggingFaceLM):
+            measured, length = TOKENS // 4, len(passes.text.tokens)
+            bounds = {name: head_bounds(model, length, share) for name, share in SHARES.items()}
+            kept = {name: [layer.windows for layer in each] for name, each in bounds.items()}
+            excess = [layer.excess for layer in bounds["2^-25"]]
+            slopes = [alibi_slopes(model)] * len(excess)
+        elif isinstance(model, TransformerLM):
+            require(not (reason := beyond_scheme(model)), reason)
+            measured, tails, excess = TOKENS, bias_tails(model), weight_excess(model)
+            slopes = [tail.line[:, 0] - tail.line[:, 1] for tail in tails]
+            kept = {
+                name: [tail.windows(b, share) for tail, b in zip(tails, excess, strict=True)]
+                for name, share in SHARES.items()
+            }
+        else:
+            raise ValueError("its layers are not known here")
     except ValueError as error:
         return [{"reason": str(error)}]
-    tokens = torch.from_numpy(passes.text.tokens[:TOKENS].astype("int64"))
+    tokens = torch.from_numpy(passes.text.tokens[:measured].astype("int64"))
     inputs = torch.cat([torch.tensor([passes.text.start_id]), tokens[:-1]])[None]
-    cache = _Needed()
-    model.to("cpu").hidden(inputs, cache=cache)
+    if isinstance(model, HuggingFaceLM):
+        model.serve(len(tokens))
+        lost = lost_shares(model, inputs.to(model.device))
+    else:
+        cache = _Needed()
+        model.to("cpu").hidden(inputs, cache=cache)
+        lost = cache.lost
     points = []
-    for layer, (tail, b, lost) in enumerate(zip(tails, excess, cache.lost, strict=True)):
-        for head in range(len(b)):
-            needed = {name: int((lost[head] > share).sum()) for name, share in SHARES.items()}
-            points.append(
-                {
-                    "layer": layer + 1,
-                    "head": head + 1,
-                    "slope": float(tail.line[head, 0] - tail.line[head, 1]),
-                    "excess": float(b[head]),
-                    "windows": {name: int(found[layer][head]) for name, found in windows.items()},
-                    "needed": {name: max(1, count) for name, count in needed.items()},
-                    "measured_on": len(tokens),
-                }
-            )
+    for layer, head in itertools.product(range(len(excess)), range(len(excess[0]))):
+        point: Point = {"layer": layer + 1, "head": head + 1, "slope": float(slopes[layer][head])}
+        point["excess"] = float(excess[layer][head])
+        point["windows"] = {name: int(each[layer][head]) for name, each in kept.items()}
+        if lost is not None:
+            needed = {name: max(1, int((lost[layer][head] > share).sum())) for name, share in SHARES.items()}
+            point |= {"needed": needed, "measured_on": len(tokens)}
+        points.append(point)
     return points

@@ -111,20 +111,16 @@ def excess_from_weights(
     centred: bool = True,
 ) -> Tensor:
     """B of each head, (H,) float64; see `bounds_from_weights`."""
-    w_q, w_k = (w.detach().to("cpu", torch.float64) for w in (w_q, w_k))
+
+    def exact(x: Tensor | None) -> Tensor:
+        return torch.zeros(()) if x is None else x.detach().to("cpu", torch.float64)
+
+    w_q, w_k = exact(w_q), exact(w_k)
     dim, head_dim = w_q.shape[1], len(w_q) // num_heads
-    constant = torch.zeros(len(w_q), dtype=torch.float64)
-    if b_q is not None:
-        constant = constant + b_q.detach().to("cpu", torch.float64)
-    if shift is not None:
-        constant = constant + w_q @ shift.detach().to("cpu", torch.float64)
-    maps = []
-    for weight in (w_q, w_k):
-        a = weight if gain is None else weight * gain.detach().to("cpu", torch.float64)
-        if centred:
-            a = a - a.mean(dim=1, keepdim=True)
-        maps.append(a.unflatten(0, (-1, head_dim)))
-    a_q, a_k = maps
+    constant = exact(b_q) + w_q @ exact(shift).expand(dim).double()
+    maps = [weight if gain is None else weight * exact(gain) for weight in (w_q, w_k)]
+    maps = [a - a.mean(dim=1, keepdim=True) if centred else a for a in maps]
+    a_q, a_k = (a.unflatten(0, (-1, head_dim)) for a in maps)
     a_k = a_k.repeat_interleave(num_heads // len(a_k), dim=0)
     # M = A_q' A_k is D x D of rank K at most: what it does happens in the span of both, of 2 K dimensions.
     basis, _ = torch.linalg.qr(torch.cat([a_q, a_k], dim=1).mT)  # (H, D, 2 K)

@@ -65,12 +65,11 @@ Layer = tuple[Tensor, Tensor, Tensor | None, Any, float]
 def _bloom(model: Any) -> tuple[Tensor, list[Layer]]:
     heads = model.config.n_head
     bias = model.transformer.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32).view(heads, 2)
-    layers = [
-        (*_split(block.self_attention, block.self_attention._reshape), block.input_layernorm)
-        for block in model.transformer.h
-    ]
-    scale = model.transformer.h[0].self_attention.inv_norm_factor
-    return bias.diff().flatten().double(), [(*layer, scale) for layer in layers]
+    layers: list[Layer] = []
+    for block in model.transformer.h:
+        parts = _split(block.self_attention, block.self_attention._reshape)
+        layers.append((*parts, block.input_layernorm, block.self_attention.inv_norm_factor))
+    return bias.diff().flatten().double(), layers
 
 
 def _falcon(model: Any) -> tuple[Tensor, list[Layer]]:

@@ -7,8 +7,7 @@ refused: a pickle runs code when it is read.
 from __future__ import annotations
 
 import difflib
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ class HubFolder:
     folder: Path
     config: Any
     """The transformers config, with the changes in it."""
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any]
     """Changed keys of the config by dotted name, as rows record them: `model.rope_theta`."""
-    train_length: int = 0
-    train_length_from: str = ""
+    train_length: int
+    train_length_from: str
     """The key of the config that tells the training length, or `train_length` where the user gave it."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool
 
     @property
     def name(self) -> str:
@@ -77,19 +76,19 @@ def open_hub_folder(
     raw = read_json(path)
     _check_weights(source, folder)
     config = _read_config(source, folder, raw, trust_remote_code)
-    found = HubFolder(source, folder, config, trust_remote_code=trust_remote_code)
-    own = next((key for key in TRAIN_LENGTH_KEYS if isinstance(raw.get(key, getattr(config, key, None)), int)), "")
+    known = {key: raw.get(key, getattr(config, key, None)) for key in TRAIN_LENGTH_KEYS}
+    own = next((key for key, value in known.items() if isinstance(value, int)), "")
+    length = train_length or known.get(own)
     require(
-        bool(own) or train_length is not None,
+        length is not None,
         f"model = {source}: its config does not tell how long its training sequences were. "
         "Give it: train_length=<tokens>.",
     )
-    found.train_length = train_length or int(raw.get(own, getattr(config, own, 0)))
-    found.train_length_from = "train_length" if train_length else own
     if changes:
-        found.config = _changed(source, config, raw, changes)
-        found.changes = {f"model.{name}": value for name, value in dotted(changes)}
-    return found
+        config = _changed(source, config, raw, changes)
+    recorded = {f"model.{name}": value for name, value in dotted(changes)}
+    told_by = "train_length" if train_length else own
+    return HubFolder(source, folder, config, recorded, int(length or 0), told_by, trust_remote_code)
 
 
 def _find(source: str, code: bool) -> Path:
@@ -98,23 +97,17 @@ def _find(source: str, code: bool) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    require(not path.exists(), f"model = {source} is a file. Give the folder that holds it and its config.json.")
-    local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or path.exists()
     require(
-        not local or name.count("/") == 0,
+        not local,
         f"model = {source}: there is no such folder. Give a folder, or a name on the hub: hf:<owner>/<name>.",
     )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*WANTED, *(["*.py"] if code else [])]
-    wanted: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": list(LEFT_OUT)}
+    wanted = [*WANTED, *(["*.py"] if code else [])]
     try:
-        if not constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(name, **wanted))
-        cached = Path(snapshot_download(name, local_files_only=True, **wanted))
-        require((cached / "config.json").is_file(), f"model = {source}: the cache holds no config.json of it.")
-        return cached
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(LEFT_OUT)))
     except HFValidationError as error:
         raise ValueError(f"model = {source} is neither a folder nor a name on the hub ({error}).") from None
     except LocalEntryNotFoundError:
@@ -124,9 +117,7 @@ def _find(source: str, code: bool) -> Path:
             f"{offline} Give a folder with config.json and *.safetensors, or get it on a machine with a network."
         ) from None
     except Exception as error:  # a dozen kinds from three libraries
-        kind, line = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
-        hint = "It needs an account that was granted access." if "Gated" in kind else "Is the name spelled right?"
-        raise ValueError(f"model = {source} could not be had from the hub: {kind}: {line} {hint}") from None
+        raise ValueError(f"model = {source} could not be had from the hub: {_line(error)}") from None
 
 
 def _check_weights(source: str, folder: Path) -> None:
@@ -155,26 +146,24 @@ def _check_weights(source: str, folder: Path) -> None:
 
 def _read_config(source: str, folder: Path, raw: dict[str, Any], code: bool) -> Any:
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind, architectures = raw.get("model_type"), raw.get("architectures") or []
-    foreign = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING_NAMES
+    known = kind in CONFIG_MAPPING  # what packages have added is there too
+    foreign = bool(raw.get("auto_map")) and not known
     require(
         code or not foreign,
         f"model = {source} (model_type {kind}) needs Python code that comes with it. Read it, and if you trust "
         "it, allow it to run by trust_remote_code=true.",
     )
-    registered = kind in CONFIG_MAPPING_NAMES or foreign or _registered(kind)
     require(
-        registered,
+        known or foreign,
         f"model = {source}: this version of transformers knows no model_type {kind!r}. Upgrade it, or give "
         "another model.",
     )
-    causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
-    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or foreign or _registered(kind)
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     require(
-        known and not raw.get("is_encoder_decoder") and (bool(causal) or not architectures),
+        not raw.get("is_encoder_decoder") and (causal or not architectures),
         f"model = {source} is no causal language model ({', '.join(architectures) or kind}). Give one that "
         "AutoModelForCausalLM loads, such as a GPT, Llama or BLOOM model.",
     )
@@ -184,18 +173,10 @@ def _read_config(source: str, folder: Path, raw: dict[str, Any], code: bool) -> 
         raise ValueError(f"model = {source}: its config.json cannot be used: {_line(error)}") from error
 
 
-def _registered(kind: Any) -> bool:
-    """Whether a package has added this kind of model to transformers, as alibi_lm.interop.huggingface does."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return kind in CONFIG_MAPPING
-
-
 def _changed(source: str, config: Any, raw: dict[str, Any], changes: dict[str, Any]) -> Any:
     """The config with some keys changed, read anew so that all that follows from them follows."""
-    before = config.to_dict()
     rotary = {"rope_scaling", "rope_theta"} if hasattr(config, "rope_parameters") else set()
-    known = set(before) | set(raw) | rotary
+    known = {*config.to_dict(), *raw, *rotary}
     for key in changes:
         require(
             key in known,
@@ -208,7 +189,7 @@ def _changed(source: str, config: Any, raw: dict[str, Any], changes: dict[str, A
         scaling = {**changes.get("rope_scaling", {}), **theta}
         changes = {k: v for k, v in changes.items() if k not in rotary} | {"rope_parameters": scaling}
     try:
-        changed = type(config).from_dict(_merged(json.loads(json.dumps(raw)), changes))
+        changed = type(config).from_dict(_merged(raw, changes))
     except Exception as error:
         raise ValueError(
             f"+model.{next(iter(changes))}: the config of {source} refuses it: {_line(error)}"
@@ -222,10 +203,8 @@ def _changed(source: str, config: Any, raw: dict[str, Any], changes: dict[str, A
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    for key, value in changes.items():
-        own = values.get(key)
-        values[key] = _merged(dict(own), value) if isinstance(value, dict) and isinstance(own, dict) else value
-    return values
+    nested = {k: v for k, v in changes.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
+    return values | changes | {key: _merged(values[key], value) for key, value in nested.items()}
 
 
 def dotted(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

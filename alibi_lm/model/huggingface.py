@@ -250,24 +250,22 @@ def load_huggingface(found: HubFolder, device: torch.device, precision: str, att
         f"model = {found.source}: {len(missing)} of its weights are in none of its files "
         f"({', '.join(missing[:3])}), so they would be random numbers. Copy or download the model again.",
     )
-    return HuggingFaceLM(
-        model.eval().to(device), found.name, found.train_length, max_length=_longest(model, found.config)
-    )
+    longest = _longest(model.eval(), found.config)  # while it is on the CPU
+    return HuggingFaceLM(model.to(device), found.name, found.train_length, max_length=longest)
 
 
 @torch.inference_mode()
 def _longest(model: nn.Module, config: Any) -> int | None:
-    """Most positions that a model has; None where it has any number. Asked on the CPU: a GPU would be lost."""
+    """Most positions that a model has; None where it has any number.
+
+    Asked on the CPU: a GPU is lost after an index out of range.
+    """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or "position_ids" not in inspect.signature(model.forward).parameters:
         return None
-    for param in model.parameters():
-        if param.device.type != "cpu":
-            return None
     ids = torch.zeros((1, 1), dtype=torch.int64)
-    mask = torch.ones_like(ids)
     try:
-        model(ids, position_ids=torch.full((1, 1), limit), attention_mask=mask, use_cache=False)
+        model(ids, position_ids=ids + limit, attention_mask=ids + 1, use_cache=False)
     except (IndexError, RuntimeError, ValueError):
         return limit
     return None
@@ -276,22 +274,20 @@ def _longest(model: nn.Module, config: Any) -> int | None:
 @contextmanager
 def _limited(model: Any, window: int | None) -> Iterator[None]:
     """Within, each layer's queries see only keys at distances below `window`; None changes nothing."""
-    module = sys.modules[type(model.base_model).__module__]
-    makers = {n: f for n, f in vars(module).items() if n.startswith("create_") and n.endswith("causal_mask")}
-    if window is None:
-        yield
-        return
+    module = vars(sys.modules[type(model.base_model).__module__])
+    makers = {n: f for n, f in module.items() if n.startswith("create_") and n.endswith("causal_mask")}
+
+    limit = window or 0
 
     def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query - key < window
+        return query - key < limit
 
     try:
-        for name, maker in makers.items():
-            setattr(module, name, functools.partial(maker, and_mask_function=near))
+        if window is not None:
+            module.update({n: functools.partial(maker, and_mask_function=near) for n, maker in makers.items()})
         yield
     finally:
-        for name, maker in makers.items():
-            setattr(module, name, maker)
+        module.update(makers)
 
 
 def _exact(logits: Tensor) -> Tensor:

@@ -77,16 +77,11 @@ class ModelConfig:
             f"model.num_heads = {self.num_heads} does not divide model.model_dim = {self.model_dim}. "
             "Each head takes model_dim / num_heads dimensions.",
         )
-        require(
-            self.activation in ACTIVATIONS,
-            f"model.activation = {self.activation!r}. Allowed: {', '.join(ACTIVATIONS)}.",
-        )
+        for name, allowed in (("activation", ACTIVATIONS), ("initialisation", INITIALISATIONS)):
+            value = getattr(self, name)
+            require(value in allowed, f"model.{name} = {value!r}. Allowed: {', '.join(allowed)}.")
         for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name} = {getattr(self, name)}. Allowed: [0, 1).")
-        require(
-            self.initialisation in INITIALISATIONS,
-            f"model.initialisation = {self.initialisation!r}. Allowed: {', '.join(INITIALISATIONS)}.",
-        )
         cutoffs = self.adaptive_cutoffs
         require(
             all(a < b for a, b in zip([0, *cutoffs], cutoffs, strict=False)),

@@ -36,7 +36,7 @@ from alibi_lm.settings import require
 
 
 class QueryScale(nn.Module):
-    """Factors of the queries; the base class leaves them as they are.
+    """Factors of the queries, and what is trained of them.
 
     Args:
         config: settings.
@@ -45,7 +45,11 @@ class QueryScale(nn.Module):
 
     def __init__(self, config: QueryScaleConfig, shape: PositionShape) -> None:
         super().__init__()
-        self.config, self.shape = config, shape
+        self.config, self.train_length = config, shape.train_length
+        self.scales = nn.ParameterList()
+        if isinstance(config, PerHeadConfig):
+            scales = torch.full((shape.num_layers, shape.num_heads), config.start)
+            self.scales.extend(nn.Parameter(scale.clone()) for scale in scales)
 
     def factors(self, visible: Tensor) -> list[Tensor]:
         """The factor of each query.
@@ -56,53 +60,10 @@ class QueryScale(nn.Module):
         Returns:
             One tensor that all layers share, or one for each layer: (1, T) or (H, T) float64. Empty: no factors.
         """
-        return []
-
-
-class LogN(QueryScale):
-    """Grows with the logarithm of the number of visible keys, in units of that of the training length."""
-
-    def factors(self, visible: Tensor) -> list[Tensor]:
-        assert isinstance(self.config, LogNConfig)
-        length = self.config.length or self.shape.train_length
-        require(
-            length >= 2, f"query_scale.length = {length}. Use a whole number >= 2: scores are divided by its ln."
-        )
-        factor = visible.double().log() / math.log(length)
-        return [(factor.clamp_min(1.0) if self.config.clipped else factor)[None]]
-
-
-class Llama4(QueryScale):
-    """Grows by steps with the logarithm of the number of visible keys."""
-
-    def factors(self, visible: Tensor) -> list[Tensor]:
-        assert isinstance(self.config, Llama4Config)
-        steps = visible // (self.config.floor_scale or self.shape.train_length)
-        return [(1 + self.config.attn_scale * (steps.double() + 1).log())[None]]
-
-
-class Constant(QueryScale):
-    """One number for all scores: the inverse of a temperature."""
-
-    def factors(self, visible: Tensor) -> list[Tensor]:
-        assert isinstance(self.config, ConstantConfig)
-        return [torch.full_like(visible, self.config.factor, dtype=torch.float64)[None]]
-
-
-class PerHead(QueryScale):
-    """A trained number per layer and head; times ln n for SSMax."""
-
-    def __init__(self, config: QueryScaleConfig, shape: PositionShape) -> None:
-        super().__init__(config, shape)
-        self.scales = nn.ParameterList(nn.Parameter(torch.empty(shape.num_heads)) for _ in range(shape.num_layers))
-        assert isinstance(config, PerHeadConfig)
-        for scale in self.scales:
-            nn.init.constant_(scale, config.start)
-
-    def factors(self, visible: Tensor) -> list[Tensor]:
-        assert isinstance(self.config, PerHeadConfig)
-        common = visible.double().log() if self.config.times_log_n else torch.ones_like(visible).double()
-        return [scale.double()[:, None] * common for scale in self.scales]
+        common = self.config.common(visible, self.train_length)
+        if common is None:
+            return []
+        return [scale.double()[:, None] * common for scale in self.scales] or [common[None]]
 
 
 @dataclass
@@ -110,6 +71,10 @@ class QueryScaleConfig:
     """Queries as they are."""
 
     name: str = "none"
+
+    def common(self, visible: Tensor, train_length: int) -> Tensor | None:
+        """What the factors of all layers and heads have in common: (T,) int64 -> (T,) float64, or None."""
+        return None
 
     def build(self, shape: PositionShape) -> QueryScale:
         return QueryScale(self, shape)
@@ -136,8 +101,13 @@ class LogNConfig(ScaledConfig):
     def __post_init__(self) -> None:
         require(self.length is None or self.length >= 2, f"query_scale.length = {self.length}. Use at least 2.")
 
-    def build(self, shape: PositionShape) -> QueryScale:
-        return LogN(self, shape)
+    def common(self, visible: Tensor, train_length: int) -> Tensor:
+        length = self.length or train_length
+        require(
+            length >= 2, f"query_scale.length = {length}. Use a whole number >= 2: scores are divided by its ln."
+        )
+        factor = visible.double().log() / math.log(length)
+        return factor.clamp_min(1.0) if self.clipped else factor
 
 
 @dataclass
@@ -154,13 +124,14 @@ class Llama4Config(ScaledConfig):
         floor = self.floor_scale
         require(floor is None or floor >= 1, f"query_scale.floor_scale = {floor}. Use a whole number >= 1.")
 
-    def build(self, shape: PositionShape) -> QueryScale:
-        return Llama4(self, shape)
+    def common(self, visible: Tensor, train_length: int) -> Tensor:
+        steps = visible // (self.floor_scale or train_length)
+        return 1 + self.attn_scale * (steps.double() + 1).log()
 
 
 @dataclass
 class ConstantConfig(ScaledConfig):
-    """Queries times one number."""
+    """Queries times one number: the inverse of a temperature."""
 
     name: str = "constant"
     factor: float = 1.0
@@ -169,8 +140,8 @@ class ConstantConfig(ScaledConfig):
     def __post_init__(self) -> None:
         require(0 < self.factor < math.inf, f"query_scale.factor = {self.factor}. Use a number above 0.")
 
-    def build(self, shape: PositionShape) -> QueryScale:
-        return Constant(self, shape)
+    def common(self, visible: Tensor, train_length: int) -> Tensor:
+        return torch.full_like(visible, self.factor, dtype=torch.float64)
 
 
 @dataclass
@@ -181,13 +152,8 @@ class PerHeadConfig(ScaledConfig):
     start: float = 1.0
     """First value of the trained numbers."""
 
-    @property
-    def times_log_n(self) -> bool:
-        """Whether the number is multiplied by ln n."""
-        return False
-
-    def build(self, shape: PositionShape) -> QueryScale:
-        return PerHead(self, shape)
+    def common(self, visible: Tensor, train_length: int) -> Tensor:
+        return torch.ones_like(visible).double()
 
 
 @dataclass
@@ -196,9 +162,8 @@ class SsmaxConfig(PerHeadConfig):
 
     name: str = "ssmax"
 
-    @property
-    def times_log_n(self) -> bool:
-        return True
+    def common(self, visible: Tensor, train_length: int) -> Tensor:
+        return visible.double().log()
 
 
 QUERY_SCALES: dict[str, type] = {

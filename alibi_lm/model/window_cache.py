@@ -47,14 +47,20 @@ class _Buffer:
 class _Layer:
     """The keys of one layer, and what the kernel must know of them."""
 
+    line: Tensor | None
+    """The bias (H, N) of all distances that there can be in a buffer."""
+    lines: Lines | None
+    """The same as the kernel reads it."""
+
     def __init__(
-        self, windows: list[int], tail: BiasTail | None, like: Tensor, first: tuple[Tensor, Tensor]
+        self,
+        windows: Tensor,
+        tail: BiasTail | None,
+        scheme: PositionScheme,
+        like: Tensor,
+        first: tuple[Tensor, ...],
     ) -> None:
-        self.seen, self.tail = 0, tail
-        self.bias: tuple[Tensor | None, Lines | None] = (None, None)
-        """The bias (H, N) of all distances that there can be in a buffer, and the same as the kernel reads it."""
-        self.reach = 0
-        """N of that bias; 0: not made yet."""
+        self.seen, self.tail, self.scheme = 0, tail, scheme
         self.held = HeldKeys(len(windows), like.shape[-1])
         self.norms = empty_like(like.float(), [len(like), len(windows)]).zero_()
         self.first = first
@@ -64,13 +70,17 @@ class _Layer:
         self.buffers: list[_Buffer] = []
         self.resize(windows, like)
 
-    def resize(self, windows: list[int], like: Tensor) -> None:
+    def resize(self, windows: Tensor, like: Tensor) -> None:
         """Make room for windows that are no smaller than before; keys that were dropped do not come back."""
-        old = self.buffers
-        alike = len(set(windows)) == 1 and not old
-        self.buffers = []
+        distances = torch.arange(int(windows.max()) + CHUNK, device=like.device)
+        self.line, self.lines = self.scheme.distance_bias(distances), None
+        if self.line is not None and like.is_cpu:
+            tail = None if self.tail is None else self.tail.at(distances.expand(len(windows), -1))
+            self.lines = Lines.of(self.line, tail)
+        old, self.buffers = self.buffers, []
+        alike = not old and bool((windows == windows[0]).all())
         for heads in [list(range(len(windows)))] if alike else [[h] for h in range(len(windows))]:
-            window = windows[heads[0]]
+            window = int(windows[heads[0]])
             shape = [len(like), len(heads), window + CHUNK]
             k, v = (empty_like(like, [*shape, dim]) for dim in (like.shape[-1], self.first[1].shape[-1]))
             buffer = _Buffer(heads, window, k, v)
@@ -92,6 +102,15 @@ class _Layer:
             self.held.keys[buffer.heads] = buffer.count
         self.seen += tokens
         self.held.missing[:] = self.seen - self.held.keys
+
+    def place_sinks(self) -> None:
+        """Put the sinks right before the rest of the window, over keys that were just dropped."""
+        (buffer,), (raw_k, v) = self.buffers, self.first
+        sinks = v.shape[2]
+        place = slice(buffer.count - buffer.window, buffer.count - buffer.window + sinks)
+        positions = torch.arange(sinks, device=v.device) + (self.seen - buffer.window)
+        buffer.k[:, :, place] = self.scheme.transform_qk(raw_k, raw_k, self.scheme.tables(positions))[1]
+        buffer.v[:, :, place] = v
 
 
 class WindowCache(KeyValueCache):
@@ -150,52 +169,38 @@ class WindowCache(KeyValueCache):
         position: LayerPositions,
     ) -> Tensor:
         if layer not in self._stores:
-            tail = None if self.tails is None else self.tails[layer]
-            self._stores[layer] = _Layer(self.windows[layer].tolist(), tail, k, (raw_k[:, :, :0], v[:, :, :0]))
+            tail, none = None if self.tails is None else self.tails[layer], (raw_k[:, :, :0], v[:, :, :0])
+            self._stores[layer] = _Layer(self.windows[layer], tail, position.scheme, k, none)
         store = self._stores[layer]
         assert store.seen == self.tokens_seen and k.shape[0] == len(store.norms), "a pass has failed before"
         if self.grows is not None:
             self._grow(layer, store, q, k, self.grows)
         if store.first[0].shape[2] < self.sinks:
             pairs = zip(store.first, (raw_k, v), strict=True)
-            store.first = tuple(torch.cat([old, new], 2)[:, :, : self.sinks] for old, new in pairs)  # type: ignore
+            store.first = tuple(torch.cat([old, new], 2)[:, :, : self.sinks] for old, new in pairs)
         parts, start, window = [], 0, int(self.windows[layer][0])
         while start < q.shape[2]:
             step = CHUNK
             if self.sinks:  # once something was dropped, what is kept has other positions for every query
                 step = max(1, min(CHUNK, window - store.seen))
             rows = slice(start, start + step)
-            parts.append(self._piece(store, q[:, :, rows], k[:, :, rows], v[:, :, rows], position.scheme))
+            parts.append(self._piece(store, q[:, :, rows], k[:, :, rows], v[:, :, rows]))
             start += step
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _piece(self, store: _Layer, q: Tensor, k: Tensor, v: Tensor, scheme: PositionScheme) -> Tensor:
+    def _piece(self, store: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         store.make_room(q.shape[2])
-        line, lines = self._bias(store, scheme, q.device)
         if self.sinks and store.seen > store.buffers[0].window:
-            _place_sinks(store, scheme)
+            store.place_sinks()
         lost = None if store.tail is None else q.new_empty(q.shape[:3], dtype=torch.float32)
         if self.native and q.is_cpu and q.dtype == torch.float32 and q.shape == v.shape:
-            out = decode(q, store.held, lines, (k, v), None if lines is None else store.norms, lost)
+            out = decode(q, store.held, store.lines, (k, v), None if store.lines is None else store.norms, lost)
         else:
-            out = _plain(store, q, k, v, line, lost)
+            out = _plain(store, q, k, v, lost)
         if lost is not None:
             share = min(self.proved, 2.0 ** min(0.0, float(lost.max())))
             self.lost_share = max(self.lost_share or 0.0, share)
         return out
-
-    def _bias(
-        self, store: _Layer, scheme: PositionScheme, device: torch.device
-    ) -> tuple[Tensor | None, Lines | None]:
-        length = max(buffer.window for buffer in store.buffers) + CHUNK
-        if store.reach < length:
-            line = scheme.distance_bias(torch.arange(length, device=device))
-            lines = None
-            if line is not None and self.native:
-                distances = torch.arange(length).expand(len(line), -1)
-                lines = Lines.of(line, None if store.tail is None else store.tail.at(distances))
-            store.reach, store.bias = length, (line, lines)
-        return store.bias
 
     def _grow(self, layer: int, store: _Layer, q: Tensor, k: Tensor, lost_share: float) -> None:
         """Take up the norms of new queries and keys, and widen the windows that they make too short."""
@@ -217,17 +222,7 @@ class WindowCache(KeyValueCache):
         if bool((wanted > own).any()):
             # A little more than is needed now, so that a slow rise of the norms does not copy keys at every step.
             self.windows[layer] = torch.where(wanted > own, wanted + wanted // 16, own)
-            store.resize(self.windows[layer].tolist(), k)
-
-
-def _place_sinks(store: _Layer, scheme: PositionScheme) -> None:
-    """Put the sinks right before the rest of the window, over keys that were just dropped."""
-    (buffer,), (raw_k, v) = store.buffers, store.first
-    sinks = v.shape[2]
-    place = slice(buffer.count - buffer.window, buffer.count - buffer.window + sinks)
-    positions = torch.arange(sinks, device=v.device) + (store.seen - buffer.window)
-    buffer.k[:, :, place] = scheme.transform_qk(raw_k, raw_k, scheme.tables(positions))[1]
-    buffer.v[:, :, place] = v
+            store.resize(self.windows[layer], k)
 
 
 def _plain(
@@ -235,10 +230,10 @@ def _plain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    line: Tensor | None,
     lost: Tensor | None,
 ) -> Tensor:
     """The same as the kernel, in plain tensor operations: scores and softmax in float32 or better."""
+    line = store.line
     tokens, exact = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     out, scale = torch.empty_like(v), q.shape[-1] ** -0.5
     for buffer in store.buffers:

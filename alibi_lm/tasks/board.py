@@ -12,20 +12,21 @@ input symbols: uniform from the least to L in training, (n - L, n] in a test at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from alibi_lm.settings import require
-from alibi_lm.tasks.items import Item, UpTo, answered
+from alibi_lm.tasks.items import Item, Synthetic, answered
 
 BOS, SEP, EOS, FIRST = 0, 1, 2, 3
 """Ids of the layout's tokens, and of the first symbol."""
 
 
 @dataclass
-class BoardTask(UpTo):
+class BoardTask(Synthetic):
     """What the eight share: a subclass says what is asked (`ask`) and how long the answer may be (`answer`)."""
 
     alphabet: ClassVar[int] = 2
@@ -45,6 +46,10 @@ class BoardTask(UpTo):
 
     def width(self, length: int) -> int:
         return length + self.answer(length) + 2  # <eos> is a target only
+
+    def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
+        first = length - train_length + 1 if train_length is not None and length > train_length else self.least
+        return range(first, length + 1)
 
     def item(self, draw: np.random.Generator, length: int) -> Item:
         symbols, answer = self.ask(draw, length)

@@ -95,15 +95,6 @@ class Synthetic(TaskConfig, ABC):
         return self.item(draw, int(lengths[int(draw.integers(len(lengths)))]))
 
 
-@dataclass
-class UpTo(Synthetic):
-    """A task trained at all lengths up to L and tested in steps of L: 1 to L, L + 1 to 2L, ..."""
-
-    def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
-        first = length - train_length + 1 if train_length is not None and length > train_length else self.least
-        return range(first, length + 1)
-
-
 def answered(question: np.ndarray, answer: np.ndarray) -> Item:
     """The item of a question and its answer, of which the answer counts: two (length,) int64 vectors."""
     tokens = np.concatenate([question, answer]).astype(np.int64)
@@ -148,9 +139,7 @@ class Items(Task):
     mode = "items"
     by_target = False
     """Whether each target of an answer is judged by itself."""
-
-    def __init__(self) -> None:
-        self._kept: tuple[int, list[Item]] = (0, [])
+    _kept: tuple[int, list[Item]] = (0, [])
 
     @abstractmethod
     def draw(self, length: int) -> list[Item]:
@@ -194,7 +183,6 @@ class ItemTask(Items):
     """
 
     def __init__(self, task: Synthetic, train_length: int, split: str = "test") -> None:
-        super().__init__()
         self.task, self.train_length, self.split, self.name = task, train_length, split, task.name
         self.by_target = task.by_target
         self.count = task.items if split == "test" else task.validation_items

@@ -108,26 +108,23 @@ class NeedleBatches(TrainingBatches):
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
+@dataclass(eq=False)
 class NeedleTask(Items):
-    """Needles at eleven depths of a text that was not trained on.
+    """Needles at eleven depths of a text that was not trained on."""
 
-    Args:
-        task: its settings.
-        tokens: (N,) integers, of the split.
-        start_id: input in front of a sequence.
-        first: id of the first symbol.
-        split: `validation` or `test`.
-        corpus: hash of the text.
-    """
+    task: NeedleConfig
+    tokens: np.ndarray
+    """(N,) integers, of the split."""
+    start_id: int
+    """Input in front of a sequence."""
+    first: int
+    """Id of the first symbol."""
+    split: str
+    """`validation` or `test`."""
+    corpus: str
+    """Hash of the text."""
 
     name = "needle"
-
-    def __init__(
-        self, task: NeedleConfig, tokens: np.ndarray, start_id: int, first: int, split: str, corpus: str
-    ) -> None:
-        super().__init__()
-        self.task, self.tokens, self.start_id, self.first = task, tokens, start_id, first
-        self.split, self.corpus = split, corpus
 
     @property
     def identity(self) -> str:
@@ -173,7 +170,6 @@ class PasskeyTask(Items):
     QUESTION = "What is the pass key? The pass key is"
 
     def __init__(self, tokenizer: TextTokenizer, split: str) -> None:
-        super().__init__()
         self.tokenizer, self.split = tokenizer, split
         self.corpus = hashlib.sha256(self.identity.encode()).hexdigest()[:12]
         texts = [self.BEFORE, self.FILLER, self.FACT.format(number=50_000), self.QUESTION, " 50000"]

@@ -68,17 +68,14 @@ def of_text(corpus: Corpus, length: int, task: TaskConfig) -> TrainingData:
         f"train_length = {length} is longer than the training text: {train.num_tokens} tokens.",
     )
 
+    why = refuses(length) if isinstance(task, NeedleConfig) else ""
+    require(not why, f"train_length = {length} with task=needle: {why}. Use a longer train_length.")
+
     def batches(rows: int, seed: int) -> Batches:
         if isinstance(task, NeedleConfig):
-            first = corpus.vocab_size
-            return NeedleBatches(task, train.tokens, corpus.start_id, length, rows, seed, first)
+            return NeedleBatches(task, train.tokens, corpus.start_id, length, rows, seed, corpus.vocab_size)
         return TrainingBatches(train.tokens, corpus.start_id, length, rows, seed)
 
-    if isinstance(task, NeedleConfig):
-        require(
-            not refuses(length),
-            f"train_length = {length} with task=needle: {refuses(length)}. Use a longer train_length.",
-        )
     return TrainingData(
         corpus.name,
         corpus.vocab_size + task.added_tokens,
@@ -97,7 +94,8 @@ def of_task(task: Synthetic, length: int) -> TrainingData:
     Raises:
         ValueError: there are no such items.
     """
-    require_possible(task, length, "train_length")
+    why = task.refuses(length)
+    require(not why, f"train_length = {length} with task={task.name}: {why}. Use another train_length or task.")
     validation = ItemTask(task, length, "validation")
     digest = hashlib.sha256(validation.identity.encode()).hexdigest()[:12]
     manifest = {"description": f"items of {task.name}", "task": validation.identity}
@@ -111,13 +109,3 @@ def of_task(task: Synthetic, length: int) -> TrainingData:
         validation,
         lambda rows, seed: ItemBatches(task, length, rows, seed),
     )
-
-
-def require_possible(task: Synthetic, length: int, name: str) -> None:
-    """Refuse a length that no item of the training has.
-
-    Raises:
-        ValueError: naming the setting `name`.
-    """
-    reason = task.refuses(length)
-    require(not reason, f"{name} = {length} with task={task.name}: {reason}. Use another {name} or task.")

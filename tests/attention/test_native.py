@@ -41,18 +41,17 @@ def attend(q, k, v, grad, bias=None, window=None) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-@pytest.mark.parametrize("length", [1, 2, 47, 48, 49, 63, 64, 65, 97, 333])
-@pytest.mark.parametrize("num_heads", [1, 6])
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("none", {}), ("alibi", {}), ("alibi", {"learned_slopes": True}), ("t5", {}), ("t5", {"max_distance": 20})],
 )
-def test_every_scheme_equals_eager(name, settings, num_heads, length):
-    scheme = scheme_of(name, num_heads, **settings)
-    expected = run("eager", scheme, length, torch.float64)
-    actual = run(native.NativeAttention(), scheme, length, torch.float32)
-    # A parameter's gradient adds up many float32 numbers of both signs.
-    assert_within(actual, expected, 1e-5 if list(scheme.parameters()) else BUDGET)
+def test_every_scheme_equals_eager(name, settings):
+    for length, num_heads in [(n, 6) for n in (1, 2, 47, 48, 49, 63, 64, 65, 97, 250)] + [(65, 1), (97, 1)]:
+        scheme = scheme_of(name, num_heads, **settings)
+        expected = run("eager", scheme, length, torch.float64)
+        actual = run(native.NativeAttention(), scheme, length, torch.float32)
+        # A parameter's gradient adds up many float32 numbers of both signs.
+        assert_within(actual, expected, 1e-5 if list(scheme.parameters()) else BUDGET)
 
 
 @pytest.mark.parametrize("dim", [1, 8, 10, 16, 20, 32, 33, 64, 128])
@@ -71,7 +70,7 @@ def test_a_window_hides_what_lies_outside(window, biased):
     assert_within(attend(q, k, v, grad, bias, window), definition(q, k, v, grad, bias, window), BUDGET)
 
 
-@pytest.mark.parametrize(("length", "size"), [(700, 0.1), (700, 4.0), (1100, 1.0)])
+@pytest.mark.parametrize(("length", "size"), [(400, 0.1), (700, 4.0)])
 def test_steep_heads_equal_the_definition(length, size):
     q, k, v, grad = draw(1, 8, length, 16, size)
     bias = alibi_bias(8, length)
@@ -80,14 +79,13 @@ def test_steep_heads_equal_the_definition(length, size):
     assert_within(attend(q, k, v, grad, bias), definition(q, k, v, grad, bias), BUDGET * max(1, size))
 
 
-@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
-@pytest.mark.parametrize("num_heads", [4, 6])
+@pytest.mark.parametrize(("size", "num_heads"), [(0.1, 6), (1.0, 4), (3.0, 6)])
 @pytest.mark.parametrize("opposed", [False, True])
 def test_what_lies_past_the_reach_weighs_less_than_float32_rounds_away(size, num_heads, opposed):
-    length = 600
-    q, k, v, _ = draw(2, num_heads, length, 8, size)
+    length = 450
+    q, k, v, _ = draw(1, num_heads, length, 8, size)
     if opposed:  # every query shuns its own key and seeks the early ones
-        q[:], k[:, :, :300], k[:, :, 300:] = size, size, -size
+        q[:], k[:, :, :200], k[:, :, 200:] = size, size, -size
     bias = alibi_bias(num_heads, length)
     reach = native.forward(q, k, v, bias, length, None)[2]
     distance = torch.arange(length)[:, None] - torch.arange(length)

@@ -175,18 +175,11 @@ def test_a_compiler_that_fails_is_quoted(anew, fake_compiler, script, reason):
     assert backend("auto") == "sdpa"
 
 
-def test_what_killed_compilers_left_is_swept_away(anew, fake_compiler):
+def test_a_compiler_works_outside_of_the_cache(anew, fake_compiler):
+    """So that one that is killed leaves nothing there."""
     fake_compiler("exit 3")
     message_of_native()
-    (lock,) = anew.glob("*.lock")
-    names = [f"{lock.name.removesuffix('.so.lock')}-killed", "another-machine-now", "another-machine-long-ago"]
-    for name in names:
-        (anew / name).mkdir()
-        (anew / name / "half.so").write_text("half")
-    os.utime(anew / names[2], (0, 0))
-    forget()
-    message_of_native()
-    assert [path.name for path in anew.iterdir() if path.is_dir()] == [names[1]]
+    assert {path.suffix for path in anew.iterdir()} == {".lock"}
 
 
 @needs_compiler
@@ -196,6 +189,8 @@ def test_what_computes_something_else_is_refused(anew, tmp_path, monkeypatch):
     wrong = tmp_path / "native.cpp"
     wrong.write_text(text.replace("load(scores + j) + load(line + j)", "load(scores + j) - load(line + j)"))
     monkeypatch.setattr(native_library, "SOURCE", wrong)
+    flags = native_library._flags()  # nobody waits for a good machine code here
+    monkeypatch.setattr(native_library, "_flags", lambda: [f.replace("-O3", "-O0") for f in flags])
     assert "does not compute attention" in message_of_native()
     assert backend("auto") == "sdpa"
 

@@ -5,6 +5,8 @@ Error budget of a route in a lower precision, as a share of the largest entry of
 bits of q, k, v; the bias itself is float32).
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,27 +27,25 @@ ROUTES = {
 SCHEMES = [("none", {}), ("alibi", {}), ("alibi", {"learned_slopes": True}), ("t5", {"max_distance": 20})]
 
 
-@pytest.mark.parametrize("dtype", BUDGET)
-@pytest.mark.parametrize("length", [1, 65, 200])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("length", [1, 130])
 @pytest.mark.parametrize(("name", "settings"), SCHEMES)
-def test_equal_to_eager(name, settings, length, dtype, route):
+def test_equal_to_eager(name, settings, length):
     scheme = scheme_of(name, 6, **settings)
-    # Parameters are float32, and so is the sum that makes their gradient.
-    budget = max(BUDGET[dtype], 1e-5 if settings else 0)
-    if dtype != torch.float64:
-        budget += length * (1e-7 if route == "columns" else 6e-8)
     expected = run("eager", scheme, length, torch.float64)
-    assert_within(run(ROUTES[route], scheme, length, dtype), expected, budget)
+    for route, dtype in itertools.product(ROUTES, BUDGET):
+        # Parameters are float32, and so is the sum that makes their gradient.
+        budget = max(BUDGET[dtype], 1e-5 if settings else 0)
+        if dtype != torch.float64:
+            budget += length * (1e-7 if route == "columns" else 6e-8)
+        assert_within(run(ROUTES[route], scheme, length, dtype), expected, budget)
 
 
-@pytest.mark.parametrize("dtype", BUDGET)
-@pytest.mark.parametrize("route", ["short", "slices"])
 @pytest.mark.parametrize("name", ["none", "alibi", "t5"])
-def test_windows_equal_to_eager(name, dtype, route):
+def test_windows_equal_to_eager(name):
     scheme = scheme_of(name, 3)
     expected = run("eager", scheme, 90, torch.float64, window=17)
-    assert_within(run(ROUTES[route], scheme, 90, dtype, window=17), expected, max(BUDGET[dtype], 1e-5))
+    for route, dtype in itertools.product(("short", "slices"), BUDGET):
+        assert_within(run(ROUTES[route], scheme, 90, dtype, window=17), expected, max(BUDGET[dtype], 1e-5))
 
 
 def test_columns_in_bfloat16_carry_the_whole_bias():
@@ -65,9 +65,9 @@ def test_dropout_of_attention_weights(route, name):
     scheme, (q, k, v, _) = scheme_of(name, 2), draw(2, 2, 70, 8)
     with torch.no_grad():
         plain = attend("eager", scheme, q, k, v)
-        draws = torch.stack([attend(ROUTES[route], scheme, q, k, v, dropout=0.2) for _ in range(300)])
+        draws = torch.stack([attend(ROUTES[route], scheme, q, k, v, dropout=0.2) for _ in range(100)])
     assert (draws[0] - plain).abs().max() > 0.05
-    assert (draws.mean(0) - plain).abs().mean() < 0.02
+    assert (draws.mean(0) - plain).abs().mean() < 0.03
 
 
 class LargestTensor(TorchDispatchMode):
@@ -85,7 +85,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["none", "sinusoidal", "rotary", "alibi"])
 def test_no_tensor_grows_with_the_square_of_the_length(name):
-    config, length = ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=32), 3000
+    config, length = ModelConfig(num_layers=1, model_dim=16, num_heads=2, ffn_dim=32), 1000
     model = TransformerLM(config, POSITIONS[name](), "sdpa", 20, 64)
     tokens = torch.randint(0, 20, (1, length))
     with LargestTensor() as seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,11 @@ def trained_runs(tmp_path_factory) -> Path:
         )  # fmt: skip
         train(config, place / "outputs" / experiment / "runs" / f"{position}_L{TRAIN_LENGTH}_s{seed}")
     return place
+
+
+@pytest.fixture
+def place(trained_runs, tmp_path, monkeypatch) -> Path:
+    """A copy of outputs/, in the current folder: the folder of the experiment smoke with its finished runs."""
+    shutil.copytree(trained_runs / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs" / "smoke"

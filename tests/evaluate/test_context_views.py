@@ -3,38 +3,27 @@
 import numpy as np
 import pytest
 import torch
+from toy_models import Toy
 
 from alibi_lm.evaluate import context_views, views
 from alibi_lm.evaluate.passes import Passes
-from alibi_lm.model.interface import Scores
+from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.tasks.text import TextTask
 
-V = 11
 
+class Copier(Toy):
+    """Knows a token for sure where the pair of tokens before it has been seen within `reach`; else it guesses."""
 
-class Copier:
-    """Knows a token for sure where the pair of tokens before it has been seen within reach; else it guesses."""
+    train_length, max_length, label = 16, 48, "copier_L16_s1"
 
-    vocab_size, train_length, max_length, precision, device = V, 16, 48, "float32", torch.device("cpu")
-    label, identity = "copier_L16_s1", ""
-
-    def __init__(self, reach):
-        self.reach = reach
-
-    def serve(self, length):
-        pass
-
-    def refuses(self, capability):
-        return ""
-
-    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-        nats = torch.full(target_ids.shape, 2.0)
-        for row, (inputs, targets) in enumerate(zip(input_ids.tolist(), target_ids.tolist(), strict=True)):
-            for t in range(2, len(inputs)):
-                seen = [s for s in range(1, t) if inputs[s - 1 : s + 1] == inputs[t - 1 : t + 1]]
-                if any(t - s <= self.reach and inputs[s + 1] == targets[t] for s in seen):
+    def nats(self, inputs, targets, positions, window):
+        nats = torch.full(targets.shape, 2.0)
+        for row, (before, after) in enumerate(zip(inputs.tolist(), targets.tolist(), strict=True)):
+            for t in range(2, len(before)):
+                seen = [s for s in range(1, t) if before[s - 1 : s + 1] == before[t - 1 : t + 1]]
+                if any(t - s <= self.reach and before[s + 1] == after[t] for s in seen):
                     nats[row, t] = 0.5
-        return Scores(nats[:, score_from:], None)
+        return nats
 
 
 @pytest.fixture
@@ -45,7 +34,7 @@ def text():
 
 def test_a_second_reading_gains_up_to_the_reach_of_the_model(text):
     group = views.Group("toy", 16, [Passes(Copier(reach=20), text)])
-    points = context_views.repeat(group, [6, 8, 20, 21, 40, 44], 8, 3)
+    points = context_views.repeat(group, [48], [6, 8, 20, 21, 40, 44], 8, 3)
     gains = {point["distance"]: point["nats"] for point in points}
     # The first two tokens of a segment have no pair before them that was seen.
     assert gains[8] == gains[20] == pytest.approx(1.5 * 6 / 8) and gains[21] == gains[40] == 0
@@ -53,17 +42,25 @@ def test_a_second_reading_gains_up_to_the_reach_of_the_model(text):
     assert gains[44] is None and "48 positions" in points[-1]["reason"]
     assert points[1]["low"] <= points[1]["nats"] <= points[1]["high"] and points[1]["targets"] % 8 == 0
     with pytest.raises(ValueError, match="width = 400 at a distance of 600"):
-        context_views.repeat(group, [600], 400, 1)
+        context_views.repeat(group, [48], [600], 400, 1)
+
+
+def test_segments_at_other_places_are_passes_of_their_own(text, tmp_path):
+    def points(every, store):
+        passes = Passes(Copier(reach=20, identity="copier"), text, store)
+        return context_views.repeat(views.Group("toy", 16, [passes]), [48], [20], 8, every)
+
+    store = TokenStore(tmp_path)
+    assert points(3, store) != points(4, store) == points(4, None)
 
 
 def test_the_effective_context_is_the_least_that_is_as_good_as_the_best(text):
     class Counts(Copier):
-        def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-            context = torch.arange(1, input_ids.shape[1] + 1).float()
-            return Scores((1 + 1 / context).expand(target_ids.shape)[:, score_from:], None)
+        def nats(self, inputs, targets, positions, window):
+            return (1 + 1 / torch.arange(1, inputs.shape[1] + 1)).expand(targets.shape)
 
-    group = views.Group("toy", 16, [Passes(Counts(0), text)])
-    points = context_views.effective_context(group, [1, 8, 16, 32, 40, 64], 7)
+    group = views.Group("toy", 16, [Passes(Counts(), text)])
+    points = context_views.effective_context(group, [64], [1, 8, 16, 32, 40, 64], 7)
     assert points[0]["numbers"] == {"effective": {"copier_L16_s1": 32}, "receptive_field": {"copier_L16_s1": None}}
     assert {point["effective"] for point in points} == {32}, "1 + 1/32 is within 1% of 1 + 1/40, 1 + 1/16 is not"
     assert points[-1]["nats"] is None
@@ -131,7 +128,7 @@ def test_a_scheme_without_such_positions_is_told(tiny_model, text):
     (point,) = context_views.attention(views.Group("learned", 8, [Passes(model, text)]), [24], 1)
     assert point["nats"] is None and "8 positions" in point["reason"]
     with pytest.raises(ValueError, match="does not show its attention weights"):
-        context_views.attention(views.Group("toy", 16, [Passes(Copier(1), text)]), [16], 1)
+        context_views.attention(views.Group("toy", 16, [Passes(Copier(reach=1), text)]), [16], 1)
 
 
 @pytest.mark.parametrize("position", ["alibi", "none"])

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from toy_models import Toy
 
 from alibi_lm.data.windows import positions_in_window
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.views import TERMS, Group, decomposition, fixed, losses, offset
-from alibi_lm.model.interface import Scores
 from alibi_lm.positions import POSITIONS
 from alibi_lm.tasks.text import TextTask
 
@@ -15,35 +15,29 @@ L = 16
 DOCUMENTS = np.array([0, 90, 200, 310])
 
 
-class Known:
-    """A language model of no library, whose nats are a rule of what it sees.
+class Known(Toy):
+    """A model whose nats are a rule of what it sees.
 
     `rule(seen, position)` gives the nats of a target from how many tokens its query sees and the query's
     absolute position. `memory` makes the nats depend on the last tokens themselves as well: a hash of the last
     `memory` visible inputs is added, so that a pass with other inputs cannot be mistaken for the same.
     """
 
-    identity, vocab_size, train_length, max_length, device = "", 50, L, None, torch.device("cpu")
+    train_length, label = L, "known"
 
     def __init__(self, rule, memory=0, label="known"):
-        self.rule, self.memory, self.label = rule, memory, label
+        super().__init__(rule=rule, memory=memory, label=label)
 
-    def serve(self, length):
-        pass
-
-    def refuses(self, capability):
-        return ""
-
-    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-        length = input_ids.shape[1]
+    def nats(self, inputs, targets, positions, window):
+        length = inputs.shape[1]
         positions = torch.arange(length) if positions is None else positions
         seen = (torch.arange(length) + 1).clamp(max=window or length)
-        nats = self.rule(seen.double(), positions.double()).expand(input_ids.shape).clone()
+        nats = self.rule(seen.double(), positions.double()).expand(inputs.shape).clone()
         for back in range(self.memory):
             visible = (seen > back) & (torch.arange(length) >= back)
-            shifted = torch.roll(input_ids, back, dims=1).double()
+            shifted = torch.roll(inputs, back, dims=1).double()
             nats += torch.where(visible, torch.sin(shifted * (back + 1.7)), 0.0)
-        return Scores((nats + 0.1 * target_ids % 1).float()[:, score_from:], None)
+        return (nats + 0.1 * targets % 1).float()
 
 
 @pytest.fixture
@@ -185,14 +179,14 @@ def test_a_scheme_without_such_positions_has_null_parts_and_a_reason(tiny_model,
 @pytest.mark.parametrize("position", sorted(POSITIONS))
 def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, tokens, position):
     model = tiny_model(position, "auto", train_length=64)
-    points = offset(group([model], tokens, position), [0, 1, 29, 56], width=8, every=2)
+    points = offset(group([model], tokens, position), [], [0, 1, 29, 56], width=8, every=2)
     assert points[0]["largest"] < 1e-6
     # FIRE counts absolute positions past its threshold of 512 alone.
     if model.positions[0].translation_invariant or position == "fire":
         assert all(p["largest"] < 2e-5 and abs(p["nats"]) < 1e-5 for p in points)
     else:
         assert all(p["largest"] > 1e-3 for p in points[1:])
-    beyond = offset(group([model], tokens, position), [57], width=8, every=2)[0]
+    beyond = offset(group([model], tokens, position), [], [57], width=8, every=2)[0]
     if model.max_length is None:
         assert beyond["nats"] is not None
     else:
@@ -201,7 +195,7 @@ def test_shifted_positions_change_nothing_for_relative_schemes_only(tiny_model, 
 
 def test_the_offset_view_measures_the_dependence_on_absolute_position(tokens):
     model = Known(lambda seen, position: 1 + position / 8)
-    points = offset(group([model], tokens), [0, 3, 16], width=8, every=3)
+    points = offset(group([model], tokens), [], [0, 3, 16], width=8, every=3)
     assert [p["nats"] for p in points] == pytest.approx([0, 3 / 8, 2], abs=1e-6)
     assert points[0]["targets"] == len(range(0, 393, 24)) * 8
 

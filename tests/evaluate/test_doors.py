@@ -10,9 +10,9 @@ import torch
 from alibi_lm.distributed import World
 from alibi_lm.evaluate import views
 from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.rows import describe, measure
 from alibi_lm.evaluate.score import score
 from alibi_lm.evaluate.store import TokenStore
-from alibi_lm.evaluate.sweep import describe, measure
 from alibi_lm.model.interface import Scores
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
@@ -128,9 +128,9 @@ def test_a_table_of_pairs_is_scored_swept_viewed_and_drawn(text, tmp_path):
     for points in (views.position(group, [8, 32]), views.last(group, [16, 32], 4), views.documents(group, [16])):
         assert all(point["low"] < point["nats"] < point["high"] for point in points)
     assert model.served == [8, 16, 32]  # views need no pass that the rows did not need
-    for points in (views.decomposition(group, [32], 4), views.offset(group, [4], 8, 1)):
+    for points in (views.decomposition(group, [32], 4), views.offset(group, [], [4], 8, 1)):
         assert points[0]["reason"].startswith("a table of pairs has no ")
-    assert views.fixed(group, [1, 16], 5)[0]["nats"] == pytest.approx(nats[15::5].mean(), rel=1e-6)
+    assert views.fixed(group, [], [1, 16], 5)[0]["nats"] == pytest.approx(nats[15::5].mean(), rel=1e-6)
 
     drawn = draw(tmp_path)
     assert any(path.suffix == ".png" and path.read_bytes().startswith(b"\x89PNG") for path in drawn)

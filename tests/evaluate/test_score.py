@@ -34,8 +34,9 @@ def test_scores_equal_one_pass_per_target(tiny_model, tokens, position, length, 
     tokens = tokens[:70]
     with torch.no_grad():
         expected = by_hand(model, tokens, length, stride or length)
-    actual = score_tokens(model, tokens, 7, length, stride)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+    for tokens_per_forward in (1, 10_000):
+        actual = score_tokens(model, tokens, 7, length, stride, tokens_per_forward)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
 def test_batch_size_does_not_matter(tiny_model, tokens):

@@ -3,46 +3,40 @@
 import numpy as np
 import pytest
 import torch
+from toy_models import Toy
 
-from alibi_lm.evaluate import self_longppl, views
+from alibi_lm.evaluate import views
 from alibi_lm.evaluate.passes import Passes
-from alibi_lm.model.interface import Scores
+from alibi_lm.evaluate.self_longppl import finish, self_longppl
 from alibi_lm.tasks.text import TextTask
 
 
-class Reader:
-    """A token costs 0.5 nats where the same token stands within reach of it and in its window, else 5."""
+class Reader(Toy):
+    """A token costs 0.5 nats where the same token stands within `reach` of it and in its window, else 5."""
 
-    train_length, precision, device, identity = 8, "float32", torch.device("cpu"), ""
-
-    def __init__(self, label, reach, max_length=None):
-        self.label, self.reach, self.max_length, self.passes = label, reach, max_length, []
-
-    def serve(self, length):
-        self.passes.append(length)
-
-    def refuses(self, capability):
-        return ""
-
-    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-        nats = torch.full(target_ids.shape, 5.0)
-        for row, (inputs, targets) in enumerate(zip(input_ids.tolist(), target_ids.tolist(), strict=True)):
-            for t, target in enumerate(targets):
-                if target in inputs[max(0, t + 1 - self.reach) : t + 1]:
+    def nats(self, inputs, targets, positions, window):
+        nats = torch.full(targets.shape, 5.0)
+        for row, (before, after) in enumerate(zip(inputs.tolist(), targets.tolist(), strict=True)):
+            for t, target in enumerate(after):
+                if target in before[max(0, t + 1 - self.reach) : t + 1]:
                     nats[row, t] = 0.5
-        return Scores(nats[:, score_from:], None)
+        return nats
 
 
 def test_key_tokens_are_those_of_any_judge_and_the_same_for_all():
     text = TextTask(
         np.random.default_rng(0).integers(1, 30, 240), 0, documents=np.array([0, 70, 150]), corpus="toy"
     )
-    models = [Reader("near_L8_s1", 3), Reader("far_L8_s1", 8, max_length=16), Reader("far_L8_s2", 7)]
+    models = [
+        Reader(label="near_L8_s1", reach=3),
+        Reader(label="far_L8_s1", reach=8, max_length=16),
+        Reader(label="far_L8_s2", reach=7),
+    ]
     groups = [views.Group("near", 8, [Passes(models[0], text)])]
     groups.append(views.Group("far", 8, [Passes(m, text) for m in models[1:]]))
-    gathered = [self_longppl.gather(group, [4, 8, 16, 24], None, 2.0, 2.0) for group in groups]
+    gathered = [self_longppl(group, [4, 8, 16, 24], None, 2.0, 2.0) for group in groups]
     assert not gathered[0].keys.any(), "what it sees in 8 tokens it sees in 4"
-    assert models[0].passes == [4, 8, 16, 24, 4], "one short pass beside those of the lengths"
+    assert models[0].served == [4, 8, 16, 24, 4], "one short pass beside those of the lengths"
 
     tokens, wanted = text.tokens.tolist(), set()
     for t in range(240):  # the input before a target is the token before it, also across the border of a window
@@ -53,7 +47,7 @@ def test_key_tokens_are_those_of_any_judge_and_the_same_for_all():
     assert set(np.flatnonzero(gathered[1].keys)) == wanted and wanted
 
     series = [{"corpus": "toy", "points": one} for one in gathered]
-    self_longppl.finish(series)
+    finish(series)
     near, far = (one["points"] for one in series)
     assert {p["targets"] for p in [*near, *far] if p["nats"] is not None} == {len(wanted)}
     at = sorted(wanted)
@@ -67,8 +61,8 @@ def test_key_tokens_are_those_of_any_judge_and_the_same_for_all():
 
 def test_without_key_tokens_the_thresholds_are_named():
     text = TextTask(np.arange(1, 100), 0, corpus="toy")
-    found = self_longppl.gather(views.Group("far", 8, [Passes(Reader("a_L8_s1", 8), text)]), [8], 2, 2.0, 0.1)
+    found = self_longppl(views.Group("far", 8, [Passes(Reader(reach=8), text)]), [8], 2, 2.0, 0.1)
     series = [{"corpus": "toy", "points": found}]
-    self_longppl.finish(series)
+    finish(series)
     (point,) = series[0]["points"]
     assert point["nats"] is None and "2 nats cheaper in windows of 8 than of 2, and below 0.1" in point["reason"]

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from toy_models import Toy
 
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.store import Scoring, Stored, TokenStore
-from alibi_lm.model.interface import Scores
 from alibi_lm.tasks.text import TextTask
 
 WHOLE = Scoring("validation", "nonoverlapping", 16)
@@ -99,19 +99,14 @@ def test_an_interrupted_write_leaves_the_old_result(store, monkeypatch):
     assert len(list(store.folder.rglob("*.*"))) == 2
 
 
-class Counting:
-    """Gives each target `nats`, and counts its passes."""
+class Counting(Toy):
+    """Gives each target the same nats, and counts its passes."""
 
-    label, identity, max_length, device = "counting", "weights 1", None, torch.device("cpu")
+    def __init__(self, each=1.0, identity="weights 1"):
+        super().__init__(each=each, identity=identity, label="counting")
 
-    def __init__(self, nats=1.0):
-        self.nats, self.passes = nats, 0
-
-    def serve(self, length):
-        self.passes += 1
-
-    def score(self, input_ids, target_ids, **_):
-        return Scores(torch.full(target_ids.shape, self.nats, dtype=torch.float64), None)
+    def nats(self, inputs, targets, positions, window):
+        return torch.full(targets.shape, self.each, dtype=torch.float64)
 
 
 def scored(store, model, **more):
@@ -119,18 +114,20 @@ def scored(store, model, **more):
 
 
 def test_a_pass_is_made_once_for_each_model(store):
-    model, other = Counting(), Counting(2.0)
+    model, other = Counting(), Counting(2.0, "weights 2")
     first, second = scored(store, model), scored(store, model)
-    assert model.passes == 1 and first.nats.tobytes() == second.nats.tobytes() and first.seconds == second.seconds
-    other.identity = "weights 2"
-    assert scored(store, other).nats[0] == 2 and scored(store, model).nats[0] == 1 and other.passes == 1
+    assert (
+        len(model.served) == 1
+        and first.nats.tobytes() == second.nats.tobytes()
+        and first.seconds == second.seconds
+    )
+    assert scored(store, other).nats[0] == 2 and scored(store, model).nats[0] == 1 and len(other.served) == 1
 
 
 @pytest.mark.parametrize(("nats", "identity"), [(np.inf, "weights 1"), (1.0, "")])
 def test_what_is_not_finite_or_of_an_unknown_model_is_not_kept(store, nats, identity):
-    model = Counting(nats)
-    model.identity = identity
-    assert [scored(store, model).nats[0] for _ in range(2)] == [nats, nats] and model.passes == 2
+    model = Counting(nats, identity)
+    assert [scored(store, model).nats[0] for _ in range(2)] == [nats, nats] and len(model.served) == 2
     assert not store.folder.exists()
 
 
@@ -142,4 +139,4 @@ def test_processes_make_a_pass_unless_all_of_them_have_it(store, monkeypatch, ot
     monkeypatch.setattr("alibi_lm.evaluate.score.all_reduce_sum", lambda tensor, world: tensor)
     monkeypatch.setattr(TextTask, "batches", lambda self, *_, batches=TextTask.batches: batches(self, *_[:2]))
     scored(store, model, world=World(0, 2, 0))
-    assert model.passes == made
+    assert len(model.served) == made

@@ -119,12 +119,12 @@ def test_intervals_need_two_documents_and_seeds_may_agree_exactly(group):
     assert point["nats"] == point["low"] == point["high"] == 0
     point = group.point(np.array([[3.0, 0, 0, 0], [3.0, 0, 0, 0]]), np.array([2, 0, 0, 0]))
     assert point["nats"] == 1.5 and point["low"] is None
-    group.passes[0].task = TextTask(np.arange(50), 7, documents=np.array([0]))
-    assert "one document" in group.note
+    passes = Passes(group.passes[0].model, TextTask(np.arange(50), 7, documents=np.array([0])))
+    assert "one document" in views.Group("toy", L, [passes]).note and not group.note
 
 
 def test_changes_that_decide_claims_carry_their_sums_by_seed_and_document(group):
-    changes = [point["difference"] for point in views.fixed(group, [8, 16, 32], 3)]
+    changes = [point["difference"] for point in views.fixed(group, [8, 16, 32], every=3)]
     (apart,) = views.decomposition(group, [32], 4)
     for change in [*changes, *(apart[name] for name in (*views.TERMS, "total"))]:
         own = change["by_document"]
@@ -140,7 +140,7 @@ def test_no_view_has_a_point_at_a_length_that_the_text_does_not_have(group, leng
         "position": views.position(group, [16, length]),
         "last": views.last(group, [16, length], 4),
         "documents": views.documents(group, [16, length]),
-        "fixed": views.fixed(group, [16, length], 7),
+        "fixed": views.fixed(group, [16, length], every=7),
         "decomposition": views.decomposition(group, [32, length], 4),
     }
     for view, points in found.items():

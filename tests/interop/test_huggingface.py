@@ -18,7 +18,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 WORDS = "one two three four five six seven eight nine ten a b c d e f".split()
 RUNS = {
     "plain": ["position=alibi", "tokenizer=bytes"],
-    "adaptive": ["position=alibi", "tokenizer=word", "model.adaptive_cutoffs=[8,12]", "model.adaptive_factor=2"],
+    "adaptive": ["position=rotary", "tokenizer=word", "model.adaptive_cutoffs=[8,12]", "model.adaptive_factor=2"],
     "learned": ["position=learned", "tokenizer=word"],
 }
 
@@ -41,7 +41,7 @@ def exported(place):
     for name, settings in RUNS.items():
         config = compose(
             [
-                "experiment=smoke", "train_length=16", "steps=6", "tokens_per_step=128", "data=text",
+                "experiment=smoke", "train_length=16", "steps=2", "tokens_per_step=128", "data=text",
                 *settings,
                 f"data.path={place}", f"data.cache_dir={place / 'cache'}", "model.model_dim=16",
                 "model.ffn_dim=16",

@@ -26,7 +26,7 @@ def by_full_passes(model, ids, count):
 @pytest.mark.parametrize("position", POSITIONS)
 def test_greedy_tokens_are_those_of_full_passes(tiny_model, position):
     model, prompt = tiny_model(position, "auto"), [3, 1, 4, 1, 5]
-    assert list(generate(model, prompt, 8, sampling=GREEDY)) == by_full_passes(model, prompt, 8)
+    assert list(generate(model, prompt, 5, sampling=GREEDY)) == by_full_passes(model, prompt, 5)
 
 
 @pytest.mark.parametrize("policy", ["full", "proved", "certified"])
@@ -53,12 +53,12 @@ def test_sampling_keeps_the_tokens_that_it_should():
         "p small": Sampling(top_p=1e-9), "zero": GREEDY,
     }.items():  # fmt: skip
         generator = torch.Generator().manual_seed(0)
-        draws[name] = torch.tensor([sampling.choose(logits, generator) for _ in range(2000)]).bincount(minlength=4)
-    torch.testing.assert_close(draws["all"] / 2000, logits.exp(), atol=0.03, rtol=0)
-    torch.testing.assert_close(draws["k"] / 2000, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
-    assert draws["p"].tolist()[2:] == [0, 0] and draws["p"].tolist()[1] > 500
+        draws[name] = torch.tensor([sampling.choose(logits, generator) for _ in range(800)]).bincount(minlength=4)
+    torch.testing.assert_close(draws["all"] / 800, logits.exp(), atol=0.04, rtol=0)
+    torch.testing.assert_close(draws["k"] / 800, torch.tensor([0.625, 0.375, 0, 0]), atol=0.04, rtol=0)
+    assert draws["p"].tolist()[2:] == [0, 0] and draws["p"].tolist()[1] > 200
     for name in ("tiny", "zero", "p small"):
-        assert draws[name].tolist() == [2000, 0, 0, 0]
+        assert draws[name].tolist() == [800, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,12 @@ def build(tiny_config, position="alibi", num_positions=100, length=32, **setting
 
 def test_a_draw_is_a_sorted_sample_without_replacement():
     config, counts = RandomisedConfig(num_positions=40), torch.zeros(40)
-    for seed in range(2000):
+    for seed in range(800):
         draw = config.draw(10, seed)
         assert draw.dtype == torch.int64 and len(draw) == 10 and bool((draw.diff() > 0).all())
         counts[draw] += 1
     assert torch.equal(config.draw(10, 7), config.draw(10, 7))
-    assert counts.sum() == 20_000 and (counts - 500).abs().max() < 100, "each position is as likely as any other"
+    assert counts.sum() == 8_000 and (counts - 200).abs().max() < 50, "each position is as likely as any other"
     assert torch.equal(config.draw(40, 0), torch.arange(40))
     assert PlainConfig().draw(10, 0) is None
     with pytest.raises(ValueError, match=r"num_positions = 40 is less than a sequence of 41 tokens"):
@@ -148,10 +148,9 @@ def weights(folder: Path, which: str = "last"):
     "composed",
     [
         (*DRAWN, "position=rotary"),
-        ("position=alibi", "positions_until=3"),
         ("position=alibi", "positions_until=4", "positions_fade=3", "query_scale=ssmax"),
     ],
-    ids=["drawn", "dropped", "faded"],
+    ids=["drawn", "faded"],
 )
 def test_a_run_that_is_interrupted_ends_as_if_it_had_not_been(text, tmp_path, monkeypatch, composed):
     config = settings(text, *composed)

@@ -98,10 +98,9 @@ def by_slices_and_columns(model) -> None:
     ]
 
 
-def size_of_an_output(model, tokens: torch.Tensor) -> float:
+def size_of_an_output(model, tokens: torch.Tensor, output: torch.Tensor, **options) -> float:
     """What another order of the tokens changes: the measure for all that ought to change something or nothing."""
-    with torch.no_grad():
-        return float((model(tokens) - model(tokens.flip(1))).abs().max())
+    return float((output - model(tokens.flip(1), **options)).abs().max())
 
 
 @variants()
@@ -113,6 +112,7 @@ def test_one_seed_gives_every_scheme_the_same_weights_elsewhere(tiny_model, name
 
 
 @variants_and_backends()
+@torch.no_grad()
 def test_later_tokens_change_nothing_before_them(trained, name, settings, attention):
     model = trained(name, attention, settings)
     tokens = ids(2, 40)
@@ -134,22 +134,18 @@ def test_cached_decoding_keeps_the_bias(tiny_model):
 
 
 @variants()
+@torch.no_grad()
 def test_later_tokens_change_no_more_than_rounding_in_a_long_sequence(trained, name, settings):
-    """Long sequences take other routes; how they split their sums may depend on all tokens.
-
-    What needs all scores of a pass has one route alone, and is slow.
-    """
-    length = 300 if scheme_of(name, settings).defines("content_bias", "scores") else 700
+    """Long sequences take other routes; how they split their sums may depend on all tokens."""
+    length, first = 300, 200
     model = trained(name, dense(name, settings), settings, train_length=length)
-    with torch.no_grad():
-        for block in model.layers:
-            block.attention.qkv.weight *= 2  # scores as large as in a trained model
-    tokens, first = ids(2, length), length - 100
+    for block in model.layers:
+        block.attention.qkv.weight *= 2  # scores as large as in a trained model
+    tokens = ids(1, length)
     changed = tokens.clone()
     changed[:, first:] = (changed[:, first:] + 1) % 50
-    with torch.no_grad():
-        before, after = model(tokens), model(changed)
-    rounding = ROUNDING * size_of_an_output(model, tokens)
+    before, after = model(tokens), model(changed)
+    rounding = ROUNDING * size_of_an_output(model, tokens, before)
     torch.testing.assert_close(before[:, :first], after[:, :first], rtol=0, atol=rounding)
     assert not torch.allclose(before[:, first:], after[:, first:], rtol=0, atol=100 * rounding)
 
@@ -168,24 +164,25 @@ def test_gradient_reaches_all_earlier_tokens_and_no_later_one(trained, name, set
 
 
 @variants_and_backends()
-@pytest.mark.parametrize(("gap", "window"), [(0, None), (7, 30)])
-def test_decoding_in_pieces_equals_one_pass(trained, name, settings, attention, gap, window):
+@torch.no_grad()
+def test_decoding_in_pieces_equals_one_pass(trained, name, settings, attention):
     """Also where each piece begins some positions after the last one, and where old keys are out of sight."""
-    model, cache = trained(name, attention, settings, train_length=200), KeyValueCache()
+    model, tokens, pieces = trained(name, attention, settings, train_length=120), ids(2, 60), [1, 23, 1, 2, 33]
     by_slices_and_columns(model)
-    tokens, pieces = ids(2, 96), [40, 1, 55]
-    positions = torch.cat([torch.arange(n) for n in pieces])
-    positions += torch.tensor([0, 40 + gap, 41 + 2 * gap]).repeat_interleave(torch.tensor(pieces))
-    decoded = [
-        model(piece, positions=places if gap else None, cache=cache, window=window)
-        for piece, places in zip(tokens.split(pieces, dim=1), positions.split(pieces), strict=True)
-    ]
-    whole = model(tokens, positions=positions, window=window)
-    rounding = ROUNDING * size_of_an_output(model, tokens)
-    torch.testing.assert_close(torch.cat(decoded, dim=1), whole, rtol=0, atol=rounding)
+    for gap, window in ((0, None), (7, 20)):
+        cache = KeyValueCache()
+        positions = torch.arange(60) + gap * torch.arange(5).repeat_interleave(torch.tensor(pieces))
+        decoded = [
+            model(piece, positions=places if gap else None, cache=cache, window=window)
+            for piece, places in zip(tokens.split(pieces, dim=1), positions.split(pieces), strict=True)
+        ]
+        whole = model(tokens, positions=positions, window=window)
+        rounding = ROUNDING * size_of_an_output(model, tokens, whole, positions=positions, window=window)
+        torch.testing.assert_close(torch.cat(decoded, dim=1), whole, rtol=0, atol=rounding)
 
 
 @variants_and_backends()
+@torch.no_grad()
 def test_shift_of_all_positions(trained, name, settings, attention):
     """What an invariant scheme changes is rounding; what another one changes is ten times as much or more.
 
@@ -193,10 +190,9 @@ def test_shift_of_all_positions(trained, name, settings, attention):
     """
     model, tokens, positions = trained(name, attention, settings), ids(1, 60), torch.arange(60)
     shifts = [37] if model.max_length else [37, 5000]
-    with torch.no_grad():
-        here = model(tokens, positions=positions)
-        difference = max((model(tokens, positions=positions + s) - here).abs().max() for s in shifts)
-    rounding = ROUNDING * size_of_an_output(model, tokens)
+    here = model(tokens, positions=positions)
+    difference = max((model(tokens, positions=positions + s) - here).abs().max() for s in shifts)
+    rounding = ROUNDING * size_of_an_output(model, tokens, here)
     if model.schemes[0].translation_invariant:
         hint = "where absolute positions count, say so: translation_invariant = False"
         assert difference < rounding, hint
@@ -205,9 +201,7 @@ def test_shift_of_all_positions(trained, name, settings, attention):
 
 
 @variants()
-@pytest.mark.parametrize(
-    ("length", "window", "step"), [(1, None, 1), (101, None, 1), (101, 5, 1), (101, None, 10), (101, 5, 10)]
-)
+@pytest.mark.parametrize(("length", "window", "step"), [(1, None, 1), (60, None, 1), (60, 5, 1), (60, 15, 10)])
 def test_backends_agree_in_outputs_and_gradients(trained, name, settings, length, window, step):
     """Also where positions have gaps: a window is a distance, not a number of keys."""
     tokens, targets, results = ids(2, length), ids(2, length), {}
@@ -216,7 +210,7 @@ def test_backends_agree_in_outputs_and_gradients(trained, name, settings, length
         if Backends(attention, name).refuses_scheme(scheme_of(name, settings)):
             continue
         torch.manual_seed(2)
-        model = trained(name, attention, settings, train_length=max(128, length * step))
+        model = trained(name, attention, settings, train_length=600)
         by_slices_and_columns(model)
         nats = model.nats(tokens, targets, positions=positions, window=window)
         nats.sum().backward()
@@ -236,17 +230,17 @@ def test_backends_agree_in_outputs_and_gradients(trained, name, settings, length
 def test_key_bias_is_the_bias_up_to_a_constant_per_query(name, settings):
     scheme, positions = scheme_of(name, settings), torch.arange(3, 90)
     difference = scheme.key_bias(positions)[:, None].double() - scheme.bias(positions, positions).double()
-    visible = torch.ones(87, 87, dtype=torch.bool).tril()
-    for head in difference:
-        for row, seen in zip(head, visible, strict=True):
-            assert row[seen].max() - row[seen].min() < 1e-4
+    hidden = torch.ones(87, 87, dtype=torch.bool).triu(1)
+    largest, least = (difference.masked_fill(hidden, sign * torch.inf) for sign in (-1, 1))
+    assert (largest.amax(-1) - least.amin(-1)).max() < 1e-4
 
 
 @variants("distance_bias")
 def test_distance_bias_is_the_bias(name, settings):
-    scheme, positions = scheme_of(name, settings), torch.arange(3, 900)
+    scheme, positions = scheme_of(name, settings), torch.arange(3, 300)
     distance = (positions[:, None] - positions).clamp_min(0)
-    assert torch.equal(scheme.distance_bias(torch.arange(900))[:, distance], scheme.bias(positions, positions))
+    by_distance = scheme.distance_bias(torch.arange(300))[:, distance]
+    torch.testing.assert_close(by_distance, scheme.bias(positions, positions), rtol=1e-6, atol=0)
 
 
 @variants("distance_bias", "bias", "score_mod")
@@ -256,18 +250,18 @@ def test_score_mod_is_the_bias(name, settings, step):
     k_pos = torch.arange(33) * step
     q_pos = k_pos[20:]
     modify, bias = scheme.score_mod(q_pos, k_pos, 32 * step), scheme.bias(q_pos, k_pos)
-    zero = torch.zeros(())
-    for head, q in torch.cartesian_prod(torch.arange(3), torch.arange(13)):
-        for k in range(20 + int(q) + 1):
-            score = modify(zero, torch.tensor(0), head, q, torch.tensor(k))
-            torch.testing.assert_close(score, bias[head, q, k])
+    head, q, k = (torch.arange(n) for n in bias.shape)
+    scores = modify(torch.zeros(()), torch.tensor(0), head[:, None, None], q[:, None], k)
+    hidden = k_pos > q_pos[:, None]
+    torch.testing.assert_close(scores.masked_fill(hidden, 0), bias.masked_fill(hidden, 0))
 
 
 @variants()
 def test_four_times_the_trained_length(trained, name, settings):
     model, tokens = trained(name, dense(name, settings), settings, train_length=32), ids(1, 128)
     if model.max_length is None:
-        assert torch.isfinite(model(tokens)).all()
+        with torch.no_grad():
+            assert torch.isfinite(model(tokens)).all()
     else:
         with pytest.raises(ValueError, match=r"has 32 positions; got position 127\.\s+Use inference_length <= 32"):
             model(tokens)
@@ -277,8 +271,8 @@ def test_four_times_the_trained_length(trained, name, settings):
 @variants_and_backends()
 def test_every_parameter_gets_a_gradient(trained, name, settings, attention):
     """Not from the very start, where some are multiplied by others that are 0."""
-    model = trained(name, attention, settings).train()
-    model.nats(ids(4, 128), ids(4, 128)).sum().backward()
+    model = trained(name, attention, settings, train_length=64).train()
+    model.nats(ids(2, 64), ids(2, 64)).sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy_models import Toy
 
 from alibi_lm.data.tokenizers import BPEConfig, word_tokenizer
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
-from alibi_lm.evaluate.sweep import evaluate, measure
+from alibi_lm.evaluate.rows import measure
+from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
-from alibi_lm.model.interface import Scores
 from alibi_lm.results.rows import read_rows
 from alibi_lm.study.figures import draw
 from alibi_lm.tasks.needle import FRAME, NeedleBatches, NeedleConfig, NeedleTask, PasskeyTask, with_needle
@@ -61,34 +62,24 @@ def test_a_share_of_the_training_sequences_holds_one_and_the_others_are_as_they_
     assert depths == {round(k / 10 * 14) for k in range(11)} and batches.targets(0) == 180
 
 
-class Retriever:
+class Retriever(Toy):
     """Finds needles up to a distance, by reading the sequence; knows nothing else."""
 
-    train_length, max_length, precision, device = 30, None, "float32", torch.device("cpu")
-    label, identity = "retriever_L30_s1", ""
-
-    def __init__(self, reach):
-        self.reach = reach
-
-    def serve(self, length):
-        pass
-
-    def refuses(self, capability):
-        return ""
-
-    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-        found = torch.zeros_like(target_ids, dtype=torch.bool)
-        for row, (inputs, targets) in enumerate(zip(input_ids, target_ids, strict=True)):
-            place = int((inputs == FIRST + 10).nonzero()[0])
-            if len(inputs) - place <= self.reach:
-                found[row, -4:] = targets[-4:] == inputs[place + 4 : place + 8]
-        return Scores(torch.zeros(target_ids[:, score_from:].shape), found[:, score_from:])
+    def right(self, inputs, targets):
+        found = torch.zeros_like(targets, dtype=torch.bool)
+        for row, (before, after) in enumerate(zip(inputs, targets, strict=True)):
+            place = int((before == FIRST + 10).nonzero()[0])
+            if len(before) - place <= self.reach:
+                found[row, -4:] = after[-4:] == before[place + 4 : place + 8]
+        return found
 
 
 def test_retrieval_is_told_by_depth(tmp_path: Path):
     task = NeedleTask(NeedleConfig(draws=3), TEXT, 7, FIRST, "validation", "abc")
     for reach, shares in ((1000, [1.0] * 11), (60, [0.0] * 5 + [1.0] * 6)):
-        (row,) = measure(Passes(Retriever(reach), task, tokens_per_forward=500), 100, tmp_path, position="toy")
+        (row,) = measure(
+            Passes(Retriever(reach=reach), task, tokens_per_forward=500), 100, tmp_path, position="toy"
+        )
         assert row.n == 33 and list(row.extra["by_part"].values()) == shares
         assert row.value == pytest.approx(np.mean(shares))
     assert list(row.extra["by_part"])[::5] == ["0.0", "0.5", "1.0"]
@@ -98,7 +89,7 @@ def test_retrieval_is_told_by_depth(tmp_path: Path):
     )
     assert {path.name for path in draw(tmp_path)} >= {"depths.png", "depths.svg"}
     for length, message in ((FRAME, "need 17 tokens"), (901, "no window of 901")):
-        assert message in measure(Passes(Retriever(9), task), length, position="toy")[0].reason
+        assert message in measure(Passes(Retriever(reach=9), task), length, position="toy")[0].reason
 
 
 def test_a_language_model_with_needles_is_scored_on_text_and_on_needles(tmp_path: Path, write_text, monkeypatch):

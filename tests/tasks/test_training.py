@@ -8,7 +8,6 @@ import torch
 
 from alibi_lm import load_run
 from alibi_lm.config import TrainConfig
-from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.sweep import analyse, evaluate
 from alibi_lm.experiment import compose, run_folder
@@ -127,8 +126,3 @@ def test_a_task_that_cannot_be_is_refused_before_any_file(tmp_path: Path, overri
     with pytest.raises(ValueError, match=message):
         train(compose([s for s in TINY if "task.items" not in s] + overrides), tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_batches_of_text_have_targets_as_many_as_tokens():
-    batches = TrainingBatches(torch.arange(50).numpy(), 0, length=4, rows=3, seed=1)
-    assert batches.targets(2) == batches.batch(2)[1].numel() == 12
