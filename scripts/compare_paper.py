@@ -1,11 +1,11 @@
-"""Our results beside the paper's numbers: python scripts/compare_paper.py experiment=quick."""
+"""Our results beside the paper's numbers: python scripts/compare_paper.py experiment=quick [draw=true]."""
 
 from alibi_lm.cli import command
-from alibi_lm.study.commands import StudyConfig, compare_paper
+from alibi_lm.study.commands import ComparePaperConfig, compare_paper
 
 
-@command(StudyConfig)
-def main(config: StudyConfig) -> None:
+@command(ComparePaperConfig)
+def main(config: ComparePaperConfig) -> None:
     compare_paper(config)
 
 

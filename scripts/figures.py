@@ -1,11 +1,11 @@
-"""Redraw figures and tables from result files alone: python scripts/figures.py experiment=quick."""
+"""Redraw figures and tables from result files alone: python scripts/figures.py experiment=quick [paper=true]."""
 
 from alibi_lm.cli import command
-from alibi_lm.study.commands import StudyConfig, figures
+from alibi_lm.study.commands import FiguresConfig, figures
 
 
-@command(StudyConfig)
-def main(config: StudyConfig) -> None:
+@command(FiguresConfig)
+def main(config: FiguresConfig) -> None:
     figures(config)
 
 

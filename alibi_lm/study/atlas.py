@@ -18,7 +18,7 @@ from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.analysis import VIEWS, Series
 from alibi_lm.study.compare import Measured, answer_at, judge, measure, sample
 from alibi_lm.study.evidence import Evidence, read_evidence
-from alibi_lm.study.pages import Block, Table, html_page, markdown, number
+from alibi_lm.study.pages import Block, Links, Table, html_page, markdown, number
 from alibi_lm.study.plots import Cell, Line, Panel, build, grid, save
 from alibi_lm.study.style import label
 from alibi_lm.study.tables import provenance
@@ -207,6 +207,7 @@ def _front(entries: Sequence[Entry], evidence: Evidence, picture: Path) -> Itera
         yield "**NOT A FAIR COMPARISON:**"
         yield serious
     yield picture
+    yield Links([entry.name for entry in entries])
     orders = {
         f"Best at {FAR} L first": lambda e: e.value(FAR),
         "Best at the training length first": lambda e: e.value(1),

@@ -14,7 +14,7 @@ from alibi_lm.study.atlas import write_atlas
 from alibi_lm.study.claims import claims_page, judge_claims
 from alibi_lm.study.compare import common_lengths, is_better, select, title
 from alibi_lm.study.evidence import read_evidence
-from alibi_lm.study.fairness import differences
+from alibi_lm.study.fairness import differences, refuse
 from alibi_lm.study.figures import draw
 from alibi_lm.study.pages import markdown
 from alibi_lm.study.paper import comparison_page
@@ -41,9 +41,19 @@ class StudyConfig:
         return folder
 
 
-def figures(config: StudyConfig) -> None:
+@dataclass
+class FiguresConfig(StudyConfig):
+    """Settings of `scripts/figures.py`."""
+
+    paper: bool = False
+    """Dot the paper's curves beside ours, where it has the same scheme and training length."""
+    strict: bool = False
+    """Refuse to draw runs that differ in more than the scheme."""
+
+
+def figures(config: FiguresConfig) -> None:
     """Redraw figures and tables, and print their paths."""
-    for path in draw(config.results):
+    for path in draw(config.results, config.paper, config.strict):
         print(path)
 
 
@@ -73,12 +83,25 @@ def claims(config: ClaimsConfig) -> None:
     print(folder / "claims.md")
 
 
-def compare_paper(config: StudyConfig) -> None:
+@dataclass
+class ComparePaperConfig(StudyConfig):
+    """Settings of `scripts/compare_paper.py`."""
+
+    near: float = 0.0
+    """Share by which an inference length of the paper may differ from ours, 0 to 0.1."""
+    draw: bool = False
+    """Redraw the figures with the paper's curves dotted."""
+
+
+def compare_paper(config: ComparePaperConfig) -> None:
     """Print our results beside the paper's and write them as paper.md."""
+    require(0 <= config.near <= 0.1, f"near = {config.near}. Use a share from 0 to 0.1, such as 0.02.")
     folder = config.results
-    text = markdown(comparison_page(read_evidence(folder)))
+    text = markdown(comparison_page(read_evidence(folder), config.near))
     write_text(folder / "paper.md", text)
     print(text)
+    for path in draw(folder, with_paper=True) if config.draw else []:
+        print(path)
 
 
 @dataclass
@@ -97,6 +120,8 @@ class CompareRunsConfig(StudyConfig):
     stride: int | None = None
     task: str = "text"
     metric: str = "perplexity"
+    strict: bool = False
+    """Refuse runs that differ in more than the scheme."""
 
 
 def compare_runs(config: CompareRunsConfig) -> None:
@@ -110,6 +135,8 @@ def compare_runs(config: CompareRunsConfig) -> None:
     view = View(config.split, mode, config.stride, config.task, config.metric)
     a, b = (select(evidence.rows, getattr(config, name), view, name, evidence.words) for name in ("a", "b"))
     unfair = [item for item in differences([*a, *b], evidence.records) if item.matters]
+    if config.strict:
+        refuse(unfair)
     print(
         f"A: {title(a)}\nB: {title(b)}\nIs A better than B? {view.title}; A minus B, all lengths at 95% together"
     )

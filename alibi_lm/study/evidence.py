@@ -99,10 +99,14 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is no JSON object.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return [dict(json.loads(line)) for line in lines if line.strip()]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds a line that is no JSON object: {error}") from None
+    file = Path(path)
+    rows = []
+    for number, line in enumerate(
+        file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], start=1
+    ):
+        try:
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}, line {number} is no JSON object: {error}") from None
+    return rows

@@ -7,7 +7,7 @@ Which settings can, each config field says itself (`alibi_lm.settings`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,12 @@ class Difference:
         return f"{self.what}: " + "; ".join(f"{value} in {runs}" for value, runs in named.items())
 
 
+def refuse(found: Iterable[Difference]) -> None:
+    """Raise ValueError, with the reasons, where one of these differences matters."""
+    if lines := [f"\n  {item.sentence}" for item in found if item.matters]:
+        raise ValueError(f"strict = true, and the runs differ in more than the scheme:{''.join(lines)}")
+
+
 def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list[Difference]:
     """All differences between the runs of these rows, those that matter first.
 
@@ -66,6 +72,9 @@ def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> 
         unknown = sorted(run for run, record in known.items() if not record.config)
         if unknown and len(known) > 1:
             found.append(Difference(f"{prefix}settings not compared", {"no config.yaml at hand": unknown}, False))
+    if old := sorted(run for run, record in records.items() if not record.readable):
+        what = "all settings compared, also those without effect"
+        found.append(Difference(what, {"config.yaml of another version": old}, False))
     return sorted(found, key=lambda item: (not item.matters, item.what))
 
 

@@ -20,8 +20,9 @@ from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, by_byte,
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.evidence import read_results
-from alibi_lm.study.fairness import Difference
+from alibi_lm.study.fairness import Difference, refuse
 from alibi_lm.study.pages import markdown
+from alibi_lm.study.paper import paper_curves
 from alibi_lm.study.plots import Cell, Line, Panel, build, dress, fits, grid, save_both
 from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import label, look
@@ -37,7 +38,7 @@ COMPANY = 1.5
 """A close-up shows the curves whose best value up to the training length is at most this factor above the best."""
 
 
-def draw(folder: str | os.PathLike[str]) -> list[Path]:
+def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool = False) -> list[Path]:
     """Draw every figure of a folder of results and write its Markdown table.
 
     The first view (validation, nonoverlapping, where present) is `extrapolation.png` and `.svg`; each further
@@ -46,9 +47,11 @@ def draw(folder: str | os.PathLike[str]) -> list[Path]:
 
     Args:
         folder: holds `results.jsonl`.
+        with_paper: draw the paper's curves dotted where it has the same scheme and training length.
+        strict: refuse to draw runs that differ in more than the scheme.
 
     Raises:
-        ValueError: no rows, or damaged ones.
+        ValueError: no rows, damaged ones, or `strict` and an unfair comparison.
     """
     folder = Path(folder)
     evidence = read_results(folder)
@@ -56,11 +59,13 @@ def draw(folder: str | os.PathLike[str]) -> list[Path]:
     found = views(rows)
     if not found:
         raise ValueError(f"{folder / 'results.jsonl'} holds no row of a run; evaluate at least one run first")
+    if strict:
+        refuse(unfair)
     written: list[Path] = []
     # What was streamed stands in the figure of the other windows, where there is one.
     for index, view in enumerate([view for view in found if view.mode != "stream"] or found):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
-        figure = curve_figure(rows, view, words, unfair)
+        figure = curve_figure(rows, view, words, unfair, with_paper)
         written += save_both(figure, folder, name)
         if in_bytes := by_byte(rows, view):
             by_tokenizer = (f"{view.split} text (hash)", f"{view.split} tokens scored")
@@ -101,13 +106,15 @@ def curve_figure(
     view: View,
     words: Mapping[str, str] | None = None,
     unfair: Sequence[Difference] = (),
+    with_paper: bool = False,
 ) -> Figure:
     """The figure of one view; `words` are the recipes of the runs, `unfair` the differences to mark."""
     found = curves(rows, view, words)
     base = baselines(rows, view)
     cells: list[list[Panel | None]] = []
     for train_length, members in split_into_panels(found):
-        cells.append(curve_panels(members, train_length, base))
+        dotted = paper_curves(members, view) if with_paper else []
+        cells.append(curve_panels(members, train_length, base, dotted))
     layout: list[list[Any]] = [[cell for cell in cells[0] if cell]] if len(cells) == 1 else []
     for start in range(0, len(cells), 3) if len(cells) > 1 else ():
         layout += [list(row) for row in zip(*cells[start : start + 3], strict=True) if any(row)]
@@ -149,7 +156,7 @@ def homes_of(train_lengths: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def curve_panels(
-    found: Sequence[Curve], train_length: int | None, base: Mapping[str, float]
+    found: Sequence[Curve], train_length: int | None, base: Mapping[str, float], dotted: Sequence[Curve] = ()
 ) -> list[Panel | None]:
     """The whole range of these curves and, where it helps, a close-up beside it."""
     drawn = [curve for curve in found if curve.lengths]
@@ -159,7 +166,8 @@ def curve_panels(
     trained = f"trained at {train_length}" if train_length is not None else "several training lengths"
     close = close_up(drawn)
     y_label = "perplexity per token" if metric == "perplexity" else metric.replace("_", " ")
-    panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label)
+    published = [_line(curve, train_length, every) for curve in dotted]
+    panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label, dotted=published)
     if metric == "accuracy":
         x_label = "length in the task's own measure, log axis"
         return [panel(trained, limits=(-0.03, 1.03), levels=dict(base), x_label=x_label), None]

@@ -11,7 +11,7 @@ import base64
 import html
 import importlib.resources
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,15 +36,22 @@ class Table:
     """What stands below, `[1] ...` first where cells refer to it."""
 
 
-Block = str | list[str] | tuple[str, ...] | Table | Path
+@dataclass(frozen=True)
+class Links:
+    """Links to parts of the page, by the words of their headings; in HTML only."""
+
+    headings: list[str]
+
+
+Block = str | list[str] | tuple[str, ...] | Table | Path | Links
 
 
 def markdown(blocks: Iterable[Block]) -> str:
     """The page as Markdown."""
-    return "\n".join(map(_markdown, blocks))
+    return "\n".join(_markdown(block) for block in blocks if not isinstance(block, Links))
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: str | list[str] | tuple[str, ...] | Table | Path) -> str:
     if isinstance(block, Table):
         rule = ["---" if i < block.words else "--:" for i in range(len(block.header))]
         lines = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in (block.header, rule, *block.rows)]
@@ -63,6 +70,8 @@ def _markdown(block: Block) -> str:
 
 def html_page(title: str, blocks: Sequence[Block]) -> str:
     """The page as a whole HTML file: no scripts, no fonts, no network."""
+    names = [name for block in blocks if isinstance(block, Links) for name in block.headings]
+    anchors = {name: f"part-{index}" for index, name in enumerate(names, start=1)}
     # The policy makes browsers refuse whatever a mistake here would let in.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     style = (importlib.resources.files("alibi_lm.study") / "page.css").read_text(encoding="utf-8")
@@ -71,12 +80,12 @@ def html_page(title: str, blocks: Sequence[Block]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(map(_html, blocks))
+        + "\n".join(_html(block, anchors) for block in blocks)
         + "\n</body>\n</html>\n"
     )
 
 
-def _html(block: Block) -> str:
+def _html(block: Block, anchors: Mapping[str, str]) -> str:
     if isinstance(block, Table):
         head, *rows = (
             f"<tr>{''.join(_html_cell(tag, cell, i < block.words) for i, cell in enumerate(row))}</tr>"
@@ -87,13 +96,18 @@ def _html(block: Block) -> str:
         return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>{notes}'
     if isinstance(block, Path):
         return _picture(block)
+    if isinstance(block, Links):
+        links = (f'<a href="#{anchors[name]}">{html.escape(name)}</a>' for name in block.headings)
+        return f"<p>{' | '.join(links)}</p>"
     if isinstance(block, list | tuple):
         return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in block) + "</ul>"
     if block.startswith("```"):
         return f"<pre>{html.escape(block.strip('`').strip())}</pre>"
     heading, bold, rest = _parts(block)
     tag = f"h{len(heading) - 1}" if heading else "p"
-    return f"<{tag}>{f'<strong>{html.escape(bold)}</strong>' if bold else ''}{html.escape(rest)}</{tag}>"
+    anchor = anchors.get(block[len(heading) :]) if heading else None
+    named = f' id="{anchor}"' if anchor else ""
+    return f"<{tag}{named}>{f'<strong>{html.escape(bold)}</strong>' if bold else ''}{html.escape(rest)}</{tag}>"
 
 
 def _picture(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.resources
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ class Comparison:
     """Ours."""
     inference_length: int
     values: list[PaperValue]
-    """The paper's, one for each table that has it; in shapes those of the length nearest to that multiple."""
+    """The paper's, one for each table that has it; of a length near ours in shapes, and where `near` allows it."""
     base: float | None
     """The paper's perplexity at its training length."""
 
@@ -151,15 +152,28 @@ def _of_curve(position: str, train_length: int, view: View) -> dict[int, list[Pa
     return found
 
 
-def compare(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) -> list[Comparison]:
-    """Ours beside the paper's, wherever it has a value; per word, whatever the tokenizer."""
+def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
+    """The paper's curves of the same schemes and training lengths, where it has two points or more."""
+    found = []
+    for position, train_length in sorted({(c.position, c.train_length) for c in ours}):
+        values = _of_curve(position, train_length, view)
+        losses = {n: {"paper": math.log(v[-1].perplexity or math.nan)} for n, v in values.items()}
+        if len(losses) > 1:
+            found.append(Curve(position, train_length, "paper", losses))
+    return found
+
+
+def compare(
+    rows: Sequence[ResultRow], words: Mapping[str, str] | None = None, near: float = 0.0
+) -> list[Comparison]:
+    """Ours beside the paper's, wherever it has a value (`near`: see `find`); per word, whatever the tokenizer."""
     per_word = [counted for row in rows if row.task == "text" and (counted := _per_word(row)) is not None]
     found = []
     for view in views(per_word):
         for curve in curves(per_word, view, words):
             own = find(curve.position, curve.train_length, curve.train_length, view)
             for length in curve.lengths:
-                if values := find(curve.position, curve.train_length, length, view):
+                if values := find(curve.position, curve.train_length, length, view, near):
                     found.append(Comparison(view, curve, length, values, own[0].perplexity if own else None))
     return found
 
@@ -202,7 +216,7 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
     return found
 
 
-def comparison_page(evidence: Evidence) -> list[Block]:
+def comparison_page(evidence: Evidence, near: float = 0.0) -> list[Block]:
     """`paper.md`: what differs from the paper, then paper | ours | difference | ratios, then shapes."""
     page: list[Block] = ["# Beside the paper's numbers"]
     if notes := caveats(evidence.rows, evidence.records):
@@ -213,7 +227,7 @@ def comparison_page(evidence: Evidence) -> list[Block]:
         )
     else:
         page.append("Model, text, recipe and budget are the paper's, as far as the run folders tell.")
-    found = compare(evidence.rows, evidence.words)
+    found = compare(evidence.rows, evidence.words, near)
     for view in dict.fromkeys(item.view for item in found):
         table = comparison_table([item for item in found if item.view == view])
         page += [f"## {view.title[0].upper()}{view.title[1:]}", table]
@@ -236,11 +250,14 @@ def comparison_table(items: Sequence[Comparison]) -> Table:
     body = []
     for item in items:
         curve = item.curve
+        tested, paper_length = str(item.inference_length), item.values[0].inference_length
+        if paper_length != item.inference_length:
+            tested += f" (paper: {paper_length})"
         body.append(
             [
                 label(curve.position, curve.variant),
                 str(curve.train_length),
-                str(item.inference_length),
+                tested,
                 f"{item.paper:.2f}",
                 ", ".join(map(str, sorted({value.table for value in item.values}))),
                 f"{item.ours:.2f}",

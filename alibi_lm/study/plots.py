@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GRID, SOFT, RED = "#E4E4E4", "#777777", "#B00020"
 DOTS = 160
 """Of a PNG, per inch."""
+PAPER_DASHES = (1.0, 1.6)
 COINCIDE = 0.012
 """Lines nearer than this share of a panel's height hide each other, so the lower one is drawn wider."""
 RC: dict[Any, Any] = {
@@ -77,6 +78,8 @@ class Panel:
     """Fill between low and high, without markers; for a panel with one line that has them."""
     levels: dict[str, float] = field(default_factory=dict)
     """Horizontal lines by name, such as `unigram` or `unigram (name of its text)`."""
+    dotted: list[Line] = field(default_factory=list)
+    """Published curves."""
     behind: list[Line] = field(default_factory=list)
     """Other lines, thin and grey."""
     tick_points: bool = False
@@ -108,6 +111,8 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
         _draw(axis, panel, line, wider, 0.0 if panel.zero else shift)
         if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
             labels.append(Label(line.x[-1], line.y[-1], line.name, look(line.position).color, line.note))
+    for line in panel.dotted:
+        axis.plot(line.x, line.y, color=look(line.position).color, linewidth=1.2, dashes=PAPER_DASHES, zorder=2)
     if panel.zero:
         axis.axhline(0, color="#999999", linewidth=0.9, zorder=1)
     _levels(axis, panel, labels)

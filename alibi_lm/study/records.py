@@ -32,6 +32,8 @@ class RunRecord:
     """Those that the trained model depends on."""
     rounding: dict[str, Any] = field(default_factory=dict)
     """Those that change its last bits."""
+    readable: bool = True
+    """Whether config.yaml is one of this version, so that its settings say what depends on them."""
     environment: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     finished: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +74,7 @@ def find_records(rows: Iterable[ResultRow], folder: str | os.PathLike[str]) -> d
     for run, folders in sorted(places.items()):
         place = next((p for p in folders if any((p / file).is_file() for file in RUN_FILES)), None)
         records[run] = RunRecord(run) if place is None else read_record(place, run)
-    if any(record.config and not record.settings for record in records.values()):
+    if not all(record.readable for record in records.values()):
         # One was written by another version: nobody says which of its settings count, so all are compared.
         records = {run: replace(record, settings=record.config, rounding={}) for run, record in records.items()}
     return records
@@ -86,15 +88,15 @@ def read_record(folder: Path, name: str) -> RunRecord:
     """
     values = [_read(folder / file) for file in RUN_FILES]
     config = flatten(values[0])
-    settings, rounding = {}, {}
+    settings, rounding, readable = {}, {}, not config
     if config:
         from alibi_lm.config import load_config
         from alibi_lm.settings import counting
 
         with contextlib.suppress(ValueError):  # written by another version
             own = load_config(folder)
-            settings, rounding = counting(own, "run"), counting(own, "rounding")
-    return RunRecord(name, folder, config, settings, rounding, *values[1:])
+            settings, rounding, readable = counting(own, "run"), counting(own, "rounding"), True
+    return RunRecord(name, folder, config, settings, rounding, readable, *values[1:])
 
 
 def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict[str, str]:

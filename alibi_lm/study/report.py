@@ -10,7 +10,7 @@ from alibi_lm.results.curves import views
 from alibi_lm.study.claims import claims_page, judge_claims
 from alibi_lm.study.evidence import read_evidence
 from alibi_lm.study.figures import draw
-from alibi_lm.study.pages import Block, Table, html_page
+from alibi_lm.study.pages import Block, Links, Table, html_page
 from alibi_lm.study.paper import comparison_page
 from alibi_lm.study.records import RunRecord, show
 from alibi_lm.study.tables import provenance, results_page
@@ -37,8 +37,11 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
     page: list[Block] = [f"# {name}", provenance(evidence.rows, views(evidence.rows)[0])]
     if serious := [item.sentence for item in evidence.unfair if item.matters]:
         page += ["**The runs differ in more than the scheme.**", serious]
-    for path in [*(path for path in drawn if path.suffix == ".svg"), *sorted(analyses)]:
-        page += [f"### {path.stem.replace('_', ' ')}", path]
+    pictures = [*(path for path in drawn if path.suffix == ".svg"), *sorted(analyses)]
+    named = {path.stem.replace("_", " "): path for path in pictures}
+    page.append(Links([*named]))
+    for title, path in named.items():
+        page += [f"### {title}", path]
     page += [*results_page(evidence), *claims_page(judge_claims(evidence), evidence)]
     page += [*comparison_page(evidence), *_runs(evidence.records)]
     path = folder / "report.html"

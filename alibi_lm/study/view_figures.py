@@ -25,7 +25,7 @@ from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
 from alibi_lm.study.pages import Block, Table, markdown, numbered, refer
 from alibi_lm.study.plots import Cell, Line, Panel, build, grid, save_both
 from alibi_lm.study.style import label
-from alibi_lm.study.view_panels import decomposition_panel, documents_panel, heat_map, windows_panel
+from alibi_lm.study.view_panels import decomposition_panel, documents_panel, heat_map, weight_lines, windows_panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def analysis_figure(found: Analysis) -> Figure:
             reasons.setdefault(reason, []).append(series.name)
     for reason, names in sorted(reasons.items()):
         remarks.append(f"Without a value at some lengths: {', '.join(names)}: {reason}.")
-    columns = 2 if len(cells) in (2, 4) or found.view == "attention" else min(len(cells), 3)
+    columns = 2 if len(cells) in (2, 4) else min(len(cells), 3)
     return build(VIEWS[found.view].title, grid(cells, columns), found.provenance, remarks, marks, size)
 
 
@@ -78,7 +78,7 @@ def _windows_panels(found: Analysis) -> list[Cell]:
 
 
 def _heat_maps(found: Analysis) -> list[Cell]:
-    """For each curve, a map at the training length and one at the longest length."""
+    """For each curve, a map at the training length, one at the longest length, and lines of both."""
     cells: list[Cell] = []
     for series in found.series:
         points = [point for point in series.points if "heads" in point]
@@ -86,6 +86,8 @@ def _heat_maps(found: Analysis) -> list[Cell]:
         far = points[-1] if points and points[-1] is not own else None
         cells.append(functools.partial(heat_map, series=series, point=own))
         cells.append(functools.partial(heat_map, series=series, point=far) if far else None)
+        both = [point for point in (own, far) if point]
+        cells.append(functools.partial(weight_lines, series=series, points=both) if both else None)
     return cells
 
 

@@ -124,6 +124,32 @@ def heat_map(axis: Axes, series: Series, point: Mapping[str, Any] | None) -> Non
     rows = range(0, len(heads), max(1, len(heads) // 8))
     axis.set_yticks(list(rows), [f"{heads[k]['layer'] + 1}.{heads[k]['head'] + 1}" for k in rows])
     axis.set_xlabel("distance in tokens", fontsize=8, labelpad=1)
-    plain = FuncFormatter(lambda value, _: f"{value:g}")  # mathematical markup is switched off in all figures
-    bar = axis.figure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02, format=plain)
+    bar = axis.figure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02, format=FuncFormatter(_plain))
     bar.ax.tick_params(labelsize=6)
+
+
+def weight_lines(axis: Axes, series: Series, points: Sequence[Mapping[str, Any]]) -> None:
+    """The same as a line for each head, at the longest length and (dashed) at the training length."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    dress(axis, f"{series.name}, all heads", look(series.position).color)
+    for point in points:
+        dashes = "--" if point["length"] == series.train_length else "-"
+        x = [(near + far) / 2 + 1 for near, far in zip(point["nearest"], point["farthest"], strict=True)]
+        for head in point["heads"]:
+            y = [max(weight, 1e-6) for weight in head["weights"]]
+            axis.plot(x, y, dashes, color=f"C{head['layer'] % 10}", linewidth=0.8, alpha=0.7)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(1e-6, 1.5)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(FuncFormatter(_plain))
+        side.set_minor_formatter(NullFormatter())
+    axis.axvline(series.train_length, color="#999999", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("distance + 1, log axis (colour: layer)", fontsize=8, labelpad=1)
+    axis.set_ylabel("mean weight of a key", fontsize=8, labelpad=1)
+
+
+def _plain(value: float, _: object) -> str:
+    """A tick in plain text: mathematical markup is switched off in all figures."""
+    return f"{value:g}"
