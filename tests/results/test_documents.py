@@ -41,7 +41,7 @@ def test_no_file_means_no_sums(tmp_path):
     ["{", "[]", "{}", json.dumps({name: None for name in RowKey._fields})]
     + [
         json.dumps(dict(zip(RowKey._fields, [*make_sums().key[:8], {}], strict=True)) | sums)
-        for sums in ({"nats": [1.0]}, {"nats": [1.0], "tokens": [1, 2]})
+        for sums in ({"nats": [1.0]}, {"nats": [1.0], "tokens": [1, 2]}, {"nats": "a", "tokens": "b"})
     ],
 )
 def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, line):

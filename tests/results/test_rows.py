@@ -55,6 +55,14 @@ def test_a_row_of_the_same_key_is_replaced_and_others_stay(tmp_path):
     assert [row.perplexity for row in rows if row.key == make_row().key] == [30.0]
 
 
+def test_the_file_does_not_depend_on_the_order_of_evaluation(tmp_path):
+    rows = [make_row(length=n) for n in (32, 64, 128, 1024)]
+    upsert_rows(tmp_path / "a.jsonl", rows)
+    for row in reversed(rows):
+        upsert_rows(tmp_path / "b.jsonl", [row])
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
 def test_baselines_have_no_run_and_do_not_replace_each_other(tmp_path):
     blank = dict(run=None, train_length=None, seed=None)
     rows = upsert_rows(
@@ -103,17 +111,24 @@ def test_processes_writing_at_once_lose_no_row(tmp_path):
         (dict(mode="overlapping"), "mode = 'overlapping'; allowed: nonoverlapping, sliding, items"),
         (dict(mode="items", stride=8), "stride = 8 with mode = items; allowed: null"),
         (dict(mode="sliding"), "stride = None with mode = sliding; allowed: 1 to inference_length = 64"),
+        (dict(stride=8), "stride = 8 with mode = nonoverlapping; allowed: null"),
         (dict(mode="sliding", stride=65), "stride = 65 with mode = sliding; allowed: 1 to"),
         (dict(nats=None), "nats is null but a perplexity is not"),
         (dict(nats=None, perplexity=None, word_perplexity=None), "perplexity is null without a reason"),
+        (dict(nats=None, perplexity=None, reason="r"), "nats is null but a perplexity is not"),
+        (dict(perplexity=None), "perplexity is null without a reason"),
         (dict(perplexity=19.0), "perplexity = 19.0"),
+        (dict(perplexity=0.0), "perplexity = 0.0"),
         (dict(word_perplexity=20.0), "word_perplexity = 20.0"),
         (dict(value=19.0), "value = 19.0"),
         (dict(n=999), "value = 20.0 of n = 999"),
         (dict(metric="accuracy", value=1.5, n=4), "value = 1.5 of n = 4; an accuracy is 0 to 1"),
         (dict(metric="accuracy", value=0.5), "value = 0.5 of n = None"),
+        (dict(metric="accuracy"), "accuracy is null without a reason"),
+        (dict(task=""), "task is missing"),
         (dict(changes="yarn"), "changes = 'yarn'; it must be an object"),
         (dict(nats=math.nan), "nats = nan"),
+        (dict(nats=math.inf), "nats = inf"),
         (dict(tokens=0), "tokens = 0"),
         (dict(tokens=True), "tokens = True"),
         (dict(seed="1"), "seed = '1'; it must be a whole number or null"),

@@ -51,6 +51,11 @@ def test_sums_are_added_in_double_precision():
     assert sums[0] == pytest.approx(300_000 * float(np.float32(0.1)), rel=1e-12)
 
 
+def test_values_that_are_not_finite_name_their_document():
+    with pytest.raises(ValueError, match="document 1 "):
+        per_document_sums(np.array([1, 2, np.inf, 3]), np.array([0, 2, 3]))
+
+
 # ---- the interval of a mean
 
 
@@ -73,6 +78,13 @@ def test_documents_of_one_length_give_the_analysis_of_variance_by_hand():
     np.testing.assert_allclose(ends(interval), [4, 4 - half, 4 + half], atol=0.03)
     assert interval.note == ""
     assert interval.seed_variance == pytest.approx(1) and interval.document_variance == pytest.approx(28 / 36)
+
+
+def test_seed_noise_alone_gives_the_t_interval_over_seeds():
+    tokens = np.array([100.0, 300.0, 50.0])
+    interval = mean_nats_interval(np.array([2.0, 3.0, 4.0])[:, None] * tokens, tokens)
+    half = stats.t.ppf(0.975, 2) * 1 / np.sqrt(3)
+    np.testing.assert_allclose(ends(interval), [3, 3 - half, 3 + half], rtol=1e-6)
 
 
 def test_one_seed_is_conditional_and_over_documents_alone():
@@ -103,11 +115,24 @@ def test_shift_scale_order_and_empty_documents(scores):
     assert "1 documents without tokens" in empty.note
 
 
+def test_a_higher_level_is_wider_and_more_documents_do_not_shrink_the_seed_part(scores):
+    nats, tokens = scores
+    widths = [mean_nats_interval(nats, tokens, level).high for level in (0.5, 0.9, 0.95, 0.99)]
+    assert sorted(widths) == widths
+    many = variance_parts(np.tile(nats, (1, 50)), np.tile(tokens, 50))
+    few = variance_parts(nats, tokens)
+    assert many.seed == pytest.approx(few.seed)
+    assert many.document < few.document / 40
+
+
 @pytest.mark.parametrize(
     ("nats", "tokens", "match"),
     [
         (np.ones((2, 1)), np.ones(1), "documents = 1"),
+        (np.array([[1.0, 0.0]]), np.array([5, 0]), "documents = 1"),
         (np.ones((2, 3)), np.ones(4), "shape"),
+        (np.ones((0, 3)), np.ones(3), "shape"),
+        (np.ones((1, 2, 3)), np.ones(3), "shape"),
         (np.array([[1.0, np.nan]]), np.ones(2), "finite"),
         (np.ones((1, 2)), np.array([1, -1]), "finite"),
         (np.array([[1.0, 2.0], [1.0, 2.0]]), np.ones(2), "same run twice"),
@@ -203,10 +228,15 @@ def test_asking_more_lengths_widens_by_bonferroni(scores):
     assert one.low < difference(nats, other, tokens, level=0.94).low
 
 
+def test_other_documents_are_refused(scores):
+    with pytest.raises(ValueError, match="nats_b has shape"):
+        difference(scores[0], scores[0][:, 1:], scores[1])
+
+
 # ---- how many seeds
 
 
-@pytest.mark.parametrize("gap", [0.3, 1.0])
+@pytest.mark.parametrize("gap", [0.3, 1.0, 3.0])
 def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     seeds = seeds_to_settle(gap, 1.0, 0.0)
 
@@ -230,7 +260,14 @@ def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies():
         bound = parts.estimate + gap * of_mean**0.5 - coverage.half_width(parts, seeds, 0.95)
         settled[seeds] = float((bound > 0).mean())
     assert 0.72 < settled[found] < 0.95 and settled[found // 2] < 0.72, settled
-    assert seeds_to_settle(0.5, 1.0, 0.02) > seeds_to_settle(0.5, 1.0, 0.001)
+
+
+def test_more_scatter_a_nearer_bound_and_more_questions_take_more_seeds():
+    base = seeds_to_settle(0.5, 1.0, 0.001)
+    assert seeds_to_settle(0.5, 2.0, 0.001) > base
+    assert seeds_to_settle(0.25, 1.0, 0.001) > base
+    assert seeds_to_settle(0.5, 1.0, 0.001, level=1 - 0.05 / 6) > base
+    assert seeds_to_settle(0.5, 1.0, 0.02) > base
     assert seeds_to_settle(0.5, 1.0, 0.1) is None  # the documents alone leave it open
     assert seeds_to_settle(0.0, 1.0, 0.0) is None and seeds_to_settle(1.0, 0.0, 0.0) == 2
 
@@ -265,7 +302,7 @@ def test_the_simulated_interval_is_the_library_interval(seeds, comparisons):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0, 10.0])
 def test_95_percent_intervals_cover_93_to_98(seeds, noise):
     widest = 0.99 if seeds == 2 else 0.98
     for interaction, documents in itertools.product(coverage.INTERACTION, ("normal", "skewed")):
@@ -283,7 +320,7 @@ def test_differences_of_unpaired_seeds_cover_at_least_95():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 def test_equal_schemes_get_a_verdict_in_at_most_5_percent_of_families(seeds, correlation):
     families = 2_000
     # Three standard errors of the simulation at the limit.

@@ -72,7 +72,10 @@ def test_standings_rivals_and_costs(folder):
 def test_the_page_needs_nothing_else_and_says_all_in_both_forms(folder):
     write_atlas(folder, folder / "atlas")
     page, text = ((folder / "atlas" / name).read_text() for name in ("index.html", "README.md"))
-    assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
+    assert "<script" not in page and not re.search(r'(src|href)="(?!data:|#)', page)
+    links = dict(re.findall(r'href="#([\w-]+)">(.*?)</a>', page))
+    assert links and all(f'<h2 id="{anchor}">{name}</h2>' in page for anchor, name in links.items())
+    assert len(links) == len(SHAPES)
     assert "<b>" not in page and html.escape("<b>mine") in page and "a &lt; b &amp; c" in page
     assert len(re.findall(r"!\[\w+\]\((\w+\.png)\)", text)) == 1 + len(SHAPES)
     assert all((folder / "atlas" / name).is_file() for name in re.findall(r"\((\w+\.png)\)", text))

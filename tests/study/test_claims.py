@@ -12,8 +12,8 @@ from alibi_lm.files import write_json
 from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.study.analysis import Analysis, Series
 from alibi_lm.study.claims import judge_claim
-from alibi_lm.study.compare import Measured, judge, measure, power_note, sample
-from alibi_lm.study.evidence import Evidence, read_evidence
+from alibi_lm.study.compare import Measured, judge, measure, overall, power_note, sample
+from alibi_lm.study.evidence import Evidence, read_bench, read_evidence
 from alibi_lm.study.paper_claims import Claim, Side, paper_claims
 from alibi_lm.study.records import RunRecord, find_records
 
@@ -43,7 +43,7 @@ def evidence(rows, folder=Path("nowhere"), documents=None, bench=()):
 
 def test_verdicts_on_the_papers_own_tables():
     assert len(ALL) == sum(map(len, paper_claims().values())) and all(
-        c.statement and c.source for c in ALL.values()
+        c.statement.endswith(".") and c.source for c in ALL.values()
     )
     rows = evidence(paper_rows())
     found = {name: judge_claim(claim, rows, min_seeds=1) for name, claim in ALL.items()}
@@ -55,6 +55,14 @@ def test_verdicts_on_the_papers_own_tables():
         "2.172 (seed 1 alone; no sums per document)"
     )
     assert all(item.note for item in found.values() if item.verdict == "NOT RUN")
+
+
+def test_one_seed_settles_nothing_between_schemes():
+    rows = evidence(paper_rows())
+    assert judge_claim(ALL["alibi_best_at_2L"], rows).verdict == "NOT SETTLED"
+    assert judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], rows).verdict == "NOT SETTLED"
+    # a scheme against itself is a statement about that run
+    assert judge_claim(ALL["sinusoidal_worse_at_2L"], rows).verdict == "HOLDS"
 
 
 def two_schemes(alibi, sinusoidal, length=64):
@@ -70,6 +78,7 @@ def two_schemes(alibi, sinusoidal, length=64):
     [
         ([20.0, 20.2, 20.1], [22.0, 22.3, 22.1], "HOLDS"),
         ([22.0, 22.3, 22.1], [20.0, 20.2, 20.1], "FAILS"),
+        ([20.0, 22.0, 21.0], [21.0, 20.0, 22.0], "NOT SETTLED"),
         # seeds differ more than schemes do, but each pair agrees: pairing sees it
         ([20.0, 25.0, 30.0], [20.4, 25.5, 30.6], "HOLDS"),
         ([20.0], [40.0], "NOT SETTLED"),
@@ -94,6 +103,14 @@ def test_every_claim_about_rows_fails_where_the_opposite_is_true():
         assert judge_claim(ALL[name], rows, min_seeds=1).verdict != "HOLDS", name
 
 
+def test_a_claim_over_several_lengths_fails_where_one_fails():
+    rows = two_schemes([20.0, 20.1, 20.2], [21.0, 21.1, 21.2], 64)
+    rows += two_schemes([21.0, 21.1, 21.2], [20.0, 20.1, 20.2], 128)
+    found = judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], evidence(rows))
+    assert [i.verdict for i in found.instances] == ["HOLDS", "FAILS"] and found.verdict == "FAILS"
+    assert overall(["HOLDS", "NOT SETTLED"]) == "NOT SETTLED" and overall([]) == "NOT RUN"
+
+
 def test_the_t_interval_is_the_textbooks():
     alibi = [row(seed=s, perplexity=math.exp(3 + d)) for s, d in ((1, 0.0), (2, 0.1), (3, 0.2))]
     base = [row("t5", seed=s, perplexity=math.exp(3)) for s in (1, 2, 3)]
@@ -105,6 +122,27 @@ def test_the_t_interval_is_the_textbooks():
     half = 2.7764451051977987 * math.sqrt(2 * 0.01 / 3)  # t(0.975, 4)
     assert (welch.estimate, welch.low, welch.high) == pytest.approx((0.0, -half, half), abs=1e-12)
     assert welch.over.startswith("3 and 3 seeds")
+
+
+def test_document_sums_are_used_where_they_are_at_hand():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(100, 300, 40)
+    tokens[-1] += TOKENS - tokens.sum()
+    rows, sums = [], {}
+    for position, shift in (("alibi", 0.0), ("sinusoidal", 0.2)):
+        rates = 3 + shift + rng.normal(0, 0.01, (3, 40))
+        for seed, rate in enumerate(rates, start=1):
+            nats = rate * tokens
+            made = row(position, seed=seed, perplexity=math.exp(nats.sum() / TOKENS))
+            rows.append(made)
+            sums[made.key] = DocumentSums(made.key, nats, tokens)
+    claim = AT_EQUAL_LENGTH
+    found = judge_claim(claim, evidence(rows, documents=sums))
+    assert found.verdict == "HOLDS" and "3 seeds and 40 documents" in found.instances[0].numbers
+    one = [r for r in rows if r.seed == 1]
+    single = judge_claim(claim, evidence(one, documents=sums))
+    assert single.verdict == "NOT SETTLED" and "40 documents, one seed" in single.instances[0].numbers
+    assert judge_claim(claim, evidence(one, documents=sums), min_seeds=1).verdict == "HOLDS"
 
 
 def test_bounds_are_strict_about_the_interval_and_one_seed_must_clear_a_margin():
@@ -165,6 +203,7 @@ def taken_apart(position, parts, **changes):
     [
         ({128: (0.0, -0.009, 0.009)}, "HOLDS"),
         ({128: (0.0, -0.009, 0.009), 256: (-0.05, -0.06, -0.04)}, "FAILS"),
+        ({128: (0.0, -0.02, 0.02)}, "NOT SETTLED"),
         ({128: (0.0, -0.009, 0.009), 256: None}, "HOLDS"),
         ({32: (0.0, -0.009, 0.009)}, "NOT RUN"),
     ],
@@ -254,8 +293,10 @@ def test_a_sample_less_another_is_taken_within_seeds_and_documents():
 @pytest.mark.parametrize(
     ("faster", "alibi", "sinusoidal", "verdict"),
     [  # perplexities after 400 and 600 steps
+        (1.2, (22, 20), (21.5, 21), "HOLDS"),
         (0.9, (22, 20), (21.5, 21), "NOT SETTLED"),  # better at the end only, which took longer
         (0.9, (20.5, 20), (21.5, 21), "HOLDS"),
+        (1.0, (23, 22), (21.5, 21), "FAILS"),
         (1.2, (23, 22), (21.5, 21), "FAILS"),  # sinusoidal was ahead before its time was up
         (1.2, (23, 22), (23.0, 21), "NOT SETTLED"),
     ],
@@ -272,6 +313,16 @@ def test_equal_time_lets_neither_side_train_longer(faster, alibi, sinusoidal, ve
     assert found.verdict == verdict, found.line
     assert found.instances[0].what.startswith("L=128, at 128, alibi at L/2")
     assert judge_claim(ALL["equal_time"], with_steps(rows)).verdict == "NOT RUN"
+
+
+def test_the_half_precision_form_is_the_same_runs_tested_otherwise():
+    rows = checkpoints("alibi", {600: {32: 25.0, 64: 20.0, 128: 19.0}}, seeds=(1,))
+    half = {"position.half_precision": True}
+    for factor, verdict in ((1.0, "HOLDS"), (1.01, "FAILS")):
+        changed = [row(r.position, r.inference_length, r.perplexity * factor, changes=half) for r in rows]
+        found = judge_claim(ALL["half_precision_form"], with_steps([*rows, *changed]))
+        assert found.verdict == ("NOT SETTLED" if factor == 1.0 else verdict)
+        assert [i.what for i in found.instances] == ["L=64, at 64", "L=64, at 128"]
 
 
 def test_a_claim_is_not_confirmed_at_lengths_that_were_not_run():
@@ -299,6 +350,12 @@ def test_different_texts_are_never_compared():
     rows = [row(r.position, 64, r.perplexity, seed=r.seed, corpus=r.position) for r in rows]
     found = judge_claim(ALL["alibi_beats_sinusoidal_at_every_L"], evidence(rows))
     assert found.verdict == "NOT RUN" and "different texts" in found.note
+
+
+def test_refused_lengths_are_a_reason_not_a_value():
+    claim = Claim("x", "s", "t", Side("learned", 2), Side("learned"), "below")
+    found = judge_claim(claim, evidence(curve("learned", {64: 20.0, 128: None})))
+    assert found.verdict == "NOT RUN" and "positions end at 64" in found.note
 
 
 def test_settings_pick_runs_and_variants_are_not_mixed(tmp_path):
@@ -344,6 +401,14 @@ def test_what_is_not_settled_says_how_many_seeds_would_settle_it():
     assert "2 seeds or more" in power_note(Measured(0.1, None, None, 1, ""), "below", 1.0)
 
 
+def test_a_result_without_intervals_says_why():
+    rows = two_schemes([20.0], [22.0])
+    assert "no sums per document" in judge_claim(AT_EQUAL_LENGTH, evidence(rows)).instances[0].numbers
+    whole = {r.key: DocumentSums(r.key, np.array([r.nats]), np.array([TOKENS])) for r in rows}
+    (one,) = judge_claim(AT_EQUAL_LENGTH, evidence(rows, documents=whole)).instances
+    assert "the text is one document" in one.numbers
+
+
 def test_sums_per_document_and_views_beside_the_results_are_read(tmp_path):
     folder = tmp_path / "mine" / "extrapolation"
     rows = [row for row in study(folder, seeds=(1, 2)) if row.nats and row.run]
@@ -358,6 +423,14 @@ def test_sums_per_document_and_views_beside_the_results_are_read(tmp_path):
     found = read_evidence(folder)
     assert set(found.analyses) == {"decomposition"} and len(found.documents) == len(halves)
     assert judge_claim(ALL["alibi_uses_no_keys_beyond"], found).verdict == "HOLDS"
+
+
+def test_a_damaged_line_of_a_benchmark_is_named(tmp_path):
+    path = tmp_path / "bench.jsonl"
+    path.write_text('{"a": 1}\n\n[1]\n')
+    with pytest.raises(ValueError, match=r"bench\.jsonl, line 3 is no JSON object"):
+        read_bench(path)
+    assert read_bench(tmp_path / "none.jsonl") == []
 
 
 def test_the_script_prints_a_line_a_claim_and_exits_0_whatever_they_say(tmp_path):
@@ -405,6 +478,7 @@ NEEDLE = {"task.name": "needle", "query_scale.name": "none"}
     ("far", "at_256", "verdict", "decisive"),
     [
         (0.02, 20.0, "HOLDS", None),
+        (0.9, 20.0, "FAILS", "far needles, L=64, at 128"),
         (0.02, 30.0, "FAILS", "perplexity, L=64, at 256 over 64"),
         (0.14, 20.0, "NOT SETTLED", "far needles, L=64, at 128"),
     ],
@@ -458,6 +532,18 @@ def test_tasks_are_judged_each_by_itself_with_all_seeds():
     assert wild.verdict == "NOT SETTLED" and "would settle" in wild.line
 
 
+def test_query_scales_tell_the_runs_of_bam_apart():
+    plain = needle_rows("bam", {64: (1.0,) * 3, 512: (0.0, 0.1, 1.0)})
+    scaled = needle_rows("bam", {64: (1.0,) * 3, 512: (0.8, 0.9, 1.0)}, suffix="_0f3a9c21")
+    scale = {True: "ssmax", False: "none"}
+    found = judge_claim(
+        ALL["ssmax_retrieves_far"],
+        with_config(plain + scaled, lambda run: NEEDLE | {"query_scale.name": scale["_0f" in run]}),
+    )
+    assert found.verdict == "HOLDS" and [i.numbers.split(" ")[0] for i in found.instances] == ["+0.850", "+0.800"]
+    assert judge_claim(ALL["ssmax_retrieves_far"], with_config(plain, lambda run: NEEDLE)).verdict == "NOT RUN"
+
+
 def test_the_interval_of_a_difference_of_accuracies_is_over_seeds_and_items():
     def made(position, values, items=400):
         return sample([accuracy(position, 64, v, items=items, seed=s) for s, v in enumerate(values, start=1)], {})
@@ -495,6 +581,7 @@ def by_run(values):
     ("name", "verdict", "values"),
     [
         ("focuses_locally", "HOLDS", {64: {"near": (0.7, 0.71, 0.69)}}),
+        ("focuses_locally", "FAILS", {64: {"near": (0.2, 0.21, 0.22)}}),
         ("focuses_locally", "NOT SETTLED", {64: {"near": (0.1, 0.9, 0.8)}}),
         ("focuses_locally", "NOT RUN", {128: {"near": (0.7, 0.71, 0.69)}}),
         ("weights_fall_with_distance", "FAILS", {64: {"falling": (0.6, 0.61, 0.6)}}),

@@ -59,6 +59,11 @@ def test_the_interval_is_the_paired_one_widened_for_the_lengths_asked():
     assert answer_at(a, b, first | second, 64, 1)[1].high < found.high
 
 
+def test_one_seed_settles_nothing():
+    ((answer, _, note),), _ = compared({64: 3.0}, {64: 4.0}, seeds=(1,))
+    assert answer == "NOT SETTLED" and "one seed" in note
+
+
 def test_what_cannot_be_compared_says_why():
     a, first = scored("alibi", {64: 3.0, 128: 3.0})
     b, second = scored("learned", {64: 3.0})
@@ -116,6 +121,9 @@ def test_the_script_reads_documents_marks_unfairness_and_refuses_mistakes(tmp_pa
     assert lines[3].split()[:2] == ["64", "YES"] and "3 seeds and 40 documents" in lines[3]
     assert lines[4].startswith("NOT A FAIR COMPARISON: steps: ")
     for arguments, message in [
+        ((*pair, "strict=true"), "strict = true, and the runs differ in more than the scheme:"),
+        ((*pair, "strict=true"), "steps: "),
+        ((*pair, "lengths=[a]"), "lengths = [a]"),
         ((*pair, "lengths=[0]"), "lengths = [0]. Use whole numbers"),
         (pair[:2], "missing: b=..."),
     ]:

@@ -42,9 +42,11 @@ def found(tmp_path):
             seed=7,
             device="cpu",
             log_every=3,
+            threads=2,
             keep_last=9,
             tracking__name="jsonl",
             measurements=["analyse view=last"],
+            study=["position=alibi"],
         ),
         dict(data__cache_dir="elsewhere", experiment="other", evaluation__lengths=[16], output_dir="x"),
     ],
@@ -54,18 +56,33 @@ def test_what_no_result_depends_on_is_no_difference(found, changes):
     assert found(config=changes) == []
 
 
-def test_a_config_of_another_version_is_compared_in_all_its_settings(found, tmp_path):
+def test_the_place_of_the_text_is_no_difference(tmp_path):
+    rows = [row(position) for position in SCHEMES[:2]]
+    for item, place in zip(rows, ("text", "text/"), strict=True):
+        data = dict(data__name="wikitext2", data__path=place)
+        write_run(tmp_path / "runs", item.run, real_config(item.position, **data))
+    assert all(record.readable for record in find_records(rows, tmp_path / "extrapolation").values())
+    assert differences(rows, tmp_path / "extrapolation") == []
+
+
+def test_a_config_of_another_version_is_compared_in_all_its_settings_and_that_is_said(found, tmp_path):
     found()
     path = tmp_path / "runs" / "t5_L64_s1" / "config.yaml"
     path.write_text(path.read_text() + "dialect: old\n")
-    (item,) = differences([row(position) for position in SCHEMES], tmp_path / "extrapolation")
+    item, note = differences([row(position) for position in SCHEMES], tmp_path / "extrapolation")
     assert item.sentence == "dialect: unset in 3 runs; old in t5_L64_s1" and item.matters
+    assert not note.matters and note.sentence == (
+        "all settings compared, also those without effect: config.yaml of another version in t5_L64_s1"
+    )
 
 
 @pytest.mark.parametrize(
     "change, what, matters",
     [
         (dict(config=dict(optimizer__lr=0.001)), "optimizer.lr", True),
+        (dict(config=dict(steps=601)), "steps", True),
+        (dict(config=dict(compile=True)), "compile", False),
+        (dict(environment={"commit": "fff"}), "commit of the training", True),
         (dict(config=dict(model__num_layers=5)), "model.num_layers", True),
         (dict(config=dict(attention__name="eager")), "attention.name", False),
         (dict(finished={"tokens_seen": 2_400_000}), "tokens seen in training", True),
@@ -92,6 +109,12 @@ def test_views_measured_at_different_times_are_no_difference(tmp_path):
     assert not [d for d in differences([row(), refused], tmp_path) if d.what == "commit of the evaluation"]
     (item,) = [d for d in differences([row(), row("t5", commit="fff")], tmp_path) if "commit" in d.what]
     assert item.matters
+
+
+def test_several_differences_come_with_those_that_matter_first(found):
+    items = found(config=dict(optimizer__lr=0.1), environment={"torch": "2.6"})
+    assert [item.matters for item in items] == [True, False]
+    assert items[0].sentence == "optimizer.lr: 0.003 in 3 runs; 0.1 in t5_L64_s1"
 
 
 def test_runs_without_a_config_are_named_not_passed_over(tmp_path):

@@ -1,5 +1,6 @@
 """Figures and tables from result files alone: complete, the same each time, and honest about what differs."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -7,14 +8,14 @@ from dataclasses import replace
 import pytest
 from study_rows import accuracy, curve, real_config, row, run_script, study, unigram, write_run
 
-from alibi_lm.results.curves import View, by_byte, curves
+from alibi_lm.results.curves import Curve, View, by_byte, curves
 from alibi_lm.results.rows import write_rows
-from alibi_lm.study import fairness
+from alibi_lm.study import fairness, plots
 from alibi_lm.study.analysis import Analysis, Series, read_analysis
 from alibi_lm.study.evidence import Evidence
 from alibi_lm.study.figures import close_up, curve_figure, curve_panels, draw, missing, split_into_panels
 from alibi_lm.study.pages import markdown
-from alibi_lm.study.plots import limits_of
+from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of, spread
 from alibi_lm.study.records import find_records
 from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import LOOKS, look
@@ -39,6 +40,7 @@ def test_draw_writes_a_figure_per_view_and_the_same_bytes_again(tmp_path):
     names = {"table.md", *(f"{stem}.{kind}" for stem in stems for kind in ("png", "svg"))}
     assert {path.name for path in draw(tmp_path)} == names
     first = {name: (tmp_path / name).read_bytes() for name in names}
+    assert first["table.md"].partition(b"## Differences")[0].count(b"\n## ") == 3
     assert first["extrapolation.png"].startswith(b"\x89PNG")
     assert b"<svg" in first["extrapolation.svg"] and b"dc:date" not in first["extrapolation.svg"]
     draw(tmp_path)
@@ -61,6 +63,13 @@ def test_lines_hold_the_rows_values(tmp_path):
     assert whole.get_ylim()[1] > 160 > near.get_ylim()[1] > 22.5
 
 
+def test_every_line_has_its_name_and_a_refused_scheme_says_where_it_ends(tmp_path):
+    figure = curve_figure(study(tmp_path), PLAIN)
+    assert {"ALiBi", "ALiBi L=32", "sinusoidal", "learned", "ends at 64"} <= set(texts(figure))
+    learned = lines(figure.axes[0], look("learned").color)[0]
+    assert list(learned.get_xdata()) == [32, 64]
+
+
 def test_a_baseline_is_a_line_where_it_fits_and_words_where_it_would_squash_the_curves(tmp_path):
     rows = [row for row in study(tmp_path) if row.run is not None]
     near = curve_figure([*rows, unigram(170.0)], PLAIN).axes[0]
@@ -70,8 +79,30 @@ def test_a_baseline_is_a_line_where_it_fits_and_words_where_it_would_squash_the_
     assert "Out of range: unigram baseline, 5e+04." in texts(far) and far.axes[0].get_ylim()[1] < 1000
 
 
+def test_training_lengths_that_curves_share_have_a_panel_and_strays_join_the_next_longer():
+    def made(position, length):
+        return Curve(position, length, "", {length: {"r": 1.0}})
+
+    alibi = [made("alibi", n) for n in (32, 64, 256)]
+    others = [made("sinusoidal", n) for n in (64, 128)] + [made("t5", 128)]
+    panels = split_into_panels([*alibi, *others])
+    assert [length for length, _ in panels] == [64, 128]
+    assert [(c.position, c.train_length) for c in panels[0][1]] == [
+        ("alibi", 32),
+        ("alibi", 64),
+        ("sinusoidal", 64),
+    ]
+    assert ("alibi", 256) in [(c.position, c.train_length) for c in panels[1][1]]
+    assert [length for length, _ in split_into_panels(alibi)] == [None]
+
+
 def drawn(**shapes):
     return [c for position, shape in shapes.items() for c in curves(curve(position, shape), PLAIN)]
+
+
+def test_a_small_range_needs_one_linear_panel_only():
+    (whole, near) = curve_panels(drawn(alibi={64: 20.0, 128: 19.0}, t5={64: 20.0, 128: 21.0}), 64, {})
+    assert near is None and not whole.log_y
 
 
 def test_a_bad_run_does_not_take_the_close_up_with_it():
@@ -116,6 +147,27 @@ def test_a_ring_has_a_key_and_two_points_have_their_numbers():
     assert "Ring: the length that a curve was trained at." in texts(curve_figure(rows, PLAIN))
     long = curves(curve("alibi", {32: 22.0, 64: 21.0, 128: 20.0}), PLAIN)
     assert curve_panels(long, 64, {})[0].lines[0].note == ""
+
+
+def test_labels_are_words_and_never_hashes(tmp_path):
+    folder = tmp_path / "extrapolation"
+    folder.mkdir()
+    made = {"alibi_L64_s1": {}, "alibi_L64_s1_a1f069d5": dict(position__learned_slopes=True),
+            "alibi_L64_s2_0f3a9c21": dict(measurements=["x"], seed=2)}  # fmt: skip
+    rows = [r for name in made for r in curve("alibi", {64: 20.0, 128: 19.0}, run=name, seed=int(name[11]))]
+    rows += [replace(r, changes={"position.scaling": "yarn"}) for r in rows[:2]]
+    for name, changes in made.items():
+        write_run(tmp_path / "runs", name, real_config("alibi", **changes))
+    write_rows(folder / "results.jsonl", rows)
+    draw(folder)
+    text = (folder / "table.md").read_text()
+    for start in (
+        "ALiBi | 64 | seeds 1, 2 |",
+        "ALiBi (learned\\_slopes) | 64",
+        "ALiBi (tested with scaling=yarn) | 64",
+    ):
+        assert f"| {start}" in text
+    assert "a1f069d5" not in text.split("## Differences")[0] and "0f3a9c21" not in text
 
 
 def test_accuracy_is_drawn_on_its_own_scale_with_wilson_intervals():
@@ -181,6 +233,33 @@ def test_every_curve_has_its_own_panel_by_position():
     assert len(analysis_figure(analysis("position", *members)).axes) == 4
 
 
+def test_a_curve_under_another_one_is_drawn_wider():
+    heights = {"rotary": [0.0, 1e-9, 0.0], "sinusoidal": [0.0, 0.3, 0.6], "alibi": [0.0, 0.0, 0.0]}
+    lines = [Line(name, name, [0.0, 16.0, 32.0], y) for name, y in heights.items()]
+    assert hidden_under(lines, (-0.1, 0.7), False) == [1, 0, 0]
+    offset = [{"offset": x, "nats": y, "low": y, "high": y, "largest": 0.0} for x, y in ((0, 0.0), (16, 0.0))]
+    members = [Series(name, 64, ["r"], offset, "c0ffee", 1000, 9) for name in ("rotary", "alibi")]
+    axis = analysis_figure(analysis("offset", *members)).axes[0]
+    widths = {line.get_color(): line.get_linewidth() for line in axis.lines if len(line.get_xdata()) == 2}
+    assert widths[look("rotary").color] > 2 * widths[look("alibi").color]
+
+
+def test_attention_is_drawn_as_heat_maps_and_as_curves():
+    def at(length, weight):
+        heads = [{"layer": k // 2, "head": k % 2, "weights": [weight, weight / 9]} for k in range(4)]
+        return {"length": length, "nearest": [0, 8], "farthest": [7, 63], "heads": heads}
+
+    near, far = at(64, 0.5), at(512, 0.25)
+    members = [Series("alibi", 64, ["r"], [near, far], "c0ffee", 1000, 9),
+               Series("learned", 64, ["s"], [{"length": 64, "reason": "no room"}], "c0ffee", 1000, 9)]  # fmt: skip
+    axes = [a for a in analysis_figure(analysis("attention", *members)).axes if a.get_label() != "<colorbar>"]
+    first, last, both, refused = axes
+    assert [a.images[0].get_array().max() for a in (first, last)] == [0.5, 0.25]
+    drawn = [(line.get_linestyle(), line.get_ydata()[0]) for line in both.lines if len(line.get_ydata()) == 2]
+    assert drawn[:8] == [("--", 0.5)] * 4 + [("-", 0.25)] * 4 and both.get_yscale() == "log"
+    assert "no room" in [text.get_text() for text in refused.texts]
+
+
 def test_a_text_of_one_document_has_no_intervals_and_says_why():
     one = Series("alibi", 64, ["r"], [{"length": 64, "nats": 3.0, "low": None, "high": None}], "c0ffee", 1000, 1)
     found = analysis("last", one).provenance
@@ -206,12 +285,46 @@ def test_variants_of_an_analysis_are_told_apart_by_their_settings(tmp_path):
 def test_odd_studies_are_drawn_too():
     for rows in (
         curve("learned", {64: None, 128: None}),
+        curve("alibi", {64: 20.0}),
         curve("alibi", {64: 20.0, 65: 20.0}),
         curve("alibi", {100: 20.0, 128: 1e4}, train=64) + curve("none", {100: 20.0}),
-        [r for n in range(1, 5) for p in ("alibi", "t5") for r in curve(p, {n: 9.0, 99 * n: 30.0}, train=n)],
+        [r for n in range(1, 7) for p in ("alibi", "t5") for r in curve(p, {n: 9.0, 99 * n: 30.0}, train=n)],
         curve("a $x_1$ & <b> scheme", {64: 20.0, 128: 21.0}, run="r&<$^$>"),
     ):
         curve_figure(rows, PLAIN).draw_without_rendering()
+
+
+def test_many_labels_get_a_higher_panel_and_stay_inside():
+    lines = [
+        Line(f"scheme{k}", f"scheme{k}", [64.0, 128.0], [20.0, 20.0 + k / 99], "lr 0.002, steps 5")
+        for k in range(25)
+    ]
+    figure = plots.build("title", [[Panel(lines, trained=64)]], "origin")
+    places = [text.get_position()[1] for text in figure.axes[0].texts]
+    assert len(places) == 50 and max(places) <= 1.0001 and min(places) >= 0
+
+
+@pytest.mark.parametrize("values", [[31.0, 34.0], [498.9551, 498.9582], [-0.0031, 0.0029]], ids=str)
+def test_the_name_of_the_axis_stays_in_the_picture_beside_long_numbers(values):
+    panel = Panel([Line("alibi", "ALiBi", [64.0, 128.0], values)])
+    figure = plots.build("Title", [[panel, panel]], "origin")
+    figure.canvas.draw()
+    boxes = [axis.yaxis.get_tightbbox() for axis in figure.axes]
+    assert boxes[0].x0 > 0 and boxes[1].x0 > figure.axes[0].get_window_extent().x1
+
+
+def test_labels_keep_their_order_and_distance():
+    assert spread([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
+    assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    places = spread([0.1, 0.11, 0.12, 0.3, 0.31], 0.04)
+    assert all(b - a >= 0.04 - 1e-12 for a, b in itertools.pairwise(places))
+
+
+def test_ticks_are_the_training_length_times_powers_of_two():
+    assert length_ticks(32, 1024, 64) == [32, 64, 128, 256, 512, 1024]
+    assert length_ticks(512, 15512, 512) == [512, 1024, 2048, 4096, 8192]
+    assert length_ticks(3072, 3172, 3072) == [3072, 3172]
+    assert len(length_ticks(1, 2**20, 64)) <= 10
 
 
 def test_the_table_shows_value_ratio_refusal_and_origin(tmp_path):
@@ -230,6 +343,34 @@ def test_text_from_files_cannot_break_the_table():
     assert "a\\|b c \\<script\\>" in text and "x\\|y\\*z" in text and "<script>" not in text.replace("\\<", "")
 
 
+def test_an_unfair_comparison_is_marked_and_refused_when_strict(tmp_path):
+    folder = tmp_path / "extrapolation"
+    rows = study(folder)
+    for name in {item.run for item in rows if item.run}:
+        lr = 0.1 if name == "learned_L64_s1" else 0.002
+        write_run(tmp_path / "runs", name, real_config(name.partition("_")[0], optimizer__lr=lr))
+    draw(folder)
+    assert "optimizer.lr: 0.002 in 3 runs; 0.1 in learned\\_L64\\_s1" in (folder / "table.md").read_text()
+    failed = run_script("figures.py", f"folder={folder}", "strict=true")
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "strict = true, and the runs differ in more than the scheme:\n  optimizer.lr: 0.002" in failed.stderr
+
+
+def test_the_mark_is_on_the_picture(tmp_path):
+    rows = curve("alibi", {64: 20.0}) + curve("t5", {64: 20.0}, corpus="facade")
+    unfair = fairness.differences(rows, find_records(rows, tmp_path))
+    found = texts(curve_figure(rows, PLAIN, unfair=unfair))
+    assert any(text.startswith("NOT A FAIR COMPARISON: validation text (hash)") for text in found)
+
+
+def test_the_papers_curve_is_dotted_beside_ours_on_request(tmp_path):
+    rows = curve("alibi", {512: 19.0, 1024: 18.0}, train=512) + curve("none", {512: 21.0}, train=512)
+    plain, with_paper = (curve_figure(rows, PLAIN, with_paper=wanted).axes[0] for wanted in (False, True))
+    assert len(with_paper.lines) == len(plain.lines) + 1  # the paper has no curve of a scheme without positions
+    drawn = [line for line in with_paper.lines if len(line.get_xdata()) > 30]
+    assert drawn[0].get_color() == look("alibi").color and drawn[0].get_ydata()[0] == pytest.approx(19.73)
+
+
 def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_traceback(tmp_path):
     study(tmp_path / "outputs" / "mine" / "extrapolation")
     (tmp_path / "base").mkdir()
@@ -240,6 +381,7 @@ def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_tracebac
     for argument, message in [
         ("experiment=nope", "make eval-extrapolation EXPERIMENT=nope"),
         ("folder=[odd", "[odd/results.jsonl does not exist"),
+        ("paper=perhaps", "paper = perhaps. Use true or false"),
         ("lenghts=3", "'lenghts=3' is no setting here"),
         ("folder=.", "results.jsonl does not exist. Or give folder="),
         ("folder=base", "holds no row of a run"),
@@ -286,4 +428,5 @@ def test_models_with_different_tokenizers_stand_on_one_axis(tmp_path):
 
 def test_looks_are_distinct():
     assert len({(item.color, item.marker) for item in LOOKS.values()}) == len(LOOKS)
+    assert len({item.name for item in LOOKS.values()}) == len(LOOKS)
     assert look("brand_new") == look("brand_new") and look("brand_new").color != look("another_new").color

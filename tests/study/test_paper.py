@@ -3,17 +3,21 @@
 import math
 
 import pytest
-from study_rows import curve, row, run_script, unigram, write_run
+from study_rows import curve, paper_rows, row, run_script, unigram, write_run
 
-from alibi_lm.results.curves import View
+from alibi_lm.results.curves import View, curves
 from alibi_lm.results.rows import ResultRow, write_rows
+from alibi_lm.study.evidence import Evidence
+from alibi_lm.study.figures import draw
 from alibi_lm.study.pages import markdown
 from alibi_lm.study.paper import (
     SETTINGS,
     caveats,
     compare,
+    comparison_page,
     direction,
     find,
+    paper_curves,
     paper_values,
     shapes,
     shapes_table,
@@ -47,10 +51,13 @@ def test_every_table_of_perplexities_is_there_in_full():
 def test_values_stand_where_they_belong():
     for args, expected in (
         ((2, "sinusoidal", 512, 1012), 43.54),
+        ((2, "alibi", 512, 15512), 18.31),
         ((2, "t5", 512, 13512), None),
         ((3, "rotary", 1024, 2024), 31.17),
         ((4, "t5", 3072, 6072), 17.68),
         ((5, "alibi", 64, 3072), 21.53),
+        ((5, "alibi", 1536, 2048), 17.90),
+        ((5, "sinusoidal", 128, 128), 23.81),
         ((6, "alibi", 512, 3072, "test"), 19.08),
         ((7, "alibi", 3072, 3072, "test", 512), 17.66),
         ((8, "sinusoidal", 1024, 1024), 14.73),
@@ -70,6 +77,13 @@ def test_tables_agree_where_they_overlap():
         assert value(6, position, 3072, 3072) == value(5, position, 3072, 3072)
 
 
+def test_columns_are_not_swapped():
+    """At every length past the training length's reach the order of Figure 1 holds in each table."""
+    for table, length, far in ((2, 512, 5512), (3, 1024, 8024), (4, 3072, 12072)):
+        order = [value(table, name, length, far) for name in ("alibi", "t5", "rotary", "sinusoidal")]
+        assert order == sorted(order)
+
+
 def test_ours_stand_beside_the_papers_per_word():
     rows = [*curve("alibi", {512: 19.0, 1024: 18.0, 777: 18.5}, train=512), unigram()]
     found = {item.inference_length: item for item in compare(rows)}
@@ -79,6 +93,20 @@ def test_ours_stand_beside_the_papers_per_word():
     assert found[512].paper == 19.73 and [v.table for v in found[512].values] == [2, 5]
     assert found[1024].our_ratio == pytest.approx(word[1] / word[0])
     assert found[1024].paper_ratio == pytest.approx(18.81 / 19.73)
+
+
+def test_a_run_without_a_perplexity_per_word_takes_no_other_with_it():
+    rows = curve("alibi", {512: 19.0}, train=512)
+    long = dict(nats=5306.0 * 10_000, words=20, reason="exp(5306) is too large for a number")
+    rows.append(row("t5", 512, None, train=512, **long))
+    assert [item.curve.position for item in compare(rows)] == ["alibi"]
+    assert "| ALiBi | 512 | 512 | 19.73 |" in markdown(comparison_page(Evidence(rows)))
+
+
+def test_the_papers_curves_leave_out_what_it_did_not_measure():
+    ours = curves(curve("t5", {512: 20.0}, train=512) + curve("none", {512: 20.0}, train=512), PLAIN)
+    (found,) = paper_curves(ours, PLAIN)
+    assert found.position == "t5" and max(found.losses) == 12512
 
 
 def paper_config(**changes):
@@ -140,11 +168,18 @@ def test_each_difference_from_the_paper_is_said(tmp_path, config, finished, corp
 def test_the_script_prints_and_writes_the_comparison(tmp_path):
     rows = curve("alibi", {512: 19.0, 1024: 18.0}, train=512)
     write_rows(tmp_path / "results.jsonl", rows)
-    done = run_script("compare_paper.py", f"folder={tmp_path}")
+    done = run_script("compare_paper.py", f"folder={tmp_path}", "draw=true")
     assert done.returncode == 0, done.stderr
     assert "**These are not the paper's experiments.**" in done.stdout
     assert "| ALiBi | 512 | 512 | 19.73 | 2, 5 |" in done.stdout
-    assert (tmp_path / "paper.md").read_text().strip() == done.stdout.strip()
+    assert done.stdout.startswith((tmp_path / "paper.md").read_text())
+    drawn = (tmp_path / "extrapolation.svg").read_bytes()
+    assert str(tmp_path / "extrapolation.svg") in done.stdout.splitlines()
+    for paper in (False, True):
+        draw(tmp_path, with_paper=paper)
+        assert ((tmp_path / "extrapolation.svg").read_bytes() == drawn) == paper
+    failed = run_script("compare_paper.py", f"folder={tmp_path}", "near=3")
+    assert failed.returncode == 1 and "near = 3.0. Use a share from 0 to 0.1" in failed.stderr
 
 
 def test_the_gain_vanishes_when_every_token_has_a_full_window():
@@ -159,6 +194,24 @@ def at(shape):
     return shape.curve.position, shape.inference_length // shape.curve.train_length
 
 
+def test_the_paper_has_its_own_shapes():
+    # It tested at 512 + 500 and so on: those stand for the multiples here, as they do in the comparison.
+    table = {(r.position, r.train_length, r.inference_length): r for r in paper_rows() if r.mode != "sliding"}
+    schemes = ("sinusoidal", "rotary", "t5")
+    paper_at = {2: 1012, 8: 4512, 16: 8512}
+    rows = []
+    for scheme in schemes:
+        values = {64: table[scheme, 512, 512].perplexity}
+        values |= {64 * k: table[scheme, 512, n].perplexity for k, n in paper_at.items()}
+        rows += curve(scheme, values)
+    found = shapes(rows)
+    assert {at(s) for s in found} == {(s, k) for s in schemes for k in paper_at}
+    assert all(s.our_ratio == pytest.approx(s.paper_ratio) for s in found)
+    at_2 = {s.curve.position: s.paper_ratio for s in found if at(s)[1] == 2}
+    assert at_2["sinusoidal"] == pytest.approx(43.54 / 20.05, abs=1e-3)
+    assert direction(at_2["t5"]) == "better" and direction(at_2["rotary"]) == "worse"
+
+
 def test_a_curve_that_goes_the_other_way_is_not_the_same():
     rows = curve("alibi", {64: 20.0, 128: 30.0, 512: 20.1}) + curve("sinusoidal", {64: 20.0, 128: 19.0})
     found = {at(s): s for s in shapes(rows)}
@@ -166,6 +219,16 @@ def test_a_curve_that_goes_the_other_way_is_not_the_same():
     text = markdown([shapes_table(found.values())])
     assert "| ALiBi | 2 L | 0.953 (1,024) | 1.500 (L = 64) | no: better, worse |" in text
     assert "no: better, flat" in text and "no: worse, better" in text
+
+
+def test_what_the_paper_has_not_is_left_out():
+    rows = curve("none", {64: 20.0, 128: 21.0}) + curve("alibi", {64: 20.0, 100: 21.0, 192: 20.0, 32: 22.0})
+    rows += curve("alibi", {64: 20.0, 128: 21.0}, split="test")
+    assert shapes(rows) == []
+
+
+def test_directions():
+    assert [direction(ratio) for ratio in (0.98, 0.991, 1.009, 1.02)] == ["better", "flat", "flat", "worse"]
 
 
 def test_where_alibi_is_not_the_best():
@@ -193,7 +256,15 @@ def test_no_gain_at_equal_length_in_the_large_model():
 def test_find_is_exact_unless_near_is_asked_for():
     assert {(v.table, v.perplexity) for v in find("alibi", 512, 512, PLAIN)} == {(2, 19.73), (5, 19.73)}
     assert find("rotary", 512, 1024, PLAIN) == [] and find("t5", 512, 13512, PLAIN) == []  # out of memory
+    assert find("rotary", 512, 2048, PLAIN, near=0.02) == []
+    assert find("alibi", 512, 3072, View("validation", "sliding", 256)) == []
     (close,) = find("rotary", 512, 1024, PLAIN, near=0.02)
     assert (close.inference_length, close.perplexity) == (1012, 21.37)
     # those of the other corpora are never taken for WikiText-103
     assert {v.perplexity for v in find("alibi", 512, 1024, PLAIN)} == {18.81}
+
+
+def test_a_number_of_a_near_length_stands_beside_ours_with_its_own_length():
+    ours = Evidence(curve("rotary", {512: 20.0, 1024: 21.0}, train=512))
+    assert "1024" not in markdown(comparison_page(ours)).partition("## Shapes")[0]
+    assert "| rotary | 512 | 1024 (paper: 1012) | 21.37 | 2 |" in markdown(comparison_page(ours, 0.02))

@@ -6,6 +6,7 @@ import pytest
 from study_rows import run_script, study, write_run
 
 from alibi_lm.results.rows import read_rows
+from alibi_lm.study.figures import draw
 from alibi_lm.study.publish import LARGEST, publish
 
 
@@ -36,6 +37,9 @@ def test_a_publication_draws_the_same_figure_and_leaves_weights_and_paths_behind
     assert {f"runs/alibi_L64_s1/{name}" for name in files} <= written
     assert not [name for name in written if "safetensors" in name or "nats" in name]
     assert read_rows(target / "results.jsonl") == read_rows(experiment / "results.jsonl")
+    before = (target / "extrapolation.svg").read_bytes()
+    assert target / "extrapolation.svg" in draw(target)
+    assert (target / "extrapolation.svg").read_bytes() == before
     published = target / "runs" / "alibi_L64_s1"
     assert (published / "config.yaml").read_text() == "data:\n  path: wiki text\n  cache_dir: data\n"
     assert json.loads((published / "corpus.json").read_text())["source"]["path"] == "wiki text"

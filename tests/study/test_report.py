@@ -11,6 +11,9 @@ import pytest
 from study_rows import curve, run_script, study, unigram, write_run
 
 from alibi_lm.results.rows import write_rows
+from alibi_lm.study.claims import judge_claims
+from alibi_lm.study.evidence import read_evidence
+from alibi_lm.study.report import write_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 CONFIG = "position: {name: alibi}\noptimizer: {lr: 0.002}\nseed: SEED\nnote: '</td><script>alert(1)</script>'\n"
@@ -73,7 +76,8 @@ def test_nothing_is_loaded_or_run(report):
     assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "base", "svg"}
     for tag, attrs in page.elements:
         for name, value in attrs.items():
-            assert not name.startswith("on") and name not in ("href", "srcset", "action", "data"), (tag, name)
+            assert not name.startswith("on") and name not in ("srcset", "action", "data"), (tag, name)
+            assert name != "href" or value.startswith("#"), value
             assert name != "src" or re.match(r"data:image/(png|svg\+xml);base64,", value)
             assert "://" not in (value or ""), (tag, name, value)
     style = re.search(r"<style>(.*?)</style>", path.read_text(), re.S)[1]
@@ -89,6 +93,8 @@ def test_each_view_has_its_figure_and_those_of_analyses_are_there(report):
     path, page = report
     pictures = {picture["alt"]: picture["src"] for picture in page.all("img")}
     assert list(pictures) == ["extrapolation", "extrapolation validation sliding1", "per position"]
+    headings = {attrs["id"] for tag, attrs in page.elements if tag == "h3" and "id" in attrs}
+    assert len(headings) == 3 and {f"#{name}" for name in headings} == {a["href"] for a in page.all("a")}
     drawn = base64.b64decode(pictures["extrapolation"].partition(",")[2])
     assert drawn == (path.parent / "extrapolation.svg").read_bytes()
 
@@ -103,15 +109,31 @@ def test_it_has_tables_claims_fairness_configs_and_environments(report):
         "HOLDS Sinusoidal positions are worse at 2L than at L.",
         "The same in all runs",
         "environment: commit abc1234",
+        "result: tokens_seen 1000",
         "learned_L64_s2 setting value config: optimizer.lr 0.005 config: seed 2",
     ):
         assert part in text, part
+
+
+def test_it_judges_claims_as_the_evidence_says(report):
+    path, page = report
+    judged = [one for group in judge_claims(read_evidence(path.parent)).values() for one in group]
+    assert {"HOLDS", "NOT RUN"} < {one.verdict for one in judged}
+    assert all(f"{one.verdict} {one.claim.statement}" in page.text for one in judged)
 
 
 def test_text_from_files_stays_text(report):
     path, page = report
     assert "</td><script>alert(1)</script>" in page.text and "a <b>processor</b>" in page.text
     assert "<script" not in path.read_text() and "<b>" not in path.read_text()
+
+
+def test_it_is_rewritten_and_the_same_for_the_same_results(report):
+    path, _ = report
+    before = path.read_bytes()
+    path.write_text("old")
+    done = run_script("report.py", f"folder={path.parent}", cwd=path.parents[3])
+    assert done.returncode == 0 and path.read_bytes() == before
 
 
 def test_hostile_names_of_runs_and_schemes_are_harmless(tmp_path):
@@ -153,3 +175,10 @@ def test_a_browser_shows_every_figure(report, tmp_path):
     bands = 1 + int((np.diff(rows) > 150).sum())
     assert bands == len(report[1].all("figure")) - 1  # the picture of the analysis is none
     assert (pixels < 0.5).all(2).sum() > 20_000  # text is there
+
+
+def test_a_streamed_split_has_its_table_and_shares_the_figure(tmp_path):
+    rows = curve("alibi", {64: 18.0, 128: 17.9}) + curve("alibi", {9000: 17.5}, mode="stream")
+    write_rows(tmp_path / "results.jsonl", rows)
+    page = Page(write_report(tmp_path).read_text())
+    assert len(page.all("img")) == 1 and "the whole split as one window" in page.text
