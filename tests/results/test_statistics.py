@@ -247,19 +247,27 @@ def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     assert power(seeds + 2) >= 0.8 and (seeds <= 3 or power(seeds - 3) < 0.8)
 
 
-def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies():
+@pytest.mark.parametrize(
+    ("noise", "gap"),
+    [
+        pytest.param(1.0, 5.0, marks=pytest.mark.slow),
+        (3.0, 6.0),
+        pytest.param(6.0, 8.0, marks=pytest.mark.slow),
+    ],
+)
+def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies(noise, gap):
     """True variances in: about 80% of studies with so many seeds have an interval that leaves the bound out."""
-    noise, gap = 3.0, 6.0
     of_mean = np.exp(coverage.LENGTH_SPREAD**2) / coverage.DOCUMENTS
     found = seeds_to_settle(gap * of_mean**0.5, (noise**2 + 0.01) * of_mean, of_mean)
     rng = np.random.default_rng(3)
     settled = {}
-    for seeds in (found, found // 2):
+    for seeds in (found, max(2, found // 2)):
         tokens = coverage.draw_tokens(rng, 1000)
         parts = variance_parts(coverage.draw_errors(rng, tokens, seeds, noise, 0.1), tokens)
         bound = parts.estimate + gap * of_mean**0.5 - coverage.half_width(parts, seeds, 0.95)
         settled[seeds] = float((bound > 0).mean())
-    assert 0.72 < settled[found] < 0.95 and settled[found // 2] < 0.72, settled
+    assert 0.72 < settled[found] < 0.95, settled
+    assert found == 2 or settled[max(2, found // 2)] < 0.72, settled
 
 
 def test_more_scatter_a_nearer_bound_and_more_questions_take_more_seeds():

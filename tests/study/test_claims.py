@@ -10,6 +10,7 @@ from study_rows import TOKENS, accuracy, curve, paper_rows, row, run_script, stu
 
 from alibi_lm.files import write_json
 from alibi_lm.results.documents import DocumentSums, upsert_documents
+from alibi_lm.results.rows import write_rows
 from alibi_lm.study.analysis import Analysis, Series
 from alibi_lm.study.claims import judge_claim
 from alibi_lm.study.compare import Measured, judge, measure, overall, power_note, sample
@@ -445,6 +446,10 @@ def test_the_script_prints_a_line_a_claim_and_exits_0_whatever_they_say(tmp_path
     )
     text = (tmp_path / lines[-1]).read_text()
     assert text.count("\n| HOLDS |") == sum(line.startswith("HOLDS") for line in lines)
+    (tmp_path / "flat").mkdir()
+    write_rows(tmp_path / "flat" / "results.jsonl", curve("sinusoidal", {64: 20.0, 128: 19.0}))
+    failing = run_script("claims.py", f"folder={tmp_path / 'flat'}")
+    assert failing.returncode == 0 and failing.stdout.startswith("FAILS        Sinusoidal positions are worse")
     missing = run_script("claims.py", "experiment=nope", cwd=tmp_path)
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
 

@@ -28,7 +28,7 @@ def test_a_publication_draws_the_same_figure_and_leaves_weights_and_paths_behind
     run = experiment.parent / "runs" / "alibi_L64_s1"
     (run / "config.yaml").write_text("data:\n  path: /home/ada/wiki text\n  cache_dir: data\n")
     (run / "corpus.json").write_text(json.dumps({"source": {"kind": "folder", "path": "/home/ada/wiki text"}}))
-    target, bench = tmp_path / "docs" / "mine", tmp_path / "bench.jsonl"
+    target, bench = tmp_path / "docs" / "results" / "mine", tmp_path / "bench.jsonl"
     bench.write_text("{}\n")
     written = {str(path.relative_to(target)) for path in publish(experiment, target, bench)}
     assert written == {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
@@ -51,8 +51,8 @@ def test_a_publication_draws_the_same_figure_and_leaves_weights_and_paths_behind
     results = experiment / "results.jsonl"
     results.write_text(results.read_text().replace("abc1234", "def5678"))
     (run / "environment.json").write_text(json.dumps({"commit": "abc", "dirty": True}))
-    done = run_script("publish.py", "experiment=mine", f"target={target}", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith(f"{target}: "), done.stderr
+    done = run_script("publish.py", "experiment=mine", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("docs/results/mine: "), done.stderr
     assert done.stderr == "note: alibi_L64_s1 was trained by uncommitted code\n"
     assert (target / "README.md").read_text() == "mine" and not (target / "runs" / "gone_L64_s1").exists()
     assert {row.commit for row in read_rows(target / "results.jsonl")} == {"def5678"}
