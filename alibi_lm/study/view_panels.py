@@ -124,7 +124,8 @@ def heat_map(axis: Axes, series: Series, point: Mapping[str, Any] | None) -> Non
     rows = range(0, len(heads), max(1, len(heads) // 8))
     axis.set_yticks(list(rows), [f"{heads[k]['layer'] + 1}.{heads[k]['head'] + 1}" for k in rows])
     axis.set_xlabel("distance in tokens", fontsize=8, labelpad=1)
-    bar = axis.figure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02, format=FuncFormatter(_plain))
+    beside = axis.inset_axes((1.02, 0, 0.04, 1))  # part of the panel, which is placed later
+    bar = axis.figure.colorbar(shown, cax=beside, format=FuncFormatter(_plain))
     bar.ax.tick_params(labelsize=6)
 
 

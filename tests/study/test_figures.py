@@ -252,8 +252,7 @@ def test_attention_is_drawn_as_heat_maps_and_as_curves():
     near, far = at(64, 0.5), at(512, 0.25)
     members = [Series("alibi", 64, ["r"], [near, far], "c0ffee", 1000, 9),
                Series("learned", 64, ["s"], [{"length": 64, "reason": "no room"}], "c0ffee", 1000, 9)]  # fmt: skip
-    axes = [a for a in analysis_figure(analysis("attention", *members)).axes if a.get_label() != "<colorbar>"]
-    first, last, both, refused = axes
+    first, last, both, refused = analysis_figure(analysis("attention", *members)).axes
     assert [a.images[0].get_array().max() for a in (first, last)] == [0.5, 0.25]
     drawn = [(line.get_linestyle(), line.get_ydata()[0]) for line in both.lines if len(line.get_ydata()) == 2]
     assert drawn[:8] == [("--", 0.5)] * 4 + [("-", 0.25)] * 4 and both.get_yscale() == "log"
