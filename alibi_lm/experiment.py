@@ -281,7 +281,7 @@ def study(experiment: str, overrides: list[str]) -> int:
         (shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)),
         *((line, measurement(experiment, line, shared)) for line in lines),
         ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
-        ("compare_paper", partial(commands.compare_paper, commands.StudyConfig(experiment))),
+        ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
         ("report", partial(commands.report, commands.ReportConfig(experiment))),
         ("publish", partial(commands.publish_results, commands.PublishConfig(experiment, bench=bench))),
     ]
