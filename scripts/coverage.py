@@ -1,7 +1,13 @@
 """Measure by simulation what the intervals cover: python scripts/coverage.py [page=docs/statistics.md]."""
 
+import sys
+from pathlib import Path
+
 from alibi_lm.cli import command
-from alibi_lm.results.coverage import CoverageConfig, measure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the simulation is not part of the package
+
+from benchmarks.coverage import CoverageConfig, measure
 
 
 @command(CoverageConfig)

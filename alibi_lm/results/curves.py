@@ -148,20 +148,20 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
         else:
             curve.losses.setdefault(row.inference_length, {})[row.run] = value
             curve.items[row.inference_length] = items_of(row)
+    # One point per run, whatever the cache: what it may lose is too little to see.
     for row in rows if view.mode == "nonoverlapping" else []:
-        if row.run is not None and view_of(row) == replace(view, mode="stream") and row.loss is not None:
-            # One point per run, whatever the cache: what it may lose is too little to see.
+        length, loss, cache = row.inference_length, row.loss, row.changes.get("cache")
+        if (
+            row.run
+            and length
+            and loss is not None
+            and cache != "window"
+            and view_of(row) == replace(view, mode="stream")
+        ):
             tested = {name: value for name, value in row.changes.items() if name not in CACHE_SETTINGS}
-            if row.changes.get("cache") == "window" or row.inference_length is None:
-                continue
-            variant = variant_of(replace(row, changes=tested), recipes)
-            for curve in found.values():
-                if (curve.position, curve.train_length, curve.variant) == (
-                    row.position,
-                    row.train_length,
-                    variant,
-                ):
-                    curve.streamed.setdefault(row.inference_length, {})[row.run] = row.loss
+            key = (row.position, row.train_length or 0, variant_of(replace(row, changes=tested), recipes))
+            if key in found:
+                found[key].streamed.setdefault(length, {})[row.run] = loss
     return sorted(found.values(), key=lambda c: (-c.train_length, c.position, c.variant))
 
 

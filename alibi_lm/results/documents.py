@@ -2,15 +2,13 @@
 
 `documents.jsonl` beside `results.jsonl` has a line for each result row with a value: the fields of the row's key,
 and for each document of the text the sum of its nats and the number of its targets, in stream order. It is enough
-for every interval, for anyone who has neither the weights nor the text. Experiments of earlier versions have a
-`summary.npz` with the same sums in its place, which is read where there is no `documents.jsonl`.
+for every interval, for anyone who has neither the weights nor the text.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from alibi_lm.files import write_text
-from alibi_lm.results.rows import RowKey, locked, split_label
+from alibi_lm.results.rows import RowKey, locked
 
 DOCUMENTS_FILE = "documents.jsonl"
-SUMMARY_FILE = "summary.npz"
 
 
 @dataclass(frozen=True)
@@ -46,42 +43,12 @@ def read_documents(folder: str | os.PathLike[str]) -> dict[RowKey, DocumentSums]
     Raises:
         ValueError: the file is damaged; the message names it, and the line.
     """
-    folder = Path(folder)
-    if (folder / DOCUMENTS_FILE).exists():
-        return _read_lines(folder / DOCUMENTS_FILE)
-    if (folder / SUMMARY_FILE).exists():
-        return _read_summary(folder / SUMMARY_FILE)
-    return {}
-
-
-def upsert_documents(path: str | os.PathLike[str], sums: Iterable[DocumentSums]) -> None:
-    """Add sums to a `documents.jsonl`; those of the same key are replaced. Safe between processes.
-
-    The file is made when missing, and takes over what an earlier version's file beside it holds. Sums are kept to
-    a millionth of a nat.
-
-    Raises:
-        ValueError: the existing file is damaged (it is then left as it was).
-    """
-    file = Path(path)
-    with locked(file):
-        merged = read_documents(file.parent)
-        merged.update({one.key: one for one in sums})
-        lines = []
-        for key in sorted(merged, key=lambda key: tuple(map(str, key))):
-            values = key._asdict() | {"changes": json.loads(key.changes)}
-            values |= {
-                "nats": [round(float(v), 6) for v in merged[key].nats],
-                "tokens": merged[key].tokens.tolist(),
-            }
-            lines.append(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
-        write_text(file, "".join(lines))
-
-
-def _read_lines(path: Path) -> dict[RowKey, DocumentSums]:
+    path = Path(folder) / DOCUMENTS_FILE
     found: dict[RowKey, DocumentSums] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return found
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}. Delete it and evaluate again.") from None
     for number, line in enumerate(lines, start=1):
@@ -99,27 +66,27 @@ def _read_lines(path: Path) -> dict[RowKey, DocumentSums]:
     return found
 
 
-def _read_summary(path: Path) -> dict[RowKey, DocumentSums]:
-    """Read a `summary.npz`: an index of entries, and long arrays by dtype that they name spans of."""
-    found: dict[RowKey, DocumentSums] = {}
-    try:
-        # numpy leaves the file open when it is no archive, so it is opened here.
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            pools = {name: file[name] for name in file.files if name != "index"}
-            for entry in json.loads(bytes(file["index"]).decode()):
-                spans = entry["arrays"]
-                run, changes = split_label(entry["run"])
-                plain = {name: entry[name] for name in ("inference_length", "mode", "stride", "split", "corpus")}
-                changed = json.dumps(changes, sort_keys=True)
-                key = RowKey(run=str(run), task="text", metric="perplexity", changes=changed, **plain)
-                nats, tokens = (spans[f"document_{name}"] for name in ("nats", "tokens"))
-                parts = [pools[dtype][first:last] for dtype, first, last in (nats, tokens)]
-                if [len(part) for part in parts] != [last - first for _, first, last in (nats, tokens)]:
-                    raise ValueError("it names numbers that it does not hold")
-                found[key] = _checked(key, *parts)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it and evaluate again.") from None
-    return found
+def upsert_documents(path: str | os.PathLike[str], sums: Iterable[DocumentSums]) -> None:
+    """Add sums to a `documents.jsonl`; those of the same key are replaced. Safe between processes.
+
+    The file is made when missing. Sums are kept to a millionth of a nat.
+
+    Raises:
+        ValueError: the existing file is damaged (it is then left as it was).
+    """
+    file = Path(path)
+    with locked(file):
+        merged = read_documents(file.parent)
+        merged.update({one.key: one for one in sums})
+        lines = []
+        for key in sorted(merged, key=lambda key: tuple(map(str, key))):
+            values = key._asdict() | {"changes": json.loads(key.changes)}
+            values |= {
+                "nats": [round(float(v), 6) for v in merged[key].nats],
+                "tokens": merged[key].tokens.tolist(),
+            }
+            lines.append(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
+        write_text(file, "".join(lines))
 
 
 def _checked(key: RowKey, nats: Any, tokens: Any) -> DocumentSums:

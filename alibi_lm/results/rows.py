@@ -7,13 +7,11 @@ and when they are written. No model is needed for that, nor torch.
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -116,15 +114,12 @@ class ResultRow:
             self._check(item.name, kind, bool(optional))
         if self.mode not in MODES:
             raise ValueError(f"mode = {self.mode!r}; allowed: {', '.join(MODES)}")
-        if self.mode != "sliding" and self.stride is not None:
-            raise ValueError(f"stride = {self.stride} with mode = {self.mode}; it must be null")
-        if self.mode == "sliding":
-            if self.stride is None:
-                raise ValueError("stride is null with mode = sliding; give the stride")
-            if not 1 <= self.stride <= (self.inference_length or self.stride):
-                raise ValueError(
-                    f"stride = {self.stride}; allowed: 1 to inference_length = {self.inference_length}"
-                )
+        longest = (self.inference_length or self.stride or 0) if self.mode == "sliding" else 0
+        if (self.stride is None) == (self.mode == "sliding") or not (
+            self.stride is None or 1 <= self.stride <= longest
+        ):
+            allowed = f"1 to inference_length = {self.inference_length}" if self.mode == "sliding" else "null"
+            raise ValueError(f"stride = {self.stride} with mode = {self.mode}; allowed: {allowed}")
         for name in ("train_length", "inference_length"):
             if self.run is not None and getattr(self, name) is None:
                 raise ValueError(f"{name} is null in a row of run {self.run!r}; only baselines may lack it")
@@ -152,17 +147,9 @@ class ResultRow:
     @property
     def key(self) -> RowKey:
         """What makes two rows the same measurement: the later one replaces the earlier one."""
-        return RowKey(
-            f"<{self.position}>" if self.run is None else self.run,
-            self.task,
-            self.metric,
-            self.inference_length,
-            self.mode,
-            self.stride,
-            self.split,
-            self.corpus,
-            json.dumps(self.changes, sort_keys=True),
-        )
+        run = f"<{self.position}>" if self.run is None else self.run
+        plain = (getattr(self, name) for name in RowKey._fields[1:-1])
+        return RowKey._make([run, *plain, json.dumps(self.changes, sort_keys=True)])
 
     @property
     def loss(self) -> float | None:
@@ -173,8 +160,6 @@ class ResultRow:
     def from_dict(cls, values: dict[str, Any]) -> ResultRow:
         """Build a row from a JSON object; fields it does not know go to `extra`.
 
-        Rows of earlier versions named test-time changes in `run` (`alibi_L64_s1+scaling=yarn`).
-
         Raises:
             ValueError: `values` is not an object, or is not a valid row.
         """
@@ -184,8 +169,6 @@ class ResultRow:
         if missing:
             raise ValueError(f"no field {', '.join(missing)}; this is not a result row")
         known = {name: values[name] for name in FIELDS if name in values}
-        if "changes" not in known:
-            known["run"], known["changes"] = split_label(known.get("run"))
         return cls(**known, extra={name: value for name, value in values.items() if name not in FIELDS})
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,17 +217,6 @@ def perplexity_of(nats: float, n: int) -> tuple[float | None, str | None]:
         return math.exp(nats / n), None
     except OverflowError:
         return None, f"exp({nats / n:.6g}) is too large for a number"
-
-
-def split_label(label: str | None) -> tuple[str | None, dict[str, Any]]:
-    """The run and the changes in a label of earlier versions.
-
-    `alibi_L64_s1+scaling=yarn+factor=2.0` -> `alibi_L64_s1`, {"position.scaling": "yarn", "position.factor": 2.0}.
-    """
-    if label is None or not isinstance(label, str):
-        return label, {}
-    name, *parts = re.split(r"\+(?=[A-Za-z_]\w*=)", label)
-    return name, {f"position.{key}": _literal(value) for key, _, value in (part.partition("=") for part in parts)}
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
@@ -353,14 +325,6 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[ResultRow]) -> None:
         plain = {k: json.dumps(v, sort_keys=True) if isinstance(v, dict | list | bool) else v for k, v in cells}
         writer.writerow(plain)
     write_text(Path(path), out.getvalue())
-
-
-def _literal(text: str) -> Any:
-    """The value that `str` made this text of, where it is a number, a truth value or None; else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _refuse_constant(name: str) -> float:

@@ -27,9 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-ONE_SEED = "one seed: conditional on that seed"
-BOTH = "seeds and documents"
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -39,8 +36,6 @@ class Interval:
     """A mean, or a difference of two."""
     low: float
     high: float
-    kind: str
-    """What the interval is over: `BOTH`, or `ONE_SEED`, which says nothing about another training run."""
     note: str
     """What was left out; empty otherwise."""
     seed_variance: float
@@ -259,13 +254,18 @@ def seeds_to_settle(
     """
     from scipy import stats
 
+    power = float(stats.norm.ppf(0.8))
+    # With ever more seeds the documents' part is all that is left.
+    if gap < (float(stats.t.ppf((1 + level) / 2, document_df)) + power) * np.sqrt(document_variance):
+        return None
+
     def enough(seeds: int) -> bool:
         variance = seed_variance / seeds + document_variance
         if variance == 0:
             return gap > 0
         share = np.asarray(seed_variance / seeds / variance)
         critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(document_df), level))
-        return bool(gap >= (critical + float(stats.norm.ppf(0.8))) * np.sqrt(variance))
+        return bool(gap >= (critical + power) * np.sqrt(variance))
 
     high = 2
     while not enough(high):
@@ -353,7 +353,6 @@ def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, 
         estimate,
         estimate - half,
         estimate + half,
-        ONE_SEED if seeds < 2 else BOTH,
         note.removeprefix("; "),
         seed_variance=float(parts.seed) * seeds,
         document_variance=float(document),

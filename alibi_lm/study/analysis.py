@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import math
 import re
 from collections import Counter
@@ -11,31 +12,36 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
+
 from alibi_lm.files import read_json
 from alibi_lm.results.curves import variant_of
-from alibi_lm.results.rows import ResultRow, split_label
+from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import find_records, recipes
 from alibi_lm.study.style import label
 
-TITLES = {
-    "perplexity": "Perplexity by inference length, with intervals",
-    "position": "Loss by position in the window",
-    "last": "Perplexity of the last tokens of each window",
-    "documents": "Loss of each document",
-    "fixed": "Perplexity of the same tokens by tokens of context",
-    "decomposition": "Why the loss changes beyond the trained length",
-    "offset": "Change of the loss when all positions are shifted",
-    "windows": "Keys that each head must keep",
-    "safe_length": "How far each model may be read",
-    "effective_context": "How much context the model uses",
-    "repeat": "What reading the same segment a second time gains",
-    "attention": "Where heads look",
-    "self_longppl": "Self-LongPPL: tokens that need a long context",
-}
-AT = {"fixed": "context", "offset": "offset", "effective_context": "context", "repeat": "distance"}
-"""What the points of a view stand at, where it is not the inference length."""
-PARTIAL = ("fixed", "offset", "effective_context", "repeat", "self_longppl")
-"""Views that score a part of the targets, the same at every point."""
+
+@dataclass(frozen=True)
+class ViewWords:
+    """What a view is called on its page, and what its points stand at."""
+
+    title: str
+    note: str
+    """Above the table."""
+    remark: str = ""
+    """Above the figure."""
+    at: str = "length"
+    x_label: str = "inference length in tokens, log axis"
+    partial: bool = False
+    """Whether it scores a part of the targets, the same at every point."""
+
+
+def _views() -> dict[str, ViewWords]:
+    text = (importlib.resources.files("alibi_lm.study") / "views.yaml").read_text("utf-8")
+    return {name: ViewWords(**words) for name, words in yaml.safe_load(text).items()}
+
+
+VIEWS = _views()
 TERM_NAMES = {
     "early_tokens": "early tokens",
     "positions_beyond": "positions beyond L",
@@ -102,20 +108,24 @@ class Analysis:
     def provenance(self) -> str:
         """One line: text, counts, what the intervals are over or why there are none, commit."""
         parts = [f"{self.split} split of {', '.join(sorted(set(self.corpora.values())))}"]
+        points = [point for series in self.series for point in series.points]
+        documents = max(s.documents for s in self.series)
         if self.same_text:
-            tokens, documents = f"{self.series[0].tokens:,} tokens", f"{self.series[0].documents:,} documents"
-            scored = {p["targets"] for one in self.series for p in one.points if p.get("targets")}
-            if self.view in PARTIAL and len(scored) == 1:
+            tokens = f"{self.series[0].tokens:,} tokens"
+            scored = {p["targets"] for p in points if p.get("targets")}
+            if VIEWS[self.view].partial and len(scored) == 1:
                 tokens = f"{scored.pop():,} of {tokens} scored"
-            parts.append(f"{tokens} in {documents}" if self.series[0].documents > 1 else f"{tokens} in 1 document")
+            parts.append(f"{tokens} in {documents:,} document{'s' if documents > 1 else ''}")
         if self.view == "attention":
-            windows = {p["windows"] for s in self.series for p in s.points if "windows" in p}
+            windows = {p["windows"] for p in points if "windows" in p}
             ends = sorted({min(windows, default=0), max(windows, default=0)})
             parts.append(f"{' to '.join(map(str, ends))} windows at each length")
         elif self.view == "windows":
-            measured = {p["measured_on"] for one in self.series for p in one.points if "measured_on" in p}
-            parts += [f"needed on the first {n:,}" for n in sorted(measured)]
-        elif max(s.documents for s in self.series) < 2:
+            parts += [
+                f"needed on the first {n:,}"
+                for n in sorted({p["measured_on"] for p in points if "measured_on" in p})
+            ]
+        elif documents < 2:
             parts.append("no intervals: they are over documents, and this text is a single one")
         else:
             one_seed = max(len(s.runs) for s in self.series) == 1
@@ -134,9 +144,9 @@ class Analysis:
 
 
 def context_words(point: Mapping[str, Any]) -> str:
-    """What `effective_context` found, in words; earlier versions have no receptive field."""
-    fields = [f for f in (point.get("numbers") or {}).get("receptive_field", {}).values() if f is not None]
-    return f"effective {point['effective']}" + (f", field {median(fields):g}" if fields else "")
+    """What `effective_context` found, in words."""
+    found = [f for f in (point.get("numbers") or {}).get("receptive_field", {}).values() if f is not None]
+    return f"effective {point['effective']}" + (f", field {median(found):g}" if found else "")
 
 
 def read_analysis(path: str | Path) -> Analysis:
@@ -155,22 +165,21 @@ def read_analysis(path: str | Path) -> Analysis:
         raise ValueError(f"{path} does not exist. Run scripts/analyse.py first.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no analysis ({error!r}). Run scripts/analyse.py again.") from None
-    if found.view not in TITLES or not found.series:
+    if found.view not in VIEWS or not found.series:
         raise ValueError(f"{path}: view = {found.view!r} with {len(found.series)} curves cannot be shown.")
     return found
 
 
 def _tell_apart(series: Sequence[Series], folder: Path, corpora: Mapping[str, str]) -> list[Series]:
     """Variants in words, where a scheme and training length occur twice or were changed for the test."""
-    rows = {s.runs[0]: _row(s) for s in series}
-    words = recipes(list(rows.values()), find_records(rows.values(), folder))
+    rows = [_row(one) for one in series]
+    words = recipes(rows, find_records(rows, folder))
     counts = Counter((s.position, s.train_length) for s in series)
+    texts = len({s.corpus for s in series}) > 1
     found: list[Series] = []
-    for one in series:
-        row = rows[one.runs[0]]
-        variant = variant_of(row, {row.run: words[row.run]} if row.run in words else {row.run or "": ""})
+    for one, row in zip(series, rows, strict=True):
+        variant = variant_of(row, {str(row.run): words.get(str(row.run), "")})
         if counts[one.position, one.train_length] > 1:
-            texts = len({s.corpus for s in series}) > 1
             variant = "; ".join(p for p in (variant, corpora.get(one.corpus, "") if texts else "") if p)
             same = [s for s in found if (s.position, s.train_length) == (one.position, one.train_length)]
             if any(s.variant == variant for s in same):
@@ -181,18 +190,13 @@ def _tell_apart(series: Sequence[Series], folder: Path, corpora: Mapping[str, st
 
 def _row(series: Series) -> ResultRow:
     """What a series says of its first run, as a row without a value."""
-    run, changes = split_label(series.runs[0])
-    seed = re.search(r"_s(\d+)", run or "")
+    seed = re.search(r"_s(\d+)", series.runs[0])
     return ResultRow(
-        position=series.position,
+        **{name: getattr(series, name) for name in ("position", "train_length", "tokens", "corpus", "changes")},
+        run=series.runs[0],
+        seed=int(seed[1]) if seed else None,
+        inference_length=series.train_length,
         mode="nonoverlapping",
         split="validation",
-        tokens=series.tokens,
-        inference_length=series.train_length,
-        run=run,
-        train_length=series.train_length,
-        seed=int(seed[1]) if seed else None,
-        corpus=series.corpus,
         reason="not a measurement",
-        changes=series.changes or changes,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 
 from alibi_lm.results.curves import CHECKPOINT, View, curves, point_of, view_of, views
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.study.analysis import AT, Series
+from alibi_lm.study.analysis import VIEWS, Series
 from alibi_lm.study.compare import VERDICTS, Measured, Sample, Verdict, judge, measure, overall, power_note, sample
 from alibi_lm.study.evidence import Evidence
-from alibi_lm.study.paper_claims import CLAIMS, NEAR, Claim, Side
-from alibi_lm.study.tables import Table, escape, provenance
+from alibi_lm.study.pages import Block, Table
+from alibi_lm.study.paper_claims import NEAR, Claim, Side, paper_claims
+from alibi_lm.study.tables import provenance
 
 NUMBERS_NOTE = (
     "Numbers: perplexity of the first side over that of the second, with its 95% interval (widened where a claim "
@@ -58,13 +59,8 @@ class Judged:
         return f"{self.verdict:<11}  {self.claim.statement} {tail}"
 
 
-@dataclass(frozen=True)
-class Found:
-    """One thing that a claim is about: in words, what both sides measured (or the interval already made)."""
-
-    what: str
-    left: Sample | Measured
-    right: Sample | None = None
+Found = tuple[str, Sample | Measured, Sample | None]
+"""One thing that a claim is about: in words, and what both sides measured (or the interval already made)."""
 
 
 def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, list[Judged]]:
@@ -73,7 +69,10 @@ def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, 
     `min_seeds` overrides what each claim asks for; with 1, comparisons of single runs get a verdict, which is then
     about these runs and not about the schemes.
     """
-    return {title: [judge_claim(claim, evidence, min_seeds) for claim in group] for title, group in CLAIMS.items()}
+    return {
+        title: [judge_claim(claim, evidence, min_seeds) for claim in group]
+        for title, group in paper_claims().items()
+    }
 
 
 def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:
@@ -83,29 +82,30 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
     if claim.equal_time:
         return _judge_equal_time(claim, evidence, claim.seeds_needed if min_seeds is None else min_seeds)
     parts = claim.parts or (claim,)
-    found = [(part, *_find(part, evidence)) for part in parts]
-    count = sum(len(ones) for _, ones, _ in found)
-    instances = []
-    for part, ones, _ in found:
+    found = {part.id: _find(part, evidence) for part in parts}
+    count = sum(len(ones) for ones, _ in found.values())
+    instances, given = [], []
+    for part in parts:
         needed = part.seeds_needed if min_seeds is None else min_seeds
-        named = [replace(one, what=f"{part.id}, {one.what}") if claim.parts else one for one in ones]
-        instances += [_instance(part, one, count, needed) for one in named]
+        for what, left, right in found[part.id][0]:
+            name = f"{part.id}, {what}" if claim.parts else what
+            instances.append(_instance(part, (name, left, right), count, needed))
+            given += [part.id] if part.given and instances[-1].verdict != "HOLDS" else []
+    verdict = overall([one.verdict for one in instances])
     if claim.parts:
-        gone = [f"{part.id} ({why})" for part, ones, why in found if not ones]
-        enough = len(parts) - len(gone) >= (claim.min_parts or len(parts))
-        verdict = overall([one.verdict for one in instances]) if enough else "NOT RUN"
+        gone = [f"{name} ({why})" for name, (ones, why) in found.items() if not ones]
         note = f"not run: {_some(gone)}" if gone else ""
-        given = [one for part in parts if part.given for one in instances if one.what.startswith(f"{part.id}, ")]
-        if enough and any(one.verdict != "HOLDS" for one in given):
-            verdict, note = "NOT SETTLED", f"says nothing, as this is not so: {given[0].what.partition(',')[0]}"
-        return Judged(claim, verdict, instances if enough else [], note)
-    missing, verdict = found[0][2], overall([one.verdict for one in instances])
+        if len(parts) - len(gone) < (claim.min_parts or len(parts)):
+            return Judged(claim, "NOT RUN", [], note)
+        if given:
+            return Judged(claim, "NOT SETTLED", instances, f"says nothing, as this is not so: {given[0]}")
+        return Judged(claim, verdict, instances, note)
+    missing = found[claim.id][1]
     if not instances:
         return Judged(claim, verdict, [], missing)
     # A claim about certain lengths, or about all, is not confirmed at those that were left out.
     note = f"not run: {missing}" if missing and claim.train_lengths else ""
-    lengths = {one.what.partition(",")[0] for one in instances}
-    if len(lengths) < claim.min_lengths:
+    if len({one.what.partition(",")[0] for one in instances}) < claim.min_lengths:
         note = f"{claim.min_lengths} training lengths needed"
     return Judged(claim, "NOT SETTLED" if note and verdict == "HOLDS" else verdict, instances, note)
 
@@ -123,43 +123,34 @@ def _find(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
 
 
 def _instance(claim: Claim, found: Found, comparisons: int, needed: int) -> Instance:
-    left = found.left
-    measured = left if isinstance(left, Measured) else measure(left, found.right, comparisons)
+    what, left, right = found
+    measured = left if isinstance(left, Measured) else measure(left, right, comparisons)
     verdict = judge(measured, claim.relation, claim.bound, needed)
     numbers = f"{measured.ratio} ({measured.over})" if measured.over else measured.ratio
     if measured.seeds < needed:
         numbers += f", {needed} seeds needed"
     elif verdict == "NOT SETTLED":
         numbers += f", {power_note(measured, claim.relation, claim.bound)}"
-    return Instance(found.what, verdict, numbers)
+    return Instance(what, verdict, numbers)
 
 
-def claims_tables(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Table]:
-    """Title of a group -> its table: verdict, claim, numbers, source."""
-    tables = {}
+def claims_page(judged: Mapping[str, Sequence[Judged]], evidence: Evidence) -> list[Block]:
+    """`claims.md`: a table for each group, with verdict, claim, numbers and source."""
+    counts = Counter(item.verdict for group in judged.values() for item in group)
+    page: list[Block] = ["# The paper's claims and these results"]
+    page += [f"Judged on {provenance(evidence.rows, view)}." for view in views(evidence.rows)[:1]]
+    page.append(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS) + ".")
+    if serious := [item.sentence for item in evidence.unfair if item.matters]:
+        page.append("**The runs differ in more than the scheme**, so no verdict below is about schemes alone:")
+        page.append(serious)
     for group, results in judged.items():
         body = []
         for item in results:
             numbers = [f"{i.what}: {i.numbers}, {i.verdict}" for i in item.instances]
-            cell = "\n".join(text for text in [*numbers, item.note] if text)
+            cell = "\n".join(filter(None, [*numbers, item.note]))
             body.append([item.verdict, item.claim.statement, cell, item.claim.source])
-        tables[group] = Table(["verdict", "claim", "numbers", "source"], body, words=4)
-    return tables
-
-
-def claims_markdown(judged: Mapping[str, Sequence[Judged]], evidence: Evidence) -> str:
-    """`claims.md`."""
-    counts = Counter(item.verdict for group in judged.values() for item in group)
-    parts = ["# The paper's claims and these results\n"]
-    parts += [f"Judged on {escape(provenance(evidence.rows, view))}.\n" for view in views(evidence.rows)[:1]]
-    parts.append(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS) + ".\n")
-    serious = [item for item in evidence.unfair if item.matters]
-    if serious:
-        parts.append("**The runs differ in more than the scheme**, so no verdict below is about schemes alone:\n")
-        parts.append("".join(f"- {escape(item.sentence)}\n" for item in serious))
-    for group, table in claims_tables(judged).items():
-        parts += [f"## {escape(group)}\n", table.markdown()]
-    return "\n".join([*parts, NUMBERS_NOTE + "\n"])
+        page += [f"## {group}", Table(["verdict", "claim", "numbers", "source"], body, words=4)]
+    return [*page, NUMBERS_NOTE]
 
 
 # --- what each kind of claim is measured by --------------------------------------------------------
@@ -201,7 +192,7 @@ def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
                         one.minus(sample(own, evidence.documents)) for one, own in zip(samples, of_L, strict=True)
                     ]
                 over = f" over {each[1]}" if len(set(each)) > 1 else ""
-                found.append(Found(f"L={length}, at {each[0]}{over}", *samples))
+                found.append((f"L={length}, at {each[0]}{over}", samples[0], samples[1] if samples[1:] else None))
     return found, _some(reasons) or ("" if found else "no such runs")
 
 
@@ -267,9 +258,14 @@ def _far(row: ResultRow) -> ResultRow | None:
 def _of_view(claim: Claim, evidence: Evidence, view: str) -> tuple[list[Found], str]:
     """What a view of some curves says, at the lengths (contexts, distances) that the left side means."""
     assert claim.left is not None
-    found, reasons = [], []
-    for series in _series(claim.left, evidence, view):
-        points = {int(point[AT.get(view, "length")]): point for point in series.points}
+    found: list[Found] = []
+    reasons = []
+    analysis = evidence.analyses.get(view)
+    for series in analysis.series if analysis and analysis.split == "validation" else ():
+        # Variants stand beside the experiment's own settings only where both were analysed.
+        if series.position != claim.left.position or series.variant or series.changes:
+            continue
+        points = {int(point[VIEWS[view].at]): point for point in series.points}
         values = {n: value for n, p in points.items() if (value := _value(claim, series, p, view)) is not None}
         at = claim.left.lengths(series.train_length, values)
         own = values.get(series.train_length)
@@ -287,7 +283,7 @@ def _of_view(claim: Claim, evidence: Evidence, view: str) -> tuple[list[Found], 
                 ]
                 value = replace(logs[0].minus(logs[1]), metric="ratio", why="")
             words = _WORDS.get(view, "at {n}").format(n=n, L=series.train_length)
-            found.append(Found(f"L={series.train_length}, {words}", value))
+            found.append((f"L={series.train_length}, {words}", value, None))
     return found, _some(reasons) or ("" if found else f"needs analyse.py view={view} of such runs")
 
 
@@ -315,15 +311,6 @@ def _value(claim: Claim, series: Series, point: Mapping[str, Any], view: str) ->
     return Sample({run: value / unit for run, value in by_run.items()}, metric="number")
 
 
-def _series(side: Side, evidence: Evidence, view: str) -> list[Series]:
-    """Curves of an analysis of the validation split that a side means."""
-    analysis = evidence.analyses.get(view)
-    if analysis is None or analysis.split != "validation":
-        return []
-    # Variants stand beside the experiment's own settings only where both were analysed.
-    return [s for s in analysis.series if s.position == side.position and not s.variant and not s.changes]
-
-
 def _change(series: Series, change: Mapping[str, Any]) -> Sample | Measured:
     """A change of the loss of an analysis: by seed and document; of earlier versions the interval alone."""
     if own := change.get("by_document"):
@@ -345,15 +332,12 @@ def _judge_equal_time(claim: Claim, evidence: Evidence, needed: int) -> Judged:
     """
     left, right = claim.left, claim.right
     assert left is not None and right is not None
-    speeds: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
-    for row, value in _measured(evidence.bench, "train_tokens_per_second"):
-        way = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled"))
-        speeds.setdefault(way, {})[row.get("position"), row.get("length")] = value
+    speeds = _speeds(evidence.bench, "train_tokens_per_second").values()
     trained = {row.train_length for row in evidence.rows if row.train_length is not None}
     instances, reasons = [], []
     for length in sorted(n for n in trained if n * left.train in trained):
         sides = (left.position, n := round(length * left.train)), (right.position, length)
-        faster = next((of[sides[0]] / of[sides[1]] for of in speeds.values() if set(sides) <= set(of)), None)
+        faster = next((of[sides[0]] / of[sides[1]] for of in speeds if set(sides) <= set(of)), None)
         if faster is None:
             reasons.append(f"L={length}: no benchmark of {left.position} at {n} and {right.position} at {length}")
             continue
@@ -363,35 +347,37 @@ def _judge_equal_time(claim: Claim, evidence: Evidence, needed: int) -> Judged:
             two = [replace(side, stage=stage) for side, stage in zip((left, right), stages, strict=True)]
             found, missing = _pairs(replace(claim, left=two[0], right=two[1], train_lengths=(length,)), evidence)
             reasons += [missing] if missing else []
-            for one in found:
+            for what, one, other in found:
                 at = ["" if stage == 1 else f" after {stage:.0%} of its training" for stage in stages]
                 words = f"{left.position} at L/2{at[0]}, {faster:.3f} times as fast, {right.position}{at[1]}"
-                answers[wanted] = _instance(claim, replace(one, what=f"{one.what}, {words}"), 1, needed)
+                answers[wanted] = _instance(claim, (f"{what}, {words}", one, other), 1, needed)
         settled = [one for wanted, one in answers.items() if one.verdict == wanted]
         instances += settled[:1] or [replace(one, verdict="NOT SETTLED") for one in list(answers.values())[:1]]
     return Judged(claim, overall([i.verdict for i in instances]), instances, "" if instances else _some(reasons))
 
 
-def _measured(bench: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[Mapping[str, Any], float]]:
-    """Rows of the benchmark with a value, of our own implementation."""
+def _speeds(bench: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[Any, ...], dict[tuple[Any, Any], float]]:
+    """Of our own code: device, dtype, backend and whether compiled -> scheme and length -> value."""
+    found: dict[tuple[Any, ...], dict[tuple[Any, Any], float]] = {}
     for row in bench:
         value = row.get(name)
         if row.get("implementation", "ours") == "ours" and isinstance(value, int | float) and value > 0:
-            yield row, float(value)
+            way = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled"))
+            found.setdefault(way, {})[row.get("position"), row.get("length")] = float(value)
+    return found
 
 
 def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
     """Speeds at equal length, device, dtype and backend; ratios are medians, so there is no interval."""
     assert claim.left is not None and claim.right is not None and claim.measure is not None
-    groups: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row, value in _measured(bench, claim.measure):
-        key = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled", "length", "batch"))
-        groups.setdefault(key, {})[str(row.get("position"))] = value
     instances = []
-    for key, speeds in groups.items():
-        if claim.left.position in speeds and claim.right.position in speeds:
-            value = math.log(speeds[claim.left.position] / speeds[claim.right.position])
-            verdict = judge(Measured(value, value, value, 1, ""), claim.relation, claim.bound, 1)
-            instances.append(Instance(f"length {key[4]}, {key[2]}, {key[0]}", verdict, f"{math.exp(value):.3f}"))
+    for way, speeds in _speeds(bench, claim.measure).items():
+        for length in dict.fromkeys(length for _, length in speeds):
+            left, right = (speeds.get((side.position, length)) for side in (claim.left, claim.right))
+            if left and right:
+                value = math.log(left / right)
+                verdict = judge(Measured(value, value, value, 1, ""), claim.relation, claim.bound, 1)
+                words = f"length {length}, {way[2]}, {way[0]}"
+                instances.append(Instance(words, verdict, f"{math.exp(value):.3f}"))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

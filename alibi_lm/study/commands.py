@@ -11,12 +11,13 @@ from alibi_lm.files import write_text
 from alibi_lm.results.curves import View
 from alibi_lm.settings import require
 from alibi_lm.study.atlas import write_atlas
-from alibi_lm.study.claims import claims_markdown, judge_claims
+from alibi_lm.study.claims import claims_page, judge_claims
 from alibi_lm.study.compare import common_lengths, is_better, select, title
 from alibi_lm.study.evidence import read_evidence
-from alibi_lm.study.fairness import differences
+from alibi_lm.study.fairness import differences, refuse
 from alibi_lm.study.figures import draw
-from alibi_lm.study.paper import comparison_markdown
+from alibi_lm.study.pages import markdown
+from alibi_lm.study.paper import comparison_page
 from alibi_lm.study.publish import publish
 from alibi_lm.study.report import write_report
 
@@ -78,7 +79,7 @@ def claims(config: ClaimsConfig) -> None:
     for difference in evidence.unfair:
         if difference.matters:
             print(f"NOT A FAIR COMPARISON: {difference.sentence}")
-    write_text(folder / "claims.md", claims_markdown(judged, evidence))
+    write_text(folder / "claims.md", markdown(claims_page(judged, evidence)))
     print(folder / "claims.md")
 
 
@@ -96,8 +97,7 @@ def compare_paper(config: ComparePaperConfig) -> None:
     """Print our results beside the paper's and write them as paper.md."""
     require(0 <= config.near <= 0.1, f"near = {config.near}. Use a share from 0 to 0.1, such as 0.02.")
     folder = config.results
-    evidence = read_evidence(folder)
-    text = comparison_markdown(evidence.rows, evidence.records, config.near, evidence.words)
+    text = markdown(comparison_page(read_evidence(folder), config.near))
     write_text(folder / "paper.md", text)
     print(text)
     for path in draw(folder, with_paper=True) if config.draw else []:
@@ -135,8 +135,8 @@ def compare_runs(config: CompareRunsConfig) -> None:
     view = View(config.split, mode, config.stride, config.task, config.metric)
     a, b = (select(evidence.rows, getattr(config, name), view, name, evidence.words) for name in ("a", "b"))
     unfair = [item for item in differences([*a, *b], evidence.records) if item.matters]
-    if unfair and config.strict:
-        raise ValueError("strict = true, and the runs differ in: " + "; ".join(item.sentence for item in unfair))
+    if config.strict:
+        refuse(unfair)
     print(
         f"A: {title(a)}\nB: {title(b)}\nIs A better than B? {view.title}; A minus B, all lengths at 95% together"
     )

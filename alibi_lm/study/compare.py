@@ -141,7 +141,7 @@ def measure(left: Sample, right: Sample | None, comparisons: int = 1) -> Measure
         comparisons: how many differences are judged together (each interval is widened for it).
     """
     if left.metric == "accuracy":
-        return _over_items(left, right, comparisons)
+        return _over_seeds(left, right, comparisons)
     found = _over_documents(left, right, comparisons)
     return found if isinstance(found, Measured) else _over_seeds(left, right, comparisons, found)
 
@@ -228,6 +228,7 @@ def is_better(
         if measured is None:
             lines.append(f"{length:>8}  {answer:<11}  {note}")
             continue
+        note += f"; {power_note(measured, *_better(measured))}" if answer == "NOT SETTLED" else ""
         ends = f" [{measured.low:+.4f}, {measured.high:+.4f}]" if measured.low is not None else ""
         text = a[0].metric == "perplexity"
         unit = f"nats, perplexity x {measured.ratio}" if text else a[0].metric
@@ -255,11 +256,13 @@ def answer_at(
             f"A and B were scored on different texts at length {length} ({hashes}); evaluate both on the same one"
         )
     measured = measure(sample(sides[0], documents), sample(sides[1], documents), comparisons)
-    relation: Relation = "below" if measured.logs else "above"
-    equal = 1.0 if measured.logs else 0.0
-    verdict = judge(measured, relation, equal, 2)
-    note = f"; {power_note(measured, relation, equal)}" if verdict == "NOT SETTLED" else ""
-    return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, measured.over + note
+    verdict = judge(measured, *_better(measured), 2)
+    return {"HOLDS": "YES", "FAILS": "NO"}.get(verdict, verdict), measured, measured.over
+
+
+def _better(measured: Measured) -> tuple[Relation, float]:
+    """What the difference is where the left side is better: a lower perplexity, or a higher share."""
+    return ("below", 1.0) if measured.logs else ("above", 0.0)
 
 
 def select(
@@ -332,59 +335,41 @@ def _over_documents(left: Sample, right: Sample | None, comparisons: int) -> Mea
     return Measured(found.estimate, found.low, found.high, count, over, *spread, comparisons, left.metric)
 
 
-def _over_items(left: Sample, right: Sample | None, comparisons: int) -> Measured:
-    """Accuracies: over seeds, of pairs where two or more are common to both sides, and over the items.
+def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str = "") -> Measured:
+    """Over seeds, of pairs where two or more are common to both sides: a t test, Welch's without pairs.
 
-    The sides are taken to answer independently, which is the most that the items can add unless one side is right
-    where the other is wrong.
+    Accuracies are over the items too. The sides are taken to answer independently, which is the most that the
+    items can add unless one side is right where the other is wrong.
     """
+    from scipy import stats
+
     sides = [left] if right is None else [left, right]
     common = [seed for seed in left.values if all(seed in side.values for side in sides)]
     paired = len(common) >= min(2, *(len(side.values) for side in sides))
     x = [np.array([side.values[seed] for seed in (common if paired else side.values)]) for side in sides]
-    center, count = float(x[0].mean() - sum(y.mean() for y in x[1:])), min(map(len, x))
     groups = [x[0] - sum(x[1:])] if paired else x
-    of_seeds = sum(float(y.var(ddof=1)) / len(y) for y in groups) if count > 1 else 0.0
-    of_items = sum(share_variance(float(y.mean()), side.items) for y, side in zip(x, sides, strict=True))
-    items = min(side.items for side in sides)
+    center, count = float(x[0].mean() - sum(y.mean() for y in x[1:])), min(map(len, x))
+    one = f"seed {common[0]} alone" if common else "one seed"
     level = 1 - (1 - LEVEL) / comparisons
-    half = share_half_width(of_seeds, of_items, count, items, level)
-    over = f"{count} seeds" if count > 1 else f"seed {common[0]} alone" if common else "one seed"
-    over += f"{', paired' if paired and right and count > 1 else ''} and {items} items"
-    spread = of_seeds * count, of_items, math.inf
-    return Measured(center, center - half, center + half, count, over, *spread, comparisons, left.metric)
-
-
-def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str) -> Measured:
-    """A t test over seeds: of pairs where two or more seeds are common to both sides, else Welch's."""
-    from scipy import stats
-
-    a, b = left.values, dict.fromkeys(left.values, 0.0) if right is None else right.values
-    common = [seed for seed in a if seed in b]
-    if min(len(a), len(b)) < 2:
-        if common:
-            estimate, which = a[common[0]] - b[common[0]], f"seed {common[0]} alone"
-        else:
-            estimate, which = float(np.mean([*a.values()]) - np.mean([*b.values()])), "one seed"
-        return Measured(
-            estimate,
-            None,
-            None,
-            1,
-            f"{which}; {why}" if why else which,
-            comparisons=comparisons,
-            metric=left.metric,
-        )
-    paired = len(common) >= 2
-    x, y = (np.array([side[seed] for seed in (common if paired else side)]) for side in (a, b))
-    over = f"{len(x)} seeds, paired" if paired else f"{len(x)} and {len(y)} seeds"
-    variance = float((x - y).var(ddof=1) if paired else x.var(ddof=1) + y.var(ddof=1))
-    center = float(x.mean() - y.mean())
+    if left.metric == "accuracy":
+        of_seeds = sum(float(y.var(ddof=1)) / len(y) for y in groups) if count > 1 else 0.0
+        of_items = sum(share_variance(float(y.mean()), side.items) for y, side in zip(x, sides, strict=True))
+        items = min(side.items for side in sides)
+        half = share_half_width(of_seeds, of_items, count, items, level)
+        over = f"{count} seeds{', paired' if paired and right else ''}" if count > 1 else one
+        spread = of_seeds * count, of_items, math.inf
+        ends = center - half, center + half
+        return Measured(center, *ends, count, f"{over} and {items} items", *spread, comparisons, left.metric)
+    if count < 2:
+        words = f"{one}; {why}" if why else one
+        return Measured(center, None, None, 1, words, comparisons=comparisons, metric=left.metric)
+    over = f"{count} seeds, paired" if paired else f"{len(x[0])} and {len(x[1])} seeds"
+    variance = sum(float(y.var(ddof=1)) for y in groups)
     low, high = center, center
     if variance > 1e-24:  # else no spread at all
-        test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
-        low, high = map(float, test.confidence_interval(1 - (1 - LEVEL) / comparisons))
-    count, words = min(len(x), len(y)), f"{over}; {why}" if why else over
+        test = stats.ttest_1samp(groups[0], 0) if paired else stats.ttest_ind(*x, equal_var=False)
+        low, high = map(float, test.confidence_interval(level))
+    words = f"{over}; {why}" if why else over
     return Measured(center, low, high, count, words, variance, comparisons=comparisons, metric=left.metric)
 
 

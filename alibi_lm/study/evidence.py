@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ class Evidence:
         return all(not self.words.get(run, curve.variant) for run in curve.seeds)
 
 
+def read_results(folder: Path) -> Evidence:
+    """The rows of a folder and what their runs say of themselves: enough for figures and tables.
+
+    Raises:
+        ValueError: no results, or a damaged file.
+    """
+    rows = read_rows(folder / "results.jsonl")
+    return Evidence(rows, find_records(rows, folder))
+
+
 def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
     """Everything at hand about the results of a folder: sums per document, run folders and analyses too.
 
@@ -73,14 +83,14 @@ def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
     Raises:
         ValueError: no results, or a damaged file.
     """
-    rows = read_rows(folder / "results.jsonl")
+    results = read_results(folder)
     published = folder / "bench.jsonl"
     last = Path("outputs") / "bench" / "results.jsonl"
     chosen = bench or (published if published.is_file() else last)
     # Published results hold their analyses; those of an experiment lie beside its results.
     places = [parent / "analysis" / f"{v}.json" for parent in (folder.parent, folder) for v in ANALYSES]
     analyses = {path.stem: read_analysis(path) for path in places if path.is_file()}
-    return Evidence(rows, find_records(rows, folder), read_documents(folder), read_bench(chosen), analyses)
+    return replace(results, documents=read_documents(folder), bench=read_bench(chosen), analyses=analyses)
 
 
 def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ Which settings can, each config field says itself (`alibi_lm.settings`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from alibi_lm.results.curves import step_of
@@ -39,6 +39,12 @@ class Difference:
         return f"{self.what}: " + "; ".join(f"{value} in {runs}" for value, runs in named.items())
 
 
+def refuse(found: Iterable[Difference]) -> None:
+    """Raise ValueError, with the reasons, where one of these differences matters."""
+    if lines := [f"\n  {item.sentence}" for item in found if item.matters]:
+        raise ValueError(f"strict = true, and the runs differ in more than the scheme:{''.join(lines)}")
+
+
 def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list[Difference]:
     """All differences between the runs of these rows, those that matter first.
 
@@ -48,84 +54,70 @@ def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> 
     """
     # An earlier checkpoint is no difference: such rows are never beside others on a curve.
     own = [row for row in rows if row.run is not None and step_of(row) is None]
-    members: dict[str, set[str]] = {}
-    for row in own:
-        run = str(row.run)
-        members.setdefault(records[run].task if run in records else "text", set()).add(run)
+    runs = {str(row.run) for row in own}
+    tasks = {run: records[run].task if run in records else "text" for run in runs}
     found = []
-    for task, runs in sorted(members.items()):  # runs of different tasks are never compared
-        part = [*_of_rows([row for row in own if row.run in runs])]
-        part += _of_records({run: records[run] for run in records if run in runs})
-        several = len(members) > 1
-        found += [replace(item, what=f"task {task}, {item.what}") if several else item for item in part]
+    for task in sorted(set(tasks.values())):  # runs of different tasks are never compared
+        part = [row for row in own if tasks[str(row.run)] == task]
+        known = {run: records[run] for run in records if tasks.get(run) == task}
+        prefix = f"task {task}, " if len(set(tasks.values())) > 1 else ""
+        for what, facts, matters in (*_of_rows(part), *_of_records(list(known.values()))):
+            by_value: dict[str, set[str]] = {}
+            for run, value in facts:
+                by_value.setdefault(value, set()).add(run)
+            if len(by_value) > 1:
+                ordered = sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0]))
+                values = {value: sorted(runs) for value, runs in ordered}
+                found.append(Difference(prefix + what, values, matters))
+        unknown = sorted(run for run, record in known.items() if not record.config)
+        if unknown and len(known) > 1:
+            found.append(Difference(f"{prefix}settings not compared", {"no config.yaml at hand": unknown}, False))
+    if old := sorted(run for run, record in records.items() if not record.readable):
+        what = "all settings compared, also those without effect"
+        found.append(Difference(what, {"config.yaml of another version": old}, False))
     return sorted(found, key=lambda item: (not item.matters, item.what))
 
 
-def _of_rows(rows: Sequence[ResultRow]) -> list[Difference]:
-    found = []
+Facts = tuple[str, list[tuple[str, str]], bool]
+"""Setting or fact, (run, its value) for each run or row, and whether it matters."""
+
+
+def _of_rows(rows: Sequence[ResultRow]) -> Iterator[Facts]:
     for split in sorted({row.split for row in rows if row.task == "text"}):
         part = [row for row in rows if row.split == split and row.task == "text"]
-        found += _compare(f"{split} text (hash)", {(r.run or "", r.key): shortened(r.corpus) for r in part}, True)
-        found += _compare(f"{split} tokens scored", {(r.run or "", r.key): f"{r.tokens:,}" for r in part}, True)
+        yield f"{split} text (hash)", [(str(r.run), shortened(r.corpus)) for r in part], True
+        yield f"{split} tokens scored", [(str(r.run), f"{r.tokens:,}") for r in part], True
     # Points are compared at one length in one view, and each of these may have been measured at another time.
     points: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row.nats is not None:
             points.setdefault(row.key[1:7], []).append(row)
     mixed = [row for point in points.values() if len({row.commit for row in point}) > 1 for row in point]
-    found += _compare("commit of the evaluation", {(r.run or "", r.key): shortened(r.commit) for r in mixed}, True)
+    yield "commit of the evaluation", [(str(r.run), shortened(r.commit)) for r in mixed], True
     for name in ("checkpoint", "precision", "attention"):
-        ways = {(r.run or "", r.key): str(r.extra[name]) for r in rows if name in r.extra}
-        found += _compare(f"{name} of the evaluation", ways, name != "attention")
-    return found
+        ways = [(str(r.run), str(r.extra[name])) for r in rows if name in r.extra]
+        yield f"{name} of the evaluation", ways, name != "attention"
 
 
-def _of_records(records: Mapping[str, RunRecord]) -> list[Difference]:
-    known = {name: record for name, record in records.items() if record.config}
-    readable = all(record.readable for record in known.values())
-    found = []
-    for attribute, matters in (("settings", True), ("rounding", False)) if readable else (("config", True),):
-        settings = {name: getattr(record, attribute) for name, record in known.items()}
+def _of_records(records: Sequence[RunRecord]) -> Iterator[Facts]:
+    known = [record for record in records if record.config]
+    for kind, matters in (("settings", True), ("rounding", False)):
+        settings = {record.name: getattr(record, kind) for record in known}
         for key in sorted({key for values in settings.values() for key in values}):
             if key.partition(".")[0] not in ("position", "train_length", "seed"):  # what is compared
-                values = {name: show(own.get(key, "unset")) for name, own in settings.items()}
-                found += _compare(key, values, matters)
-    if not readable:
-        old = sorted(name for name, record in known.items() if not record.readable)
-        what = "all settings compared, also those without effect"
-        found.append(Difference(what, {"config.yaml of another version": old}, False))
-    found += _compare_counts(records, "num_parameters", "parameters", SMALL_PARAMETERS)
-    found += _compare_counts(records, "tokens_seen", "tokens seen in training", SMALL_TOKENS)
-    trained_on = {name: record.training_text for name, record in records.items() if record.finished}
-    hashes = {name: shortened(text) for name, text in trained_on.items() if text}
-    found += _compare("training text (hash)", hashes, True)
-    env = {name: record.environment for name, record in records.items() if record.environment}
-    found += _compare("commit of the training", {n: _commit(e) for n, e in env.items()}, True)
+                yield key, [(name, show(own.get(key, "unset"))) for name, own in settings.items()], matters
+    for key, what, small in (
+        ("num_parameters", "parameters", SMALL_PARAMETERS),
+        ("tokens_seen", "tokens seen in training", SMALL_TOKENS),
+    ):
+        counts = {record.name: int(record.finished[key]) for record in records if record.finished.get(key)}
+        matters = max(counts.values(), default=0) > min(counts.values(), default=0) * (1 + small)
+        yield what, [(name, f"{count:,}") for name, count in counts.items()], matters
+    texts = [(r.name, shortened(r.training_text)) for r in records if r.finished and r.training_text]
+    yield "training text (hash)", texts, True
+    env = {record.name: record.environment for record in records if record.environment}
+    changed = {name: " with changes" if e.get("dirty") else "" for name, e in env.items()}
+    commits = [(name, shortened(e.get("commit")) + changed[name]) for name, e in env.items()]
+    yield "commit of the training", commits, True
     for key in ("torch", "python", "device"):
-        found += _compare(f"environment: {key}", {n: show(e.get(key)) for n, e in env.items()}, False)
-    unknown = sorted(set(records) - set(known))
-    if unknown and len(records) > 1:
-        found.append(Difference("settings not compared", {"no config.yaml at hand": unknown}, False))
-    return found
-
-
-def _compare_counts(records: Mapping[str, RunRecord], key: str, what: str, small: float) -> list[Difference]:
-    numbers = {name: record.finished.get(key) for name, record in records.items()}
-    counts = {name: int(number) for name, number in numbers.items() if isinstance(number, int | float)}
-    matters = max(counts.values(), default=0) > min(counts.values(), default=0) * (1 + small)
-    return _compare(what, {name: f"{count:,}" for name, count in counts.items()}, matters)
-
-
-def _compare(what: str, values: Mapping[Any, str], matters: bool) -> list[Difference]:
-    """One difference, or none; keys are runs, or pairs that begin with a run."""
-    by_value: dict[str, set[str]] = {}
-    for key, value in values.items():
-        by_value.setdefault(value, set()).add(key[0] if isinstance(key, tuple) else key)
-    if len(by_value) < 2:
-        return []
-    ordered = sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [Difference(what, {value: sorted(runs) for value, runs in ordered}, matters)]
-
-
-def _commit(environment: Mapping[str, Any]) -> str:
-    return shortened(environment.get("commit")) + (" with changes" if environment.get("dirty") else "")
+        yield f"environment: {key}", [(name, show(e.get(key))) for name, e in env.items()], False

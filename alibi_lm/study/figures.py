@@ -16,29 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
-from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, by_byte, curves, views
-from alibi_lm.results.rows import ResultRow, read_rows
+from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, by_byte, curves, view_of, views
+from alibi_lm.results.rows import ResultRow
 from alibi_lm.results.statistics import accuracy_interval
-from alibi_lm.study.fairness import Difference, differences
+from alibi_lm.study.evidence import read_results
+from alibi_lm.study.fairness import Difference, refuse
+from alibi_lm.study.pages import markdown
 from alibi_lm.study.paper import paper_curves
-from alibi_lm.study.plots import Line, Panel, build, fits, grid, save_both
-from alibi_lm.study.records import find_records, recipes
-from alibi_lm.study.stages import Stage, stages_of
-from alibi_lm.study.style import label
-from alibi_lm.study.tables import markdown, provenance
+from alibi_lm.study.plots import Cell, Line, Panel, build, dress, fits, grid, save_both
+from alibi_lm.study.stages import stages_of
+from alibi_lm.study.style import label, look
+from alibi_lm.study.tables import provenance, results_page
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CLOSE_UP_FROM = 2.0
 """Highest over lowest perplexity in a panel from which a close-up may be drawn beside it."""
 COMPANY = 1.5
 """A close-up shows the curves whose best value up to the training length is at most this factor above the best."""
-
-
-def drawn_views(found: Sequence[View]) -> list[View]:
-    """Those with a figure: what was streamed stands in that of the other windows, where there is one."""
-    return [view for view in found if view.mode != "stream"] or list(found)
 
 
 def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool = False) -> list[Path]:
@@ -54,70 +51,54 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
         strict: refuse to draw runs that differ in more than the scheme.
 
     Raises:
-        ValueError: no rows, damaged rows, or `strict` and an unfair comparison.
+        ValueError: no rows, damaged ones, or `strict` and an unfair comparison.
     """
     folder = Path(folder)
-    rows = read_rows(folder / "results.jsonl")
+    evidence = read_results(folder)
+    rows, words, unfair = evidence.rows, evidence.words, evidence.unfair
     found = views(rows)
     if not found:
         raise ValueError(f"{folder / 'results.jsonl'} holds no row of a run; evaluate at least one run first")
-    records = find_records(rows, folder)
-    unfair, words = differences(rows, records), recipes(rows, records)
-    if strict and any(item.matters for item in unfair):
-        lines = "\n".join(f"  {item.sentence}" for item in unfair if item.matters)
-        raise ValueError(f"strict = true, and the runs differ in more than the scheme:\n{lines}")
+    if strict:
+        refuse(unfair)
     written: list[Path] = []
-    for index, view in enumerate(drawn_views(found)):
+    # What was streamed stands in the figure of the other windows, where there is one.
+    for index, view in enumerate([view for view in found if view.mode != "stream"] or found):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
         figure = curve_figure(rows, view, words, unfair, with_paper)
         written += save_both(figure, folder, name)
-        in_bytes = by_byte(rows, view)
-        if in_bytes:
+        if in_bytes := by_byte(rows, view):
             by_tokenizer = (f"{view.split} text (hash)", f"{view.split} tokens scored")
             left = [item for item in unfair if item.what not in by_tokenizer]
             figure = curve_figure(in_bytes, replace(view, metric="bits_per_byte"), words, left)
             written += save_both(figure, folder, name.replace("extrapolation", "bits_per_byte"))
-    from alibi_lm.study import task_figures
-
-    written += task_figures.draw_tasks(folder, rows, words)
-    stages = stages_of(rows, records, words)
-    if stages:
+    written += draw_tasks(folder, rows, words)
+    if stages := stages_of(rows, evidence.records, words):
         written += save_both(stage_figure(stages, provenance(rows, VALIDATION)), folder, "stages")
     table = folder / "table.md"
-    write_text(table, markdown(rows, words, unfair, stages) + task_figures.summary(rows, words))
+    write_text(table, markdown(results_page(evidence)))
     return [*written, table]
 
 
-def stage_figure(stages: Sequence[Stage], origin: str) -> Figure:
+def stage_figure(stages: Sequence[tuple[int, Curve]], origin: str) -> Figure:
     """How far schemes extrapolate at each stage of training: a panel for each multiple of L."""
     panels: list[Any] = []
-    for factor in sorted({stage.factor for stage in stages}):
+    several = len({curve.train_length for _, curve in stages}) > 1
+    for factor in sorted({factor for factor, _ in stages}):
         lines = []
-        several = len({stage.train_length for stage in stages}) > 1
-        for stage in (one for one in stages if one.factor == factor):
-            length = stage.train_length if several else None
-            values = [(float(step), value) for step in stage.ratios for value in stage.ratios[step]]
-            lines.append(
-                Line(
-                    stage.position,
-                    label(stage.position, length=length),
-                    [float(step) for step in stage.ratios],
-                    [stage.mean(step) for step in stage.ratios],
-                    stage.variant,
-                    dots=values if len(values) > len(stage.ratios) else [],
-                    stray=bool(stage.variant),
-                )
-            )
+        for curve in (curve for own, curve in stages if own == factor):
+            steps = curve.lengths
+            name = label(curve.position, length=curve.train_length if several else None)
+            dots = [(float(n), curve.shown(v)) for n in steps for v in curve.losses[n].values()]
+            line = Line(curve.position, name, [float(n) for n in steps], [curve.value(n) for n in steps])
+            dots = dots if len(dots) > len(steps) else []
+            lines.append(replace(line, note=curve.variant, dots=dots, stray=bool(curve.variant)))
         ratio = f"perplexity at {factor} L over that at L"
-        steps = "training steps done, log axis"
-        panels.append(Panel(lines, f"tested at {factor} L", steps, ratio, log_y=_spread(lines), tick_points=True))
+        log_y = _range([curve for own, curve in stages if own == factor]) > CLOSE_UP_FROM
+        x_label = "training steps done, log axis"
+        panels.append(Panel(lines, f"tested at {factor} L", x_label, ratio, log_y=log_y, tick_points=True))
     remarks = ["Above 1: worse beyond the training length than at it. Dots: single seeds."]
     return build("Extrapolation by stage of training", grid(panels, 2), origin, remarks)
-
-
-def _spread(lines: Sequence[Line]) -> bool:
-    values = [v for line in lines for v in line.y]
-    return max(values) / min(values) > CLOSE_UP_FROM
 
 
 def curve_figure(
@@ -275,3 +256,79 @@ def _line(curve: Curve, train_length: int | None, every: set[int]) -> Line:
 def _range(found: Sequence[Curve]) -> float:
     values = [curve.value(n) for curve in found for n in curve.lengths]
     return max(values) / min(values) if values and min(values) > 0 else 1.0
+
+
+# --- accuracies of tasks -------------------------------------------------------------------------
+
+
+def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Path]:
+    """`tasks.png` and `.svg` where there are several tasks, `depths.png` and `.svg` where items have depths."""
+    found = [view for view in views(rows) if view.metric == "accuracy"]
+    drawn: list[Path] = []
+    if len(found) > 1:
+        panels = []
+        for view in found:
+            own = curves(rows, view, words)
+            length = own[0].train_length if len({c.train_length for c in own}) == 1 else None
+            panel = curve_panels(own, length, baselines(rows, view))[0]
+            assert panel is not None
+            panels.append(replace(panel, title=f"{view.task.replace('_', ' ')}, {panel.title}"))
+        remark = "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
+        title, origin = "Accuracy by length, all tasks", _counts(rows, found)
+        drawn += save_both(build(title, grid(panels, 2), origin, [remark], [], (3.6, 2.9)), folder, "tasks")
+    if depths := _depth_panels(rows, found, words):
+        origin = "items that are right in per cent, mean over seeds; " + _counts(rows, found)
+        remark = "Above the white line needles stand further from the question than the training length."
+        cells = grid(depths, min(len(depths), 4))
+        drawn += save_both(
+            build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0)), folder, "depths"
+        )
+    return drawn
+
+
+def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, float]]) -> None:
+    """A heat map: lengths across, depths down (0: at the beginning)."""
+    dress(axis, label(curve.position, curve.variant), look(curve.position).color)
+    axis.grid(visible=False)
+    lengths = sorted(shares)
+    depths = sorted({depth for found in shares.values() for depth in found}, key=float)
+    values = [[shares[n].get(depth, float("nan")) for n in lengths] for depth in depths]
+    axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axis.set_yticks(range(0, len(depths), 2), depths[::2])
+    for x, length in enumerate(lengths):
+        if length > curve.train_length:  # a needle at depth d stands (1 - d) n before the end
+            border = (1 - curve.train_length / length) * (len(depths) - 1)
+            axis.plot([x - 0.5, x + 0.5], [border - 0.25] * 2, color="white", linewidth=1.2)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            color = "white" if value < 0.6 else "black"
+            axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=color)
+    axis.set_xlabel(f"length in tokens (trained at {curve.train_length})", fontsize=8, labelpad=1)
+    axis.set_ylabel("depth", fontsize=8, labelpad=2)
+
+
+def _depth_panels(rows: Sequence[ResultRow], found: Sequence[View], words: Mapping[str, str]) -> list[Cell]:
+    """One for each curve whose rows tell depths apart: length -> depth -> mean share over the runs."""
+    cells: list[Cell] = []
+    for view in found:
+        parts = [row for row in rows if view_of(row) == view and "by_part" in row.extra]
+        for curve in curves(rows, view, words):
+            shares: dict[int, dict[str, float]] = {}
+            for n in curve.lengths:
+                own = [r.extra["by_part"] for r in parts if r.inference_length == n and r.run in curve.losses[n]]
+                if own:
+                    shares[n] = {depth: sum(one[depth] for one in own) / len(own) for depth in own[0]}
+            if shares:
+                cells.append(functools.partial(depth_panel, curve=curve, shares=shares))
+    return cells
+
+
+def _counts(rows: Sequence[ResultRow], found: Sequence[View]) -> str:
+    own = [row for row in rows if row.run is not None and row.metric == "accuracy"]
+    seeds = {row.seed for row in own if row.seed is not None}
+    items = {row.n for row in own if row.n is not None}
+    commits = sorted({(row.commit or "unknown")[:10] for row in own})
+    most = f"{min(items):,} to {max(items):,}" if len(items) > 1 else f"{max(items, default=0):,}"
+    tasks = f"{len(found)} task{'s' if len(found) > 1 else ''}"
+    return f"{tasks}; {most} answers at each length; {len(seeds)} seeds; commit {' or '.join(commits)}"

@@ -17,9 +17,10 @@ from typing import Any
 
 from alibi_lm.results.curves import VALIDATION, Curve, View, curves, views
 from alibi_lm.results.rows import ResultRow, perplexity_of
+from alibi_lm.study.evidence import Evidence
+from alibi_lm.study.pages import Block, Table, number
 from alibi_lm.study.records import RunRecord, show
 from alibi_lm.study.style import label
-from alibi_lm.study.tables import Table, number
 
 TOKENS = {"validation": 217_646, "test": 245_569}
 """Scored words of WikiText-103's splits, line ends included."""
@@ -84,7 +85,7 @@ class Comparison:
     """Ours."""
     inference_length: int
     values: list[PaperValue]
-    """The paper's, one for each table that has it; of a length near ours where that was asked for."""
+    """The paper's, one for each table that has it; of a length near ours in shapes, and where `near` allows it."""
     base: float | None
     """The paper's perplexity at its training length."""
 
@@ -108,13 +109,6 @@ class Comparison:
     def paper_ratio(self) -> float | None:
         """The paper's over that at its training length."""
         return self.paper / self.base if self.base else None
-
-    @property
-    def directions(self) -> tuple[str, str]:
-        """`worse`, `flat` or `better` than at the training length: the paper's, and ours."""
-        paper, ours = self.paper_ratio, self.our_ratio
-        assert paper is not None and ours is not None
-        return direction(paper), direction(ours)
 
 
 @functools.cache
@@ -170,7 +164,7 @@ def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
 
 
 def compare(
-    rows: Sequence[ResultRow], near: float = 0.0, words: Mapping[str, str] | None = None
+    rows: Sequence[ResultRow], words: Mapping[str, str] | None = None, near: float = 0.0
 ) -> list[Comparison]:
     """Ours beside the paper's, wherever it has a value (`near`: see `find`); per word, whatever the tokenizer."""
     per_word = [counted for row in rows if row.task == "text" and (counted := _per_word(row)) is not None]
@@ -222,39 +216,33 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
     return found
 
 
-def comparison_markdown(
-    rows: Sequence[ResultRow],
-    records: Mapping[str, RunRecord],
-    near: float,
-    words: Mapping[str, str] | None = None,
-) -> str:
+def comparison_page(evidence: Evidence, near: float = 0.0) -> list[Block]:
     """`paper.md`: what differs from the paper, then paper | ours | difference | ratios, then shapes."""
-    parts = ["# Beside the paper's numbers\n"]
-    notes = caveats(rows, records)
-    if notes:
-        parts.append("**These are not the paper's experiments.** What differs:\n")
-        parts.append("".join(f"- {note}\n" for note in notes))
-        parts.append(
+    page: list[Block] = ["# Beside the paper's numbers"]
+    if notes := caveats(evidence.rows, evidence.records):
+        page += ["**These are not the paper's experiments.** What differs:", tuple(notes)]
+        page.append(
             "Absolute perplexities are then not comparable; the ratios to the value at the training length "
-            "say whether the shape is the same.\n"
+            "say whether the shape is the same."
         )
     else:
-        parts.append("Model, text, recipe and budget are the paper's, as far as the run folders tell.\n")
-    found = compare(rows, near, words)
+        page.append("Model, text, recipe and budget are the paper's, as far as the run folders tell.")
+    found = compare(evidence.rows, evidence.words, near)
     for view in dict.fromkeys(item.view for item in found):
-        parts.append(f"## {view.title[0].upper()}{view.title[1:]}\n")
-        parts.append(comparison_table([item for item in found if item.view == view]).markdown())
-    if not found:
-        parts.append("The paper has no number for any of these schemes, lengths, modes and splits.\n")
+        table = comparison_table([item for item in found if item.view == view])
+        page += [f"## {view.title[0].upper()}{view.title[1:]}", table]
+    if found:
+        page.append("Ratio: to the value at the training length. Ours: mean over seeds of the loss per word.")
     else:
-        parts.append("Ratio: to the value at the training length. Ours: mean over seeds of the loss per word.\n")
-    if of_shape := shapes(rows, words):
-        parts.append(
-            "## Shapes\n\nPerplexity over that at the training length, at multiples of it; validation, "
-            f"nonoverlapping windows. Paper: Table 2. Within {FLAT:.0%} of 1 counts as flat.\n"
-        )
-        parts.append(shapes_table(of_shape).markdown())
-    return "\n".join(parts)
+        page.append("The paper has no number for any of these schemes, lengths, modes and splits.")
+    if of_shape := shapes(evidence.rows, evidence.words):
+        page += [
+            "## Shapes",
+            "Perplexity over that at the training length, at multiples of it; validation, nonoverlapping windows. "
+            f"Paper: Table 2. Within {FLAT:.0%} of 1 counts as flat.",
+            shapes_table(of_shape),
+        ]
+    return page
 
 
 def comparison_table(items: Sequence[Comparison]) -> Table:
@@ -308,7 +296,8 @@ def shapes_table(found: Iterable[Comparison]) -> Table:
     """Ratios to the training length, paper's and ours, and whether they go in the same direction."""
     body = []
     for shape in found:
-        paper, ours = shape.directions
+        assert shape.paper_ratio is not None and shape.our_ratio is not None
+        paper, ours = direction(shape.paper_ratio), direction(shape.our_ratio)
         length = shape.curve.train_length
         body.append(
             [

@@ -367,7 +367,6 @@ def build(
     remarks: Sequence[str] = (),
     marks: Sequence[str] = (),
     size: tuple[float, float] = (3.6, 3.1),
-    dense: bool = False,
 ) -> Figure:
     """A figure: its head, then a grid of cells.
 
@@ -378,7 +377,6 @@ def build(
         remarks: what is not drawn and why, and keys of signs.
         marks: in red, what makes the comparison unfair.
         size: width and height of a chart in inches, without its labels.
-        dense: little room between cells, for charts without labels.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -387,8 +385,8 @@ def build(
     panels = [cell for row in rows for cell in row if isinstance(cell, Panel)]
     names = [len(t) for panel in panels for line in panel.lines for t in (line.name, *note_lines(line.note))]
     names += [min(26, len(name) + 9) for panel in panels for name in panel.levels]
-    right = 0.08 if dense else 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
-    beside, below = (0.27, 0.5) if dense else (0.55, 0.95)
+    right = 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
+    beside, below = 0.55, 0.95
     # A slot of ten points for each label and line of small print.
     slots = max(
         [sum(1 + len(note_lines(line.note)) for line in p.lines) + 3 * len(p.levels) for p in panels] or [0]
@@ -409,7 +407,7 @@ def build(
                 axis = figure.add_axes((0, bottom, 1, chart[1] / height))
                 placed.append((axis, c, bottom))
                 draw_panel(axis, cell) if isinstance(cell, Panel) else cell(axis)
-        room = 0 if dense else room_for_ticks(axis for axis, *_ in placed)
+        room = room_for_ticks(axis for axis, *_ in placed)
         width += columns * room
         figure.set_size_inches(width, height)
         for axis, c, bottom in placed:

@@ -10,13 +10,13 @@ from pathlib import Path, PurePath
 
 import yaml
 
-from alibi_lm.results.documents import DOCUMENTS_FILE, SUMMARY_FILE, upsert_documents
+from alibi_lm.results.documents import DOCUMENTS_FILE
 from alibi_lm.results.rows import read_rows, write_csv, write_rows
 from alibi_lm.study.figures import draw
 from alibi_lm.study.records import RUN_FILES, find_records
 from alibi_lm.study.view_figures import draw_analysis
 
-RESULT_FILES = (DOCUMENTS_FILE, SUMMARY_FILE, "claims.md", "paper.md", "cards.json")
+RESULT_FILES = (DOCUMENTS_FILE, "claims.md", "paper.md", "cards.json")
 LARGEST = 16 * 2**20
 """Bytes of a file that may be published."""
 
@@ -25,7 +25,7 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
     """Copy results, analyses and what each run says of itself, and draw them there.
 
     Weights, checkpoints and per-token results stay where they are. Of absolute paths only the last part is
-    published: the others tell of somebody's machine. Results of an earlier version get the form of this one.
+    published: the others tell of somebody's machine.
 
     Args:
         folder: of an experiment's `results.jsonl`; analyses are looked for beside it and in it.
@@ -69,18 +69,14 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
         # Rows as they are written now, whatever version wrote them; of a folder, its name is enough.
         named = [replace(row, folder=row.folder and PurePath(row.folder).name) for row in rows]
         write_csv(beside / "results.csv", write_rows(beside / "results.jsonl", named))
-        if (beside / SUMMARY_FILE).is_file():
-            upsert_documents(beside / DOCUMENTS_FILE, [])  # takes over what the older file holds
-            (beside / SUMMARY_FILE).unlink()
-            (beside / f".{DOCUMENTS_FILE}.lock").unlink(missing_ok=True)
         draw(beside)
         for path in sorted((beside / "analysis").glob("*.json")):
             draw_analysis(path)
             path.with_suffix(".svg").unlink()  # the PNG is enough to look at
         for part in ("runs", "analysis"):
             shutil.rmtree(target / part, ignore_errors=True)
-        for old in [target / SUMMARY_FILE, *target.glob("extrapolation*.png"), *target.glob("extrapolation*.svg")]:
-            old.unlink(missing_ok=True)
+        for old in target.glob("extrapolation*.*g"):
+            old.unlink()
         written = sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
         for name in written:
             (target / name).parent.mkdir(parents=True, exist_ok=True)

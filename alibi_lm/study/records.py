@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,7 +29,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     """Everything in config.yaml, flat: {'optimizer.lr': 0.002, ...}."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Those that the trained model depends on; of a config that this version cannot read, all of them."""
+    """Those that the trained model depends on."""
     rounding: dict[str, Any] = field(default_factory=dict)
     """Those that change its last bits."""
     readable: bool = True
@@ -73,6 +74,9 @@ def find_records(rows: Iterable[ResultRow], folder: str | os.PathLike[str]) -> d
     for run, folders in sorted(places.items()):
         place = next((p for p in folders if any((p / file).is_file() for file in RUN_FILES)), None)
         records[run] = RunRecord(run) if place is None else read_record(place, run)
+    if not all(record.readable for record in records.values()):
+        # One was written by another version: nobody says which of its settings count, so all are compared.
+        records = {run: replace(record, settings=record.config, rounding={}) for run, record in records.items()}
     return records
 
 
@@ -84,16 +88,14 @@ def read_record(folder: Path, name: str) -> RunRecord:
     """
     values = [_read(folder / file) for file in RUN_FILES]
     config = flatten(values[0])
-    settings, rounding, readable = config, {}, not config
+    settings, rounding, readable = {}, {}, not config
     if config:
         from alibi_lm.config import load_config
         from alibi_lm.settings import counting
 
-        try:
+        with contextlib.suppress(ValueError):  # written by another version
             own = load_config(folder)
             settings, rounding, readable = counting(own, "run"), counting(own, "rounding"), True
-        except ValueError:
-            pass  # written by another version: all its settings are compared, and fairness says so
     return RunRecord(name, folder, config, settings, rounding, readable, *values[1:])
 
 
@@ -120,11 +122,8 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
         groups.setdefault(key, []).append(records[run])
     found: dict[str, str] = {}
     for members in groups.values():
-        readable = all(record.readable for record in members)
         facts = {
-            record.name: {
-                k: v for k, v in (record.settings if readable else record.config).items() if k not in NAMED
-            }
+            record.name: {k: v for k, v in record.settings.items() if k not in NAMED}
             | {TEXT: record.training_text}
             for record in members
         }

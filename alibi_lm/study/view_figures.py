@@ -1,4 +1,4 @@
-"""Figures of the views that look inside an extrapolation curve, drawn from `<view>.json`."""
+"""Figures and tables of the views that look inside an extrapolation curve, made from `<view>.json`."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import write_text
-from alibi_lm.study.analysis import AT, TERM_NAMES, TITLES, Analysis, Series, perplexity, read_analysis, times
-from alibi_lm.study.context_figures import (
-    ATTENTION_NOTE,
-    attention_cells,
-    attention_table,
-    effective_note,
-    repeat_panel,
+from alibi_lm.study.analysis import (
+    TERM_NAMES,
+    VIEWS,
+    Analysis,
+    Series,
+    context_words,
+    perplexity,
+    read_analysis,
+    times,
 )
 from alibi_lm.study.figures import CLOSE_UP_FROM, COMPANY, homes_of
-from alibi_lm.study.plots import SOFT, Line, Panel, build, dress, grid, save_both, say
-from alibi_lm.study.style import label, look
-from alibi_lm.study.tables import analysis_markdown
-from alibi_lm.study.window_figures import window_panels
+from alibi_lm.study.pages import Block, Table, markdown, numbered, refer
+from alibi_lm.study.plots import Cell, Line, Panel, build, grid, save_both
+from alibi_lm.study.style import label
+from alibi_lm.study.view_panels import decomposition_panel, documents_panel, heat_map, weight_lines, windows_panel
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-TERM_COLORS = {"early_tokens": "#56B4E9", "positions_beyond": "#CC79A7", "keys_beyond": "#E69F00"}
 
 
 def draw_analysis(path: str | Path) -> list[Path]:
@@ -40,46 +40,19 @@ def draw_analysis(path: str | Path) -> list[Path]:
     path = Path(path)
     found = read_analysis(path)
     drawn = save_both(analysis_figure(found), path.parent, path.stem)
-    table = path.with_suffix(".md")
-    own = attention_table(found) if found.view == "attention" else None
-    write_text(table, analysis_markdown(found, own))
-    return [*drawn, table]
+    write_text(path.with_suffix(".md"), markdown(analysis_page(found)))
+    return [*drawn, path.with_suffix(".md")]
+
+
+# --- figures -------------------------------------------------------------------------------------
 
 
 def analysis_figure(found: Analysis) -> Figure:
     """The figure of one view."""
+    draw, size = _DRAWN.get(found.view, (line_panels, (3.6, 3.1)))
+    cells = draw(found)
     marks = [] if found.same_text else ["NOT THE SAME TEXT: levels cannot be compared between curves"]
-    remarks: list[str] = []
-    size = (3.6, 3.1)
-    if found.view == "windows":
-        cells: list[Any] = list(window_panels(found))
-        size = (2.9, 2.6)
-        remarks.append(
-            "Lines: proved by the weights for every input. Crosses: needed on the text (dashed: its end)."
-        )
-    elif found.view in ("documents", "decomposition"):
-        # What has nothing to show is told in words.
-        shown = [s for s in found.series if any(not p.get("reason") for p in s.points[-1:])] or found.series
-        panel = decomposition_panel if found.view == "decomposition" else documents_panel
-        cells = [functools.partial(panel, series=series) for series in shown]
-        size = (2.7, 2.3)
-        if found.view == "decomposition":
-            remarks.append(
-                "Bars from left to right: early tokens (blue), positions beyond L (pink), keys further than L "
-                "(orange); diamond: their total. Left: nats per token, right: factor of perplexity; each panel "
-                "has its own scale."
-            )
-    elif found.view == "attention":
-        rows = attention_cells(found)
-        return build(TITLES[found.view], rows, found.provenance, [ATTENTION_NOTE], marks, (2.9, 2.0))
-    elif found.view == "position":
-        cells = list(position_panels(found))
-        size = (2.9, 2.3)
-        remarks.append("Each panel has one curve with its intervals; the grey lines are the others.")
-    else:
-        cells = list(view_panels(found))
-        if found.view not in ("offset", "repeat"):
-            remarks.append("An interval that leaves its panel is in the table.")
+    remarks = [VIEWS[found.view].remark] if VIEWS[found.view].remark else []
     reasons: dict[str, list[str]] = {}
     for series in found.series:
         for reason in {str(p["reason"]) for p in series.points if p.get("reason")}:
@@ -87,27 +60,107 @@ def analysis_figure(found: Analysis) -> Figure:
     for reason, names in sorted(reasons.items()):
         remarks.append(f"Without a value at some lengths: {', '.join(names)}: {reason}.")
     columns = 2 if len(cells) in (2, 4) else min(len(cells), 3)
-    return build(TITLES[found.view], grid(cells, columns), found.provenance, remarks, marks, size)
+    return build(VIEWS[found.view].title, grid(cells, columns), found.provenance, remarks, marks, size)
 
 
-def view_panels(found: Analysis) -> list[Panel]:
+def _each(panel: Callable[..., None], found: Analysis) -> list[Cell]:
+    """A panel for each curve; what has nothing to show is told in words, unless there is nothing else."""
+    shown = [s for s in found.series if any(not p.get("reason") for p in s.points[-1:])] or found.series
+    return [functools.partial(panel, series=series) for series in shown]
+
+
+def _windows_panels(found: Analysis) -> list[Cell]:
+    layers = [(s, n) for s in found.series for n in sorted({p["layer"] for p in s.points if "layer" in p})]
+    return [
+        functools.partial(windows_panel, series=series, layer=layer)
+        for series, layer in layers or [(found.series[0], None)]
+    ]
+
+
+def _heat_maps(found: Analysis) -> list[Cell]:
+    """For each curve, a map at the training length, one at the longest length, and lines of both."""
+    cells: list[Cell] = []
+    for series in found.series:
+        points = [point for point in series.points if "heads" in point]
+        own = next((p for p in points if p["length"] == series.train_length), points[0] if points else None)
+        far = points[-1] if points and points[-1] is not own else None
+        cells.append(functools.partial(heat_map, series=series, point=own))
+        cells.append(functools.partial(heat_map, series=series, point=far) if far else None)
+        both = [point for point in (own, far) if point]
+        cells.append(functools.partial(weight_lines, series=series, points=both) if both else None)
+    return cells
+
+
+def position_panels(found: Analysis) -> list[Cell]:
+    """A panel per curve, with its band; the other curves stand behind it in grey. All have the same axes."""
+    lines = [(series, line) for series in found.series if (line := _position_line(series)).x]
+    values = [v for _, line in lines for v in line.y]
+    if not values:
+        return [Panel([])]
+    room = 0.12 * (max(values) - min(values)) or 0.1
+    return [
+        Panel(
+            [line],
+            f"{series.name}, trained at {series.train_length}",
+            x_label=VIEWS["position"].x_label,
+            y_label="nats per token",
+            trained=series.train_length,
+            limits=(min(values) - room, max(values) + room),
+            band=True,
+            behind=[other for _, other in lines if other is not line],
+        )
+        for series, line in lines
+    ]
+
+
+_BINS = ("first", "last", "nats", "low", "high")
+
+
+def _position_line(series: Series) -> Line:
+    """Each part of the window from the shortest windows that reach it, where most targets are."""
+    bins: list[tuple[int, int, float, float, float]] = []
+    for point in sorted((p for p in series.points if p["nats"] is not None), key=lambda p: p["length"]):
+        reached = bins[-1][1] if bins else 0
+        for first, last, nats, low, high in zip(*(point["curve"][k] for k in _BINS), strict=True):
+            if last > reached:
+                bins.append((first, last, nats, nats if low is None else low, nats if high is None else high))
+    y, low, high = ([values[k] for values in bins] for k in (2, 3, 4))
+    x = [math.sqrt(first * last) for first, last, *_ in bins]
+    return Line(series.position, "", x, y, "", low, high)  # the panel's title is its name
+
+
+_DRAWN: dict[str, tuple[Callable[[Analysis], list[Cell]], tuple[float, float]]] = {
+    "position": (position_panels, (2.9, 2.3)),
+    "decomposition": (functools.partial(_each, decomposition_panel), (2.7, 2.3)),
+    "documents": (functools.partial(_each, documents_panel), (2.7, 2.3)),
+    "windows": (_windows_panels, (2.9, 2.6)),
+    "attention": (_heat_maps, (2.9, 2.0)),
+}
+"""Cells of a view that are not lines by length, and their size in inches."""
+
+
+def line_panels(found: Analysis) -> list[Cell]:
     """A panel for each training length that curves share, twice where the close lines would fall together."""
     shared, homes = homes_of([s.train_length for s in found.series])
     if not shared:
         shared = [max(s.train_length for s in found.series)]
         homes = shared * len(found.series)
-    panels = []
+    panels: list[Cell] = []
     for length in shared:
         members = [s for s, home in zip(found.series, homes, strict=True) if home == length]
-        lines = [n for s in members for n in view_lines(found.view, s, s.train_length != length) if n.x]
-        x_label, title = _X_NAMES.get(found.view, Panel.x_label), f"trained at {length}"
-        panel = functools.partial(Panel, lines=lines, trained=length, x_label=x_label)
+        lines = [n for s in members for n in _lines(found.view, s, s.train_length != length) if n.x]
+        title = f"trained at {length}"
+        panel = functools.partial(Panel, lines=lines, trained=length, x_label=VIEWS[found.view].x_label)
         if found.view == "repeat":
-            panels.append(repeat_panel(found, lines, length))
+            width = next(point["width"] for series in found.series for point in series.points)
+            ends = [v for line in lines for v in [*line.y, *line.low, *line.high]] + [0.0]
+            room = 0.08 * (max(ends) - min(ends)) or 0.1
+            limits = min(ends) - room, max(ends) + room
+            title, y_label = f"{title}, segments of {width} tokens", "gain, nats per token"
+            panels.append(panel(title=title, y_label=y_label, limits=limits, levels={"no gain": 0.0}))
             continue
         if found.view == "offset":
-            y_label = "change of the mean loss, nats per token"
-            panels.append(panel(title=title, y_label=y_label, zero=True))
+            panels.append(panel(title=title, y_label="change of the mean loss, nats per token", zero=True))
             continue
         values = [v for line in lines for v in line.y] or [1.0]
         span = max(values) / min(values)
@@ -137,44 +190,32 @@ def close_lines(lines: Sequence[Line], length: int) -> list[Line]:
     return [line if max(line.y) <= COMPANY * best else replace(line, low=[], high=[]) for line in found]
 
 
-def position_panels(found: Analysis) -> list[Panel]:
-    """A panel per curve, with its band; the other curves stand behind it in grey. All have the same axes."""
-    lines = [(series, line) for series in found.series if (line := _position_line(series)).x]
-    values = [v for _, line in lines for v in line.y]
-    if not values:
-        return [Panel([])]
-    room = 0.12 * (max(values) - min(values)) or 0.1
-    return [
-        Panel(
-            [line],
-            f"{series.name}, trained at {series.train_length}",
-            x_label=_X_NAMES["position"],
-            y_label="nats per token",
-            trained=series.train_length,
-            limits=(min(values) - room, max(values) + room),
-            band=True,
-            behind=[other for _, other in lines if other is not line],
+def _lines(view: str, series: Series, guest: bool) -> list[Line]:
+    """The lines of one series; two where perplexity was measured in both kinds of windows."""
+    unit = float if view in ("offset", "repeat") else perplexity
+    notes = {"": ""}
+    if view == "perplexity":
+        notes = {"nonoverlapping": "", "sliding": "sliding"}
+    elif view == "effective_context":
+        notes[""] = next((context_words(p) for p in series.points if p["effective"] is not None), "")
+    found = []
+    for mode, note in notes.items():
+        points = [p for p in series.points if p["nats"] is not None and mode in ("", p.get("mode"))]
+        ends = [tuple(unit(v) for v in _interval(p)) for p in points]
+        known = any(low < high for low, high in ends)
+        found.append(
+            Line(
+                series.position,
+                label(series.position, length=series.train_length if guest else None),
+                [float(p[VIEWS[view].at]) for p in points],
+                [unit(p["nats"]) for p in points],
+                "; ".join(filter(None, [series.variant, note])),
+                [low for low, _ in ends] if known else [],
+                [high for _, high in ends] if known else [],
+                stray=guest or bool(series.variant) or mode == "sliding",
+            )
         )
-        for series, line in lines
-    ]
-
-
-def _view_line(
-    series: Series, guest: bool, at: str, points: Sequence[dict[str, Any]], unit: Callable[[float], float]
-) -> Line:
-    points = [p for p in points if p["nats"] is not None]
-    ends = [tuple(unit(v) for v in _interval(p)) for p in points]
-    known = any(low < high for low, high in ends)
-    return Line(
-        series.position,
-        label(series.position, length=series.train_length if guest else None),
-        [float(p[at]) for p in points],
-        [unit(p["nats"]) for p in points],
-        series.variant,
-        [low for low, _ in ends] if known else [],
-        [high for _, high in ends] if known else [],
-        stray=guest or bool(series.variant),
-    )
+    return found
 
 
 def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
@@ -185,101 +226,123 @@ def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
     return point["nats"] + known["low"] - known["nats"], point["nats"] + known["high"] - known["nats"]
 
 
-def view_lines(view: str, series: Series, guest: bool) -> list[Line]:
-    """The lines of one series; two where perplexity was measured in both kinds of windows."""
-    if view != "perplexity":
-        unit = float if view in ("offset", "repeat") else perplexity
-        line = _view_line(series, guest, AT.get(view, "length"), series.points, unit)
-        note = effective_note(series) if view == "effective_context" else ""
-        return [replace(line, note="; ".join(filter(None, [line.note, note])))]
-    lines = []
-    for mode in ("nonoverlapping", "sliding"):
-        line = _view_line(series, guest, "length", [p for p in series.points if p["mode"] == mode], perplexity)
-        if mode == "sliding":
-            line = replace(line, note="; ".join(filter(None, [line.note, "sliding"])), stray=True)
-        lines.append(line)
-    return lines
+# --- tables --------------------------------------------------------------------------------------
 
 
-_X_NAMES = {
-    "position": "position in the window = tokens of context, log axis",
-    "fixed": "tokens of context of every target, log axis",
-    "offset": "position of the first token",
-    "effective_context": "tokens of context of every target, log axis",
-}
-_BINS = ("first", "last", "nats", "low", "high")
+def analysis_page(found: Analysis) -> list[Block]:
+    """The page of a view: what it shows, from where, and its table."""
+    kinds = {"decomposition": _decomposition, "windows": _windows, "attention": _attention}
+    page: list[Block] = [f"## {VIEWS[found.view].title}", f"{VIEWS[found.view].note} {found.provenance}."]
+    if not found.same_text:
+        page.append("NOT THE SAME TEXT: levels cannot be compared between rows.")
+    if told := [f"{s.name}, L = {s.train_length}: {s.verdict}" for s in found.series if s.verdict]:
+        page.append(told)
+    return [*page, kinds.get(found.view, _grid)(found)]
 
 
-def _position_line(series: Series) -> Line:
-    """Each part of the window from the shortest windows that reach it, where most targets are."""
-    bins: list[tuple[int, int, float, float, float]] = []
-    for point in sorted((p for p in series.points if p["nats"] is not None), key=lambda p: p["length"]):
-        reached = bins[-1][1] if bins else 0
-        for first, last, nats, low, high in zip(*(point["curve"][k] for k in _BINS), strict=True):
-            if last > reached:
-                bins.append((first, last, nats, nats if low is None else low, nats if high is None else high))
-    y, low, high = ([values[k] for values in bins] for k in (2, 3, 4))
-    x = [math.sqrt(first * last) for first, last, *_ in bins]
-    return Line(series.position, "", x, y, "", low, high)  # the panel's title is its name
+def _grid(found: Analysis) -> Table:
+    """A row per curve (and mode), a column per length, context or offset."""
+    reasons: list[str] = []
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for series in found.series:
+        for point in series.points:
+            mode = point.get("mode", "") + (f", stride {point['stride']}" if point.get("stride") else "")
+            if found.view == "effective_context":
+                mode = context_words(point)
+            row = cells.setdefault((series.name, str(series.train_length), mode), {})
+            if found.view != "position":
+                row[point[VIEWS[found.view].at]] = _cell(found.view, series, point, reasons)
+            elif point["nats"] is not None:  # shorter windows come first and have more targets
+                row |= _octaves(point["curve"]) | row
+    columns = sorted({column for row in cells.values() for column in row})
+    heads = [f"to {c}" if found.view == "position" else str(c) for c in columns]
+    named = "context" if found.view == "effective_context" else "windows"
+    windows = [named] if any(mode for _, _, mode in cells) else []
+    body = [
+        [*head[: 2 + len(windows)], *(row.get(column, "") for column in columns)] for head, row in cells.items()
+    ]
+    return Table(["scheme", "trained at", *windows, *heads], body, 1, numbered(reasons))
 
 
-def decomposition_panel(axis: Axes, series: Series) -> None:
-    """Bars of the three parts at each length, and their sum as a diamond; every panel has its own scale."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    dress(axis, f"{series.name}, L = {series.train_length}", look(series.position).color)
-    points = [p for p in series.points if p["total"] is not None and p["total"]["nats"] is not None]
-    if not points:
-        say(axis, series.reason or "no length beyond L")
-        return
-    axis.grid(visible=False, axis="x")
-    axis.axhline(0, color="#555555", linewidth=0.8, zorder=3)
-    places = [float(k) for k in range(len(points))]
-    for index, (name, color) in enumerate(TERM_COLORS.items()):
-        x = [k + (index - 1) * 0.26 for k in places]
-        axis.bar(x, [p[name]["nats"] for p in points], width=0.24, color=color, zorder=2, label=TERM_NAMES[name])
-        _whiskers(axis, x, [p[name] for p in points])
-    # Beside the bars: on the middle one it would hide that one's interval.
-    beside = [k + 0.47 for k in places]
-    _whiskers(axis, beside, [p["total"] for p in points])
-    total = [p["total"]["nats"] for p in points]
-    axis.plot(beside, total, "D", color="#222222", markersize=4.5, markerfacecolor="white", zorder=5)
-    axis.set_xticks(places, [str(p["length"]) for p in points])
-    axis.set_xlim(-0.55, len(points) - 0.25)
-    axis.yaxis.set_major_locator(MaxNLocator(6))
-    axis.set_xlabel("inference length", fontsize=8, labelpad=1)
-    factor = axis.secondary_yaxis("right")
-    factor.yaxis.set_major_locator(MaxNLocator(6))
-    factor.yaxis.set_major_formatter(FuncFormatter(lambda v, _: times(v)))
-    factor.tick_params(labelsize=7, length=2, colors=SOFT)
-    factor.spines["right"].set_visible(False)
+def _cell(view: str, series: Series, point: Mapping[str, Any], reasons: list[str]) -> str:
+    if point["nats"] is None:
+        return f"- {refer(point['reason'], reasons)}"
+    if view == "documents":
+        base = next((p for p in series.points if p["length"] == series.train_length), None)
+        if base is None or base["nats"] is None:
+            return str(sum(v is not None for v in point["documents"]))
+        both = zip(point["documents"], base["documents"], strict=True)
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
+        return f"{sum(a > b for a, b in pairs)} of {len(pairs)}"
+    if view == "repeat":
+        ends = "" if point["low"] is None else f" ({point['low']:+.3f} to {point['high']:+.3f})"
+        return f"{point['nats']:+.3f}{ends}"
+    if view == "offset":
+        return f"{point['nats']:+.4f} ({point['largest']:.1g})"
+    change = point.get("difference")
+    if change is None or change["low"] is None or change["from"] == point.get(VIEWS[view].at):
+        return f"{perplexity(point['nats']):.2f}"
+    ends = f"{perplexity(change['low']):.3f}-{perplexity(change['high']):.3f}"
+    return f"{perplexity(point['nats']):.2f} ({perplexity(change['nats']):.3f}, {ends})"
 
 
-def documents_panel(axis: Axes, series: Series) -> None:
-    """Each document's mean loss at the longest length against that at the trained length."""
-    dress(axis, f"{series.name}, L = {series.train_length}", look(series.position).color)
-    known = [p for p in series.points if p["nats"] is not None]
-    base = next((p for p in known if p["length"] == series.train_length), None)
-    far = max(known, key=lambda p: p["length"], default=None)
-    if base is None or far is None or far is base:
-        say(axis, series.reason or "no value at the trained length and beyond")
-        return
-    both = zip(base["documents"], far["documents"], strict=True)
-    pairs = [(a, b) for a, b in both if a is not None and b is not None]
-    x, y = ([pair[k] for pair in pairs] for k in (0, 1))
-    axis.scatter(x, y, s=9, color=look(series.position).color, alpha=0.55, linewidth=0, zorder=3)
-    low, high = min(map(min, pairs)), max(map(max, pairs))
-    room = 0.05 * (high - low) or 0.05
-    axis.axline((low, low), slope=1, color="#888888", linewidth=0.8, zorder=2)
-    axis.set_xlim(min(x) - room, max(x) + room)
-    axis.set_ylim(low - room, max(y) + room)
-    words = f"{sum(b > a for a, b in pairs)} of {len(pairs)} above the line: worse"
-    axis.text(0.03, 0.97, words, transform=axis.transAxes, va="top", fontsize=7.5, color=SOFT)
-    axis.set_xlabel(f"nats per token at {series.train_length} (trained)", fontsize=8, labelpad=1)
-    axis.set_ylabel(f"at {far['length']}", fontsize=8, labelpad=2)
+def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:
+    """Last positions of doublings and the mean of the bins up to there, weighted by their width."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for first, last, nats in zip(curve["first"], curve["last"], curve["nats"], strict=True):
+        end = 1 << max(0, math.ceil(math.log2(last)))
+        found.setdefault(end, []).append((last - first + 1, nats))
+    return {end: f"{sum(w * v for w, v in bins) / sum(w for w, _ in bins):.3f}" for end, bins in found.items()}
 
 
-def _whiskers(axis: Axes, x: Sequence[float], terms: Sequence[Mapping[str, float]]) -> None:
-    for place, term in zip(x, terms, strict=True):
-        if term["low"] is not None:
-            axis.plot([place, place], [term["low"], term["high"]], color="#333333", linewidth=0.9, zorder=4)
+def _windows(found: Analysis) -> Table:
+    """A row per layer and head."""
+    points = [(series, point) for series in found.series for point in series.points]
+    shares = next((list(point["windows"]) for _, point in points if "windows" in point), [])
+
+    def row(point: Mapping[str, Any]) -> list[str]:
+        needed = {s: f" ({n:,})" for s, n in point.get("needed", {}).items()}
+        keys = [f"{point['windows'][s]:,}{needed.get(s, '')}" for s in shares]
+        return [str(point["layer"]), str(point["head"]), f"{point['slope']:.4g}", f"{point['excess']:.1f}", *keys]
+
+    return _by_point(found, ["layer", "head", "slope", "bound", *shares], row, at="")
+
+
+def _decomposition(found: Analysis) -> Table:
+    def row(point: Mapping[str, Any]) -> list[str]:
+        cells = []
+        for term in (point[name] for name in TERM_NAMES):
+            interval = "" if term["low"] is None else f" [{term['low']:+.4f}, {term['high']:+.4f}]"
+            cells.append(f"{term['nats']:+.4f}{interval}, {times(term['nats'])}")
+        return cells
+
+    return _by_point(found, list(TERM_NAMES.values()), row)
+
+
+def _attention(found: Analysis) -> Table:
+    """How far heads look, how widely, and how many rest on the first token."""
+
+    def row(point: Mapping[str, Any]) -> list[str]:
+        values = [[head[key] for head in point["heads"]] for key in ("distance", "entropy", "first")]
+        return [*(f"{min(v):.3g}, {median(v):.3g}, {max(v):.3g}" for v in values), f"{point['sink_rate']:.2f}"]
+
+    note = (
+        "Least, median and greatest of the heads of the first seed. Sink rate: heads, of all seeds, that give the "
+        "first token more than 0.3 of their weight. Queries of the second half of each window."
+    )
+    table = _by_point(found, ["mean distance", "entropy in nats", "weight of first token", "sink rate"], row)
+    return replace(table, notes=[note, *table.notes])
+
+
+def _by_point(
+    found: Analysis, head: list[str], row: Callable[[Mapping[str, Any]], list[str]], at: str = "length"
+) -> Table:
+    """A row for each curve and point; where the point has no value, the reason."""
+    reasons: list[str] = []
+    body = []
+    for series in found.series:
+        for point in series.points:
+            first = [series.name, str(series.train_length), *([str(point[at])] if at else [])]
+            why = point.get("reason")
+            body.append([*first, *([f"- {refer(why, reasons)}"] * len(head) if why else row(point))])
+    return Table(["scheme", "trained at", *([at] if at else []), *head], body, 1, numbered(reasons))

@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alibi_lm.results import coverage
 from alibi_lm.results.statistics import (
-    BOTH,
-    ONE_SEED,
     critical_value,
     mean_nats_interval,
     paired_difference,
@@ -16,6 +13,7 @@ from alibi_lm.results.statistics import (
     variance_parts,
     wilson_interval,
 )
+from benchmarks import coverage
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_documents_of_one_length_give_the_analysis_of_variance_by_hand():
     half = np.quantile(np.abs(draws), 0.95) * np.sqrt((4 + 10 - 2 / 3) / 12)
     interval = mean_nats_interval(rates * 100, np.full(4, 100))
     np.testing.assert_allclose(ends(interval), [4, 4 - half, 4 + half], atol=0.03)
-    assert interval.kind == BOTH and interval.note == ""
+    assert interval.note == ""
     assert interval.seed_variance == pytest.approx(1) and interval.document_variance == pytest.approx(28 / 36)
 
 
@@ -94,7 +92,6 @@ def test_one_seed_is_conditional_and_over_documents_alone():
     interval = mean_nats_interval(rates[None] * 50, np.full(4, 50), level=0.9)
     half = stats.t.ppf(0.95, 3) * rates.std(ddof=1) / 2
     np.testing.assert_allclose(ends(interval), [3, 3 - half, 3 + half], rtol=1e-9)
-    assert interval.kind == ONE_SEED
 
 
 def test_the_document_part_of_one_seed_is_the_delete_one_jackknife(scores):
@@ -205,7 +202,7 @@ def test_seeds_without_partners_add_their_variances(scores):
     rng = np.random.default_rng(5)
     other = 1.1 * nats[0] + (0.1 + 0.05 * rng.standard_normal((5, 1)) + 0.01 * rng.random((5, 12))) * tokens
     interval = paired_difference(nats, other, tokens, seeds_a=[0, 1, 2], seeds_b=[3, 4, 5, 6, 7])
-    assert "not paired" in interval.note and interval.kind == BOTH
+    assert "not paired" in interval.note
     a, b = variance_parts(nats, tokens), variance_parts(other, tokens)
     both = variance_parts((nats.mean(0) - other.mean(0))[None], tokens)
     document = max(both.documents_seen - a.interaction - b.interaction, 0)
@@ -218,7 +215,7 @@ def test_seeds_without_partners_add_their_variances(scores):
 def test_one_seed_on_either_side_is_said(scores):
     nats, tokens = scores
     for a, b in [(nats[:1], nats[1:2]), (nats[:1], nats), (nats, nats[:1] + tokens)]:
-        assert difference(a, b - tokens, tokens).kind == ONE_SEED
+        assert difference(a, b - tokens, tokens).seed_variance == 0
 
 
 def test_asking_more_lengths_widens_by_bonferroni(scores):
@@ -239,7 +236,7 @@ def test_other_documents_are_refused(scores):
 # ---- how many seeds
 
 
-@pytest.mark.parametrize("gap", [0.3, 0.6, 1.0, 3.0])
+@pytest.mark.parametrize("gap", [0.3, 1.0, 3.0])
 def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     seeds = seeds_to_settle(gap, 1.0, 0.0)
 
@@ -250,7 +247,14 @@ def test_the_seeds_that_settle_have_the_power_that_a_noncentral_t_says(gap):
     assert power(seeds + 2) >= 0.8 and (seeds <= 3 or power(seeds - 3) < 0.8)
 
 
-@pytest.mark.parametrize(("noise", "gap"), [(1.0, 5.0), (3.0, 6.0), (6.0, 8.0)])
+@pytest.mark.parametrize(
+    ("noise", "gap"),
+    [
+        pytest.param(1.0, 5.0, marks=pytest.mark.slow),
+        (3.0, 6.0),
+        pytest.param(6.0, 8.0, marks=pytest.mark.slow),
+    ],
+)
 def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies(noise, gap):
     """True variances in: about 80% of studies with so many seeds have an interval that leaves the bound out."""
     of_mean = np.exp(coverage.LENGTH_SPREAD**2) / coverage.DOCUMENTS
@@ -258,7 +262,7 @@ def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies(noise, ga
     rng = np.random.default_rng(3)
     settled = {}
     for seeds in (found, max(2, found // 2)):
-        tokens = coverage.draw_tokens(rng, 4000)
+        tokens = coverage.draw_tokens(rng, 1000)
         parts = variance_parts(coverage.draw_errors(rng, tokens, seeds, noise, 0.1), tokens)
         bound = parts.estimate + gap * of_mean**0.5 - coverage.half_width(parts, seeds, 0.95)
         settled[seeds] = float((bound > 0).mean())
@@ -317,10 +321,9 @@ def test_95_percent_intervals_cover_93_to_98(seeds, noise):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0], ids=["small", "equal", "large"])
-def test_differences_of_unpaired_seeds_cover_at_least_95(noise):
-    for seeds in ((3, 3), (3, 5)):
-        assert coverage.unpaired_coverage(10_000, seeds, noise) >= 0.943, seeds
+def test_differences_of_unpaired_seeds_cover_at_least_95():
+    for seeds, noise in itertools.product(((3, 3), (3, 5)), (0.1, 1.0, 10.0)):
+        assert coverage.unpaired_coverage(10_000, seeds, noise) >= 0.943, (seeds, noise)
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ def test_standings_rivals_and_costs(folder):
     entries = {e.curve.position: e for e in entries_of(read_evidence(folder), read_cards(folder / "cards.json"))}
     standings = {name: entry.standing for name, entry in entries.items()}
     assert standings == {
-        "alibi": "HOLDS", "<b>mine": "HOLDS", "t5": "NOT SETTLED", "none": "FAILS", "rotary": "FAILS",
-        "learned": "NOT RUN",
+        "alibi": "extrapolates", "<b>mine": "extrapolates", "t5": "not settled", "none": "does not",
+        "rotary": "does not", "learned": "ends at L",
     }  # fmt: skip
     assert list(entries) == list(standings), "who extrapolates stands first, the best of them before the others"
     rotary = {key: answer for key, (answer, _) in entries["rotary"].answers.items()}
@@ -66,16 +66,17 @@ def test_standings_rivals_and_costs(folder):
     assert entries["learned"].answers["alibi", 8][0] == "NOT RUN"
     measured = entries["rotary"].answers["alibi", 8][1]
     assert measured.estimate == pytest.approx(math.log(30 / 19), abs=1e-3) and measured.seeds == 3
-    assert entries["t5"].train_time == 2 and entries["alibi"].train_time == 1
+    assert entries["t5"].times["train"] == 2 and entries["alibi"].times["train"] == 1
 
 
 def test_the_page_needs_nothing_else_and_says_all_in_both_forms(folder):
     write_atlas(folder, folder / "atlas")
     page, text = ((folder / "atlas" / name).read_text() for name in ("index.html", "README.md"))
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:|#)', page)
+    links = dict(re.findall(r'href="#([\w-]+)">(.*?)</a>', page))
+    assert links and all(f'<h2 id="{anchor}">{name}</h2>' in page for anchor, name in links.items())
+    assert len(links) == len(SHAPES)
     assert "<b>" not in page and html.escape("<b>mine") in page and "a &lt; b &amp; c" in page
-    for link in re.findall(r'href="#(\w+)"', page):
-        assert f'id="{link}"' in page
     assert len(re.findall(r"!\[\w+\]\((\w+\.png)\)", text)) == 1 + len(SHAPES)
     assert all((folder / "atlas" / name).is_file() for name in re.findall(r"\((\w+\.png)\)", text))
     orders = re.split("^## .* first$", text, flags=re.MULTILINE)[1:]
@@ -83,7 +84,7 @@ def test_the_page_needs_nothing_else_and_says_all_in_both_forms(folder):
         [line.split("|")[1].strip() for line in part.split("\n") if line.startswith("| ")][2] for part in orders
     ]
     assert firsts[:2] == ["ALiBi", "rotary"] and len(orders) == 3
-    assert "; extrapolate: 2; not settled: 1; do not: 2; end at L: 1" in text
+    assert "; extrapolates: 2; not settled: 1; does not: 2; ends at L: 1" in text
     assert '<td class="word verdict holds">extrapolates</td>' in page
     assert "3 to no limit by head" in page
 

@@ -121,7 +121,8 @@ def test_the_script_reads_documents_marks_unfairness_and_refuses_mistakes(tmp_pa
     assert lines[3].split()[:2] == ["64", "YES"] and "3 seeds and 40 documents" in lines[3]
     assert lines[4].startswith("NOT A FAIR COMPARISON: steps: ")
     for arguments, message in [
-        ((*pair, "strict=true"), "strict = true, and the runs differ in: steps"),
+        ((*pair, "strict=true"), "strict = true, and the runs differ in more than the scheme:"),
+        ((*pair, "strict=true"), "steps: "),
         ((*pair, "lengths=[a]"), "lengths = [a]"),
         ((*pair, "lengths=[0]"), "lengths = [0]. Use whole numbers"),
         (pair[:2], "missing: b=..."),

@@ -38,12 +38,19 @@ def found(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        dict(seed=7, device="cpu", log_every=3, threads=2, keep_last=9, tracking__name="jsonl"),
-        dict(measurements=["analyse view=last"], study=["position=alibi"]),
+        dict(
+            seed=7,
+            device="cpu",
+            log_every=3,
+            threads=2,
+            keep_last=9,
+            tracking__name="jsonl",
+            measurements=["analyse view=last"],
+            study=["position=alibi"],
+        ),
         dict(data__cache_dir="elsewhere", experiment="other", evaluation__lengths=[16], output_dir="x"),
     ],
-    ids=["equal", "machine", "further measurements", "places"],
+    ids=["machine and measurements", "places"],
 )
 def test_what_no_result_depends_on_is_no_difference(found, changes):
     assert found(config=changes) == []
@@ -58,19 +65,30 @@ def test_the_place_of_the_text_is_no_difference(tmp_path):
     assert differences(rows, tmp_path / "extrapolation") == []
 
 
+def test_a_config_of_another_version_is_compared_in_all_its_settings_and_that_is_said(found, tmp_path):
+    found()
+    path = tmp_path / "runs" / "t5_L64_s1" / "config.yaml"
+    path.write_text(path.read_text() + "dialect: old\n")
+    item, note = differences([row(position) for position in SCHEMES], tmp_path / "extrapolation")
+    assert item.sentence == "dialect: unset in 3 runs; old in t5_L64_s1" and item.matters
+    assert not note.matters and note.sentence == (
+        "all settings compared, also those without effect: config.yaml of another version in t5_L64_s1"
+    )
+
+
 @pytest.mark.parametrize(
     "change, what, matters",
     [
         (dict(config=dict(optimizer__lr=0.001)), "optimizer.lr", True),
         (dict(config=dict(steps=601)), "steps", True),
-        (dict(config=dict(model__num_layers=5)), "model.num_layers", True),
         (dict(config=dict(compile=True)), "compile", False),
+        (dict(environment={"commit": "fff"}), "commit of the training", True),
+        (dict(config=dict(model__num_layers=5)), "model.num_layers", True),
         (dict(config=dict(attention__name="eager")), "attention.name", False),
         (dict(finished={"tokens_seen": 2_400_000}), "tokens seen in training", True),
         (dict(finished={"num_parameters": 1_008_192}), "parameters", False),
         (dict(finished={"num_parameters": 1_100_000}), "parameters", True),
         (dict(finished={"corpus": "facade"}), "training text (hash)", True),
-        (dict(environment={"commit": "fff"}), "commit of the training", True),
         (dict(environment={"dirty": True}), "commit of the training", True),
         (dict(environment={"torch": "2.6"}), "environment: torch", False),
         (dict(rows=[row(), row("t5", corpus="facade")]), "validation text (hash)", True),
@@ -81,18 +99,6 @@ def test_each_difference_is_listed_with_its_runs(found, change, what, matters):
     (item,) = found(**change)
     assert (item.what, item.matters) == (what, matters)
     assert item.sentence.startswith(what + ": ") and "t5_L64_s1" in item.sentence
-
-
-def test_a_config_of_another_version_is_compared_in_all_its_settings_and_that_is_said(found, tmp_path):
-    found()
-    path = tmp_path / "runs" / "t5_L64_s1" / "config.yaml"
-    path.write_text(path.read_text() + "dialect: old\n")
-    items = differences([row(position) for position in SCHEMES], tmp_path / "extrapolation")
-    assert {item.what: item.matters for item in items} == {
-        "dialect": True,
-        "all settings compared, also those without effect": False,
-    }
-    assert "config.yaml of another version in t5_L64_s1" in items[1].sentence
 
 
 def test_views_measured_at_different_times_are_no_difference(tmp_path):

@@ -12,13 +12,15 @@ from alibi_lm.results.curves import Curve, View, by_byte, curves
 from alibi_lm.results.rows import write_rows
 from alibi_lm.study import fairness, plots
 from alibi_lm.study.analysis import Analysis, Series, read_analysis
+from alibi_lm.study.evidence import Evidence
 from alibi_lm.study.figures import close_up, curve_figure, curve_panels, draw, missing, split_into_panels
+from alibi_lm.study.pages import markdown
 from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of, spread
 from alibi_lm.study.records import find_records
 from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import LOOKS, look
-from alibi_lm.study.tables import markdown, view_table
-from alibi_lm.study.view_figures import analysis_figure, position_panels, view_panels
+from alibi_lm.study.tables import results_page, view_table
+from alibi_lm.study.view_figures import analysis_figure, line_panels, position_panels
 
 PLAIN = View("validation", "nonoverlapping")
 
@@ -31,27 +33,19 @@ def lines(axis, color):
     return [line for line in axis.lines if line.get_color() == color and len(line.get_xdata()) > 1]
 
 
-def test_draw_writes_the_documented_files_and_the_same_bytes_again(tmp_path):
-    study(tmp_path)
-    names = {"extrapolation.png", "extrapolation.svg", "table.md"}
+def test_draw_writes_a_figure_per_view_and_the_same_bytes_again(tmp_path):
+    rows = study(tmp_path) + curve("alibi", {64: 18.0}, mode="sliding", stride=8)
+    write_rows(tmp_path / "results.jsonl", [*rows, *curve("alibi", {64: 21.0}, split="test")])
+    stems = [f"extrapolation{view}" for view in ("", "_validation_sliding8", "_test_nonoverlapping")]
+    names = {"table.md", *(f"{stem}.{kind}" for stem in stems for kind in ("png", "svg"))}
     assert {path.name for path in draw(tmp_path)} == names
     first = {name: (tmp_path / name).read_bytes() for name in names}
+    assert first["table.md"].partition(b"## Differences")[0].count(b"\n## ") == 3
     assert first["extrapolation.png"].startswith(b"\x89PNG")
     assert b"<svg" in first["extrapolation.svg"] and b"dc:date" not in first["extrapolation.svg"]
     draw(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in names} == first
     assert {entry.name for entry in tmp_path.iterdir()} == names | {"results.jsonl"}
-
-
-def test_other_modes_and_splits_are_drawn_apart(tmp_path):
-    rows = curve("alibi", {64: 20.0, 128: 19.0}) + curve("alibi", {64: 18.0}, mode="sliding", stride=8)
-    write_rows(tmp_path / "results.jsonl", [*rows, *curve("alibi", {64: 21.0}, split="test")])
-    assert {path.name for path in draw(tmp_path) if path.suffix == ".png"} == {
-        "extrapolation.png",
-        "extrapolation_validation_sliding8.png",
-        "extrapolation_test_nonoverlapping.png",
-    }
-    assert (tmp_path / "table.md").read_text().count("\n## ") == 3
 
 
 def test_lines_hold_the_rows_values(tmp_path):
@@ -138,7 +132,7 @@ def test_what_is_not_drawn_is_named_with_its_reason():
     figure = curve_figure(rows, PLAIN)
     assert max(x for line in figure.axes[0].lines for x in line.get_xdata() if x != 1) <= 128
     assert all(line in " ".join(texts(figure)) for line in missing(found))
-    table = view_table(rows, PLAIN).markdown()
+    table = markdown([view_table(rows, PLAIN)])
     assert "| ALiBi | 64 | seed 1 | **20.00** | 19.00 (0.95) | - [1] |" in table
     assert "| rotary | 64 | seeds 1, 2 | 20.00 [2] |" in table and "[3] exp(5306) is too large" in table
 
@@ -188,7 +182,7 @@ def test_accuracy_is_drawn_on_its_own_scale_with_wilson_intervals():
     figure = curve_figure(rows, view)
     assert "Accuracy of copy by inference length" in texts(figure)
     cells = "1.000 (0.98-1.00) | 0.900 (0.85-0.93) | 0.500 (0.43-0.57)"
-    assert f"| ALiBi | 64 | seed 1 | {cells} |" in view_table(rows, view).markdown()
+    assert f"| ALiBi | 64 | seed 1 | {cells} |" in markdown([view_table(rows, view)])
     several = [accuracy("alibi", 64, v, seed=s) for s, v in ((1, 0.8), (2, 0.9))]
     panel, _ = curve_panels(curves(several, view), 64, {})
     assert panel.lines[0].low < [0.3] and panel.lines[0].high == [1.0]  # two seeds say little of a third
@@ -215,7 +209,7 @@ def analysis(view, *members):
 def test_intervals_are_whiskers_that_leave_the_curves_readable():
     steady = series("alibi", {64: (3.0, 3.0, 3.0), 128: (2.99, 2.98, 3.0)}, "context")
     wild = series("rotary", {64: (3.0, 3.0, 3.0), 128: (3.9, 0.1, 9.0)}, "context")
-    whole, near = view_panels(analysis("fixed", steady, wild))
+    whole, near = line_panels(analysis("fixed", steady, wild))
     assert [line.low != [] for line in whole.lines] == [True, True]
     low, high = limits_of(whole, whole.lines)
     values = [v for line in whole.lines for v in line.y]
@@ -250,6 +244,21 @@ def test_a_curve_under_another_one_is_drawn_wider():
     assert widths[look("rotary").color] > 2 * widths[look("alibi").color]
 
 
+def test_attention_is_drawn_as_heat_maps_and_as_curves():
+    def at(length, weight):
+        heads = [{"layer": k // 2, "head": k % 2, "weights": [weight, weight / 9]} for k in range(4)]
+        return {"length": length, "nearest": [0, 8], "farthest": [7, 63], "heads": heads}
+
+    near, far = at(64, 0.5), at(512, 0.25)
+    members = [Series("alibi", 64, ["r"], [near, far], "c0ffee", 1000, 9),
+               Series("learned", 64, ["s"], [{"length": 64, "reason": "no room"}], "c0ffee", 1000, 9)]  # fmt: skip
+    first, last, both, refused = analysis_figure(analysis("attention", *members)).axes
+    assert [a.images[0].get_array().max() for a in (first, last)] == [0.5, 0.25]
+    drawn = [(line.get_linestyle(), line.get_ydata()[0]) for line in both.lines if len(line.get_ydata()) == 2]
+    assert drawn[:8] == [("--", 0.5)] * 4 + [("-", 0.25)] * 4 and both.get_yscale() == "log"
+    assert "no room" in [text.get_text() for text in refused.texts]
+
+
 def test_a_text_of_one_document_has_no_intervals_and_says_why():
     one = Series("alibi", 64, ["r"], [{"length": 64, "nats": 3.0, "low": None, "high": None}], "c0ffee", 1000, 1)
     found = analysis("last", one).provenance
@@ -269,29 +278,19 @@ def test_variants_of_an_analysis_are_told_apart_by_their_settings(tmp_path):
     content = dict(view="last", experiment="mine", split="validation", corpora={"c0ffee": "a"}, commit=None)
     path.write_text(json.dumps(content | {"series": found}))
     assert [one.variant for one in read_analysis(path).series] == ["", "learned_slopes"]
-    assert [line.note for line in view_panels(read_analysis(path))[0].lines] == ["", "learned_slopes"]
+    assert [line.note for line in line_panels(read_analysis(path))[0].lines] == ["", "learned_slopes"]
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
+def test_odd_studies_are_drawn_too():
+    for rows in (
         curve("learned", {64: None, 128: None}),
         curve("alibi", {64: 20.0}),
         curve("alibi", {64: 20.0, 65: 20.0}),
         curve("alibi", {100: 20.0, 128: 1e4}, train=64) + curve("none", {100: 20.0}),
         [r for n in range(1, 7) for p in ("alibi", "t5") for r in curve(p, {n: 9.0, 99 * n: 30.0}, train=n)],
         curve("a $x_1$ & <b> scheme", {64: 20.0, 128: 21.0}, run="r&<$^$>"),
-    ],
-    ids=["all refused", "one point", "a hair apart", "none at the training length", "6 panels", "odd names"],
-)
-def test_odd_studies_are_drawn_too(rows):
-    curve_figure(rows, PLAIN).draw_without_rendering()
-
-
-def test_looks_are_distinct_and_do_not_depend_on_company():
-    assert len({(item.color, item.marker) for item in LOOKS.values()}) == len(LOOKS)
-    assert len({item.name for item in LOOKS.values()}) == len(LOOKS)
-    assert look("brand_new") == look("brand_new") and look("brand_new").color != look("another_new").color
+    ):
+        curve_figure(rows, PLAIN).draw_without_rendering()
 
 
 def test_many_labels_get_a_higher_panel_and_stay_inside():
@@ -328,18 +327,18 @@ def test_ticks_are_the_training_length_times_powers_of_two():
 
 
 def test_the_table_shows_value_ratio_refusal_and_origin(tmp_path):
-    text = view_table(study(tmp_path), PLAIN).markdown()
+    text = markdown([view_table(study(tmp_path), PLAIN)])
     assert "| sinusoidal | 64 | seed 1 | 22.73 (1.10) | **20.71** | 40.40 (1.95) | 161.60 (7.80) |" in text
     assert "| learned | 64 | seed 1 | 23.23 (1.10) | **21.21** | - [1] | - [1] |" in text
     assert "[1] positions end at 64" in text
     assert "| unigram baseline |  |  | 500.00 | 500.00 | 500.00 | 500.00 |" in text
-    whole = markdown(study(tmp_path))
+    whole = markdown(results_page(Evidence(study(tmp_path))))
     assert "corpus (c0ffee); 10,000 tokens scored; one seed; commit abc1234" in whole
 
 
 def test_text_from_files_cannot_break_the_table():
     rows = curve("alibi", {64: 20.0, 128: None}, reason="a|b\nc <script>", run="x|y*z")
-    text = markdown(rows)
+    text = markdown(results_page(Evidence(rows)))
     assert "a\\|b c \\<script\\>" in text and "x\\|y\\*z" in text and "<script>" not in text.replace("\\<", "")
 
 
@@ -351,8 +350,9 @@ def test_an_unfair_comparison_is_marked_and_refused_when_strict(tmp_path):
         write_run(tmp_path / "runs", name, real_config(name.partition("_")[0], optimizer__lr=lr))
     draw(folder)
     assert "optimizer.lr: 0.002 in 3 runs; 0.1 in learned\\_L64\\_s1" in (folder / "table.md").read_text()
-    with pytest.raises(ValueError, match=r"(?s)strict = true.*optimizer\.lr: 0\.002 in 3 runs; 0\.1 in learned"):
-        draw(folder, strict=True)
+    failed = run_script("figures.py", f"folder={folder}", "strict=true")
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "strict = true, and the runs differ in more than the scheme:\n  optimizer.lr: 0.002" in failed.stderr
 
 
 def test_the_mark_is_on_the_picture(tmp_path):
@@ -370,16 +370,10 @@ def test_the_papers_curve_is_dotted_beside_ours_on_request(tmp_path):
     assert drawn[0].get_color() == look("alibi").color and drawn[0].get_ydata()[0] == pytest.approx(19.73)
 
 
-def test_no_rows_or_no_runs_is_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; evaluate first"):
-        draw(tmp_path)
-    write_rows(tmp_path / "results.jsonl", [unigram()])
-    with pytest.raises(ValueError, match="holds no row of a run"):
-        draw(tmp_path)
-
-
 def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_traceback(tmp_path):
     study(tmp_path / "outputs" / "mine" / "extrapolation")
+    (tmp_path / "base").mkdir()
+    write_rows(tmp_path / "base" / "results.jsonl", [unigram()])
     done = run_script("figures.py", "experiment=mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "outputs/mine/extrapolation/extrapolation.png"
@@ -388,6 +382,8 @@ def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_tracebac
         ("folder=[odd", "[odd/results.jsonl does not exist"),
         ("paper=perhaps", "paper = perhaps. Use true or false"),
         ("lenghts=3", "'lenghts=3' is no setting here"),
+        ("folder=.", "results.jsonl does not exist. Or give folder="),
+        ("folder=base", "holds no row of a run"),
     ]:
         failed = run_script("figures.py", argument, cwd=tmp_path)
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
@@ -407,7 +403,7 @@ def test_stages_of_training_have_a_figure_and_a_table_and_leave_the_curves_alone
     table = (tmp_path / "table.md").read_text()
     assert "| ALiBi | 64 | 2 L | 1.000 | 1.500 | 2.200 |" in table and "tested with" not in table
     records = find_records(rows, tmp_path)
-    assert [s.factor for s in stages_of(rows, records)] == [2, 8]
+    assert [factor for factor, _ in stages_of(rows, records)] == [2, 8]
     assert stages_of([r for r in rows if r.changes != {"checkpoint": "step:100"}], records) == []
     assert not [d for d in fairness.differences(rows, records) if d.matters]
 
@@ -427,3 +423,9 @@ def test_models_with_different_tokenizers_stand_on_one_axis(tmp_path):
     assert found == {"alibi": pytest.approx(bits[:2]), "gpt2": pytest.approx(bits[2:])}
     other = [replace(row, bytes=60_000) if row.position == "gpt2" else row for row in rows]
     assert not by_byte(other, PLAIN) and not by_byte(rows[:2], PLAIN), "another text, one tokenizer"
+
+
+def test_looks_are_distinct():
+    assert len({(item.color, item.marker) for item in LOOKS.values()}) == len(LOOKS)
+    assert len({item.name for item in LOOKS.values()}) == len(LOOKS)
+    assert look("brand_new") == look("brand_new") and look("brand_new").color != look("another_new").color

@@ -8,9 +8,13 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from study_rows import curve, run_script, study, unigram, write_run
+from study_rows import TOKENS, curve, run_script, study, unigram, write_run
 
+from alibi_lm.files import write_json
 from alibi_lm.results.rows import write_rows
+from alibi_lm.study.analysis import Analysis, Series
+from alibi_lm.study.claims import judge_claims
+from alibi_lm.study.evidence import read_evidence
 from alibi_lm.study.report import write_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -60,6 +64,14 @@ def report(tmp_path_factory):
             config = config.replace("0.002", "0.005")
         environment = {"commit": "abc1234", "device": "a <b>processor</b>"}
         write_run(root / "outputs" / "mine" / "runs", name, config, {"tokens_seen": 1000}, environment)
+    (root / "outputs" / "mine" / "analysis").mkdir()
+    (root / "outputs" / "mine" / "analysis" / "per_position.png").write_bytes(b"picture")
+    part = {"nats": 0.0, "low": -0.001, "high": 0.001}
+    points = [{"length": 128} | dict.fromkeys(("early_tokens", "positions_beyond", "keys_beyond", "total"), part)]
+    parts = [vars(Series("alibi", 64, ["alibi_L64_s1"], points, "c0ffee", TOKENS, 2))]
+    content = vars(Analysis("decomposition", "mine", "validation", {"c0ffee": "text"}, None, parts))
+    write_json(root / "outputs" / "mine" / "analysis" / "decomposition.json", content)
+    (folder / "extrapolation_validation_sliding99.svg").write_text("<svg/>")  # left behind by earlier results
     done = run_script("report.py", "experiment=mine", cwd=root)
     assert done.returncode == 0, done.stderr
     path = root / done.stdout.strip()
@@ -71,7 +83,8 @@ def test_nothing_is_loaded_or_run(report):
     assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "base", "svg"}
     for tag, attrs in page.elements:
         for name, value in attrs.items():
-            assert not name.startswith("on") and name not in ("href", "srcset", "action", "data"), (tag, name)
+            assert not name.startswith("on") and name not in ("srcset", "action", "data"), (tag, name)
+            assert name != "href" or value.startswith("#"), value
             assert name != "src" or re.match(r"data:image/(png|svg\+xml);base64,", value)
             assert "://" not in (value or ""), (tag, name, value)
     style = re.search(r"<style>(.*?)</style>", path.read_text(), re.S)[1]
@@ -83,15 +96,13 @@ def test_nothing_is_loaded_or_run(report):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_each_view_has_its_figure(report):
+def test_each_view_has_its_figure_and_those_of_analyses_are_there(report):
     path, page = report
-    assert [attrs["id"] for attrs in page.all("figure")] == ["figure-1", "figure-2"]
-    pictures = page.all("img")
-    assert [p["alt"] for p in pictures] == [
-        "Results by inference length, validation, nonoverlapping windows",
-        "Results by inference length, validation, sliding window with stride 1",
-    ]
-    drawn = base64.b64decode(pictures[0]["src"].partition(",")[2])
+    pictures = {picture["alt"]: picture["src"] for picture in page.all("img")}
+    assert list(pictures) == ["extrapolation", "extrapolation validation sliding1", "per position"]
+    headings = {attrs["id"] for tag, attrs in page.elements if tag == "h3" and "id" in attrs}
+    assert len(headings) == 3 and {f"#{name}" for name in headings} == {a["href"] for a in page.all("a")}
+    drawn = base64.b64decode(pictures["extrapolation"].partition(",")[2])
     assert drawn == (path.parent / "extrapolation.svg").read_bytes()
 
 
@@ -109,6 +120,13 @@ def test_it_has_tables_claims_fairness_configs_and_environments(report):
         "learned_L64_s2 setting value config: optimizer.lr 0.005 config: seed 2",
     ):
         assert part in text, part
+
+
+def test_it_judges_claims_as_the_evidence_says(report):
+    path, page = report
+    judged = [one for group in judge_claims(read_evidence(path.parent)).values() for one in group]
+    assert {one.claim.id: one.verdict for one in judged}["alibi_uses_no_keys_beyond"] == "HOLDS"
+    assert all(f"{one.verdict} {one.claim.statement}" in page.text for one in judged)
 
 
 def test_text_from_files_stays_text(report):
@@ -134,17 +152,6 @@ def test_hostile_names_of_runs_and_schemes_are_harmless(tmp_path):
     assert not page.all("script") and not page.all("i")
     assert all(attrs["src"].startswith("data:") for attrs in page.all("img"))
     assert '<img src="http://x" onerror="x">' in page.text
-
-
-def test_figures_of_the_analyses_are_in_it_and_left_overs_are_not(tmp_path):
-    folder = tmp_path / "mine" / "extrapolation"
-    study(folder)
-    (tmp_path / "mine" / "analysis").mkdir()
-    (tmp_path / "mine" / "analysis" / "per_position.png").write_bytes(b"picture")
-    (folder / "extrapolation_validation_sliding99.svg").write_text("<svg/>")
-    assert run_script("report.py", f"folder={folder}").returncode == 0
-    page = Page((folder / "report.html").read_text())
-    assert [attrs["alt"] for attrs in page.all("img")][1:] == ["per position"]
 
 
 def chromium():
@@ -173,7 +180,7 @@ def test_a_browser_shows_every_figure(report, tmp_path):
     alibi = (np.abs(pixels - np.array([0xD5, 0x5E, 0x00]) / 255) < 0.02).all(2).sum(1) > 0
     rows = np.flatnonzero(alibi)
     bands = 1 + int((np.diff(rows) > 150).sum())
-    assert bands == len(report[1].all("figure"))
+    assert bands == len(report[1].all("figure")) - 1  # the picture of the analysis is none
     assert (pixels < 0.5).all(2).sum() > 20_000  # text is there
 
 

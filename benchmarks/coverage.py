@@ -1,4 +1,4 @@
-"""Simulation: what the intervals of `results/statistics.py` cover. Design and reading: docs/statistics.md."""
+"""Simulation: what the intervals of `alibi_lm.results.statistics` cover. Design: docs/statistics.md."""
 
 from __future__ import annotations
 
