@@ -63,6 +63,21 @@ def test_the_file_does_not_depend_on_the_order_of_evaluation(tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
+def test_rows_of_before_there_were_tasks_are_read_as_text(tmp_path):
+    path, row = tmp_path / "results.jsonl", make_row()
+    later = ("task", "metric", "value", "n", "changes", "run_id", "folder")
+    path.write_text(json.dumps({name: v for name, v in row.to_dict().items() if name not in later}) + "\n")
+    (old,) = read_rows(path)
+    assert (old.task, old.metric, old.value, old.n, old.changes) == (
+        "text",
+        "perplexity",
+        row.perplexity,
+        row.tokens,
+        {},
+    )
+    assert len(upsert_rows(path, [row])) == 1, "the same evaluation of today replaces it"
+
+
 def test_baselines_have_no_run_and_do_not_replace_each_other(tmp_path):
     blank = dict(run=None, train_length=None, seed=None)
     rows = upsert_rows(

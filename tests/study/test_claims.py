@@ -1,6 +1,7 @@
 """Claims can hold and can fail: on the paper's own tables, on made-up rows, and with too few seeds."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from alibi_lm.study.compare import Measured, judge, measure, overall, power_note
 from alibi_lm.study.evidence import Evidence, read_bench, read_evidence
 from alibi_lm.study.paper_claims import Claim, Side, paper_claims
 from alibi_lm.study.records import RunRecord, find_records
+from alibi_lm.study.report import write_report
 
 ALL = {claim.id: claim for claims in paper_claims().values() for claim in claims}
 BOUND = math.log(1.01)
@@ -424,6 +426,9 @@ def test_sums_per_document_and_views_beside_the_results_are_read(tmp_path):
     found = read_evidence(folder)
     assert set(found.analyses) == {"decomposition"} and len(found.documents) == len(halves)
     assert judge_claim(ALL["alibi_uses_no_keys_beyond"], found).verdict == "HOLDS"
+    # The report once left out the decomposition: what HOLDS in claims.md was NOT RUN there.
+    shown = re.sub("<[^>]*>", " ", write_report(folder).read_text())
+    assert re.search("HOLDS +Keys further than L change ALiBi", shown)
 
 
 def test_a_damaged_line_of_a_benchmark_is_named(tmp_path):
