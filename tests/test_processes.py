@@ -11,11 +11,15 @@ import torch
 from alibi_lm import distributed
 from alibi_lm.distributed import World, all_reduce_sum, barrier, gather_objects, shard
 
+ROOT = Path(__file__).resolve().parent.parent
 TWO_PROCESSES = """
 import sys
 import torch
 from torch import nn
 from alibi_lm import distributed
+from two_process_driver import become_two
+
+become_two()
 
 def model_and_data():
     torch.manual_seed(0)
@@ -112,9 +116,10 @@ def test_senseless_environments(
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.split("\n"))[-2:] == ["rank 0 done", "rank 1 done"]

@@ -189,7 +189,7 @@ def power_note(measured: Measured, relation: Relation, bound: float) -> str:
     bounds = [-bound, bound] if relation == "within" else [bound]
     gap = min(abs(measured.estimate - b) for b in bounds)
     level = 1 - (1 - LEVEL) / measured.comparisons
-    for text in (1, 2, 5, 10, 20, 50, 100):
+    for text in (1, 2, 5, 10, 20, 50, 100) if measured.document_variance else (1,):
         of_documents = measured.document_variance / text, level, measured.document_df * text
         seeds = seeds_to_settle(gap, measured.seed_variance, *of_documents)
         if seeds is not None:
