@@ -7,7 +7,7 @@ arXiv 2410.02140, and its code (github.com/lacoco-lab/length_generalization); af
     <bos> input <sep> answer <eos>
 
 The loss is that of the answer and `<eos>`, and an item is right where all of these are. A length is the number of
-input symbols: uniform from the least to L in training, (n - L, n] in a test at n > L.
+input symbols: uniform from the least to L in training, (n - L, n] in a test at n > L, and never below the least.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BoardTask(Synthetic):
 
     def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
         first = length - train_length + 1 if train_length is not None and length > train_length else self.least
-        return range(first, length + 1)
+        return range(max(first, self.least), length + 1)
 
     def item(self, draw: np.random.Generator, length: int) -> Item:
         symbols, answer = self.ask(draw, length)

@@ -74,6 +74,18 @@ def test_a_test_beyond_the_training_lengths_begins_where_the_last_ended():
         assert {int(item.counted.sum()) - 1 for item in items} == set(wanted)
 
 
+@pytest.mark.parametrize("kind", BOARD, ids=lambda k: k().name)
+def test_a_test_just_beyond_the_training_has_no_lengths_below_the_least(kind):
+    task = kind(items=60)
+    assert min(task.lengths(13, 12)) >= task.least  # before items are drawn: some would never come
+    for item in ItemTask(task, 12).items(13):
+        whole = [*item.input_ids, item.target_ids[-1]]
+        border = whole.index(SEP)
+        symbols, answer = ([int(t) - FIRST for t in part] for part in (whole[1:border], whole[border + 1 : -1]))
+        assert answer == right_answer(task.name, symbols)
+        assert task.least <= len(symbols) + (task.name == "addition") <= 13
+
+
 def test_bits_are_uniform_in_their_number_and_a_tie_is_drawn_anew():
     ones = Counter()
     for number in range(3000):
