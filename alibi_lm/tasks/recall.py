@@ -98,6 +98,10 @@ class MQARExtrapolate(MQAR):
 
     name: str = "mqar_extrapolate"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.pairs >= 2, f"task.pairs = {self.pairs}. Use at least 2: short sequences have half of them.")
+
     def draw(self, seed: Sequence[int], length: int, train_length: int | None = None) -> Item:
         draw = np.random.default_rng(seed)
         # Half the length goes with half the pairs, so `item`, which knows the length alone, is not asked.

@@ -211,6 +211,7 @@ def test_an_item_is_right_where_every_target_is_and_is_scored_once(tmp_path):
     [
         (lambda: MQAR(vocabulary=16, pairs=8), "task.vocabulary = 16 has no 8 different keys and values"),
         (lambda: MQAR(pairs=0), "task.pairs = 0"),
+        (lambda: MQARExtrapolate(pairs=1), "task.pairs = 1"),
         (lambda: Induction(vocabulary=2), "task.vocabulary = 2"),
         (lambda: TASKS["sort"](items=0), "task.items = 0"),
     ],
