@@ -103,12 +103,12 @@ def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, *
             bar.update(len(part))
     nats = np.concatenate(parts)
     total = float(nats.sum())
-    fields |= {"peak_memory_bytes": runtime.peak_memory_bytes(model.device), "nats": total}
+    fields |= {"peak_memory_bytes": runtime.peak_memory_bytes(model.device)}
     fields["tokens_per_second"] = length / (time.perf_counter() - begun)
     fields["extra"] |= {"keys_held": cache.keys_held, "lost_share": cache.lost_share}
-    perplexity, why = perplexity_of(total, length)
-    by_word = perplexity_of(total, text.words)[0] if text.words else None
-    row = ResultRow(**fields, perplexity=perplexity, word_perplexity=by_word, reason=why)
+    row = perplexity_row(total, fields)
+    if row.nats is None:
+        return keep(output, [row])
     return keep(output, [row], [DocumentSums(row.key, *per_document_sums(nats, text.groups(length)))])
 
 

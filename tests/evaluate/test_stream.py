@@ -72,6 +72,15 @@ def test_a_scheme_with_a_table_has_a_row_that_says_why_not(passes):
         measure_stream(passes("rotary"), Policy("proved"), position="rotary")
 
 
+def test_a_stream_that_is_no_number_has_a_row_that_says_so(passes, tmp_path):
+    broken = passes("alibi")
+    with torch.no_grad():
+        broken.model.final_norm.bias[0] = torch.nan
+    (row,) = measure_stream(broken, Policy(), tmp_path, position="alibi")
+    assert row.nats is None and row.reason == "the sum of nats is nan" and row.extra["keys_held"] == 700
+    assert read_rows(tmp_path / "results.jsonl") == [row] and not read_documents(tmp_path)
+
+
 def test_a_split_is_streamed_and_stands_apart_in_the_figure(place):
     runs = "outputs/smoke/runs/alibi_L8_s1"
     where = {"experiment": "smoke", "runs": runs, "output_dir": "streamed", "device": "cpu", "threads": 1}
