@@ -49,7 +49,8 @@ class _Needed(KeyValueCache):
         raw_k: Tensor,
         position: LayerPositions,
     ) -> Tensor:
-        self.lost.append(largest_lost(q[0], k[0], position.scheme.distance_bias(torch.arange(q.shape[2]))))
+        distances = torch.arange(q.shape[2], device=q.device)
+        self.lost.append(largest_lost(q[0], k[0], position.scheme.distance_bias(distances)))
         return super().attend(layer, q, k, v, x, raw_k, position)
 
 
@@ -65,10 +66,10 @@ def largest_lost(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         (H, T) float64, falling.
     """
     tokens = q.shape[1]
-    found = torch.zeros(q.shape[:2], dtype=torch.float64)
+    found = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
     for start in range(0, tokens, ROWS):
-        rows = torch.arange(start, min(start + ROWS, tokens))
-        distance = rows[:, None] - torch.arange(tokens)
+        rows = torch.arange(start, min(start + ROWS, tokens), device=q.device)
+        distance = rows[:, None] - torch.arange(tokens, device=q.device)
         scores = q[:, rows].double() @ k.double().mT * q.shape[-1] ** -0.5
         if bias is not None:
             scores = scores + bias.double()[:, distance.clamp_min(0)]
@@ -111,13 +112,13 @@ def windows(group: Group, lengths: Sequence[int]) -> list[Point]:
     except ValueError as error:
         return [{"reason": str(error)}]
     tokens = torch.from_numpy(passes.text.tokens[:measured].astype("int64"))
-    inputs = torch.cat([torch.tensor([passes.text.start_id]), tokens[:-1]])[None]
+    inputs = torch.cat([torch.tensor([passes.text.start_id]), tokens[:-1]])[None].to(model.device)
     if isinstance(model, HuggingFaceLM):
         model.serve(len(tokens))
-        lost = lost_shares(model, inputs.to(model.device))
+        lost = lost_shares(model, inputs)
     else:
         cache = _Needed()
-        model.to("cpu").hidden(inputs, cache=cache)
+        model.hidden(inputs, cache=cache)
         lost = cache.lost
     points = []
     for layer, head in itertools.product(range(len(excess)), range(len(excess[0]))):

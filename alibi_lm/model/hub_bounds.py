@@ -133,7 +133,8 @@ def lost_shares(model: HuggingFaceLM, input_ids: Tensor) -> list[Tensor] | None:
     for layer in weights:
         tokens = layer.shape[-1]
         reached = layer[0].double().cumsum(-1)  # of query i, keys at distances >= d are the first i - d + 1
-        last = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        place = torch.arange(tokens, device=layer.device)
+        last = place[:, None] - place
         shares = reached.gather(2, last.clamp_min(0).expand(len(reached), -1, -1))
         found.append(shares.masked_fill(last < 0, 0.0).amax(1))
     return found

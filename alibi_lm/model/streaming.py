@@ -56,7 +56,11 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
     """
     reason = no_bound(model.active_schemes[0])
     require(not reason, reason)
-    tails = [BiasTail(scheme.distance_bias) for scheme in model.active_schemes]
+    device = model.device  # of the parameters that the bias is made from
+    tails = [
+        BiasTail(lambda distance, scheme=scheme: scheme.distance_bias(distance.to(device)))
+        for scheme in model.active_schemes
+    ]
     return tails * (len(model.layers) // len(tails))
 
 

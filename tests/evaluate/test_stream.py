@@ -21,9 +21,11 @@ from alibi_lm.evaluate.stream import (
     stream_nats,
 )
 from alibi_lm.evaluate.sweep import analyse, evaluate
-from alibi_lm.evaluate.windows import largest_lost
+from alibi_lm.evaluate.views import Group
+from alibi_lm.evaluate.windows import largest_lost, windows
 from alibi_lm.files import read_json
 from alibi_lm.model.cache import KeyValueCache
+from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.results.curves import View, curves, views
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
@@ -114,6 +116,12 @@ def test_the_view_of_windows_has_a_row_per_head_or_the_reason(place):
             assert 1 <= point["needed"][share] <= point["windows"][share]
     table = draw_analysis(path)[-1].read_text()
     assert "| ALiBi | 8 | 1 | 2 |" in table and "[1] it has no bias that falls with the distance" in table
+
+
+def test_the_view_of_windows_leaves_the_model_where_it_is(passes, monkeypatch):
+    monkeypatch.setattr(TransformerLM, "to", lambda model, device: pytest.fail(f"moved to {device}"))
+    points = windows(Group("alibi", 128, [passes("alibi")]), [128])
+    assert all(point["measured_on"] == 700 for point in points)
 
 
 def test_the_needed_window_is_that_of_the_definition():

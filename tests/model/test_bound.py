@@ -9,7 +9,7 @@ import torch
 
 from alibi_lm.model import bound
 from alibi_lm.model.bound import BiasTail, excess_from_weights
-from alibi_lm.model.streaming import open_cache, weight_excess, weight_windows
+from alibi_lm.model.streaming import bias_tails, open_cache, weight_excess, weight_windows
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 from alibi_lm.positions.alibi import alibi_slopes
@@ -221,3 +221,16 @@ def test_the_running_certificate_bounds_what_is_really_lost(tiny_model, policy, 
         weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
         lost = (weights * (distance >= cache.windows[0][:, None, None])).sum(-1).max()
         assert 0 < float(lost) <= cache.lost_share <= share * 1.01
+
+
+def test_the_bias_is_asked_for_on_the_device_of_its_parameters(monkeypatch):
+    model, devices = one_layer(), []
+
+    def bias(distance):
+        devices.append(distance.device.type)
+        return -torch.ones(HEADS, 1) * torch.arange(distance.numel())
+
+    monkeypatch.setattr(model.schemes[0], "distance_bias", bias)
+    bias_tails(model)
+    bias_tails(model.to("meta"))
+    assert devices == ["cpu", "meta"]

@@ -2,14 +2,20 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 from alibi_lm import runtime
+from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.views import Group
+from alibi_lm.evaluate.windows import windows
 from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.cross_entropy import linear_cross_entropy
+from alibi_lm.model.streaming import open_cache
 from alibi_lm.model.transformer import KeyValueCache, ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
+from alibi_lm.tasks.text import TextTask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,6 +103,29 @@ def test_decoding_and_scoring(name):
         assert_close(torch.cat(pieces, dim=1), exact(inputs), 1e-3)
     scores = model.score(inputs.cuda(), targets.cuda(), score_from=100, hits=True)
     assert_close(scores.nats, exact.score(inputs, targets, score_from=100).nats, 1e-3)
+
+
+@pytest.mark.parametrize("policy", ["proved", "certified"])
+def test_decoding_through_a_cache_with_a_bound(policy):
+    (exact, model), (inputs, _) = pair("alibi"), batch()
+    cache = open_cache(model, policy, lost_share=1e-6)
+    with torch.inference_mode():
+        pieces = [model(p, cache=cache) for p in inputs.cuda().split([200, 1, 99], dim=1)]
+        assert_close(torch.cat(pieces, dim=1), exact(inputs), 1e-3)
+    assert cache.lost_share <= 1e-5
+
+
+def test_the_view_of_windows():
+    tokens = np.random.default_rng(0).integers(0, 1003, 700)
+    (exact, model), found = pair("alibi"), []
+    for one in (exact.float(), model):
+        passes = Passes(one.eval(), TextTask(tokens, 7, documents=np.array([0, 200])))
+        found.append(windows(Group("alibi", LENGTH, [passes]), [LENGTH]))
+    for mine, theirs in zip(*found, strict=True):
+        for share, keys in theirs["needed"].items():
+            assert abs(mine["needed"][share] - keys) <= 1
+        assert mine["windows"] == theirs["windows"]
+    assert model.device.type == "cuda"
 
 
 @pytest.mark.parametrize("words", [1000, 1002, 20_002])

@@ -1,6 +1,7 @@
 """Windows of imported ALiBi models: no text may lose more attention outside of them than was promised."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,3 +81,14 @@ def test_others_are_refused():
     model.model.config.attn_config.clip_qkv = 6.0
     with pytest.raises(ValueError, match="clip_qkv = 6"):
         head_bounds(model, 32)
+
+
+def test_shares_are_summed_where_the_weights_are():
+    class Elsewhere:
+        config = SimpleNamespace(model_type="bloom")
+
+        def __call__(self, ids, **options):
+            return SimpleNamespace(attentions=[torch.empty(1, 2, 4, 4, device="meta")])
+
+    (found,) = lost_shares(SimpleNamespace(model=Elsewhere()), torch.zeros(1, 4))
+    assert found.shape == (2, 4) and found.is_meta
