@@ -39,7 +39,7 @@ class FlexAttention(AttentionBackend):
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] | None = None
         self._causal: tuple[tuple[Any, ...], Any] = ((), None)
-        """Shape and blocks of the last causal mask: it depends on lengths alone, so it is kept."""
+        """Shape and mode, and blocks, of the last causal mask: it depends on lengths alone, so it is kept."""
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
         if reason := more_than_a_bias(scheme):
@@ -105,7 +105,9 @@ class FlexAttention(AttentionBackend):
 
         if request.window is not None:
             return create_block_mask(windowed, None, None, num_queries, num_keys, device)
-        shape = (num_queries, num_keys, device)
+        # A mask of inference mode cannot be kept for a backward pass; a compiler knows nothing of that mode.
+        inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        shape = (num_queries, num_keys, device, inference)
         if self._causal[0] != shape:
             self._causal = shape, create_block_mask(causal, None, None, num_queries, num_keys, device)
         return self._causal[1]

@@ -63,6 +63,16 @@ def test_the_causal_mask_is_made_once_for_each_length(tiny_model, monkeypatch):
     assert made == [9]
 
 
+def test_a_mask_of_inference_mode_is_not_trained_with(tiny_model, monkeypatch):
+    """A validation may have the very length of the training step after it."""
+    model, masks, run = tiny_model("none", "flex"), [], flex_attention.flex_attention
+    monkeypatch.setattr(flex_attention, "flex_attention", lambda *a: masks.append(a[4]) or run(*a))
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            model(torch.randint(0, 50, (1, 9)))
+    assert masks[0].kv_indices.is_inference() and not masks[-1].kv_indices.is_inference()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["alibi", "t5"])
 def test_a_compiled_model_stays_one_graph(tiny_model, name):
