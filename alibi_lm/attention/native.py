@@ -56,7 +56,7 @@ class NativeAttention(AttentionBackend):
         return ""
 
     def __init__(self) -> None:
-        self.lines: WeakKeyDictionary[PositionScheme, tuple[Any, Lines]] = WeakKeyDictionary()
+        self.lines: WeakKeyDictionary[PositionScheme, tuple[int, list[Tensor], Lines]] = WeakKeyDictionary()
 
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         tokens = len(request.k_pos)
@@ -70,15 +70,15 @@ class NativeAttention(AttentionBackend):
 
     def _lines(self, scheme: PositionScheme, tokens: int) -> Lines | None:
         """The bias of at least `tokens` distances, kept until the scheme's parameters change."""
-        state = [(id(p), p._version) for p in scheme.parameters()]
-        known = self.lines.get(scheme)
-        if known is None or known[0][1] != state or known[0][0] < tokens:
+        # Compared by value: the version of a tensor tells of no change through `.data`, or in inference mode.
+        now, known = [p.detach() for p in scheme.parameters()], self.lines.get(scheme)
+        if known is None or known[0] < tokens or not all(map(torch.equal, known[1], now)):
             length = 1 << (tokens - 1).bit_length()
             bias = scheme.distance_bias(torch.arange(length))
             if bias is None:
                 return None
-            known = self.lines[scheme] = ((length, state), Lines.alone(bias.detach()))
-        return known[1]
+            known = self.lines[scheme] = (length, [p.clone() for p in now], Lines.alone(bias.detach()))
+        return known[2]
 
 
 def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, lines: Lines | None, window: int) -> Tensor:

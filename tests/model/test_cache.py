@@ -46,6 +46,17 @@ def test_rows_of_different_lengths_decode_as_each_one_alone(tiny_model, position
 
 
 @pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_decoding_follows_a_bias_that_was_changed_in_any_way(tiny_model, attention, mode):
+    with mode():  # where tensors have no version that would tell of a change
+        model, tokens = tiny_model("t5", attention), ids(1, 30)
+        for change in (torch.zeros(32, 3), torch.randn(32, 3)):
+            model.schemes[0].table.data += change
+            found = streamed(model, tokens, KeyValueCache(), [20, 1, 9])
+            torch.testing.assert_close(found, model(tokens), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
 def test_each_head_sees_its_own_window(tiny_model, attention):
     model, tokens, windows = tiny_model("alibi", attention), ids(2, 2 * CHUNK), [3, 40, 150]
     cache = WindowCache([torch.tensor(windows), torch.tensor(windows[::-1])], model.backend.name == "native")
