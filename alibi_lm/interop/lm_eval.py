@@ -83,9 +83,18 @@ class RunLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **others: Any
     ) -> list[tuple[float, bool]]:
-        """Sum of the log-probabilities of each continuation, and whether it is what the model would say."""
+        """Sum of the log-probabilities of each continuation, and whether it is what the model would say.
+
+        Raises:
+            ValueError: a continuation without a token.
+        """
         inputs, targets, wanted = [], [], []
-        for _, context, continuation in requests:
+        for texts, context, continuation in requests:
+            require(
+                len(continuation) > 0,
+                f"The continuation {texts[1]!r} of {texts[0][-40:]!r} has no token of its own: this tokenizer "
+                "makes it part of the word before. Begin it with a blank, or give a run with another tokenizer.",
+            )
             both = [*context, *continuation][-self.max_length - 1 :]
             inputs.append(both[:-1])
             targets.append(both[1:])
