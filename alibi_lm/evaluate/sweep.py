@@ -154,11 +154,16 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             first = opened[0].plan.config
             group = views.Group(first.position.name, first.train_length, [run.passes for run in opened])
             corpora[str(opened[0].passes.text.corpus)] = getattr(opened[0].corpus, "name", "")
-            for name, found in series.items():
-                print(f"{name}: {', '.join(group.labels)}", flush=True)
-                found.append(_series(config, name, opened, group))
         except EXPECTED as error:
             failures |= {run.plan.name: error for run in opened}
+            continue
+        for name, found in series.items():
+            print(f"{name}: {', '.join(group.labels)}", flush=True)
+            try:
+                found.append(_series(config, name, opened, group))
+            except EXPECTED as error:  # of view=all the others can still be had
+                for run in opened:
+                    failures.setdefault(run.plan.name, error)
     finish(series.get("self_longppl", []))
     for name, found in series.items():
         if found:

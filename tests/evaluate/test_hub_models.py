@@ -11,7 +11,7 @@ import pytest
 import torch
 from hub_models import VOCAB, build, configs, save
 
-from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
+from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.sweep import analyse, evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.results.rows import read_rows
@@ -95,6 +95,14 @@ def test_all_views_of_an_alibi_model(settings):
     (path,) = analyse(settings("bloom", view="offset", lengths=None, offsets=[0, 8]))
     points = json.loads(path.read_text())["series"][0]["points"]
     assert points[0]["nats"] == 0 and "cannot be given positions" in points[1]["reason"]
+
+
+def test_a_view_that_cannot_be_had_stops_no_other(settings):
+    config, found = settings("bloom", view="all", lengths=[32, 64], stride=8, key_gain=1e-4, key_loss=99.0), {}
+    with pytest.raises(ValueError, match="bloom does not show its attention weights"):
+        for path in analyse(config):
+            found[path.stem] = json.loads(path.read_text())["series"][0]["points"]
+    assert set(found) == set(VIEWS) - {"attention"} and found["self_longppl"][0]["nats"] > 0
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon"])
