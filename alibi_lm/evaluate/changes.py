@@ -35,7 +35,7 @@ from alibi_lm.evaluate.rows import common_fields, measure
 from alibi_lm.evaluate.store import Stored
 from alibi_lm.positions import POSITIONS
 from alibi_lm.results.rows import ResultRow
-from alibi_lm.runs import experiment_folder
+from alibi_lm.runs import experiment_folder, run_tokenizer
 from alibi_lm.settings import require
 from alibi_lm.tasks.base import Task
 
@@ -157,7 +157,7 @@ def _of_run(config: ChangesConfig, run: PlannedRun, device: torch.device) -> Ite
     )
     # Both splits are there, or nothing begins.
     for split in ("validation", "test"):
-        prepare(config.data.apply(own.data), own.tokenizer, splits=(split,))
+        prepare(config.data.apply(own.data), run_tokenizer(run.folder), splits=(split,))
     for length in lengths:
         tried = candidates(own, length) | {CROP: [{}]}
         bar = tqdm(total=sum(map(len, tried.values())), desc=f"{run.name} at {length}", leave=False, disable=None)

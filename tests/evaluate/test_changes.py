@@ -9,7 +9,7 @@ import torch
 from alibi_lm import load_run
 from alibi_lm.evaluate import changes
 from alibi_lm.evaluate.changes import ChangesConfig, candidates, change_and_evaluate
-from alibi_lm.evaluate.config import EvaluateConfig
+from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.plan import open_run, plan
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import change_and_draw
@@ -97,3 +97,11 @@ def test_seeds_share_a_table_and_the_signs_are_those_of_the_paired_intervals(pla
 def test_what_means_nothing_is_refused(place, run, changes, message):
     with pytest.raises(ValueError, match=message):
         list(change_and_evaluate(ChangesConfig(f"outputs/{run}", device="cpu", **changes)))
+
+
+def test_another_text_is_encoded_by_the_tokenizer_of_the_run(place, write_text, tmp_path):
+    folder = write_text(tmp_path / "other_text")
+    (folder / "wiki.train.tokens").unlink()  # from which a new tokenizer would be built
+    run, data = "smoke/runs/alibi_L8_s1", EvaluateData(name="wikitext103", path=str(folder))
+    (row,) = [r for r in change_and_evaluate(settings(run, data=data)) if r.extra["change"] == "unchanged"]
+    assert row.nats == evaluated(run, "test", data=data)
