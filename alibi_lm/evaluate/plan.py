@@ -239,6 +239,11 @@ def _tasks(config: EvaluateConfig, run: PlannedRun, corpus: Corpus | None) -> tu
     tasks: dict[str, Task] = {}
     if corpus is None:
         assert isinstance(own, Synthetic)
+        require(
+            config.mode is None and config.stride is None,
+            f"mode = {config.mode}, stride = {config.stride}: {run.name} was trained on items of {own.name}, each "
+            "a sequence of its own. Windows and streams are cut from texts: leave mode and stride out.",
+        )
         tasks[own.name] = ItemTask(own, run.config.train_length, split)
     else:
         stream = corpus.split(split)

@@ -111,6 +111,10 @@ def test_a_task_run_is_named_scored_and_drawn(tmp_path: Path, monkeypatch):
     assert "0 of 2" in table and "seeds 1, 2" in table and "Differences" not in table.split("environment")[0]
     with pytest.raises(ValueError, match="view = position needs a text, and alibi_L6_s1_bin_majority"):
         list(analyse(EvaluateConfig("position", "board_quick", device="cpu")))
+    for mode, stride in (("stream", None), ("sliding", 2), (None, 2)):
+        refused = EvaluateConfig("curve", "board_quick", device="cpu", mode=mode, stride=stride)
+        with pytest.raises(ValueError, match=f"mode = {mode}, stride = {stride}: .* was trained on items"):
+            list(evaluate(refused))
 
 
 @pytest.mark.parametrize(
