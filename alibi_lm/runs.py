@@ -496,6 +496,7 @@ def load_run(
             f"position = {position}. The run was trained with position={own}; another scheme is another model. "
             'Give settings of its own scheme as a mapping, such as {"scaling": "yarn"} for rotary.',
         )
+        _refuse_starts("position", config.position, position)
         config = dataclasses.replace(config, position=_changed("position", config.position, position))
     trained_scale = config.query_scale
     if query_scale:
@@ -505,6 +506,8 @@ def load_run(
             f"query_scale = {query_scale}. Give settings as a mapping; names: {', '.join(QUERY_SCALES)}.",
         )
         same = name == trained_scale.name
+        if same:
+            _refuse_starts("query_scale", trained_scale, query_scale)
         scale = _changed("query_scale", trained_scale if same else QUERY_SCALES[str(name)](), query_scale)
         config = dataclasses.replace(config, query_scale=scale)
     found = CheckpointStore(folder / CHECKPOINTS).get(checkpoint)
@@ -532,6 +535,16 @@ def load_run(
     model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)
     model.precision = precision
     return model.to(where).eval()
+
+
+def _refuse_starts(group: str, own: Any, changes: Mapping[str, Any]) -> None:
+    """Refuse changes of what a trained model no longer depends on: the config's `starts`, if it names any."""
+    for name in getattr(own, "starts", ()):
+        require(
+            name not in changes or changes[name] == getattr(own, name),
+            f"{group}.{name} = {changes.get(name)} changes nothing in a run that is trained: {group}={own.name} "
+            "goes by it in training alone. Leave it out.",
+        )
 
 
 def _changed(group: str, own: Any, changes: Mapping[str, Any]) -> Any:

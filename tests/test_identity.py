@@ -182,6 +182,10 @@ def test_a_trained_query_scale_is_loaded_and_changed_with_its_weights(place: Pat
     for scale, weight in zip(changed.query_scale.scales, weights, strict=True):
         assert torch.equal(scale, weight)
     assert load_run(tmp_path / "run", query_scale={"name": "none"}).query_scale.factors(torch.tensor([5])) == []
+    # Another start changes nothing any more, and must not stand in a row as if it did.
+    with pytest.raises(ValueError, match=r"query_scale\.start = 2\.0 changes nothing in a run that is trained"):
+        load_run(tmp_path / "run", query_scale={"start": 2.0})
+    load_run(tmp_path / "run", query_scale={"name": "ssmax", "start": 0.7, "scale_bias": True})
 
 
 # --- load_run ------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,9 @@ class PerHeadConfig(ScaledConfig):
     name: str = "per_head"
     start: float = 1.0
     """First value of the trained numbers."""
+
+    starts: ClassVar[tuple[str, ...]] = ("start",)
+    """Settings that a trained run no longer depends on."""
 
     def common(self, visible: Tensor, train_length: int) -> Tensor:
         return torch.ones_like(visible).double()

@@ -26,6 +26,7 @@ which is another function unless beta = 1: `scale_inside`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,9 @@ class BamConfig:
     """Train mu, the place of the centre."""
     scale_inside: bool = setting(False, counts="run", later=True)
     """The older form of the authors' code: the scale is raised to the power too."""
+
+    starts: ClassVar[tuple[str, ...]] = ("start",)
+    """Settings that a trained run no longer depends on."""
 
     def __post_init__(self) -> None:
         require(self.start in STARTS, f"position.start = {self.start!r}. Allowed: {', '.join(STARTS)}.")

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,9 @@ class FoxConfig:
     """The same of the last head; null: train_length."""
     scaled: bool = True
     """Divide q.k by sqrt(head_dim); false: CABLE."""
+
+    starts: ClassVar[tuple[str, ...]] = ("start_bias",)
+    """Settings that a trained run no longer depends on."""
 
     def __post_init__(self) -> None:
         require(self.gates in GATES, f"position.gates = {self.gates!r}. Allowed: {', '.join(GATES)}.")

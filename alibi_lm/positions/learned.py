@@ -14,6 +14,7 @@ Differs from the paper: the ALiBi paper names this scheme (footnote 4) but does 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ class LearnedConfig:
     """Positions of the table; null: train_length."""
     random_offset: bool = setting(False, counts="run", later=True)
     """Begin each training pass at a random position of the table."""
+
+    starts: ClassVar[tuple[str, ...]] = ("random_offset",)
+    """Settings that a trained run no longer depends on."""
 
     def __post_init__(self) -> None:
         require(

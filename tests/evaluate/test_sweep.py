@@ -128,6 +128,8 @@ def test_a_query_scale_is_switched_on_for_the_test(place):
     assert plain.nats == same.nats != other.nats
     assert other.changes == {"query_scale.name": "log_n"}
     assert curve_name(other) == "alibi_L8_s1+query_scale=log_n"
+    with pytest.raises(ValueError, match=r"position\.random_offset = True changes nothing in a run"):
+        rows_of(lengths=[8], runs="outputs/smoke/runs/learned_L8_s1", position={"random_offset": True})
     with pytest.raises(ValueError, match=r"query_scale\.factor = -1"):
         rows_of(lengths=[16], query_scale={"name": "constant", "factor": -1.0})
 
