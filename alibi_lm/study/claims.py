@@ -179,15 +179,18 @@ def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
             if same and len(set(each)) > 1:
                 continue
             pairs = [_of_length(own, n) for own, n in zip(rows, each, strict=True)]
+            of_L = [_of_length(own, own[0].train_length) for own in rows] if claim.from_L else []
+            unknown = [side.words for side, own in zip(sides, of_L, strict=False) if not _has_values(own)]
             refused = [row.reason for row in itertools.chain(*pairs) if point_of(row) is None]
             if refused:
                 reasons.append(f"L={length}: {refused[0]}")
+            elif unknown:
+                reasons.append(f"L={length}: no value at L, which {unknown[0]} is compared with")
             elif len({(row.corpus, row.tokens) for row in itertools.chain(*pairs)}) > 1:
                 reasons.append(f"L={length}: the two sides were evaluated on different texts")
             else:
                 samples = [sample(own, evidence.documents) for own in pairs]
                 if claim.from_L:
-                    of_L = [_of_length(own, own[0].train_length) for own in rows]
                     samples = [
                         one.minus(sample(own, evidence.documents)) for one, own in zip(samples, of_L, strict=True)
                     ]
@@ -203,6 +206,10 @@ def _some(reasons: Sequence[str]) -> str:
 
 def _of_length(rows: Sequence[ResultRow], length: int | None) -> list[ResultRow]:
     return [row for row in rows if row.inference_length == length]
+
+
+def _has_values(rows: Sequence[ResultRow]) -> bool:
+    return bool(rows) and all(point_of(row) is not None for row in rows)
 
 
 def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:

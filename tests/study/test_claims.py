@@ -276,6 +276,15 @@ def test_the_stage_of_training_is_compared_with_its_end(early, verdict):
         assert "after 33% of its training" in found.note
 
 
+@pytest.mark.parametrize("at_L", [{}, {64: None}], ids=["not evaluated", "no value"])
+def test_what_is_compared_with_L_needs_a_value_there(at_L):
+    rows = checkpoints("alibi", {600: {64: 20.0, 512: 21.0}, 200: {512: 31.0}})
+    early = {"checkpoint": "step:200"}
+    rows += [row("alibi", n, value, seed=s, changes=early) for n, value in at_L.items() for s in (1, 2)]
+    found = judge_claim(ALL["longer_training_extrapolates_less"], with_steps(rows))
+    assert (found.verdict, found.note) == ("NOT RUN", "L=64: no value at L, which 8L is compared with")
+
+
 def test_a_sample_less_another_is_taken_within_seeds_and_documents():
     tokens = np.array([400, 600])
 
