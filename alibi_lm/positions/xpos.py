@@ -9,7 +9,8 @@ microsoft/torchscale (commit 4d1e0e8), torchscale/component/xpos_relative_positi
 
 The product of a pair then carries zeta^((i - j) / scale_base), and the centre cancels. It keeps the powers within
 the range of floats: half the longest sequence to be served (`context_length`), where the authors' code takes half
-of the sequence at hand. So cached keys never change.
+of the sequence at hand. So cached keys never change. Sequences of more than about 65,000 tokens (of 128 times
+scale_base) are refused: no centre keeps their powers within that range.
 
 Past the trained length: defined, at angles never seen in training, with products that decay further. Differs from
 the paper: the paper also evaluates with blockwise attention, a window of half the trained length; this is the
@@ -18,6 +19,7 @@ position scheme alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,9 @@ from torch import Tensor
 from alibi_lm.positions.base import PositionScheme, PositionShape
 from alibi_lm.positions.rotary import rotate_pairs
 from alibi_lm.settings import require
+
+LARGEST_POWER = 80.0
+"""Natural logarithm of the largest factor of a query or key; float32 ends at 88."""
 
 
 @dataclass
@@ -57,6 +62,12 @@ class Xpos(PositionScheme):
             f"model_dim / num_heads = {dim} with position=xpos. Pairs are rotated: it must be even.",
         )
         self.scale_base, self.centre = config.scale_base, -(-shape.context_length // 2)
+        longest = int(2 * LARGEST_POWER * config.scale_base / math.log(1.4 / 0.4))
+        require(
+            shape.context_length <= longest,
+            f"position=xpos with scale_base = {config.scale_base:g} and a sequence of {shape.context_length} "
+            f"tokens: its factors leave the range of floats beyond {longest} tokens. Use shorter sequences.",
+        )
         self.register_exact(
             "inv_freq", 10000 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         )

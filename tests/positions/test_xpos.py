@@ -1,6 +1,7 @@
 """xPos against complex numbers written out pair by pair in float64."""
 
 import cmath
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,3 +33,12 @@ def test_products_decay_with_the_distance_at_any_length():
     assert torch.isfinite(q).all() and torch.isfinite(k).all()
     sizes = (q[0, 0, 1].norm() * k[0, 0].norm(dim=-1)).tolist()
     assert sizes == pytest.approx([(0.4 / 1.4) ** (999 / 512), 1.0], rel=1e-4)
+
+
+def test_sequences_whose_factors_no_float_holds_are_refused():
+    shape = PositionShape(16, 8, 2, 2, 64, 64)
+    scheme = XposConfig().build(replace(shape, context_length=65_000))
+    q, k = scheme.transform_qk(*torch.randn(2, 1, 2, 2, 8), scheme.tables(torch.tensor([0, 64_999])))
+    assert torch.isfinite(q).all() and torch.isfinite(k).all()
+    with pytest.raises(ValueError, match=r"sequence of 217646 tokens: .* beyond 6\d{4} tokens"):
+        XposConfig().build(replace(shape, context_length=217_646))
