@@ -47,7 +47,8 @@ def self_longppl(
     """
     trained, short = group.train_length, short or max(1, group.train_length // 2)
     reasons = {n: group.reason(n) for n in sorted({*lengths, trained})}
-    nats = {n: [p.nats(n) for p in group.passes] for n, reason in reasons.items() if not reason}
+    # Copies: what is kept until all curves are there would hold an open file for each pass that was on the disk.
+    nats = {n: [np.array(p.nats(n)) for p in group.passes] for n, reason in reasons.items() if not reason}
     keys, stride = np.zeros(group.num_tokens, bool), max(1, short // 4)
     if trained in nats and not group.reason(short, stride=stride):
         for passes, long in zip(group.passes, nats[trained], strict=True):

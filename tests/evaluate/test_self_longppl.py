@@ -8,6 +8,8 @@ from toy_models import Toy
 from alibi_lm.evaluate import views
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.self_longppl import finish, self_longppl
+from alibi_lm.evaluate.store import TokenStore
+from alibi_lm.evaluate.stream import descriptors
 from alibi_lm.tasks.text import TextTask
 
 
@@ -57,6 +59,15 @@ def test_key_tokens_are_those_of_any_judge_and_the_same_for_all():
     assert near[1]["nats"] == 5.0 or near[1]["nats"] > far[1]["nats"]
     assert far[-1]["nats"] is None and "16 positions" in far[-1]["reason"] and len(far[1]["by_run"]) == 2
     assert far[1]["difference"]["nats"] == 0 and far[2]["difference"]["from"] == 8
+
+
+@pytest.mark.skipif(not descriptors(), reason="the system does not tell")
+def test_curves_that_wait_for_the_others_hold_no_files(tmp_path):
+    text = TextTask(np.random.default_rng(0).integers(1, 30, 240), 0, corpus="toy")
+    group = views.Group("far", 8, [Passes(Reader(reach=8, identity="far"), text, TokenStore(tmp_path))])
+    before = descriptors()
+    gathered = [self_longppl(group, [4, 8, 16, 24]) for _ in range(5)]  # all but the first from the disk
+    assert descriptors() == before and len(gathered) == 5
 
 
 def test_without_key_tokens_the_thresholds_are_named():
