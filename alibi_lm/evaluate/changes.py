@@ -34,7 +34,8 @@ from alibi_lm.evaluate.plan import EXPECTED, PlannedRun, open_run, plan, raise_f
 from alibi_lm.evaluate.rows import common_fields, measure
 from alibi_lm.evaluate.store import Stored
 from alibi_lm.positions import POSITIONS
-from alibi_lm.results.rows import ResultRow
+from alibi_lm.results.curves import CHECKPOINT
+from alibi_lm.results.rows import ResultRow, locked, read_rows, write_rows
 from alibi_lm.runs import experiment_folder, run_tokenizer
 from alibi_lm.settings import require
 from alibi_lm.tasks.base import Task
@@ -172,12 +173,27 @@ def _of_run(config: ChangesConfig, run: PlannedRun, device: torch.device) -> Ite
             common = common_fields(evaluation, opened, opened.passes.task)
             passes = opened.passes
             if name == CROP:
-                passes, common["changes"] = CroppedPasses(**vars(passes)), {"crop": own.train_length}
+                passes = CroppedPasses(**vars(passes))
+                common["changes"] = common["changes"] | {"crop": own.train_length}
             tuned = "validation" if len(values) > 1 else None
             common["extra"] |= {"change": name, "tuned_on": tuned, "values_tried": len(values)}
             common["extra"]["untried"] = untried(own)
-            yield from measure(passes, length, config.output, **common)
+            rows = measure(passes, length, config.output, **common)
+            _forget_other_values(config.output / "results.jsonl", rows)
+            yield from rows
         bar.close()
+
+
+def _forget_other_values(path: Path, rows: list[ResultRow]) -> None:
+    """Drop rows of an earlier tuning that chose another value: a run has one row of a change at a length."""
+
+    def what(row: ResultRow) -> tuple[Any, ...]:
+        step = row.changes.get(CHECKPOINT)
+        return row.run, row.extra.get("change"), row.inference_length, row.split, row.corpus, step
+
+    new = {what(row): row.key for row in rows}
+    with locked(path):
+        write_rows(path, [row for row in read_rows(path) if new.get(what(row), row.key) == row.key])
 
 
 def _validation_nats(

@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from alibi_lm.results.curves import CHECKPOINT
 from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
 from alibi_lm.study.compare import measure, sample
 from alibi_lm.study.pages import Block, Table, markdown, numbered, refer
+from alibi_lm.study.records import shortened
 from alibi_lm.study.style import label
 
 Cell = list[ResultRow]
@@ -23,17 +25,22 @@ def change_tables(rows: Sequence[ResultRow], documents: Mapping[RowKey, Document
         rows: those of scripts/test_time.py; others are left out.
         documents: sums per document of these rows.
     """
-    models: dict[str, dict[str, dict[int, Cell]]] = {}
+    models: dict[tuple[str, str, str | None], dict[str, dict[int, Cell]]] = {}
     for row in rows:
         if row.run is not None and row.inference_length is not None and "change" in row.extra:
-            of_model = models.setdefault(re.sub(r"_s\d+(?=_|$)", "", row.run), {})
+            # Those of another checkpoint or text are no seeds of these.
+            model = re.sub(r"_s\d+(?=_|$)", "", row.run), str(row.changes.get(CHECKPOINT, "")), row.corpus
+            of_model = models.setdefault(model, {})
             of_model.setdefault(str(row.extra["change"]), {}).setdefault(row.inference_length, []).append(row)
     page: list[Block] = ["# Changes of trained models for the test"]
-    for name, changes in models.items():
+    for (name, step, text), changes in models.items():
         all_rows = [row for cells in changes.values() for cell in cells.values() for row in cell]
         seeds = ", ".join(sorted({str(row.seed) for row in all_rows}))
         first = all_rows[0]
-        page.append(f"## {label(first.position)}, trained at {first.train_length} ({name}, seed {seeds})")
+        others = [step] if step else []
+        others += [f"text {shortened(text)}"] if len({corpus for _, _, corpus in models}) > 1 else []
+        named = ", ".join([name, f"seed {seeds}", *others])
+        page.append(f"## {label(first.position)}, trained at {first.train_length} ({named})")
         page.append(_table(changes, documents))
     return markdown(page)
 
@@ -77,7 +84,7 @@ def _loss(cell: Cell) -> float:
 
 def _value(row: ResultRow) -> str:
     """The number that was tuned."""
-    (number,) = (v for k, v in row.changes.items() if not k.endswith((".name", ".scaling")))
+    (number,) = (v for k, v in row.changes.items() if k != CHECKPOINT and not k.endswith((".name", ".scaling")))
     return f"{number:.3g}"
 
 

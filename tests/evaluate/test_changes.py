@@ -105,3 +105,33 @@ def test_another_text_is_encoded_by_the_tokenizer_of_the_run(place, write_text, 
     run, data = "smoke/runs/alibi_L8_s1", EvaluateData(name="wikitext103", path=str(folder))
     (row,) = [r for r in change_and_evaluate(settings(run, data=data)) if r.extra["change"] == "unchanged"]
     assert row.nats == evaluated(run, "test", data=data)
+
+
+@pytest.fixture
+def temperatures(monkeypatch):
+    """Let the temperature be tuned over these factors, and nothing else."""
+
+    def choose(*factors):
+        scales = [{"query_scale": {"name": "constant", "factor": factor}} for factor in factors]
+        monkeypatch.setattr(changes, "candidates", lambda run, length: {"temperature": scales})
+
+    return choose
+
+
+def test_another_checkpoint_has_a_table_of_its_own(place, temperatures):
+    temperatures(0.5, 2.0)
+    for checkpoint in ("best", "step:4"):
+        change_and_draw(settings("smoke/runs/alibi_L8_s1", checkpoint=checkpoint))
+    rows, text = read_rows("outputs/smoke/test_time/results.jsonl"), (place / "test_time" / "table.md").read_text()
+    assert len(rows) == 4 and [row.changes.get("crop") for row in rows].count(8) == 2
+    assert "(alibi_L8, seed 1)\n" in text and "(alibi_L8, seed 1, step:4)\n" in text
+
+
+def test_a_value_that_was_chosen_earlier_is_no_second_seed(place, temperatures):
+    for factors in ((0.5, 0.25), (2.0, 4.0)):
+        temperatures(*factors)
+        change_and_draw(settings("smoke/runs/alibi_L8_s1"))
+    (row,) = [r for r in read_rows("outputs/smoke/test_time/results.jsonl") if r.extra["change"] == "temperature"]
+    factor = row.changes["query_scale.factor"]
+    (line,) = [line for line in (place / "test_time" / "table.md").read_text().splitlines() if "| temp" in line]
+    assert factor >= 2 and f"{row.perplexity:.2f}" in line and f"({factor:.3g})" in line
