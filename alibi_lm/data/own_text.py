@@ -194,7 +194,7 @@ def _read_text(path: Path, column: str) -> Iterator[str]:
 
 def _decoded(path: Path, content: bytes) -> str:
     if b"\0" in content[:65536]:
-        raise ValueError(f"{path} is no text: it holds zero bytes. Give UTF-8 text, or leave the file out.")
+        raise ValueError(f"{path} is not text: it contains NUL bytes. Give UTF-8 text, or leave the file out.")
     try:
         return content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
@@ -235,7 +235,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except pyarrow.ArrowInvalid as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no .parquet file, or a damaged one ({line}). Get it anew.") from None
+        raise ValueError(f"{path} is not a .parquet file, or a damaged one ({line}). Get it anew.") from None
 
 
 def _is_text(kind: Any) -> bool:

@@ -40,7 +40,7 @@ def find_config(config: CheckSchemeConfig) -> Any:
     known: dict[str, type] = dict(POSITIONS)
     if config.scheme_file is not None:
         path = Path(config.scheme_file)
-        require(path.is_file(), f"scheme_file = {path} is no file.")
+        require(path.is_file(), f"scheme_file = {path} is not a file.")
         spec = importlib.util.spec_from_file_location(f"scheme_file_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -410,7 +410,7 @@ class FairseqSettings:
         """
         value = self.peek(name)
         if value is None:
-            raise ValueError(f"{self.source} does not say {name}. It is no checkpoint of a transformer_lm.")
+            raise ValueError(f"{self.source} does not say {name}. It is not a checkpoint of a transformer_lm.")
         return value
 
     def whole(self, name: str) -> int:
@@ -437,7 +437,7 @@ class FairseqSettings:
             value = ast.literal_eval(value) if isinstance(value, str) else value
             return [int(v) for v in (value if isinstance(value, list | tuple) else [value])]
         except (TypeError, ValueError, SyntaxError):
-            raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is no list of numbers.") from None
+            raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is not a list of numbers.") from None
 
 
 @dataclass
@@ -526,7 +526,7 @@ def read_checkpoint(path: Path) -> FairseqCheckpoint:
         raise ValueError(_refusal(source, error)) from error
     if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
         raise ValueError(
-            f"{source} is no fairseq checkpoint: it has no `model` with named tensors. "
+            f"{source} is not a fairseq checkpoint: it has no `model` with named tensors. "
             "Give the .pt file as fairseq wrote it."
         )
     model = content.pop("model")
@@ -574,4 +574,4 @@ def _refusal(source: str, error: Exception) -> str:
             "Accepted are tensors, plain values, numbers and arrays of numpy, and argparse.Namespace. If you "
             "trust the file, load it with fairseq once and save it again with its settings as plain data."
         )
-    return f"{source} is no readable torch checkpoint ({type(error).__name__}). Is it complete?"
+    return f"{source} is not a readable torch checkpoint ({type(error).__name__}). Is it complete?"

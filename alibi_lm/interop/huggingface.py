@@ -90,7 +90,7 @@ class RunForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        require(config.settings is not None, "config.settings is missing: this is no exported run.")
+        require(config.settings is not None, "config.settings is missing: this is not an exported run.")
         self.run = build_model(from_dict(config.settings or {}), config.vocab_size, config.attention)
         self.post_init()
 

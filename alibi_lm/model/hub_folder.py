@@ -164,7 +164,7 @@ def _read_config(source: str, folder: Path, raw: dict[str, Any], code: bool) -> 
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     require(
         not raw.get("is_encoder_decoder") and (causal or not architectures),
-        f"model = {source} is no causal language model ({', '.join(architectures) or kind}). Give one that "
+        f"model = {source} is not a causal language model ({', '.join(architectures) or kind}). Give one that "
         "AutoModelForCausalLM loads, such as a GPT, Llama or BLOOM model.",
     )
     try:

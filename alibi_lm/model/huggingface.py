@@ -162,7 +162,7 @@ class HuggingFaceLM:
         other[:, -1] = (other[:, -1] + 1) % self.vocab_size
         require(
             not differ(self._logits(other), plain)[:-1].any(),
-            f"model = {self.label} is no causal language model: its scores depend on later tokens.",
+            f"model = {self.label} is not a causal language model: its scores depend on later tokens.",
         )
         self._reasons["window"] = self._probe_window(ids, plain, layers, differ)
         self._reasons["positions"] = self._probe_positions(ids, plain, differ)

@@ -164,7 +164,7 @@ def read_analysis(path: str | Path) -> Analysis:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Run scripts/analyse.py first.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no analysis ({error!r}). Run scripts/analyse.py again.") from None
+        raise ValueError(f"{path} is not an analysis file ({error!r}). Run scripts/analyse.py again.") from None
     if found.view not in VIEWS or not found.series:
         raise ValueError(f"{path}: view = {found.view!r} with {len(found.series)} curves cannot be shown.")
     return found

@@ -97,7 +97,7 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Benchmark rows, or none where there is no such file.
 
     Raises:
-        ValueError: a line that is no JSON object.
+        ValueError: a line that is not a JSON object.
     """
     file = Path(path)
     rows = []
@@ -108,5 +108,5 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if line.strip():
                 rows.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no JSON object: {error}") from None
+            raise ValueError(f"{file}, line {number} is not a JSON object: {error}") from None
     return rows
