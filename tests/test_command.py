@@ -104,7 +104,7 @@ class Asked(Exception):
         (3, 3, ""),
         (ValueError("x = 1. Use 2."), 1, "error: x = 1. Use 2."),
         (FileNotFoundError(2, "No such file", "a.txt"), 1, "a.txt"),
-        (MemoryError(), 1, "error: the memory"),
+        (MemoryError(), 1, "error: this machine"),
         (Asked("stopped at step 5"), 143, "stopped at step 5"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyError("ours"), 1, "Traceback"),
