@@ -156,7 +156,7 @@ def _flags() -> list[str]:
 def _openmp_of_torch() -> list[str]:
     """The copy of GNU's OpenMP in torch, if any: two copies would each keep threads waiting for work."""
     copies = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    # As needed: where torch's copy serves, the system's is not asked for.
+    # As needed: if torch's copy works, the system's is not linked.
     return [*map(str, copies), "-Wl,--as-needed"] if copies else []
 
 
