@@ -297,8 +297,8 @@ def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float
     """The 95% interval of a mean accuracy over seeds that were all tested on the same items.
 
     One seed: Wilson's, which says nothing about another training run. Several: the variance of the seeds' mean
-    plus that of a share of `items` independent ones, the most that the choice of items can add. For the latter, two
-    successes and two failures are added (Agresti and Coull 1998). The critical value is that of `critical_value`.
+    plus that of a share of `items` independent ones, the most that the choice of items can add. For the latter two
+    successes and two failures are added (Agresti and Coull 1998). The critical value is `critical_value`.
 
     Args:
         shares: accuracy of each seed, in [0, 1].
