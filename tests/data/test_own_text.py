@@ -201,5 +201,5 @@ def test_a_set_in_the_form_of_the_hub(tmp_path, monkeypatch):
     for more in ({}, {"max_tokens": 50}):
         with pytest.raises(ValueError, match=r"data.column = body.*id, text"):
             texts(hub(folder, tmp_path, column="body", **more), "train")
-    with pytest.raises(ValueError, match=r"data.repo = nobody/nothing could not be had: HF_HUB_OFFLINE"):
+    with pytest.raises(ValueError, match=r"data.repo = nobody/nothing could not be loaded: HF_HUB_OFFLINE"):
         texts(hub("nobody/nothing", tmp_path), "train")

@@ -182,7 +182,7 @@ def test_other_folders_are_never_touched(make):
     folder = make.folder / "run"
     folder.mkdir()
     (folder / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="holds something else than an imported run"):
+    with pytest.raises(ValueError, match="holds something other than an imported run"):
         run_import(path, make, overwrite=True)
     assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
 
