@@ -26,8 +26,8 @@ NUMBERS_NOTE = (
     "One seed says nothing about another training run: a comparison of two schemes is then not settled, and a "
     "scheme compared with itself is judged for that seed alone. Accuracies: left minus right, or the value of one "
     "side, over all seeds and the items. Numbers of views: the mean over seeds, or the ratio of two lengths, with "
-    "the interval over seeds. How many seeds would settle a claim is estimated from the few that there are, if "
-    "mean and scatter stay as they are."
+    "the interval over seeds. How many seeds would settle a claim is an estimate from few seeds that assumes the "
+    "same mean and scatter."
 )
 
 

@@ -197,7 +197,7 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
             counts = ", ".join("unknown" if n is None else f"{n:,}" for n in sorted(words, key=lambda n: n or 0))
             found.append(f"text: {split} has {counts} words, the paper's {expected or 0:,}")
     if any(row.words is not None and row.words != row.tokens for row in texts):
-        found.append("text: tokens are not words; our perplexities below are per word all the same")
+        found.append("text: tokens are not words; our perplexities below are per word nevertheless")
     trained_on = {str(record.train_split.get("identity")) for record in records.values()}
     found += [f"training text: {text}" for text in sorted(trained_on) if text.startswith("not ")]
     known = [record for record in records.values() if record.config]

@@ -320,15 +320,15 @@ def _decomposition(found: Analysis) -> Table:
 
 
 def _attention(found: Analysis) -> Table:
-    """How far heads look, how widely, and how many rest on the first token."""
+    """Mean distance and entropy of the attention weights, and how many heads rest on the first token."""
 
     def row(point: Mapping[str, Any]) -> list[str]:
         values = [[head[key] for head in point["heads"]] for key in ("distance", "entropy", "first")]
         return [*(f"{min(v):.3g}, {median(v):.3g}, {max(v):.3g}" for v in values), f"{point['sink_rate']:.2f}"]
 
     note = (
-        "Least, median and greatest of the heads of the first seed. Sink rate: heads, of all seeds, that give the "
-        "first token more than 0.3 of their weight. Queries of the second half of each window."
+        "Minimum, median and maximum over the heads of the first seed. Sink rate: share of heads, over all seeds, "
+        "that give the first token more than 0.3 of their weight. Queries of the second half of each window."
     )
     table = _by_point(found, ["mean distance", "entropy in nats", "weight of first token", "sink rate"], row)
     return replace(table, notes=[note, *table.notes])

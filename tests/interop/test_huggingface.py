@@ -149,5 +149,5 @@ def test_what_it_refuses(exported, tmp_path):
         model(ids, position_ids=torch.arange(8).view(2, 4))
     with pytest.raises(ValueError, match="is not empty"):
         export_huggingface(ExportConfig(str(run), str(folder)))
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="not a run folder"):
         export_huggingface(ExportConfig(str(tmp_path), str(tmp_path / "new")))
