@@ -1,4 +1,4 @@
-# Every target works from a fresh clone: it first makes .venv, when that is missing or older than its recipe.
+# Every target works in a fresh clone: it first makes .venv where that is missing or older than pyproject.toml and constraints.txt.
 PYTHON ?= python3
 EXPERIMENT ?= quick
 ARGS ?=
@@ -11,13 +11,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test test-slow data train eval-extrapolation reproduce study analyse figures claims report publish atlas bench status
 
-help:  ## list the targets
+help:  ## list all targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
 		awk -F '\t' '{printf "  make %-20s %s\n", $$1, $$2}'
 	@echo
 	@echo '  EXPERIMENT=quick      a file of configs/experiment'
-	@echo '  ARGS="steps=100"      Hydra overrides, passed to the command'
-	@echo '  PIP_ARGS=...          passed to pip install (see README: a smaller, CPU-only torch)'
+	@echo '  ARGS="steps=100"      settings (Hydra overrides), passed on to the command'
+	@echo '  PIP_ARGS=...          passed on to pip install (see README.md for a smaller, CPU-only torch)'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## create .venv with the pinned versions; takes a second when nothing has changed
 
-check: $(STAMP)  ## run the formatter, the linter and the type checker
+check: $(STAMP)  ## check formatting, lint and types; changes no file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -40,27 +40,27 @@ format: $(STAMP)  ## fix what the formatter and the linter can fix
 test: $(STAMP)  ## run the CPU test suite (5 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
 
-# Only a long test needs this package, and it brings fifty others.
+# Only a slow test needs this package, which installs fifty others.
 $(STAMP)-lm-eval: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[lm-eval]'
 	@touch $@
 
-test-slow: $(STAMP)-lm-eval  ## run the long tests (25 minutes at most)
+test-slow: $(STAMP)-lm-eval  ## run the slow tests (25 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow $(ARGS)
 
-data: $(STAMP)  ## prepare the experiment's corpus and verify it
+data: $(STAMP)  ## prepare and verify the experiment's corpus
 	$(BIN)/python scripts/prepare_data.py experiment=$(EXPERIMENT) $(ARGS)
 
 train: $(STAMP)  ## train one run
 	$(BIN)/python scripts/train.py experiment=$(EXPERIMENT) $(ARGS)
 
-eval-extrapolation: $(STAMP)  ## evaluate every finished run of the experiment; draw the figure and the table
+eval-extrapolation: $(STAMP)  ## evaluate every finished run of the experiment; draw figure and table
 	$(BIN)/python scripts/evaluate.py experiment=$(EXPERIMENT) $(ARGS)
 
-reproduce: $(STAMP)  ## train every run of the experiment (skipping finished ones), then evaluate and draw
+reproduce: $(STAMP)  ## train all runs of the experiment that are not finished, then evaluate and draw
 	$(BIN)/python scripts/reproduce.py experiment=$(EXPERIMENT) $(ARGS)
 
-study: $(STAMP)  ## reproduce, then further measurements, claims, report, and the folder in docs/results
+study: $(STAMP)  ## reproduce, then make further measurements, claims, report and the folder in docs/results
 	$(BIN)/python scripts/study.py experiment=$(EXPERIMENT) $(ARGS)
 
 analyse: $(STAMP)  ## look inside a curve: loss by position, fixed targets, decomposition, ...
@@ -78,7 +78,7 @@ report: $(STAMP)  ## write one HTML file of the experiment's results
 publish: $(STAMP)  ## copy the experiment's results to docs/results, without weights
 	$(BIN)/python scripts/publish.py experiment=$(EXPERIMENT) $(ARGS)
 
-atlas: $(STAMP)  ## every position scheme, three seeds (about an hour on 2 cores, by estimate); then docs/atlas
+atlas: $(STAMP)  ## study every position scheme with three seeds (an estimated hour on 2 cores); write docs/atlas
 	$(BIN)/python scripts/study.py experiment=atlas $(ARGS)
 	$(BIN)/python scripts/atlas.py folder=docs/results/atlas
 

@@ -116,7 +116,7 @@ class CheckpointStore:
             which: `best`, `last` (the newest whole one) or `step:<number>`.
 
         Raises:
-            ValueError: another word.
+            ValueError: `which` is none of these.
         """
         number = re.fullmatch(r"step:(\d+)", which)
         require(
@@ -133,10 +133,10 @@ class CheckpointStore:
         return None
 
     def get(self, which: str) -> Checkpoint:
-        """`find`, where there must be one.
+        """The checkpoint that `find` gives, or an error where there is none.
 
         Raises:
-            ValueError: another word, or there is no such checkpoint.
+            ValueError: `which` is not a checkpoint's name, or there is no such whole checkpoint.
         """
         checkpoint = self.find(which)
         if checkpoint is None:
@@ -149,11 +149,11 @@ class CheckpointStore:
         return checkpoint
 
     def prune(self, newest: int) -> None:
-        """Remove what is not to be kept; `save` does so too, unless it was killed on the way.
+        """Remove what is not to be kept. `save` does so too, but may have been killed before.
 
         Args:
-            newest: step of a checkpoint that is known to be whole. Later ones are torn, or training had gone on
-                there.
+            newest: step of a checkpoint that is known to be whole. Later ones are torn, or from training that was
+                continued elsewhere.
         """
         steps = [step for step in self.steps() if step <= newest]
         keep = {*steps[-self.keep_last :], self._best_step()}
@@ -198,7 +198,7 @@ def _remove(path: Path) -> None:
 
 
 class Checkpoint:
-    """One whole checkpoint: made only if every file has the size and hash that were written.
+    """One whole checkpoint. It can be made only if every file has the size and hash that were written.
 
     Attributes:
         path: its folder.
@@ -233,7 +233,7 @@ class Checkpoint:
         return weights
 
     def load_into(self, model: nn.Module) -> None:
-        """Weights into `model` for evaluation, cast to the model's dtypes.
+        """Load the weights into `model` for evaluation, cast to the model's dtypes.
 
         Raises:
             ValueError: names or shapes differ from the model's, or a weight is NaN or infinite.
@@ -248,7 +248,7 @@ class Checkpoint:
         self._copy(weights, model, same_dtype=False)
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """Weights and optimizer state, bit for bit, to train on.
+        """Load weights and optimizer state, bit for bit, to continue training.
 
         Raises:
             ValueError: names, shapes, dtypes or parameter groups differ; the message names the file.
@@ -263,7 +263,7 @@ class Checkpoint:
             optimizer.load_state_dict(state)
 
     def _copy(self, weights: dict[str, Tensor], model: nn.Module, same_dtype: bool) -> None:
-        """Copy after everything was compared, so that a refused file leaves the model as it was."""
+        """Copy the weights once all were compared, so that a refused file leaves the model unchanged."""
         refusal = f"{self.path / WEIGHTS_FILE} does not fit the model:"
         advice = "Use the configuration that the checkpoint was trained with."
         targets = model.state_dict()
@@ -365,7 +365,7 @@ def _collect_optimizer(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor with a storage of its own, as the file format wants it."""
+    """A contiguous CPU tensor with its own storage, as the file format needs it."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
@@ -375,7 +375,7 @@ def _storable(tensor: Tensor) -> Tensor:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """`state.json`, checked: own hash, the fields and the two file names that it may name."""
+    """`state.json` after checking its own hash, its fields and the two file names that it may list."""
     path = folder / STATE_FILE
     try:
         record = read_json(path)
@@ -401,7 +401,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
-    """What `sha256` of state.json must be, for a record without that field."""
+    """The value that the field `sha256` of state.json must have, from the record without that field."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

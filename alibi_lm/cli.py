@@ -66,7 +66,7 @@ def _main(text: Callable[[], str], work: Callable[[list[str]], int | None]) -> C
 def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], Callable[..., None]]:
     """Decorate a script's main function: Hydra composes a `config` from configs/`name`.yaml, also in multiruns.
 
-    In a multirun one failing job stops no other; those that failed are listed at the end, and the status is 1.
+    In a multirun a failing job does not stop the others; failed jobs are listed at the end, and the status is 1.
     """
     register(Path(name).name, config)
 
@@ -77,7 +77,7 @@ def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], 
             sys.argv[1:] = spelled(sys.argv[1:], config)
             root = CONFIGS / Path(name).parent
             run = hydra.main(version_base="1.3", config_path=str(root), config_name=Path(name).name)
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which words them
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which makes messages of them
             status = _run(run(_job(task)))
             sys.exit(_tell_failures(sys.argv[1:]) or status)
 
@@ -139,7 +139,7 @@ class _Patient:
 
 @contextlib.contextmanager
 def _patient_output() -> Iterator[None]:
-    """Within, printing fails neither for a character that the terminal lacks nor for a full disk."""
+    """Inside this context, printing fails neither for a character that the terminal lacks nor for a full disk."""
     before = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
     for name, stream in before.items():
         if hasattr(stream, "reconfigure"):
@@ -159,9 +159,9 @@ _failures: list[_Failure] = []
 
 
 class _Failure:
-    """A failed job of a multirun, which is noted when it is made.
+    """A failed job of a multirun; making one records it.
 
-    It is the job's result. A launcher that runs jobs in other processes sends results back, which makes it anew.
+    It is the job's result. A launcher that runs jobs in other processes sends results back, which makes it again.
     """
 
     def __init__(self, number: int, overrides: tuple[str, ...], message: str) -> None:
@@ -196,7 +196,7 @@ def _job(task: Callable[[C], Any]) -> Callable[[DictConfig], Any]:
 
 
 def _tell_failures(arguments: Sequence[str]) -> int:
-    """0, or 1 after listing every failed job of a multirun, by what its jobs differ in."""
+    """Return 0, or list every failed job of a multirun by its own settings and return 1."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     if not _failures:

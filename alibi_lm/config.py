@@ -47,11 +47,11 @@ class EvaluationConfig:
     mode: str = "nonoverlapping"
     """nonoverlapping or sliding."""
     stride: int | None = None
-    """Targets scored per window in sliding mode, at most the shortest length."""
+    """Sliding mode: targets scored per window, at most the shortest length."""
     split: str = "validation"
     """validation or test."""
     tokens_per_forward: int = 8192
-    """Tokens of a forward pass, whatever the length."""
+    """Tokens per forward pass, at every length."""
 
     def __post_init__(self) -> None:
         require(self.mode in MODES, f"mode = {self.mode!r}. Allowed: {', '.join(MODES)}.")
@@ -87,37 +87,37 @@ class TrainConfig:
     query_scale: Any = setting(default_factory=QueryScaleConfig, counts="run", later=True)
     training_positions: Any = setting(default_factory=PlainConfig, counts="run", later=True)
     positions_until: int | None = setting(None, counts="run", later=True)
-    """Optimizer steps with the position scheme, the rest are trained without positions (DroPE, arXiv 2512.12167);
-    null: all. The best checkpoint is then one of the rest."""
+    """Optimizer steps with the position scheme; the rest are trained without positions (DroPE, arXiv 2512.12167).
+    null: all steps. The best checkpoint is then chosen from the steps without positions."""
     positions_fade: int = setting(0, counts="run", later=True)
-    """Steps before positions_until over which a score bias fades linearly to 0; 0: it stops at once."""
+    """Steps before positions_until over which a score bias fades linearly to 0. 0: it stops at once."""
     evaluation: EvaluationConfig = setting(default_factory=EvaluationConfig, counts="no")
     experiment: str = setting("quick", counts="label")
-    """Name of the experiment; its runs lie in outputs/<experiment>/runs."""
+    """Name of the experiment; its runs are in outputs/<experiment>/runs."""
     study: list[str] = setting(default_factory=list, counts="no")
     """The experiment's runs, as multirun overrides: each entry is one sweep of `make reproduce`."""
     measurements: list[str] = setting(default_factory=list, counts="no")
-    """What `make study` measures of the runs beside the curve, in this order: scripts and their settings."""
+    """What `make study` measures besides the curve, in this order: scripts and their settings."""
     train_length: int = setting(64, counts="run")
-    """Tokens of a training sequence (the paper's L); of a task, the longest length, in the task's own measure."""
+    """Tokens per training sequence (the paper's L); of a task, the longest length, in the task's own measure."""
     seed: int = setting(1, counts="run")
-    """Of initialisation, data order and dropout; >= 0."""
+    """Random seed of initialisation, data order and dropout, >= 0."""
     steps: int = setting(1000, counts="run")
     """Optimizer steps."""
     tokens_per_step: int = setting(4096, counts="run")
-    """Targets of an optimizer step, rounded down to whole sequences."""
+    """Targets per optimizer step, rounded down to whole sequences."""
     batch_multiple: int = setting(1, counts="run")
-    """Sequences of a step are rounded down to a multiple of this (the paper: 8, one share per GPU)."""
+    """Sequences per step are rounded down to a multiple of this (the paper: 8, the number of its GPUs)."""
     micro_batch_tokens: int | None = setting(None, counts="rounding")
-    """Tokens of one forward and backward pass on one process; null: the whole step."""
+    """Tokens per forward and backward pass of one process; null: the whole step."""
     clip_norm: float = setting(1.0, counts="run")
-    """Global gradient norm is clipped to this; 0 never clips."""
+    """The global gradient norm is clipped to this value; 0: no clipping."""
     log_every: int = setting(20, counts="no")
     """Steps between rows of training metrics."""
     validate_every: int = setting(500, counts="run")
-    """Steps between validations; the last step always validates."""
+    """Steps between validations; there is always one after the last step."""
     checkpoint_every: int = setting(500, counts="no")
-    """Steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints; there is always one after the last step."""
     keep_last: int = setting(1, counts="no")
     """How many of the newest checkpoints are kept."""
     keep_every: int = setting(0, counts="no")
@@ -131,7 +131,7 @@ class TrainConfig:
     threads: int | None = setting(None, counts="no")
     """CPU threads; null: torch's choice."""
     runs_at_once: int | None = setting(None, counts="no")
-    """How many runs `make reproduce` trains side by side; null: as many as the allowed cores hold."""
+    """How many runs `make reproduce` trains in parallel; null: as many as the available cores allow."""
     output_dir: str | None = setting(None, counts="label")
     """The run folder; null: outputs/<experiment>/runs/<name>."""
     overwrite: bool = setting(False, counts="no")
@@ -186,7 +186,7 @@ class TrainConfig:
         return rows - rows % self.batch_multiple
 
     def position_strength(self, step: int) -> float:
-        """How much the position scheme takes part after so many optimizer steps: 1 wholly, 0 not at all."""
+        """Strength of the position scheme after `step` optimizer steps, from 0 (none) to 1 (full)."""
         left = math.inf if self.positions_until is None else max(0, self.positions_until - step)
         return min(1.0, left / max(1, self.positions_fade))
 
@@ -202,7 +202,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "query_scale": QUERY_SCALES,
     "training_positions": TRAINING_POSITIONS,
 }
-"""Config groups whose entries are classes of their own; `name` in a saved config tells which."""
+"""Config groups in which each entry has its own class; `name` in a saved config says which."""
 
 
 # --- configs from Hydra --------------------------------------------------------------------------
@@ -212,7 +212,7 @@ _registered: list[str] = []
 
 
 def register(root: str = "train", config: type = TrainConfig) -> None:
-    """Store with Hydra the dataclass that configs/<root>.yaml stands on; call before Hydra composes it.
+    """Store in Hydra the dataclass that configs/<root>.yaml is based on; call before Hydra composes it.
 
     Each field that is a config group gets the group's entries, under their own names; a file in configs/<group>/
     is needed only for an entry with other values.
@@ -225,7 +225,7 @@ def register(root: str = "train", config: type = TrainConfig) -> None:
     store.store(name=f"base_{root}", node=config)
     fields = {field.name: field.type for field in dataclasses.fields(config)}
     for group, registry in GROUPS.items():
-        # Where a setting of this name is no group (evaluate.py: attention=eager), Hydra must not take it for one.
+        # Where such a setting is not a group (evaluate.py: attention=eager), Hydra must not take it for one.
         store.repo.pop(group, None)
         if fields.get(group) in (Any, "Any"):
             for name, node in registry.items():
@@ -238,7 +238,7 @@ def register(root: str = "train", config: type = TrainConfig) -> None:
 
 
 def spelled(overrides: Sequence[str], config: type) -> list[str]:
-    """Overrides as Hydra takes them: it has no room for `model=hf:...` and `+model.<key>=...` under one name."""
+    """Overrides in a form for Hydra, which cannot have `model=hf:...` and `+model.<key>=...` under one name."""
     if "model_config" not in {field.name for field in dataclasses.fields(config)}:
         return list(overrides)
     return [re.sub(r"^(\+*)model\.", r"\1model_config.", override) for override in overrides]
@@ -258,7 +258,7 @@ def to_config(cfg: DictConfig) -> Any:
 
 
 def _refuse_additions(config: Any, path: str) -> None:
-    """A setting forced in with `+` would be carried along and change nothing."""
+    """Refuse unknown settings that were added with `+`: they would have no effect."""
     known = {f.name for f in dataclasses.fields(config)}
     for name, value in vars(config).items():
         require(
@@ -270,13 +270,13 @@ def _refuse_additions(config: Any, path: str) -> None:
 
 
 def _check_groups(config: Any) -> None:
-    """The name of a group's entry says which class it is; another name would only be found out on reading it."""
+    """Refuse a group's `name` that does not fit its class: otherwise only reading it back would show that."""
     for group, registry in GROUPS.items():
         chosen = getattr(config, group, None)
         if chosen is None or isinstance(chosen, str):
             continue
         name = chosen.get("name") if isinstance(chosen, dict) else chosen.name
-        if isinstance(chosen, dict):  # the evaluator's changes for a test, or a YAML file that stands on no entry
+        if isinstance(chosen, dict):  # the evaluator's changes for a test, or a YAML file not based on an entry
             at_test = not hasattr(config, "steps")
             require(
                 at_test and (name is None or group == "query_scale"),
@@ -296,7 +296,7 @@ def _check_groups(config: Any) -> None:
 
 
 def from_dict(settings: dict[str, Any]) -> TrainConfig:
-    """The TrainConfig of the settings in a config.yaml; those that came later have their defaults.
+    """The TrainConfig of the settings in a config.yaml; settings added since then have their defaults.
 
     Raises:
         ValueError: unknown keys, wrong types or an unknown scheme, naming the key.
@@ -308,7 +308,7 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
         for group in ("model", "data", "evaluation", *GROUPS):
             chosen = settings.get(group, None if group in GROUPS else {})
             if chosen is None and root[group] is not None:
-                continue  # a group that came later, with its default
+                continue  # a group added since then, with its default
             require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
             if registry := GROUPS.get(group):
                 name = str(chosen.get("name"))  # type: ignore[union-attr]
@@ -333,7 +333,7 @@ def to_yaml(config: TrainConfig) -> str:
 
 @functools.lru_cache(maxsize=64)
 def from_yaml(text: str) -> TrainConfig:
-    """The config in the text of a config.yaml; kept, because each look at a run folder reads it again.
+    """The config in the text of a config.yaml; cached, because it is read again at each look at a run folder.
 
     Raises:
         ValueError: what is wrong with it, as the end of a sentence that begins with the file's name.
@@ -358,7 +358,7 @@ def load_config(run_folder: Path) -> TrainConfig:
         ValueError: missing or unreadable file.
     """
     path = run_folder / CONFIG_FILE
-    require(path.is_file(), f"{run_folder} is no run folder: it has no {CONFIG_FILE}.")
+    require(path.is_file(), f"{run_folder} is not a run folder: it has no {CONFIG_FILE}.")
     try:
         return copy.deepcopy(from_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:

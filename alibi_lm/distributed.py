@@ -74,8 +74,8 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size))
-    # A name space for each group: a multirun joins a new one for each run, and would otherwise read the
-    # addresses of the last one and now and then wait for them for ever.
+    # Each group has its own name space: a multirun joins a new one for each run, and would otherwise read the
+    # addresses of the last one and sometimes wait for them forever.
     _groups_joined += 1
     store = dist.PrefixStore(f"alibi_lm/{_groups_joined}", _store)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size)

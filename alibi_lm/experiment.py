@@ -49,7 +49,7 @@ def compose(overrides: list[str], name: str = "train", config: type = TrainConfi
     loader = _loader(name, config)
     parsed = OverridesParser.create().parse_overrides(spelled(overrides, config))
     loader.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
-    # As Hydra does it: first the chosen entries are merged, which takes most of the time, then values are set.
+    # Like Hydra: first merge the chosen entries, which takes most of the time, then set values.
     values, choices = list[Any](), list[Any]()
     for override in parsed:
         key, single = override.key_or_group, not isinstance(override.value(), dict)
@@ -64,7 +64,7 @@ def compose(overrides: list[str], name: str = "train", config: type = TrainConfi
 
 @functools.lru_cache(maxsize=64)
 def _merged(root: Path, name: str, config: type, choices: tuple[str, ...], changed: int) -> Any:
-    """What these choices of entries are together; `root` and when a file below changed are part of the key."""
+    """The chosen entries merged; `root` and the time of its files' last change are part of the cache's key."""
     from hydra.types import RunMode
     from omegaconf import open_dict
 
@@ -75,7 +75,7 @@ def _merged(root: Path, name: str, config: type, choices: tuple[str, ...], chang
 
 
 def _loader(name: str, config: type) -> Any:
-    """What finds the configs beside configs/<name>.yaml and the entries of its groups."""
+    """Hydra's loader of the configs beside configs/<name>.yaml and of its groups' entries."""
     from hydra import version
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path
@@ -150,7 +150,7 @@ def prepare_corpus(config: TrainConfig) -> None:
 
 
 def evaluate_and_draw(config: EvaluateConfig) -> None:
-    """Evaluate, write results.jsonl row by row, then draw figure and table, also where some runs failed."""
+    """Evaluate, write results.jsonl row by row, then draw figure and table, even if some runs failed."""
     from alibi_lm import distributed
     from alibi_lm.evaluate.plan import FailedRuns
     from alibi_lm.evaluate.rows import describe
@@ -191,7 +191,7 @@ def analyse_and_draw(config: EvaluateConfig) -> None:
 
 
 def change_and_draw(config: ChangesConfig) -> None:
-    """Tune and score changes for the test, write results.jsonl row by row, then the table."""
+    """Tune and score test-time changes, write results.jsonl row by row, then the table."""
     from alibi_lm.evaluate.changes import change_and_evaluate
     from alibi_lm.evaluate.rows import describe
     from alibi_lm.files import write_text
@@ -212,11 +212,11 @@ def change_and_draw(config: ChangesConfig) -> None:
 def reproduce(experiment: str, overrides: list[str]) -> int:
     """Train and evaluate every run of an experiment, then draw; what is finished is skipped.
 
-    On a CPU as many runs go side by side as there are cores for their `threads`: two processes of one thread
-    each do more than one process of two, and do not wait for each other when the machine is busy.
+    On a CPU as many runs are trained in parallel as there are cores for their `threads`: two processes with one
+    thread each do more than one process with two, and do not wait for each other when the machine is busy.
 
     Returns:
-        Exit status: 0 if all went well. A run that fails stops no other.
+        Exit status: 0 if all went well. A run that fails does not stop the others.
     """
     runs = planned_runs(experiment, overrides)
     config = next(iter(runs.values()))[1]
@@ -225,7 +225,7 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
     shared = [*_named("device", overrides), *_named("threads", overrides)]
     if at_once > 1:
         shared.append(f"threads={config.threads or 1}")
-    # The corpus first and alone, with its bars: the runs would only wait for each other.
+    # The corpus first and alone, with its progress bars: the runs would only wait for each other.
     prepare_corpus(config)
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(at_once):
@@ -257,10 +257,10 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
 
 
 def study(experiment: str, overrides: list[str]) -> int:
-    """All of an experiment: runs, curves, its `measurements`, claims, the paper beside it, report, publication.
+    """All of an experiment: runs, curves, `measurements`, claims, comparison with the paper, report, publication.
 
-    What is done is skipped, so that the command can be given again until all of it is. A step that fails stops
-    no other.
+    What is done is skipped, so the command can be repeated until everything is done. A step that fails does not
+    stop the others.
 
     Args:
         experiment: its name.
@@ -270,7 +270,7 @@ def study(experiment: str, overrides: list[str]) -> int:
         Exit status: 0 if every step went well.
 
     Raises:
-        ValueError: a measurement that is no script, or settings that it does not know.
+        ValueError: a measurement that is not a script, or settings that it does not know.
     """
     from alibi_lm.study import commands
 
@@ -373,7 +373,7 @@ def _is_finished(folder: Path, config: TrainConfig) -> bool:
 
 
 def _step(work: Work) -> int:
-    """Do one of several things; an error ends only this one."""
+    """Do one of several things and return its exit status; an error ends only this one."""
     try:
         return work() or 0
     except Exception as error:
@@ -382,6 +382,6 @@ def _step(work: Work) -> int:
 
 
 def _child(name: str, arguments: list[str], environment: dict[str, str] | None = None) -> int:
-    """Run a script in a process of its own; returns its exit status."""
+    """Run a script in a separate process; returns its exit status."""
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
     return subprocess.run(command, check=False, env={**os.environ, **(environment or {})}).returncode

@@ -20,12 +20,12 @@ SAMPLES = 256
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing under another name; it takes its own name only once all of it is on the disk.
+    """Open a file for writing under a temporary name; it takes its own name once all of it is on the disk.
 
-    After an interruption the old file, or none, is there; what was written so far is removed where possible.
+    An interruption leaves the old file, or none; what was written so far is removed where possible.
 
     Raises:
-        OSError: as from the system, a full disk included; it names the file.
+        OSError: as raised by the system, also for a full disk; it names the file.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,10 +46,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace a file by this text (UTF-8): readers see the old file or the new one, never a part.
 
     Raises:
-        OSError: as from the system; the old file is untouched and nothing is left beside it.
+        OSError: as raised by the system; the old file is untouched and nothing is left beside it.
     """
     with whole_file(Path(path)) as file:
-        # A name that the locale could not decode goes back to the bytes that it came from.
+        # A name that the locale could not decode is turned back into its original bytes.
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
@@ -76,7 +76,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_json_if_whole(path: Path) -> dict[str, Any] | None:
-    """`read_json`, or None: where there is no file, and, after a warning, where it cannot be read."""
+    """`read_json`, or None if there is no file or, after a warning, if it cannot be read."""
     try:
         return read_json(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -95,8 +95,8 @@ def sha256_of(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Hex digest of a file's size and of evenly spread samples of it (all of it up to 16 MiB); 0.1 s at most.
 
-    Notices truncation, another file, and a change anywhere in a small file; a change of a few bytes in a
-    large one only by chance. `sha256_of` notices everything.
+    It detects truncation, another file, and a change anywhere in a small file; a change of a few bytes in a
+    large one only by chance. `sha256_of` detects everything.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -112,7 +112,7 @@ def fingerprint(path: Path) -> str:
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Name, size, time and digests of a file, for `file_unchanged`. Reads all of it."""
+    """Name, size, modification time and digests of a file, for `file_unchanged`. Reads all of it."""
     status = path.stat()
     return {
         "file": path.name,
@@ -126,8 +126,8 @@ def file_record(path: Path) -> dict[str, Any]:
 def file_unchanged(path: Path, record: dict[str, Any], full: bool = False) -> bool:
     """Whether an existing file is still the one recorded.
 
-    Quick unless its time differs or `full` is set: then all of it is read, so that a copied or touched file
-    with the same content passes.
+    Fast unless its modification time differs or `full` is set: then all of it is read, so that a copied or touched
+    file with the same content passes.
     """
     status = path.stat()
     if status.st_size != record["bytes"] or fingerprint(path) != record["fingerprint"]:

@@ -1,4 +1,4 @@
-"""The command that goes on from a prompt: settings, prompt, text as it is made, and what was kept and lost."""
+"""The command that continues a prompt: its settings, the text as it is generated, and what was kept and lost."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ BEYOND = ("continue", "stop")
 
 @dataclass
 class GenerateConfig:
-    """A prompt, a run, and how to go on from it."""
+    """A prompt, a run, and how to continue the prompt."""
 
     run: str
     """The run folder."""
     prompt: str | None = None
-    """Text to go on from."""
+    """Text to continue."""
     file: str | None = None
-    """File of the prompt instead; - reads standard input."""
+    """File that holds the prompt instead; - reads standard input."""
     max_tokens: int = 100
-    """Tokens to make."""
+    """Tokens to generate."""
     temperature: float = 1.0
-    """Scores are divided by it; 0: always the most probable token."""
+    """Logits are divided by it; 0: always the most probable token."""
     top_k: int | None = None
-    """Only the k most probable tokens."""
+    """Sample from the k most probable tokens only."""
     top_p: float | None = None
-    """Only the most probable tokens that together have this probability."""
+    """Sample only from the most probable tokens that together have this probability."""
     seed: int = 1
     """The same seed gives the same text."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end the text, and are no part of it."""
+    """Strings that end the text; they are not part of it."""
     cache: str = "full"
     """full (all keys), proved, certified, or window (no promise)."""
     lost_share: float | None = None
     """proved, certified: share of a query's attention that a head may lose; null: 2^-25."""
     beyond: str = "continue"
-    """certified: what to do when more than that may have been lost: continue (and say so) or stop."""
+    """certified: what to do when more than lost_share may have been lost: continue (and say so) or stop."""
     window: int | None = None
-    """window: last tokens that are kept."""
+    """window: how many of the last tokens are kept."""
     sinks: int = 0
-    """window: first tokens that are kept besides."""
+    """window: how many of the first tokens are kept too."""
     join: bool = False
     """Word level: write WikiText's "2 @-@ 3" as "2-3"."""
     checkpoint: str = "best"
-    """best (lowest validation loss), last, or step:<number> of one that was kept."""
+    """best (lowest validation loss), last, or step:<number> of a kept checkpoint."""
     attention: str = "auto"
     """Attention backend."""
     device: str = "auto"
@@ -90,10 +90,10 @@ class GenerateConfig:
 
 
 class TextStream:
-    """Text from tokens as they come, without what a stop string may be the end of.
+    """Text from tokens as they come; holds back text that may be the beginning of a stop string.
 
     Args:
-        tokenizer: of the tokens.
+        tokenizer: the model's.
         after: the token before the first one.
         stop: strings that end the text.
         join: write the joined numbers and hyphens of WikiText without their marks.
@@ -107,7 +107,7 @@ class TextStream:
         self._blank = tokenizer.kind == "word" and after != LINE_END_ID
 
     def feed(self, token: int) -> str:
-        """The text that one more token makes certain."""
+        """Take one more token and return the text that is now certain."""
         self.text += self._piece(token)
         ends = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self.stop) if at >= 0]
         if ends:
@@ -117,7 +117,7 @@ class TextStream:
         return self._show(len(self.text) - max(begun, default=0))
 
     def end(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         if self._tokens:
             self.text += self.tokenizer.decode(self._tokens)
         return self._show(len(self.text))
@@ -155,10 +155,10 @@ def _prompt(config: GenerateConfig) -> str:
 
 
 def run_generate(config: GenerateConfig) -> int:
-    """Print the text that goes on from the prompt, as it is made, and what it took. Returns the exit status.
+    """Print the continuation of the prompt as it is generated, then statistics. Returns the exit status.
 
     Raises:
-        ValueError: a prompt, a run or a policy that does not do, before the first token.
+        ValueError: an unusable prompt, run or cache policy, before the first token.
     """
     folder = Path(config.run)
     require(folder.is_dir(), f"run = {folder}: there is no such folder. Give the folder of a finished run.")
@@ -167,7 +167,7 @@ def run_generate(config: GenerateConfig) -> int:
     tokenizer = run_tokenizer(folder)
     text = _prompt(config)
     words = tokenizer.encode(text)
-    require(len(words) > 0, "The prompt is empty. Give some text to go on from.")
+    require(len(words) > 0, "The prompt is empty. Give some text to continue.")
     if tokenizer.unknown_id is not None and (unknown := _unknown(tokenizer, text)):
         print(f"not in the vocabulary, read as <unk>: {', '.join(unknown)}", file=sys.stderr)
     model = load_run(
@@ -237,7 +237,7 @@ def run_generate(config: GenerateConfig) -> int:
 
 
 def _unknown(tokenizer: Tokenizer, text: str) -> list[str]:
-    """The first words of a text that are outside of the vocabulary."""
+    """The first words of a text that are not in the vocabulary."""
     words = dict.fromkeys(text.split())
     unknown = [w for w in words if w != "<unk>" and tokenizer.encode(w).tolist() == [UNKNOWN_ID]]
     return unknown[:8] + (["..."] if len(unknown) > 8 else [])

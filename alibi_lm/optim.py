@@ -26,9 +26,9 @@ class AdamWConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the running means of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to the root of the mean square."""
+    """Added to the root of the mean square, in the denominator."""
     weight_decay: float = 0.1
-    """Of the linear layers' weights; see `build_optimizer`."""
+    """Decoupled decay of the linear layers' weights; see `build_optimizer`."""
 
     def __post_init__(self) -> None:
         _check_lr(self.lr)
@@ -50,7 +50,7 @@ class NAGConfig:
     momentum: float = 0.99
     """Share of the velocity that is kept, in [0, 1)."""
     weight_decay: float = 0.0
-    """Of all parameters, decoupled."""
+    """Decoupled decay of all parameters."""
 
     def __post_init__(self) -> None:
         _check_lr(self.lr)
@@ -111,7 +111,7 @@ def build_optimizer(config: AdamWConfig | NAGConfig, model: nn.Module) -> torch.
 
     With AdamW, weight decay acts on the weight of every `nn.Linear` and on nothing else: not on biases and
     norms, and not on tables that are looked up (word vectors, learned positions, T5 biases) or on slopes,
-    where decay would pull entries to zero that a batch did not even touch. NAG decays all, as fairseq does.
+    where decay would pull entries to zero that a batch did not use. NAG decays all parameters, as fairseq does.
     """
     if isinstance(config, NAGConfig):
         return FairseqNAG(model.parameters(), config.lr, config.momentum, config.weight_decay)
@@ -150,8 +150,8 @@ class CosineConfig:
         """Learning rate of an update.
 
         Args:
-            step: of the update, counted from 0.
-            total_steps: of the run.
+            step: number of the update, from 0.
+            total_steps: steps of the run.
             peak_lr: the optimizer's lr.
         """
         if step < self.warmup_steps:
@@ -194,7 +194,7 @@ class FairseqCosineConfig:
     period_steps: int | None = None
     """Updates of the first period; null: all that follow the warm-up."""
     t_mult: float = 1.0
-    """Each period is this many times longer than the one before, >= 1."""
+    """Each period is this many times as long as the one before, >= 1."""
     shrink: float = 1.0
     """Each period's rates are this many times those of the one before, in (0, 1]."""
     min_lr: float = 1e-4
@@ -225,7 +225,7 @@ class FairseqCosineConfig:
         if step < self.warmup_steps:
             return self.warmup_init_lr + step * (peak_lr - self.warmup_init_lr) / self.warmup_steps
         period: float = self.period_steps or max(1, total_steps - self.warmup_steps)
-        # Periods are counted off one by one: the closed form's logarithm can land on either side of a border.
+        # Periods are subtracted one by one: the closed form's logarithm can fall on either side of a border.
         since, shrink = float(step - self.warmup_steps), 1.0
         while since >= period:
             since, period, shrink = since - period, period * self.t_mult, shrink * self.shrink

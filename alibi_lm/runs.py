@@ -2,10 +2,10 @@
 
     outputs/<experiment>/runs/<position>_L<train_length>_s<seed>[_<hash of the settings that differ>]/
 
-A folder is named by what was asked for, so that the same command given again finds it. Its state is read from
-three things only: the operating system's lock on `.lock` (gone with the process, however it ended),
-`finished.json` and `failed.json`. A run is known by the settings that count and the digests of its text.
-Checkpoints, `best.json` and `finished.json` carry this identity, which is checked when they are read: a file of
+A folder is named after what was asked for, so that repeating the command finds it. Its state is read from
+three things only: the operating system's lock on `.lock` (released when the process ends, for any reason),
+`finished.json` and `failed.json`. A run is identified by the settings that count and the digests of its text.
+Checkpoints, `best.json` and `finished.json` carry this identity, which is checked when they are read: a file from
 another run's folder is refused.
 """
 
@@ -47,7 +47,7 @@ FINISHED_FILE, FAILED_FILE = "finished.json", "failed.json"
 LOCK_WAIT_SECONDS = 1.0
 """A status query holds the lock for an instant; a run that starts in that instant waits it out."""
 COMPOSED = ("query_scale.", "training_positions.", "positions_until")
-"""Settings of a model beside its scheme that its scores depend on, where they are not as they were before."""
+"""Settings besides the scheme that a model's scores depend on; part of its identity unless at their defaults."""
 PUT_BACK = "Put the run's own file back, or train it again with overwrite=true."
 
 
@@ -55,7 +55,7 @@ PUT_BACK = "Put the run's own file back, or train it again with overwrite=true."
 
 
 def experiment_folder(experiment: str) -> Path:
-    """Where all files of an experiment lie, relative to the current folder."""
+    """The folder of all files of an experiment, relative to the current folder."""
     return Path("outputs") / experiment
 
 
@@ -69,7 +69,7 @@ def run_name(config: TrainConfig, suffix: str = "") -> str:
     """Name of a run, for example `alibi_L64_s1`, or `alibi_L50_s1_sort_0f3a9c21` with its task and a suffix.
 
     Raises:
-        ValueError: it would not be a plain file name.
+        ValueError: the name would not be a plain file name.
     """
     task = "" if config.task.name == "text" else config.task.name
     parts = [f"{config.position.name}_L{config.train_length}_s{config.seed}", task, suffix]
@@ -86,29 +86,29 @@ def run_name(config: TrainConfig, suffix: str = "") -> str:
 
 
 def short_hash(mapping: Mapping[str, Any], digits: int = 8) -> str:
-    """Hex digits that stand for a mapping of plain values; the order of keys does not matter."""
+    """A hash, in hex digits, of a mapping of plain values; the order of keys does not matter."""
     text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def differing_settings(config: TrainConfig, baseline: TrainConfig) -> dict[str, Any]:
-    """Settings that count and in which `config` differs from `baseline`, by dotted name.
+    """The settings that count in which `config` differs from `baseline`, by dotted name.
 
-    Those in which a run differs from its experiment's own give its folder a suffix. A setting that only the
-    baseline has is None.
+    If a run differs from its experiment's settings, its folder gets a suffix. A setting that only the baseline has
+    is None.
     """
     ours, theirs = (counting(c, "run", "rounding") for c in (config, baseline))
     return {name: ours.get(name) for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)}
 
 
 def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any], names: set[str] | None = None) -> str:
-    """12 hex digits that stand for the settings and the text of a run, wherever both lie.
+    """A hash, 12 hex digits, of the settings and the text of a run; it does not depend on where they are stored.
 
     Args:
-        config: of the run.
-        corpus_manifest: of its corpus, as in corpus.json; empty where it is not known.
-        names: settings that count here, dotted; None: all. A run that was saved by an earlier version is known by
-            the settings that there were then.
+        config: the run's.
+        corpus_manifest: that of its corpus, as in corpus.json; empty if unknown.
+        names: settings to include, by dotted name; None: all. A run that was saved by an earlier version is
+            identified by the settings that existed then.
     """
     settings = identifying(config)
     known = {name: value for name, value in settings.items() if names is None or name in names}
@@ -116,7 +116,7 @@ def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any], names:
 
 
 def _corpus_digests(manifest: Mapping[str, Any]) -> dict[str, str | None]:
-    """sha256 of what a run is trained on: tokenizer, training text and validation text (None: not known)."""
+    """sha256 of the tokenizer, training text and validation text of a run (None: not known)."""
     splits = manifest.get("splits") or {}
     parts = {"tokenizer": manifest.get("tokenizer"), "training text": splits.get("train")}
     parts["validation text"] = splits.get("validation")
@@ -127,7 +127,7 @@ def folder_identity(folder: Path) -> str:
     """`run_identity` of the run in a folder, by its config.yaml and corpus.json.
 
     Raises:
-        ValueError: no run folder, or one of the files is damaged.
+        ValueError: not a run folder, or one of the files is damaged.
     """
     config = load_config(folder)
     path = folder / CORPUS_FILE
@@ -144,10 +144,10 @@ def _names(settings: Any, prefix: str = "") -> set[str]:
 def require_own_files(folder: Path, checkpoint: Checkpoint | None) -> None:
     """Refuse a checkpoint, best.json, finished.json, corpus.json or config.yaml of another run.
 
-    Files written before they carried an identity are held against one another as far as their contents allow.
+    Files written before identities existed are compared with one another as far as their contents allow.
 
     Raises:
-        ValueError: naming the file and the run that it belongs to.
+        ValueError: a file is foreign; the message names it and the run that it belongs to.
     """
     config, own = load_config(folder), folder_identity(folder)
     config_path, corpus_path = folder / CONFIG_FILE, folder / CORPUS_FILE
@@ -194,7 +194,7 @@ def require_own_files(folder: Path, checkpoint: Checkpoint | None) -> None:
 
 
 def _text_hash(path: Path) -> str | None:
-    """What finished.json calls `corpus`: tokenizer and training text."""
+    """The value that finished.json has as `corpus`: a hash of tokenizer and training text."""
     try:
         manifest = read_json(path)
         parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
@@ -204,14 +204,14 @@ def _text_hash(path: Path) -> str | None:
 
 
 def own_metrics(folder: Path, latest: Checkpoint) -> int:
-    """How many rows of metrics.jsonl were there when a checkpoint was written; the others come again.
+    """How many rows metrics.jsonl held when a checkpoint was written; later rows will be written again.
 
     Raises:
-        ValueError: some of them are missing, or they are another run's.
+        ValueError: some of these rows are missing, or they are another run's.
     """
     path = folder / METRICS_FILE
     rows = [row for row in (read_metrics(path) if path.is_file() else []) if row["step"] <= latest.step]
-    # Runs that were begun by an earlier version do not say how many, but they logged as often as they were told.
+    # Runs of an earlier version do not record the number, but it follows from their settings.
     expected = latest.state.get("metrics_rows", max(len(rows), latest.step // load_config(folder).log_every))
     require(
         len(rows) >= expected,
@@ -227,7 +227,7 @@ def own_metrics(folder: Path, latest: Checkpoint) -> int:
 
 
 def require_same_settings(config: TrainConfig, folder: Path) -> None:
-    """Refuse to continue a run with other settings. Where its files and its text lie is no setting of it."""
+    """Refuse to continue a run with other settings. Where its files and its text are stored does not matter."""
     there = load_config(folder)
     now, before = differing_settings(config, there), differing_settings(there, config)
     differences = "; ".join(f"{name}: {before[name]!r} there, {now[name]!r} now" for name in now)
@@ -239,7 +239,7 @@ def require_same_settings(config: TrainConfig, folder: Path) -> None:
 
 
 def same_place(config: TrainConfig, folder: Path) -> bool:
-    """Whether a run's text is asked for from where the run in a folder has it, however the path is written."""
+    """Whether the config names the same place of the text as the run in a folder, however the path is written."""
     here, there = (
         "" if c.data.path is None else str(Path(c.data.path).resolve()) for c in (config, load_config(folder))
     )
@@ -265,7 +265,7 @@ def require_same_text(folder: Path, corpus: TrainingData) -> None:
 
 
 def require_readable(config: TrainConfig) -> None:
-    """Refuse settings that could not be read back from config.yaml, before a run is trained with them."""
+    """Before training, refuse settings that could not be read back from config.yaml."""
     try:
         again = from_yaml(to_yaml(config))
     except ValueError as error:
@@ -282,7 +282,7 @@ def require_readable(config: TrainConfig) -> None:
 
 
 def write_records(config: TrainConfig, folder: Path, corpus: TrainingData, model: TransformerLM) -> None:
-    """config.yaml, environment.json, corpus.json and the tokenizer: all that explains the run, first of all."""
+    """Write config.yaml, environment.json, corpus.json and the tokenizer, before training begins."""
     if not (folder / CONFIG_FILE).exists():
         write_text(folder / CONFIG_FILE, to_yaml(config))
     environment = runtime.environment(model.device) | {"attention": model.backend.name}
@@ -293,12 +293,12 @@ def write_records(config: TrainConfig, folder: Path, corpus: TrainingData, model
 
 
 def delete_run(folder: Path) -> None:
-    """Delete what a run folder holds, but nothing that is not one."""
+    """Delete what a run folder holds; refuse a folder that is not a run folder."""
     if not folder.exists():
         return
     require(
         (folder / CONFIG_FILE).is_file() or not any(p for p in folder.iterdir() if p.name != LOCK_FILE),
-        f"overwrite = true, but {folder} is no run folder (it has no {CONFIG_FILE}). Nothing was deleted.",
+        f"overwrite = true, but {folder} is not a run folder (it has no {CONFIG_FILE}). Nothing was deleted.",
     )
     with run_lock(folder):
         for entry in folder.iterdir():
@@ -316,17 +316,17 @@ def mark_finished(folder: Path, payload: Mapping[str, Any]) -> None:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """What `mark_finished` was given, or None; an unreadable mark is reported and counts as none."""
+    """The payload given to `mark_finished`, or None; an unreadable mark is reported and ignored."""
     return read_json_if_whole(folder / FINISHED_FILE)
 
 
 def mark_failed(folder: Path, message: str) -> None:
-    """Write `failed.json` with the error message. A run that is started again clears it."""
+    """Write `failed.json` with the error message. Starting the run again removes it."""
     write_json(folder / FAILED_FILE, {"message": message})
 
 
 def failed(folder: Path) -> str | None:
-    """The message that `mark_failed` was given, or None."""
+    """The message given to `mark_failed`, or None."""
     mark = read_json_if_whole(folder / FAILED_FILE)
     return None if mark is None else str(mark.get("message", ""))
 
@@ -340,7 +340,7 @@ def status(folder: Path) -> Status:
     """State of a run folder.
 
     Returns:
-        `finished` (has its mark), `running` (a living process holds the lock), `failed` (ended with an error),
+        `finished` (has its mark), `running` (a process holds the lock), `failed` (ended with an error),
         `partial` (killed or stopped: the same command resumes it) or `missing`.
     """
     if finished(folder) is not None:
@@ -354,9 +354,9 @@ def status(folder: Path) -> Status:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Within, this process alone works on a run folder, which is made if it is not there.
+    """Inside this context, only this process works on the run folder, which is created if missing.
 
-    The lock is the operating system's, on the open file, so a process that dies in any way lets go of it; the
+    The operating system holds the lock on the open file, so a process that dies in any way releases it; the
     empty file `.lock` that stays behind means nothing.
 
     Raises:
@@ -384,7 +384,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living process holds the run folder. Creates nothing."""
+    """Whether a process holds the lock of the run folder. Creates nothing."""
     from filelock import FileLock, Timeout
 
     path = folder / LOCK_FILE
@@ -395,7 +395,7 @@ def is_locked(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # not ours to write: nobody we could get in the way of
+    except OSError:  # we may not write here, so we cannot disturb another process
         return False
 
 
@@ -405,12 +405,12 @@ def is_locked(folder: Path) -> bool:
 def build_model(
     config: TrainConfig, vocab_size: int, attention: str | None = None, context_length: int | None = None
 ) -> TransformerLM:
-    """The model of a config, freshly initialised from torch's global generator.
+    """Build the model of a config, freshly initialised from torch's global generator.
 
     Args:
-        config: of the run.
-        vocab_size: of its tokenizer.
-        attention: backend, where it is not the config's own.
+        config: the run's.
+        vocab_size: words of its tokenizer.
+        attention: backend to use instead of the config's.
         context_length: longest sequence to be served; None: train_length.
     """
     backend, train_length = attention or config.attention.name, config.task.width(config.train_length)
@@ -428,7 +428,7 @@ def run_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that a run was trained with.
 
     Raises:
-        ValueError: it is missing, or another one lies in its place.
+        ValueError: it is missing, or another one is in its place.
     """
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.load(path)
@@ -438,7 +438,7 @@ def run_tokenizer(folder: Path) -> Tokenizer:
         require(
             tokenizer.hash == trained_with,
             f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
-            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run anew.",
+            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run again.",
         )
     return tokenizer
 
@@ -455,19 +455,19 @@ def load_run(
 ) -> TransformerLM:
     """Load a trained model in evaluation mode.
 
-    The checkpoint is read and checked once; `model.serve(length)` prepares the model for further lengths.
+    The checkpoint is read and checked once; `model.serve(length)` prepares the model for other lengths.
 
     Args:
         folder: the run folder.
         inference_length: longest sequence it will be given, >= 1; schemes with automatic scaling depend on it.
             None: the training length.
         checkpoint: `best` (lowest validation loss), `last` or `step:<number>`.
-        attention: backend; they differ by float32 rounding.
+        attention: name of a backend; backends differ only by float32 rounding.
         device: where to put the model: cpu, cuda or cuda:<index>.
         position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.
-        precision: of scoring: float32, bfloat16, or auto (bfloat16 on GPUs that have it).
-        query_scale: settings of the query scale to change for this test; a `name` puts another scale in its place,
-            e.g. {"name": "log_n"}. What a new one would train has its start values.
+        precision: dtype of scoring: float32, bfloat16, or auto (bfloat16 on GPUs that have it).
+        query_scale: settings of the query scale to change for this test; a `name` replaces the scale by another,
+            e.g. {"name": "log_n"}, whose parameters then have their initial values.
 
     Returns:
         The model, with `label` (the folder's name), `identity` (what its scores depend on) and `precision`.
@@ -548,7 +548,7 @@ def _refuse_starts(group: str, own: Any, changes: Mapping[str, Any]) -> None:
 
 
 def _changed(group: str, own: Any, changes: Mapping[str, Any]) -> Any:
-    """A config of a group with some settings changed."""
+    """The config of a group with some settings changed."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(own), changes))
     except OmegaConfBaseException as error:

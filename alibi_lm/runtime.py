@@ -1,4 +1,4 @@
-"""What a run stands on: device, precision, seeds, cores, and a record of the machine and the code."""
+"""The environment of a run: device, precision, seeds, cores, and a record of the machine and the code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
 
 
 def allowed_cores() -> int:
-    """CPU cores that this process may use: its affinity, SLURM's share and the container's limit decide."""
+    """CPU cores that this process may use, by its affinity, SLURM's share and the container's limit."""
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if slurm.isdecimal():
@@ -71,7 +71,7 @@ def allowed_cores() -> int:
 
 
 def _container_cores(root: Path = Path("/sys/fs/cgroup")) -> list[float]:
-    """Cores' worth of time that control groups allow: version 2's `cpu.max`, version 1's quota and period."""
+    """CPU time, in cores, that control groups allow: version 2's `cpu.max`, version 1's quota and period."""
     found = []
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         try:
@@ -84,9 +84,9 @@ def _container_cores(root: Path = Path("/sys/fs/cgroup")) -> list[float]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc's allocator give no freed memory back to the system, unless the environment says otherwise.
+    """Make glibc's allocator keep freed memory, unless the environment says otherwise.
 
-    A training step frees all that it has made, and would have the system make the same pages anew in the next.
+    A training step frees all memory that it allocated; otherwise the next step must get the same pages again.
     """
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     if any(name in os.environ for name in chosen):
@@ -95,16 +95,16 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return  # not glibc
-    # Smaller blocks than this one come from the heap, which is trimmed only where more than 2 GiB of it lie idle.
+    # Blocks smaller than this come from the heap, which is trimmed only when more than 2 GiB of it are unused.
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def existing_device(device: str | torch.device) -> torch.device:
-    """A device that is there.
+    """The torch device of this name, which this machine must have.
 
     Raises:
-        ValueError: no name of a device, or one that this machine does not have.
+        ValueError: not the name of a device, or one that this machine does not have.
     """
     try:
         found = torch.device(device)
@@ -147,17 +147,17 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """A number of 63 bits for (seed, step, rank); odd multipliers spread the three over it."""
+    """A number of 63 bits that mixes seed, step and rank by odd multipliers."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % (1 << 63)
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """Start a measurement of peak memory; returns the bytes in use now, 0 where the system does not tell."""
+    """Start a measurement of peak memory; returns the bytes in use now, 0 if the system does not say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        # Give freed memory back to the system first, so that using it again is seen.
+        # Return freed memory to the system first, so that using it again is counted.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):
@@ -166,7 +166,7 @@ def reset_peak_memory(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most bytes in use since `reset_peak_memory`: CUDA's allocator's, or the process's resident ones (Linux)."""
+    """Most bytes in use since `reset_peak_memory`: CUDA's allocator, or resident memory of the process (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _process_status("VmHWM")
@@ -182,9 +182,9 @@ def _process_status(name: str) -> int | None:
 
 @functools.cache
 def code_version() -> tuple[str | None, bool | None]:
-    """Commit of the source tree and whether tracked files differ from it.
+    """Commit of the source tree, and whether tracked files differ from it.
 
-    Outside a checkout `ALIBI_LM_COMMIT` of the environment says which commit it is; else it is (None, None).
+    Outside a checkout the environment variable `ALIBI_LM_COMMIT` may name the commit; otherwise (None, None).
     """
     root = Path(__file__).resolve().parent.parent
 
@@ -202,7 +202,7 @@ def code_version() -> tuple[str | None, bool | None]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The record written beside every run: code, versions and machine."""
+    """The record of code, versions and machine that is written beside every run."""
     import numpy
 
     commit, dirty = code_version()

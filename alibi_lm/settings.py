@@ -1,4 +1,4 @@
-"""What a setting is: a field that says what depends on it, how it is read from text, and what is refused."""
+"""Settings: dataclass fields that say what depends on them, how they are read from text, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Counts = Literal["run", "rounding", "label", "no"]
-"""What a setting changes: the trained model or its result (`run`), the last bits of it (`rounding`), only how the
-run is called (`label`), or nothing (`no`)."""
+"""What a setting changes: the trained model or its result (`run`), only its last bits (`rounding`), only the run's
+name (`label`), or nothing (`no`)."""
 
 LARGEST = {"seed": 2**63 - 1, "threads": 1024, "vocab_size": 2**24, "num_layers": 10_000}
 """The largest values of whole numbers, by the last part of the setting's name; all others end at 2^31 - 1."""
@@ -32,8 +32,8 @@ def setting(
 ) -> Any:
     """A dataclass field that says whether results depend on it.
 
-    The fields of a nested config count as the field that holds it does, unless they say otherwise. With `later`,
-    the setting came after runs had been trained without it: its default leaves their identity as it was.
+    The fields of a nested config count like the field that holds it, unless they say otherwise. `later` marks a
+    setting that was added after runs had been trained without it: its default leaves their identity unchanged.
     """
     assert counts in get_args(Counts)
     metadata = {"counts": counts, "later": later}
@@ -46,7 +46,7 @@ def counting(config: Any, *kinds: Counts) -> dict[str, Any]:
 
 
 def identifying(config: Any) -> dict[str, Any]:
-    """The settings that a run, or a part of its config, is known by: all that count, without later defaults."""
+    """The settings that identify a run or a part of its config: all that count, without defaults added later."""
     found = _walk(config, "", "run", later_defaults=False)
     return {name: value for name, value, kind in found if kind in ("run", "rounding")}
 
@@ -78,16 +78,16 @@ def require(condition: bool, message: str) -> None:
 
 
 def listing(names: Sequence[str]) -> str:
-    """For messages: the first four names, and how many more there are."""
+    """The first four names and the number of others, for messages."""
     shown = ", ".join(names[:4]) or "nothing"
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def check_values(config: Any, prefix: str = "") -> None:
-    """Refuse what no setting may be: an empty text, and a whole number that overflows or fills the memory.
+    """Refuse values that no setting may have: an empty text, or a whole number that overflows or fills the memory.
 
     Raises:
-        ValueError: naming the setting by its dotted name.
+        ValueError: such a value; the message has the setting's dotted name.
     """
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
@@ -121,8 +121,8 @@ _WORDS: dict[Any, str] = {
 def parse(config: type[C], arguments: Sequence[str]) -> C:
     """A config dataclass from `name=value` arguments.
 
-    A setting that is a text takes its value as it stands, whatever characters it holds; others are read as YAML.
-    A field without a default must be given.
+    A text setting takes its value literally, with any characters; other values are read as YAML. A field without a
+    default must be given.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type or out of range, or a setting that is missing.
@@ -136,7 +136,7 @@ def parse(config: type[C], arguments: Sequence[str]) -> C:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         kind, optional = _type_of(config, name)
-        require(bool(equals) and kind is not None, f"{argument!r} is no setting here. Allowed: {allowed}")
+        require(bool(equals) and kind is not None, f"{argument!r} is not a setting here. Allowed: {allowed}")
         require(bool(text.strip()), f"{name} is empty. Give a value, or leave {name}= out.")
         value: Any = text.replace("${", "\\${")  # no interpolation
         try:
@@ -158,7 +158,7 @@ def parse(config: type[C], arguments: Sequence[str]) -> C:
 
 
 def _type_of(config: Any, name: str) -> tuple[Any, bool]:
-    """Type of the setting with this dotted name without `| None`, and whether that stood there; None: no such."""
+    """Type of the setting with this dotted name, without `| None`, and whether it allows None; None: no such."""
     head, _, rest = name.partition(".")
     kind, optional = get_type_hints(config).get(head), False
     if get_origin(kind) in (Union, types.UnionType):
@@ -209,10 +209,10 @@ def _usage(config: type, prefix: str) -> Iterator[str]:
 
 
 def describe_error(error: Exception) -> str:
-    """What a command says of an error: a short message for a mistake of the user, a traceback for one of ours.
+    """What a command prints for an error: a short message for a user's mistake, a traceback for a bug of ours.
 
-    A ValueError, an error of the operating system, of Hydra, of YAML, or one that torch raises for what the
-    machine lacks is taken for the user's.
+    A ValueError, an error of the operating system, of Hydra or of YAML, and an error that torch raises because the
+    machine lacks something count as the user's.
     """
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
@@ -222,11 +222,11 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         message = _quoting(str(error.override), error.message)
     elif isinstance(error, YAMLError):
-        message = f"{' '.join(str(error).split())}. Indent a YAML file by blanks, never by tabs."
+        message = f"{' '.join(str(error).split())}. Indent YAML files with spaces, not tabs."
     elif isinstance(error, MemoryError):
-        message = "the memory of this machine does not suffice"
+        message = "this machine does not have enough memory"
     elif isinstance(error, mistakes):
-        # Below its first line omegaconf names its own types, which tell a user nothing.
+        # Below the first line omegaconf names its own types, which do not help a user.
         cause = str(error.__cause__).partition("\n    full_key:")[0]
         cause = f"\n{cause}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         message = f"{str(error).split('Config search path:')[0].strip()}{cause}" or type(error).__name__
@@ -236,16 +236,16 @@ def describe_error(error: Exception) -> str:
 
 
 def _quoting(override: str, message: str) -> str:
-    """What Hydra could not parse, and how it is written so that it can."""
+    """Say what Hydra could not parse, and how to write it correctly."""
     name, equals, value = override.partition("=")
     if not equals or not name.isascii():
         return f"{override!r} is not understood. Give settings as name=value, with a plain = between them."
-    if message.startswith("Error parsing override"):  # it was parsed, and does not make sense: told well already
+    if message.startswith("Error parsing override"):  # it was parsed, but makes no sense: Hydra explains it well
         return message.split("\nSee https")[0]
     quoted = value.replace('"', '\\"')
     what = message.splitlines()[0].split(":")[0]
     return (
-        f"{override!r} is not understood ({what}). In a value, Hydra takes ~ = , : [ ] {{ }} ( ) and letters "
-        "beyond ASCII for signs of its own. Put the value in quotes for Hydra, and all of it for the shell:\n"
+        f"{override!r} is not understood ({what}). In a value, ~ = , : [ ] {{ }} ( ) and letters beyond ASCII "
+        "have a special meaning for Hydra. Put the value in quotes for Hydra, and all of it for the shell:\n"
         f"  '{name}=\"{quoted}\"'"
     )

@@ -1,7 +1,7 @@
-"""Metrics of a run: always rows of metrics.jsonl, and the same names in Weights & Biases if wanted.
+"""Metrics of a run: always rows of metrics.jsonl, and optionally the same metrics in Weights & Biases.
 
-The file is the truth and wandb a view of it. A row is on disk before `log` returns, so it is there
-when a later checkpoint is; on resume the rows after the checkpoint are dropped and written again.
+The file is the record and wandb a view of it. A row is on disk before `log` returns, and so before any
+later checkpoint; on resume the rows after the checkpoint are dropped and written again.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class WandbConfig:
     name: str = "wandb"
     """Registry name."""
     mode: str = "offline"
-    """offline (files in <run folder>/wandb, to be sent by `wandb sync`), online, or disabled (not used)."""
+    """offline (files in <run folder>/wandb, uploaded later with `wandb sync`), online, or disabled (not used)."""
     project: str = "alibi_lm"
     """Project that the run belongs to."""
     entity: str | None = None
     """User or team; null: the account's default."""
     group: str | None = None
-    """Group in the project; null: the experiment, so that its runs lie together."""
+    """Group in the project; null: the experiment, so that its runs are grouped."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run, each 1 to 64 characters."""
 
@@ -70,7 +70,7 @@ TRACKING: dict[str, type] = {"jsonl": JsonlConfig, "wandb": WandbConfig}
 
 
 class Tracker:
-    """Takes metrics and forgets them: for processes other than the main one, and the interface of all."""
+    """Ignores all metrics: used in processes other than the main one, and the interface of all trackers."""
 
     rows = 0
     """How many rows metrics.jsonl holds."""
@@ -103,7 +103,7 @@ class Tracker:
         """Record final values of the run, where the tracker can."""
 
     def close(self, failed: bool) -> None:
-        """End the tracking of the run; `failed` tells that an exception is why."""
+        """End the tracking of the run; `failed` says whether an exception ended it."""
 
     def __enter__(self) -> Tracker:
         return self
@@ -128,12 +128,12 @@ def open_tracker(
     Args:
         config: one of the `TRACKING` dataclasses.
         run_folder: existing folder of the run.
-        run_name: shown name.
-        group: group of the run where the config names none; the experiment.
-        settings: of the run, shown beside it.
-        resume_step: step of the checkpoint that training goes on from; rows after it are dropped. 0
+        run_name: displayed name.
+        group: group of the run if the config names none; the experiment.
+        settings: the run's, shown beside it.
+        resume_step: step of the checkpoint that training continues from; rows after it are dropped. 0
             for a new run: all rows are dropped.
-        kept_rows: how many rows are kept, where not all up to `resume_step` are.
+        kept_rows: how many rows to keep, if not all up to `resume_step`.
 
     Raises:
         ValueError: metrics.jsonl is damaged before its last line, or wandb is not installed or cannot start.
@@ -144,7 +144,7 @@ def open_tracker(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a kill cut short is left out.
+    """Rows of a metrics.jsonl; a last line that was cut short by a kill is left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -195,8 +195,8 @@ class _JsonlTracker(Tracker):
 class _WandbTracker(_JsonlTracker):
     """metrics.jsonl and a wandb run with the same names.
 
-    The run's id is kept in the run folder. Online, a resumed run goes on in the same wandb run, which
-    ignores steps that it has already. Offline, every process adds a file of the same id under
+    The run's id is kept in the run folder. Online, a resumed run continues the same wandb run, which
+    ignores steps that it already has. Offline, every process adds a file with the same id under
     <run folder>/wandb; `wandb sync` of all of them, in order of start, joins them.
     """
 
@@ -270,7 +270,7 @@ class _WandbTracker(_JsonlTracker):
         super().close(failed)
         try:
             self._run.finish(exit_code=int(failed))
-        except Exception as error:  # the numbers are in metrics.jsonl: a view must not fail a run
+        except Exception as error:  # the numbers are in metrics.jsonl, so wandb must not make a run fail
             log.warning("wandb could not be closed: %s", error)
         finally:
             _exchange(WANDB_DATA, self._data_before)
@@ -283,7 +283,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _wandb_id(run_folder: Path) -> str:
-    """The run's id, made once for a run folder; it becomes part of file names, so it is checked."""
+    """The run's id, generated once per run folder; it becomes part of file names, so it is checked."""
     path = run_folder / WANDB_ID_FILE
     if not path.exists():
         write_text(path, secrets.token_hex(8) + "\n")
@@ -296,7 +296,7 @@ def _wandb_id(run_folder: Path) -> str:
 
 
 def _exchange(name: str, value: str | None) -> str | None:
-    """Set a variable of the environment, or remove it with None; returns what it was."""
+    """Set an environment variable, or remove it with None; returns its previous value."""
     before = os.environ.pop(name, None)
     if value is not None:
         os.environ[name] = value

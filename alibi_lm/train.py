@@ -38,7 +38,7 @@ from alibi_lm.tasks.training import Batches, TrainingData, of_task, of_text
 from alibi_lm.tracking import Tracker, open_tracker
 
 SELF_CHECK_TOLERANCE = 1e-3
-"""Nats by which the evaluator may differ from the trainer's validation loss (bfloat16 training: more)."""
+"""Nats by which the evaluator may differ from the trainer's validation loss (more after bfloat16 training)."""
 
 
 class Interrupted(Exception):
@@ -54,32 +54,32 @@ class Interrupted(Exception):
 
 
 class NonFiniteLoss(ValueError):
-    """Training produced a loss or gradient that is no number."""
+    """Training produced a loss or gradient that is NaN or infinite."""
 
 
 @dataclass
 class Progress:
-    """What changes in a run beside weights and optimizer state. Saved with every checkpoint."""
+    """What changes during a run besides weights and optimizer state. Saved with every checkpoint."""
 
     step: int = 0
     """Optimizer steps done."""
     validation_due: bool = False
-    """Whether the model of this step has yet to be validated: the run was stopped before or while it was."""
+    """Whether this step's model has yet to be validated, because the run was stopped before that was done."""
     validation_loss: float | None = None
-    """When it was last measured, mean nats per token."""
+    """Mean nats per token at the last validation."""
     best_validation_loss: float | None = None
     best_step: int | None = None
     losses_since_log: list[float] = field(default_factory=list)
     """Loss of each step since the last row of metrics."""
     metrics_rows: int = 0
-    """Rows of metrics.jsonl by now."""
+    """Number of rows in metrics.jsonl so far."""
     solved: bool = False
-    """Whether every item of the last validation was right, which ends the training on a task."""
+    """Whether every item of the last validation was right, which ends training on a task."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same in a run."""
+    """What stays the same during a run."""
 
     config: TrainConfig
     folder: Path
@@ -90,20 +90,20 @@ class Run:
     optimizer: torch.optim.Optimizer
     batches: Batches
     nats: Callable[..., Tensor]
-    """The model's, or its compiled form."""
+    """The model's function, or its compiled form."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Targets of an optimizer step on a text, over all processes."""
+        """Targets per optimizer step on a text, over all processes."""
         return self.config.rows_per_step * self.config.train_length
 
     @cached_property
     def signature(self) -> dict[str, str]:
-        """What a file of this run is known by."""
+        """The fields that mark a file as this run's."""
         return {"run": runs.folder_identity(self.folder), "run_name": runs.run_name(self.config)}
 
     def say(self, line: str) -> None:
-        """Print a line, once for all processes."""
+        """Print a line, on the main process only."""
         if self.world.is_main:
             print(line, flush=True)
 
@@ -119,7 +119,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         The payload of finished.json: steps, tokens_seen, final and best validation loss.
 
     Raises:
-        ValueError: bad settings, a folder that holds another run, unusable data, a loss that is no number.
+        ValueError: bad settings, a folder that holds another run, unusable data, a loss that is NaN or infinite.
         Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     world = distributed.start(config.device)
@@ -140,7 +140,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 runs.require_same_settings(config, folder)
             if done is not None:
                 runs.require_own_files(folder, None)
-                # A place is no setting of a run. Where it is another one, the text there may be another, too.
+                # The place of a text is not a setting of the run, but the text at another place may be another.
                 if not runs.same_place(config, folder) and (data := _data_at_hand(config)):
                     runs.require_same_text(folder, data)
                 step = done.get("steps")
@@ -162,14 +162,14 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def _data(config: TrainConfig) -> TrainingData:
-    """What the settings name to be trained on; a text is prepared."""
+    """The training data that the settings name; a text is prepared."""
     if isinstance(config.task, Synthetic):
         return of_task(config.task, config.train_length)
     return of_text(prepare(config.data, config.tokenizer), config.train_length, config.task)
 
 
 def _data_at_hand(config: TrainConfig) -> TrainingData | None:
-    """The same; None where it cannot be had, which a finished run does not need."""
+    """The same, or None if it is not available; a finished run does not need it."""
     try:
         return _data(config)
     except ValueError:
@@ -180,9 +180,9 @@ def require_trainable(config: TrainConfig, device: torch.device) -> None:
     """Refuse what the attention backend cannot train on this device, before any file is written.
 
     Raises:
-        ValueError: naming the backend, the reason and another backend.
+        ValueError: it cannot; the message has the backend, the reason and another backend.
     """
-    # All that the answer depends on, without the weights of a model.
+    # Everything that the answer depends on, without the weights of a model.
     small = replace(config, model=replace(config.model, num_layers=1, adaptive_cutoffs=[]))
     try:
         with torch.device("meta"):
@@ -205,7 +205,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     data = data or _data(config)
     torch.manual_seed(config.seed)
     model = build_model(config, data.vocab_size).to(device)
-    model.precision = config.precision  # of validation; a step has its own
+    model.precision = config.precision  # for validation; a step sets its own
     if world.is_main:
         runs.require_same_text(folder, data)
         runs.write_records(config, folder, data, model)
@@ -219,7 +219,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     begin = f"resumes at step {step} of {steps}" if step else f"starts, {steps} steps"
     run.say(
         f"{folder.name}: {begin}; {model.num_parameters():,} parameters, "
-        f"{run.tokens_per_step:,} tokens a step, {data.name}, attention={model.backend.name}"
+        f"{run.tokens_per_step:,} tokens per step, {data.name}, attention={model.backend.name}"
     )
     facts = {"num_parameters": model.num_parameters(), "corpus": data.hash, "backend": model.backend.name}
     with StopSignals(world) as signals:
@@ -245,7 +245,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
         if not world.is_main:
             return result
         result |= run.signature
-        store.prune(progress.step)  # the best checkpoint before the last one, or what a kill left
+        store.prune(progress.step)  # removes an older best checkpoint, or what a kill left
         try:
             result["self_check_difference"] = _self_check(run, result, signals)
         except Stopped:
@@ -273,12 +273,12 @@ def _loop(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker
     )
     clock, timed = time.perf_counter(), progress.step
     while (progress.step < steps and not progress.solved) or progress.validation_due:
-        if not progress.validation_due:  # it is where the run was stopped before a validation
+        if not progress.validation_due:  # true if the run was stopped before a validation
             pending.append((progress.step + 1, *step(run, progress.step)))
             progress.step += 1
             bar.update()
             logs = progress.step % config.log_every == 0 or progress.step == steps
-            # Where nobody watches a bar, a line for each tenth of the run.
+            # Without a progress bar on a terminal, print a line for each tenth of the run.
             tells = bar.disable and progress.step * 10 // steps > (progress.step - 1) * 10 // steps
             if logs or tells:
                 norm = collect(store, progress, pending)
@@ -320,11 +320,11 @@ def _loop(run: Run, store: CheckpointStore, progress: Progress, tracker: Tracker
 def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
     """One optimizer step (counted from 0).
 
-    The gradient is that of the sum of nats over all processes and micro-batches, divided by the number of targets;
-    of an item of a task the targets of its answer count.
+    The gradient is that of the sum of nats over all processes and micro-batches, divided by the number of targets.
+    In an item of a task only the targets of its answer count.
 
     Returns:
-        Mean nats per token before the update, and the gradient norm before clipping; on the device.
+        Two scalars on the device: mean nats per token before the update, and the gradient norm before clipping.
     """
     config, model, optimizer = run.config, run.model, run.optimizer
     model.train()
@@ -360,13 +360,13 @@ def step(run: Run, number: int) -> tuple[Tensor, Tensor]:
 
 
 def collect(store: CheckpointStore, progress: Progress, pending: list[tuple[int, Tensor, Tensor]]) -> float:
-    """Read (step, loss, gradient norm) of the latest steps from the device, which each reading stalls.
+    """Read (step, loss, gradient norm) of the latest steps from the device. Each read stalls the device.
 
     Returns:
         The last gradient norm.
 
     Raises:
-        NonFiniteLoss: one of them is no number.
+        NonFiniteLoss: one of them is NaN or infinite.
     """
     if not pending:
         return math.nan
@@ -388,7 +388,7 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     """Measure the validation split at the training length, by the evaluator's scorer.
 
     Returns:
-        Whether the model is better than it was at any validation before.
+        Whether the model is better than at all earlier validations.
 
     Raises:
         Stopped: a process was asked to stop. The validation is still due.
@@ -405,7 +405,7 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
     tracker.log(progress.step, values)
     progress.validation_due, progress.validation_loss = False, loss if math.isfinite(loss) else None
     best = progress.best_validation_loss
-    # A model that still has the positions which it will lose is none to keep.
+    # A model that still has positions that it will lose later does not count as the best one.
     whole = progress.step > (run.config.positions_until or 0)
     better = whole and loss < (math.inf if best is None else best)
     if better:
@@ -416,7 +416,7 @@ def validate(run: Run, tracker: Tracker, progress: Progress, signals: StopSignal
 def _validation(
     run: Run, model: TransformerLM, signals: StopSignals, world: World | None = None
 ) -> tuple[float, float | None]:
-    """Mean nats of the validation's targets, and the share of its items that are right, of a task."""
+    """Mean nats of the validation's targets and, for a task, the share of items that are right."""
     task, length = run.data.validation, run.config.train_length
     scored = score(
         model,
@@ -455,7 +455,7 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
     """Load the newest whole checkpoint, if there is one; returns what was done by then.
 
     Raises:
-        ValueError: it belongs to another run, metrics.jsonl does not fit it, or a weight is no number.
+        ValueError: it belongs to another run, metrics.jsonl does not fit it, or a weight is NaN or infinite.
     """
     latest = store.find("last")
     if latest is None:
@@ -480,7 +480,7 @@ def restore(run: Run, store: CheckpointStore) -> Progress:
 
 
 def _self_check(run: Run, result: dict[str, Any], signals: StopSignals) -> float:
-    """The saved run, loaded as a user would load it, gives the trainer's validation loss.
+    """Check that the saved run, loaded as a user would load it, gives the trainer's validation loss.
 
     Returns:
         The difference in nats per token.

@@ -1,4 +1,4 @@
-"""Simulation: what the intervals of `alibi_lm.results.statistics` cover. Design: docs/statistics.md."""
+"""Simulation of the coverage of the intervals in `alibi_lm.results.statistics`; design: docs/statistics.md."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def draw_errors(
     documents: str = "normal",
     runs: str = "normal",
 ) -> np.ndarray:
-    """Sums of nats (replicates, seeds, documents) about a true mean of 0, in units of the document effect.
+    """Sums of nats (replicates, seeds, documents) around a true mean of 0, in units of the document effect.
 
     Args:
-        rng: where the draws come from.
+        rng: source of the draws.
         tokens: (replicates, documents), document lengths.
-        seeds: runs that score every document.
-        noise: standard deviation of the seed effect over that of the mean over documents.
-        interaction: of the seed x document effect over that of the document effect.
+        seeds: number of runs that score every document.
+        noise: standard deviation of the seed effect relative to that of the mean over documents.
+        interaction: standard deviation of the seed x document effect relative to that of the document effect.
         documents: law of the document effects, see `unit_draws`.
         runs: law of the seed effects.
     """
@@ -63,7 +63,7 @@ def draw_errors(
 
 
 def half_width(parts: VarianceParts, seeds: int, level: float) -> np.ndarray:
-    """Half widths (replicates,) as `mean_nats_interval` has them; a fast test holds the two together."""
+    """Half widths (replicates,) as in `mean_nats_interval`; a fast test checks that the two agree."""
     variance = parts.seed + parts.document
     df = np.full(variance.shape, seeds - 1.0)
     return critical_value(parts.seed / variance, df, parts.document_df, level) * np.sqrt(variance)
@@ -72,7 +72,7 @@ def half_width(parts: VarianceParts, seeds: int, level: float) -> np.ndarray:
 def interval_coverage(
     replicates: int, seeds: int, noise: float, interaction: float, documents: str = "normal", runs: str = "normal"
 ) -> float:
-    """Share of 95% intervals for a mean, or a paired difference (the arithmetic is one), that hold the truth."""
+    """Share of 95% intervals for a mean, or a paired difference (computed alike), that contain the truth."""
     rng = np.random.default_rng([seeds, int(10 * noise), int(10 * interaction)])
     tokens = draw_tokens(rng, replicates)
     parts = variance_parts(draw_errors(rng, tokens, seeds, noise, interaction, documents, runs), tokens)
@@ -80,7 +80,7 @@ def interval_coverage(
 
 
 def unpaired_coverage(replicates: int, seeds: tuple[int, int], noise: float) -> float:
-    """The same for a difference of two runs that share documents, not seeds."""
+    """The same for a difference of two sets of runs that share documents but not seeds."""
     rng = np.random.default_rng([*seeds, int(10 * noise)])
     tokens = draw_tokens(rng, replicates)
     sides = [draw_errors(rng, tokens, count, noise, 0.1) for count in seeds]
@@ -153,14 +153,14 @@ class CoverageConfig:
     replicates: int = 10000
     """Simulated experiments per cell."""
     page: str | None = None
-    """A page whose measured tables are replaced, docs/statistics.md."""
+    """A page whose measured tables are replaced, such as docs/statistics.md; null: only print."""
 
     def __post_init__(self) -> None:
         require(self.replicates >= 40, f"replicates = {self.replicates}. Use 40 or more.")
 
 
 def measure(config: CoverageConfig) -> None:
-    """Print the tables, and put them into the page where one is given."""
+    """Print the tables, and put them into the page if one is given."""
     lines = []
     for line in tables(config.replicates):
         print(line, flush=True)

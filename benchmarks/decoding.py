@@ -1,9 +1,9 @@
-"""Milliseconds and memory per generated token against the tokens seen before, beside Hugging Face's models.
+"""Milliseconds per generated token and memory against context length, beside Hugging Face's models.
 
-All models have the same sizes. Each measurement has a process of its own, which fills a cache to the context and
-then decodes greedily. Caches that keep everything are filled with random keys and values, which takes no pass over
-a long prompt; caches of windows by the model itself, because what they keep depends on it. Of the others it is the
-forward step that counts, which their `generate` calls for each token; what `generate` does besides is left out.
+All models have the same sizes. Each measurement has its own process, which fills a cache to the context and
+then decodes greedily. Caches that keep everything are filled with random keys and values, which needs no pass over
+a long prompt; caches of windows are filled by the model, because it decides what they keep. For other libraries
+only the forward step that `generate` calls for each token is measured, not the other work of `generate`.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class DecodingConfig:
     """What is measured."""
 
     contexts: list[int] = field(default_factory=lambda: [1024, 4096, 16384, 65536, 262144])
-    """Tokens before the measured ones."""
+    """Context lengths: tokens before the measured ones."""
     steps: int = 50
-    """Measured tokens at each context."""
+    """Number of measured tokens at each context."""
     subjects: list[str] = field(default_factory=lambda: [*OURS, *THEIRS])
-    """Which models and policies."""
+    """Models and cache policies to measure."""
     run: str | None = None
-    """A run whose model takes the place of our ALiBi model and gives the sizes; null: random weights."""
+    """A run whose model replaces our ALiBi model and gives the sizes; null: random weights."""
     layers: int = 2
-    """Sizes without a run: those of the experiment `quick`."""
+    """Number of layers; this and the next three settings are used without a run (default: sizes of `quick`)."""
     model_dim: int = 128
     heads: int = 8
     vocab_size: int = 1024
@@ -80,14 +80,14 @@ class DecodingConfig:
 def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
     """Measure, and write decoding.jsonl, decoding.md and decoding.png; returns the rows.
 
-    Files that are there are replaced, not added to: only rows of one call can be compared.
+    Existing files are replaced, not extended: only rows of one call can be compared.
     """
     folder, rows = Path(config.output_dir), []
     folder.mkdir(parents=True, exist_ok=True)
     machine = runtime.environment(torch.device("cpu"))
     for context in config.contexts:
         for subject in config.subjects:
-            # A process of its own has a memory of its own.
+            # A separate process has its own memory.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 try:
                     row = pool.submit(_measure, config, subject, context).result()
@@ -95,7 +95,7 @@ def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
                     row = {"subject": subject, "context": context, "reason": f"{error.name} is not installed"}
                 except Exception as error:
                     if subject in OURS and not isinstance(error, (MemoryError, RuntimeError)):
-                        raise  # anything but want of memory is a mistake of ours
+                        raise  # anything but lack of memory is a bug of ours
                     row = {"subject": subject, "context": context, "reason": f"{type(error).__name__}: {error}"}
             rows.append(row | {"machine": machine})
             print(_line(row), flush=True)
@@ -137,7 +137,7 @@ def _measure(config: DecodingConfig, subject: str, context: int) -> dict[str, An
 
 
 Measured = tuple[Callable[[Tensor], Tensor], Callable[[], int]]
-"""A step from token (1, 1) to the next one, and the bytes of the cache."""
+"""A step from token (1, 1) to the next one, and a function that gives the bytes of the cache."""
 
 
 def _sizes(config: DecodingConfig) -> tuple[ModelConfig, int]:
@@ -238,7 +238,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The figure: latency and memory of the cache against the context."""
+    """The figure: latency and size of the cache against context length."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 

@@ -1,8 +1,8 @@
 """Pairs of steps: an implementation and the reference take turns, one short step each.
 
-Two neighbouring steps meet the machine in the same state, so that their ratio holds whatever else the machine
-does. A change of its speed between the two spoils that pair alone; the median over all pairs does not see it, and
-quartiles tell how much the pairs differ.
+Two neighbouring steps meet the machine in the same state, so other work on the machine hardly changes their ratio.
+A change of its speed between the two spoils only that pair; it hardly moves the median over all pairs, and
+quartiles say how much the pairs differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from benchmarks.subjects import CannotRun, Implementation, Kind, Task
 
 PAIRS = 7
-"""Fewer pairs settle nothing."""
+"""Smallest number of pairs that can settle a ratio."""
 
 
 @dataclass
@@ -38,10 +38,10 @@ class Contest:
     longest: float = 0.0
     """Wall time of the longest pair."""
     reason: str | None = None
-    """Why it was given up."""
+    """Why the measurement was given up; empty if it was not."""
 
     def run(self, pairs: int, matmul: Callable[[], float], now: Callable[[], float] = time.perf_counter) -> None:
-        """Measure some more pairs; `matmul` measures the FLOP/s of a matrix product, `now` is a clock."""
+        """Measure more pairs; `matmul` measures the FLOP/s of a matrix product, `now` is a clock."""
         began = now()
         try:
             self._prepare()
@@ -65,7 +65,7 @@ class Contest:
                 self.task = replace(self.task, trains=False)
 
     def _trains(self, one: Implementation) -> bool:
-        """Prepare it; where it can only evaluate, for that."""
+        """Prepare it, only for evaluation if it cannot train; returns whether it trains."""
         length = self.task.length
         for task in (self.task, replace(self.task, trains=False)):
             try:
@@ -86,7 +86,7 @@ class Contest:
             elif len(self.pairs) % 2 == 0:
                 of_reference = self.reference.seconds(kind, self.task)
                 pair[kind] = of_reference, self.subject.seconds(kind, self.task)
-            else:  # the other way round, so that none is always the second
+            else:  # the other way round, so that neither is always second
                 of_subject = self.subject.seconds(kind, self.task)
                 pair[kind] = self.reference.seconds(kind, self.task), of_subject
             if kind == "train":
@@ -112,11 +112,11 @@ class Ratio:
     low: float
     high: float
     settled: bool
-    """Whether there are at least seven pairs, whose quartiles lie no further apart than the median is from 1."""
+    """Whether there are at least seven pairs with quartiles no further apart than the median is from 1."""
 
 
 def ratio(values: Sequence[float]) -> Ratio | None:
-    """The middle of paired ratios and how far it can be trusted; None without values."""
+    """The median of paired ratios and how far it can be trusted; None without values."""
     if not values:
         return None
     low, middle, high = (
@@ -133,14 +133,14 @@ def measure(
     turn: int = 1,
     now: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Measure every contest once, then go on with the one that has had least time, those short of `PAIRS` first.
+    """Measure every contest once, then continue with the one that has had least time, those below `PAIRS` first.
 
     Args:
         contests: what to measure.
         seconds: no pair that would end after this time begins, other than the first of each contest.
         matmul: see `Contest.run`.
         after: called after each turn.
-        turn: pairs that are measured of one contest before the next has its turn.
+        turn: pairs that are measured of one contest before the next one's turn.
         now: a clock.
     """
     deadline = now() + seconds

@@ -1,13 +1,13 @@
-"""A study on a machine without a network, as the compute nodes of many clusters are, within a given time.
+"""A study on a machine without a network, like the compute nodes of many clusters, within a given time.
 
     pack      where there is a network: code, wheels, prepared token streams and the list of runs, in one folder
     work      there: a check, the benchmark, then the runs, some at a time, and an evaluator that follows them
     collect   there: results, records and logs in one archive, without weights
 
 `start.sh` in the folder does the last two. Nothing is installed into the machine's Python, which must have torch.
-A run that the end of the time interrupts saves where it is, and goes on when `start.sh` is given again.
+A run that is interrupted at the end of the time saves its state, and continues when `start.sh` is run again.
 
-All travels compressed, because what a node takes in is often small.
+Everything is compressed, because the size of uploads to a node is often limited.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class OfflineConfig:
     do: str
     """pack, work or collect."""
     folder: str = "outputs/offline"
-    """What travels; `work` and `collect` leave their files there too."""
+    """Folder of the kit; `work` and `collect` write their files there too."""
     experiment: str = "quick"
-    """pack: whose runs."""
+    """pack: the experiment whose runs are packed."""
     overrides: list[str] = field(default_factory=list)
     """pack: settings of all runs, such as '[device=cuda,data.path=/data/wikitext]'."""
     wheels: list[str] = field(default_factory=list)
-    """pack: packages that the machine lacks, downloaded with what they depend on, such as '[hydra-core]'."""
+    """pack: packages that the machine lacks, downloaded with their dependencies, such as '[hydra-core]'."""
     seconds: float = 840.0
-    """work: all that is begun has ended by then."""
+    """work: time limit in seconds, by which everything has ended."""
     trainers: int = 2
-    """work: runs that train side by side; small models leave a GPU idle now and then."""
+    """work: number of runs that train in parallel; a single small model leaves a GPU partly idle."""
     bench: str | None = None
     """work: settings of the benchmark, such as 'lengths=[512] seconds=60'; null: no benchmark."""
 
@@ -112,7 +112,7 @@ def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus
 
 
 def work(config: OfflineConfig) -> int:
-    """Check, measure, train and evaluate until the time is over; returns 1 if something failed."""
+    """Check, measure, train and evaluate until the time is up; returns 1 if something failed."""
     end = time.monotonic() + config.seconds
     folder = Path(config.folder).absolute()
     kit = read_json(folder / "kit.json")
@@ -142,16 +142,16 @@ def work(config: OfflineConfig) -> int:
 
 
 class Crew:
-    """Runs commands, several at a time, until the time is over.
+    """Runs commands, several at a time, until the time is up.
 
     Args:
         place: the folder in which commands run; their output goes to its logs/.
         environment: variables set for them.
-        end: the time, by `time.monotonic`, at which all have ended.
-        grace: seconds that an interrupted command has for saving its work.
+        end: the time, by `time.monotonic`, by which all have ended.
+        grace: seconds that an interrupted command has to save its work.
 
     Attributes:
-        failed: names of the commands that ended with another status than 0, other than those interrupted.
+        failed: names of the commands that ended with a status other than 0, except interrupted ones.
     """
 
     def __init__(self, place: Path, environment: dict[str, str], end: float, grace: float = 20.0) -> None:
@@ -160,7 +160,7 @@ class Crew:
         (place / "logs").mkdir(exist_ok=True)
 
     def run(self, name: str, command: Sequence[str]) -> bool:
-        """Run one command, and interrupt it where the time is over; returns whether it has done its work."""
+        """Run one command, and interrupt it when the time is up; returns whether it finished its work."""
         began, interrupted = time.monotonic(), False
         if self.end - self.grace <= began:
             self._note(f"{name}: not begun, 0 s")
@@ -187,9 +187,9 @@ class Crew:
         return verdict == "done"
 
     def study(self, runs: Sequence[tuple[str, Sequence[str], Sequence[str]]], trainers: int) -> None:
-        """Train runs in their order, `trainers` at a time, and evaluate each that is done, one after the other.
+        """Train runs in order, `trainers` at a time, and evaluate each finished one, one after the other.
 
-        A run is its name, the command of its training and that of its evaluation.
+        A run is given by its name, its training command and its evaluation command.
         """
         with ThreadPoolExecutor(1) as evaluator, ThreadPoolExecutor(trainers) as pool:
 
@@ -207,9 +207,9 @@ class Crew:
 
 
 def collect(config: OfflineConfig) -> Path:
-    """Put what came out into <folder>/collected.tgz: all but weights and what was kept of each target.
+    """Put the results into <folder>/collected.tgz: everything except weights and per-target results.
 
-    Unpacked in a checkout (`tar -xzf collected.tgz`), its outputs/ lie where figures, claims and reports look.
+    Unpacked in a checkout (`tar -xzf collected.tgz`), its outputs/ are where figures, claims and reports look.
     """
     place = Path(config.folder).absolute() / "work"
     require(place.is_dir(), f"folder = {config.folder} has no work/. Use do=work first.")

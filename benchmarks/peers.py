@@ -1,8 +1,8 @@
-"""Other libraries' models of the same sizes, as their users get them, in a process of their own.
+"""Other libraries' models of the same sizes, as their users get them, in a separate process.
 
 Our own process keeps freed memory and flushes denormal floats to zero (`runtime.start`), which would make the
 others faster than they are elsewhere. The two processes take turns: ours asks, waits, and computes nothing until
-the answer is there.
+the answer arrives.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PeerProcess:
             self._process.join(10)
             raise RuntimeError(
                 f"the process of the other libraries ended with status {self._process.exitcode}, most likely for "
-                "want of memory. Use shorter lengths, or peers=false."
+                "lack of memory. Use shorter lengths, or peers=false."
             ) from error
 
     def __enter__(self) -> PeerProcess:
@@ -102,7 +102,7 @@ class PeerProcess:
 
 
 def _serve(connection: Connection, setup: Setup, threads: int, flush_denormals: bool) -> None:
-    """Build the models, describe them, then do what is asked until the other side is gone."""
+    """Build the models, describe them, then serve requests until the other side is gone."""
     torch.set_flush_denormal(flush_denormals)
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # the libraries' own
@@ -151,7 +151,7 @@ def peers(setup: Setup, flush_denormals: bool) -> Iterator[Subject | str]:
 
 
 ON_REQUEST = ("t5", "xpos", "pope", "fox", "cope")
-"""Schemes of other libraries that are measured only beside our own."""
+"""Schemes of other libraries that are measured only if ours are too."""
 Found = tuple[str, str, nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]
 """Library, scheme, model, and (model, inputs, targets) -> loss."""
 
@@ -161,13 +161,13 @@ def _x_transformers(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterat
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
     def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return model(inputs)  # it predicts each input from those before it, one target fewer than we do
+        return model(inputs)  # it predicts each input from those before it, which is one target fewer than ours
 
     schemes: dict[str, dict[str, Any]] = {
         "alibi": {"alibi_pos_bias": True, "alibi_num_heads": sizes.num_heads},
         "rotary": {"rotary_pos_emb": True},
         "learned": {},
-        "t5": {"rel_pos_bias": True, "attn_flash": False},  # no fused attention serves this one
+        "t5": {"rel_pos_bias": True, "attn_flash": False},  # fused attention does not support this
         "xpos": {"rotary_xpos": True},
         "pope": {"polar_pos_emb": True},
         "fox": {"attn_data_dependent_alibi": True},
@@ -193,7 +193,7 @@ def _x_transformers(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterat
 
 
 def _hugging_face(sizes: ModelConfig, vocab_size: int, longest: int) -> Iterator[Found]:
-    """Hugging Face's ALiBi models and its rotary one, with the attention that it chooses by default."""
+    """Hugging Face's ALiBi models and a rotary one, with their default attention."""
 
     def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return model(input_ids=inputs, labels=inputs, use_cache=False).loss

@@ -15,13 +15,13 @@ PARTS: Mapping[str, str] = {
     "attention": r"scaled_dot_product|native_attention|_Attention|softmax|bmm|flash_attention",
     "linear layers": r"addmm|aten::mm\b|AddmmBackward|MmBackward",
 }
-"""Name of a part -> operators that belong to it, with all that they call. The first that fits is taken."""
+"""Name of a part -> operators that belong to it, including all that they call. The first match counts."""
 REST = "norms, activations, embeddings, copies"
 
 
 def profile_step(subject: Subject, task: Task) -> dict[str, float]:
     """Share of each part in one training step's time on the CPU, largest first; they add up to 1."""
-    # Its library reports each start and stop on standard error otherwise.
+    # Otherwise the profiler's library reports each start and stop on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
@@ -29,7 +29,7 @@ def profile_step(subject: Subject, task: Task) -> dict[str, float]:
     inputs, targets = ids[:, :-1], ids[:, 1:]
     subject.module.to(subject.setup.device)
     subject.train_step(inputs, targets)  # allocates the optimizer's state
-    # Without acc_events some versions of torch warn, which a caller may have made an error.
+    # Without acc_events some versions of torch warn, and the caller may turn warnings into errors.
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         subject.train_step(inputs, targets)
     microseconds: dict[str, float] = {}

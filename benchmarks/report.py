@@ -1,4 +1,4 @@
-"""Rows, tables, and the paper's Table 1 beside ours."""
+"""Rows and tables of the benchmark, and the paper's Table 1 beside ours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("train", "eval")
 
 
 def rows(contests: Sequence[Contest], model: str, setup: Setup) -> list[dict[str, Any]]:
-    """One row for each implementation and length of what is measured so far; the reference's comes first."""
+    """One row for each implementation and length measured so far; the reference's comes first."""
     contests = [contest for contest in contests if contest.pairs or contest.reason]
     result = []
     for length in dict.fromkeys(contest.task.length for contest in contests):
@@ -61,7 +61,7 @@ def _row(contest: Contest, reference: Contest, alibi: Contest | None, model: str
     for kind in KINDS:
         steps = contest.steps(kind)
         paired = ratio(contest.ratios(kind))
-        # A quotient of two paired ratios needs no steps of ALiBi beside the subject's own.
+        # The quotient of two paired ratios needs no ALiBi steps next to the subject's own.
         lead = ratio(
             [a / b for a, b in zip(alibi.ratios(kind), contest.ratios(kind), strict=False)] if alibi else []
         )
@@ -103,7 +103,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Rows of a results.jsonl; older ones, measured in rounds, have their number of rounds as `pairs`.
 
     Raises:
-        ValueError: no such file, or something else than result rows in it.
+        ValueError: no such file, or it holds something other than result rows.
     """
     try:
         found = [
@@ -151,7 +151,7 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
 
 
 def ratios_markdown(measured: Sequence[dict[str, Any]]) -> str:
-    """Tokens/s over our none's, and the training step's share of a matrix product's speed: `docs/speed.md`."""
+    """Tokens/s relative to our none, and training speed relative to a matrix product: `docs/speed.md`."""
     titles = {"train": "train_ratio", "eval": "eval_ratio", "of matmul": "train_flops_utilisation"}
     columns = [
         (f"{title} {length:,}", field, length)
@@ -188,7 +188,7 @@ def _markdown(first: str, titles: list[str], body: dict[str, dict[Any, str]], ke
 
 
 def _open(row: dict[str, Any], kind: str, over: str = "") -> bool:
-    """Whether a ratio is not settled; rows of the time before pairs do not say."""
+    """Whether a ratio is not settled; older rows, measured in rounds, do not say."""
     return row.get(f"alibi_{kind}_speedup_settled" if over else f"{kind}_settled") is False
 
 

@@ -33,45 +33,45 @@ class BenchConfig:
     """Speed and memory per scheme, backend and length."""
 
     model: str = "auto"
-    """A name of configs/model, or `auto`: wiki103_base on a GPU; on a CPU 4 layers of width 256 with 8 heads, FFN
+    """A name in configs/model, or `auto`: wiki103_base on a GPU; on a CPU 4 layers of width 256 with 8 heads, FFN
     1024 and 8,192 words."""
     vocab_size: int | None = None
-    """Words; null: 8192, with an adaptive vocabulary WikiText-103's 267744."""
+    """Number of words; null: 8192, or with an adaptive vocabulary WikiText-103's 267744."""
     dropout: bool = False
-    """Keep the dropouts of a named model, as the paper's Table 1 did; else they are 0, to compare kernels."""
+    """Keep the dropout of a named model, as in the paper's Table 1; otherwise it is 0, to compare kernels."""
     positions: list[str] = field(default_factory=lambda: ["none", "alibi", "sinusoidal", "rotary", "t5"])
-    """Our schemes. `none` is always measured: the ratios refer to it."""
+    """Our schemes to measure. `none` is always measured, because ratios refer to it."""
     backends: list[str] = field(default_factory=lambda: ["auto"])
-    """Attention backends of the schemes."""
+    """Attention backends to measure the schemes with."""
     compile: bool = False
-    """Measure our schemes compiled as well."""
+    """Also measure our schemes with torch.compile."""
     peers: bool = True
-    """Measure other libraries where they are installed (pip install 'alibi_lm[bench]')."""
+    """Measure other libraries if they are installed (pip install 'alibi_lm[bench]')."""
     flush_peers: bool = False
-    """Flush denormal floats to zero for other libraries too, which their users would have to ask torch for."""
+    """Flush denormal floats to zero for other libraries too; by default their users do not."""
     lengths: list[int] | None = None
-    """Training and evaluation; null: 256 and 1024 on a CPU, the paper's 512, 1024 and 3072 on a GPU."""
+    """Lengths of training and evaluation; null: 256 and 1024 on a CPU, the paper's 512, 1024, 3072 on a GPU."""
     eval_lengths: list[int] | None = None
-    """Evaluation of our schemes alone; null: 4096 and 16384 on a CPU, 16384 on a GPU."""
+    """Lengths of evaluation only, of our schemes; null: 4096 and 16384 on a CPU, 16384 on a GPU."""
     tokens: int | None = None
-    """Tokens of a step, at least one sequence; null: 1024 on a CPU and the paper's 9216 on a GPU."""
+    """Tokens per step, at least one sequence; null: 1024 on a CPU and the paper's 9216 on a GPU."""
     seconds: float = 300.0
-    """No pair of steps begins that would end after this time, other than the first of each implementation and
-    length."""
+    """Time limit in seconds: no pair of steps begins that would end later, except the first of each
+    implementation and length."""
     show: str | None = None
-    """A file of results: print its tables, and measure nothing."""
+    """A file of results: print its tables and measure nothing."""
     profile: bool = False
-    """Instead of the speed: where the time of our training steps goes on the CPU, at each length."""
+    """Instead of speeds, report where the time of our training steps goes on the CPU, at each length."""
     device: str = "auto"
     precision: str = "auto"
-    """Of training. auto: bfloat16 on a GPU, else float32. Evaluation is in float32 always."""
+    """Precision of training. auto: bfloat16 on a GPU, else float32. Evaluation is always in float32."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
     clock: str = "wall"
-    """`wall`, or `cpu`: CPU time of the process that computes, whatever else the machine does; with threads=1 and
-    on a CPU."""
+    """`wall`, or `cpu`: CPU time of the computing process, for busy machines; only with threads=1 and on a
+    CPU."""
     output_dir: str = "outputs/bench"
-    """The folder of results.jsonl."""
+    """The folder for results.jsonl."""
 
     def __post_init__(self) -> None:
         names = ["auto", *sorted(path.stem for path in MODELS.glob("*.yaml"))]
@@ -94,7 +94,7 @@ class BenchConfig:
         require(self.clock in ("wall", "cpu"), f"clock = {self.clock!r}. Allowed: wall, cpu.")
         require(
             self.clock == "wall" or (self.threads == 1 and self.device != "cuda"),
-            f"clock = cpu with threads = {self.threads}. CPU time tells the speed of one thread: use threads=1.",
+            f"clock = cpu with threads = {self.threads}. CPU time gives the speed of one thread: use threads=1.",
         )
         require(0 < self.seconds < float("inf"), f"seconds = {self.seconds}. Use a number > 0.")
 
@@ -178,7 +178,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
                 now = time.monotonic()
                 bar.set_description(f"{contest.subject.label} at {contest.task.length}, pair {len(contest.pairs)}")
                 bar.update(round(now - began) - bar.n)
-                if now > written + 10:  # what is measured stays, whatever becomes of the rest
+                if now > written + 10:  # keep what is measured, even if the rest fails
                     written = now
                     report.write(path, report.rows(contests, config.model, setup))
 

@@ -1,7 +1,7 @@
 """What is measured: language models of the same sizes, with a step of training and a pass of evaluation.
 
-All of them see the same tokens. Other libraries' models train with the same optimizer and clipping as ours; their
-own code computes model and loss. What the benchmark needs of `alibi_lm`'s models is called here and nowhere else.
+All of them get the same tokens. Other libraries' models train with the same optimizer and clipping as ours; their
+own code computes model and loss. The benchmark uses `alibi_lm`'s models only in this file.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ OURS = "ours"
 """Name of this package among the implementations."""
 Kind = Literal["train", "eval"]
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(inputs (B, T), targets (B, T)) -> mean nats per token, or the like."""
+"""(inputs (B, T), targets (B, T)) -> mean nats per token, or a similar loss."""
 
 
 class CannotRun(Exception):
-    """Why an implementation cannot do a task: no memory, or a refusal of its own."""
+    """An implementation cannot do a task: out of memory, or refused by its own code."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Setup:
     train_length: int
     """Tokens of the longest sequence in training."""
     longest: int
-    """Tokens of the longest sequence at all."""
+    """Tokens of the longest sequence in training or evaluation."""
     device: torch.device
     precision: str
-    """Of training: float32 or bfloat16. Evaluation is in float32."""
+    """Dtype of training: float32 or bfloat16. Evaluation is in float32."""
     clock: str = "wall"
     """See `BenchConfig.clock`."""
     positions: tuple[str, ...] = ()
-    """Our schemes that are measured."""
+    """The schemes of ours that are measured."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Task:
 
 @functools.lru_cache(maxsize=2)
 def words(batch: int, length: int, vocab_size: int) -> Tensor:
-    """Words drawn by the frequency that words of a text have: (batch, length) int64, the same at every call.
+    """Words drawn with frequencies as in a text: (batch, length) int64, the same at every call.
 
     Word r (from 1) has a probability proportional to (r + 10)^-1.3 (Zipf's law in Mandelbrot's form). Of 267,744
     words, the first 20,000 then make up 0.94 of the text and those after the first 60,000 make up 0.03, as in
@@ -84,7 +84,7 @@ def label(described: Mapping[str, Any]) -> str:
 
 @dataclass(kw_only=True)
 class Implementation(ABC):
-    """One implementation of one scheme, wherever it runs."""
+    """One implementation of one scheme, in this or another process."""
 
     implementation: str
     position: str
@@ -93,11 +93,11 @@ class Implementation(ABC):
     flushes_denormals: bool
     """See `runtime.start`."""
     parameters: int
-    """Trained numbers."""
+    """Number of trained parameters."""
     ready: dict[int, bool] = field(default_factory=dict)
-    """Lengths it is prepared for, and whether it can train at them."""
+    """Lengths that it is prepared for, and whether it can train at them."""
     peak_memory_bytes: dict[int, int | None] = field(default_factory=dict)
-    """By length, from `prepare`."""
+    """Peak memory in bytes by length, from `prepare`."""
 
     @property
     def label(self) -> str:
@@ -109,8 +109,8 @@ class Implementation(ABC):
         """Compile, fill caches and the allocator, without being timed.
 
         Returns:
-            The most memory in use during a step: parameters and the optimizer's state, which are there before,
-            and what the step adds. None where the system does not tell.
+            Peak memory of a step, in bytes: parameters and the optimizer's state, which exist before it, and what
+            the step adds. None if the system does not say.
 
         Raises:
             CannotRun: out of memory, or refused.
@@ -118,7 +118,7 @@ class Implementation(ABC):
 
     @abstractmethod
     def seconds(self, kind: Kind, task: Task) -> float:
-        """Do one step and say what it took; nothing else computes meanwhile.
+        """Do one step and return its seconds; nothing else computes meanwhile.
 
         Raises:
             CannotRun: out of memory, or refused.
@@ -126,7 +126,7 @@ class Implementation(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Leave the GPU's memory to others until `prepare` is called again."""
+        """Free the GPU's memory for others until `prepare` is called again."""
 
 
 @dataclass(kw_only=True)
@@ -190,13 +190,13 @@ class Subject(Implementation):
 
 
 def ours(setup: Setup, positions: Sequence[str], backends: Sequence[str], compile: bool) -> list[Subject]:
-    """Our schemes with each backend, `none` first: the reference. On a GPU they wait in the host's memory.
+    """Our schemes with each backend; `none`, the reference, comes first. On a GPU they wait in host memory.
 
     Args:
-        setup: sizes and the like.
+        setup: sizes and other common settings.
         positions: schemes; `none` is added.
         backends: attention backends.
-        compile: whether each is measured compiled as well.
+        compile: whether each is also measured compiled.
     """
     subjects = []
     schemes = ["none", *(name for name in positions if name != "none")]
@@ -226,7 +226,7 @@ def ours(setup: Setup, positions: Sequence[str], backends: Sequence[str], compil
 
 
 def _mean_nats(model: TransformerLM, compiled: bool) -> Loss:
-    """The loss as in training and evaluation: only the training step is ever compiled."""
+    """The loss as in training and evaluation; only the training step may be compiled."""
     training: Any = CompiledNats(model) if compiled else model.nats
     return lambda inputs, targets: (training if model.training else model.nats)(inputs, targets).mean()
 
@@ -234,9 +234,9 @@ def _mean_nats(model: TransformerLM, compiled: bool) -> Loss:
 def flops_per_token(sizes: ModelConfig, vocab_size: int, length: int) -> float:
     """Floating-point operations of forward and backward for one token.
 
-    6 for each weight that multiplies the token (2 forward, 4 backward), and causal attention: a token meets
-    length / 2 keys, twice (scores, weighted sum), at 2 operations a dimension, times 3 for the backward pass.
-    An adaptive vocabulary counts its first band alone, so that utilisation is a lower bound.
+    6 for each weight that multiplies the token (2 forward, 4 backward), and causal attention: a token sees
+    length / 2 keys, in two products (scores, weighted sum) with 2 operations per dimension, times 3 with the
+    backward pass. For an adaptive vocabulary only the first band counts, so utilisation is a lower bound.
     """
     dim = sizes.model_dim
     scores = sizes.adaptive_cutoffs[0] + len(sizes.adaptive_cutoffs) if sizes.adaptive_cutoffs else vocab_size
@@ -245,7 +245,7 @@ def flops_per_token(sizes: ModelConfig, vocab_size: int, length: int) -> float:
 
 
 def matmul_flops_per_second(setup: Setup) -> float:
-    """Speed of a large matrix product now, with which a training step is compared: the median of three."""
+    """Speed of a large matrix product now, to compare a training step with: the median of three."""
     a, b = _factors(setup.device, setup.device.type == "cuda" and setup.precision != "float32")
     seconds = sorted(timed(setup, lambda: a @ b) for _ in range(3))[1]
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / max(seconds, 1e-9)

@@ -1,8 +1,8 @@
 """A dashboard of a Weights & Biases project: python examples/wandb_dashboard.py project=alibi_lm experiment=quick.
 
-A dashboard is a saved view of a project. It holds names only: of metrics that training logs, of the table that
+A dashboard is a saved view of a project. It holds only names: of metrics that training logs, of the table that
 `scripts/evaluate.py` logs, and of the settings by which runs are grouped. With dry_run=true it is printed as JSON,
-with neither network nor account. Needs `pip install -e '.[dashboard]'`; see docs/dashboard.md.
+without network or account. Needs `pip install -e '.[dashboard]'`; see docs/dashboard.md.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any
 from alibi_lm.cli import command
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # its own use of pydantic, once on import
+    warnings.simplefilter("ignore", DeprecationWarning)  # from its own use of pydantic, once on import
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
 GROUPING = ("position.name", "train_length")
-"""Runs are grouped by these inside their experiment; what is left in a group are seeds: a mean and its range."""
+"""Runs are grouped by these inside their experiment; the runs left in a group are seeds: a mean and its range."""
 ALL_LINES = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax", "max_runs_to_show": 100}
 
 
@@ -28,28 +28,28 @@ class DashboardConfig:
     """Which project, and which of its runs."""
 
     project: str = "alibi_lm"
-    """As in `tracking.project`."""
+    """Project of the runs, as in `tracking.project`."""
     entity: str | None = None
-    """User or team; null: the account's own."""
+    """User or team; null: the account's default."""
     experiment: str | None = None
     """Show only runs of this group."""
     dry_run: bool = False
-    """Print the dashboard as JSON in place of publishing it."""
+    """Print the dashboard as JSON instead of publishing it."""
 
 
 def line(title: str, metric: str, unit: str, x: str = "Step", **settings: Any) -> Any:
-    """A line per group of runs, of one metric."""
+    """A line plot of one metric, one line per group of runs."""
     x_title = "tokens" if x == "tokens_seen" else "step"
     return wr.LinePlot(title=title, x=x, y=[metric], title_x=x_title, title_y=unit, **ALL_LINES, **settings)
 
 
 def bar(title: str, metric: str, unit: str) -> Any:
-    """A bar per group of runs: the last value of a metric."""
+    """A bar chart of a metric's last value, one bar per group of runs."""
     return wr.BarPlot(title=title, metrics=[metric], title_x=unit, max_bars_to_show=100, **ALL_LINES)
 
 
 def curve(title: str, column: str) -> Any:
-    """A column of the table that an evaluation logs, against the inference length."""
+    """A line plot of a column of the table that an evaluation logs, against the inference length."""
     return wr.CustomChart(
         query={"summaryTable": {"tableKey": "extrapolation"}},
         chart_name="wandb/line/v0",
@@ -59,7 +59,7 @@ def curve(title: str, column: str) -> Any:
 
 
 def section(name: str, *panels: Any) -> Any:
-    """Panels in two columns under one name."""
+    """A section of panels in two columns."""
     layout = ws.SectionLayoutSettings(columns=2, rows=(len(panels) + 1) // 2)
     return ws.Section(name=name, panels=list(panels), is_open=True, layout_settings=layout)
 

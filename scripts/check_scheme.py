@@ -1,4 +1,4 @@
-"""Check a position scheme: python scripts/check_scheme.py position=alibi, or scheme_file=mine.py for one of yours.
+"""Check a position scheme: python scripts/check_scheme.py position=alibi, or scheme_file=mine.py for your own.
 
 Prints a page of checks, each with a number: causality, shift, cache, backends, gradients, precision, longer
 inputs, the tail of the bias, and what the scheme costs. Exit status 1 if one fails.

@@ -1,4 +1,4 @@
-"""A run as a folder for Hugging Face's transformers: export_huggingface.py run=<folder> output_dir=<folder>."""
+"""Export a run for Hugging Face's transformers: export_huggingface.py run=<folder> output_dir=<folder>."""
 
 from alibi_lm.cli import command
 from alibi_lm.interop.huggingface import ExportConfig, export_huggingface

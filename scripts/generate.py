@@ -1,4 +1,4 @@
-"""Go on from a prompt: python scripts/generate.py run=<run folder> prompt="def main" cache=proved."""
+"""Continue a prompt: python scripts/generate.py run=<run folder> prompt="def main" cache=proved."""
 
 from alibi_lm.cli import command
 from alibi_lm.generation import GenerateConfig, run_generate

@@ -6,7 +6,7 @@ from alibi_lm.interop.fairseq import ImportConfig, import_fairseq
 
 @command(ImportConfig)
 def main(config: ImportConfig) -> None:
-    print(f"{import_fairseq(config)}: imported. Evaluate it on a text of your own, a folder of wiki.valid.tokens:")
+    print(f"{import_fairseq(config)}: imported. Evaluate it on a text, a folder with wiki.valid.tokens:")
     print(f"  python scripts/evaluate.py runs={config.output_dir} 'lengths=[512,1024]' data.path=<folder>")
 
 

@@ -1,4 +1,4 @@
-"""A study on a machine without a network: python scripts/offline.py do=pack experiment=quick folder=kit."""
+"""Run a study on a machine without a network: python scripts/offline.py do=pack experiment=quick folder=kit."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Copy an experiment's results to a folder to commit, without weights: scripts/publish.py experiment=quick."""
+"""Copy an experiment's results, without weights, to a folder to commit: scripts/publish.py experiment=quick."""
 
 from alibi_lm.cli import command
 from alibi_lm.study.commands import PublishConfig, publish_results

@@ -1,4 +1,4 @@
-"""The main job: train and evaluate every run of an experiment, then draw (make reproduce)."""
+"""Train and evaluate every run of an experiment, then draw (make reproduce)."""
 
 from alibi_lm.cli import experiment_command
 from alibi_lm.experiment import reproduce

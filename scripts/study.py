@@ -1,4 +1,4 @@
-"""A whole study: reproduce, further measurements, claims, report and the published folder (make study)."""
+"""Do a whole study: reproduce, further measurements, claims, report and the published folder (make study)."""
 
 from alibi_lm.cli import experiment_command
 from alibi_lm.experiment import study

@@ -1,4 +1,4 @@
-"""State of every run of an experiment: python scripts/sweep_status.py experiment=quick [overrides of training]."""
+"""Print the state of every run of an experiment: python scripts/sweep_status.py experiment=quick."""
 
 from alibi_lm.cli import experiment_command
 from alibi_lm.experiment import print_status

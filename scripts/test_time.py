@@ -1,7 +1,7 @@
 """Change trained models for longer inputs: python scripts/test_time.py runs=outputs/quick/runs/rotary_L64_s1.
 
-Cropping to the training length, scalings of the scheme, log n, SSMax and temperature, each tuned on the validation
-split and scored on the test split. Prints a table and writes it, with its rows.
+Tries cropping to the training length, scalings of the scheme, log n, SSMax and temperature, each tuned on the
+validation split and scored on the test split. Prints a table and writes it, with its rows.
 """
 
 from alibi_lm.cli import command

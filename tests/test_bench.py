@@ -332,7 +332,7 @@ def test_models_are_those_of_the_project():
         ("seconds=never", "seconds = never"),
         ("seconds=0", "seconds = 0"),
         ("clock=cpu", "use threads=1"),
-        ("--fast", "is no setting"),
+        ("--fast", "is not a setting"),
         ("show=nothing.jsonl", "show = nothing.jsonl"),
         (f"show={ROOT / 'constraints.txt'}", "that make bench wrote"),
     ],

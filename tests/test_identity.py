@@ -223,7 +223,7 @@ def test_cuda_where_there_is_none(place: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_folder_that_is_no_run(place: Path) -> None:
     for folder in (place, place / "nowhere"):
-        with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
+        with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.yaml"):
             load_run(folder)
 
 

@@ -1,4 +1,4 @@
-"""Attention backends: one implementation a file, all computing what `eager` defines; and the choice among them."""
+"""Attention backends, one per file, all computing what `eager` defines; and the choice among them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("alibi_lm")
 
 @dataclass
 class AutoConfig:
-    """native where it can be had and there is no GPU, else sdpa."""
+    """native if it is available and there is no GPU, else sdpa."""
 
     name: str = "auto"
 
@@ -59,7 +59,7 @@ CHAINS: dict[str, tuple[type[AttentionBackend], ...]] = {
     "native": (NativeAttention, SdpaAttention),
     "flex": (FlexAttention,),
 }
-"""The backend of each name, and the one that takes the passes which it does not serve, if there is one."""
+"""For each name, the backend and, if there is one, the backend for passes that the first does not support."""
 ATTENTION: dict[str, type] = {
     "auto": AutoConfig,
     "eager": EagerConfig,
@@ -70,7 +70,7 @@ ATTENTION: dict[str, type] = {
 
 
 class Backends:
-    """The backend that a model was built with, and the only place where a pass goes to another one.
+    """The backend that a model was built with; only here may a pass be given to another one.
 
     Args:
         name: a key of CHAINS.
@@ -82,7 +82,7 @@ class Backends:
         self.chain = [backend() for backend in CHAINS[name]]
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        """Why the named backend can never serve a scheme, as a message; empty where it can."""
+        """Why the named backend can never serve a scheme, as a message; empty if it can."""
         reason = self.chain[0].refuses_scheme(scheme)
         return reason and self._message(scheme, reason)
 
@@ -90,10 +90,10 @@ class Backends:
         """The backend that serves a forward pass.
 
         Raises:
-            ValueError: the backend that was asked for by name does not, and nothing stands in for it.
+            ValueError: the requested backend does not support the pass, and no other one takes its place.
         """
         for backend in self.chain:
-            # The scheme of a pass may be the model's own with its bias changed.
+            # The scheme of a pass may be the model's scheme with a changed bias.
             if not (backend.refuses_scheme(scheme) or backend.refuses(scheme, request)):
                 return backend
         raise ValueError(self._message(scheme, self.chain[0].refuses(scheme, request)))
@@ -122,7 +122,7 @@ def chosen_backend(name: str) -> str:
 @functools.cache
 def _warn_once(reason: str) -> None:
     log.warning(
-        "attention=auto takes sdpa, because the faster CPU kernel cannot be had: %s. "
+        "attention=auto takes sdpa, because the faster CPU kernel is not available: %s. "
         "Results are the same up to rounding; attention takes longer.",
         reason,
     )
@@ -143,8 +143,8 @@ def build_backend(name: str, scheme: PositionScheme, position: str) -> Backends:
         raise ValueError(f"attention = {name!r}. Allowed: {', '.join(ATTENTION)}.")
     if name == "native" and (reason := why_not()):
         raise ValueError(
-            f"attention = native, but its kernel cannot be had here: {reason}. It needs a C++ "
-            "compiler with OpenMP (g++, or the one that CXX names). Mend that, or use attention=sdpa."
+            f"attention = native, but its kernel is not available here: {reason}. It needs a C++ "
+            "compiler with OpenMP (g++, or the one that CXX names). Install one, or use attention=sdpa."
         )
     backends = Backends(chosen_backend(name), position)
     if refusal := backends.refuses_scheme(scheme):

@@ -1,4 +1,4 @@
-"""The attention-backend protocol: say what you serve, prepare once per forward pass, then attend in each layer.
+"""The protocol of attention backends: say what is supported, prepare once per forward pass, attend in each layer.
 
 Shape letters: B batch, T queries, S keys, H heads, D model dim, K head dim.
 """
@@ -19,7 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """q (B, H, T, K'), k (B, H, S, K'), v (B, H, S, K), x (B, S, F) or None -> (B, H, T, K), dtype of v.
 
 K' is K unless the scheme's `transform_qk` makes queries and keys wider. x holds the `features` of the keys and is
-None unless it has `cache_inputs`."""
+None unless the scheme has `cache_inputs`."""
 
 
 @dataclass
@@ -33,9 +33,9 @@ class Request:
     span: int
     """k_pos[-1] - k_pos[0]."""
     window: int | None
-    """A query sees only the keys at distances below it; None: all keys at or before it."""
+    """A query sees only the keys at distances below this; None: all keys at or before the query."""
     dtype: torch.dtype
-    """Of queries and keys."""
+    """Dtype of queries and keys."""
     dropout: float
     """Probability of dropping an attention weight."""
 
@@ -45,12 +45,12 @@ class Request:
 
     @property
     def whole(self) -> bool:
-        """Whether the queries are all of the keys; not so in cached decoding."""
+        """Whether there is a query for every key; false in cached decoding."""
         return len(self.q_pos) == len(self.k_pos)
 
     @property
     def gaps(self) -> bool:
-        """Whether some position does not follow the one before it."""
+        """Whether positions have gaps."""
         return self.span != len(self.k_pos) - 1
 
 
@@ -63,25 +63,25 @@ class AttentionBackend(ABC):
     name: str
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
-        """Why the backend can never serve a scheme; empty where it can."""
+        """Why the backend can never serve a scheme; empty if it can."""
         return ""
 
     def refuses(self, scheme: PositionScheme, request: Request) -> str:
-        """Why the backend cannot serve this pass of a scheme that it can serve; empty where it can."""
+        """Why the backend cannot serve this pass, although it can serve the scheme; empty if it can."""
         return ""
 
     @abstractmethod
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
-        """Build what all layers of the scheme share in a forward pass; each of them calls the result."""
+        """Build what all layers of the scheme share in a forward pass; each layer calls the result."""
 
 
 def more_than_a_bias(scheme: PositionScheme) -> str:
-    """Why no fused kernel serves a scheme; empty where one may."""
+    """Why no fused kernel serves a scheme; empty if one may."""
     return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
 
 
 def equal_widths(attend: Attend) -> Attend:
-    """Serve queries and keys wider than values through a kernel that wants all of one width."""
+    """Serve queries and keys that are wider than values with a kernel that needs equal widths."""
 
     def attend_any(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
         missing = q.shape[-1] - v.shape[-1]

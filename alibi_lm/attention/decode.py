@@ -17,7 +17,7 @@ from alibi_lm.attention import native_library
 from alibi_lm.attention.native_library import View
 
 MARGIN = native_library.ROWS + 64
-"""Numbers that the kernel reads past the end of a line, at most."""
+"""How many numbers the kernel may read past the end of a line."""
 
 
 @dataclass
@@ -25,32 +25,32 @@ class Lines:
     """The bias of each head as the kernel reads it."""
 
     bias: Tensor
-    """(H, N + MARGIN) float32, base 2: that of distance d at N - 1 - d; zeros past the end."""
+    """(H, N + MARGIN) float32, in powers of 2: the bias of distance d is at N - 1 - d; zeros past the end."""
     tails: Tensor | None
-    """(H, N) float32: log2 of the sum of 2^(bias - bias at 0) over all distances from each on; None: not known."""
+    """(H, N) float32: log2 of the sum of 2^(bias - bias at 0) over each distance and beyond; None: not known."""
 
     @classmethod
     def of(cls, bias: Tensor, tails: Tensor | None) -> Lines:
         """From the bias (H, N) and the natural logarithms of its tails (H, N)."""
         reversed_bias = torch.nn.functional.pad(bias.float().flip(1) / math.log(2), (0, MARGIN))
-        # Rounding up keeps what follows from a tail an upper bound.
+        # Rounding up, so that what follows from a tail stays an upper bound.
         known = None if tails is None else (tails / math.log(2) + 1e-5).float().contiguous()
         return cls(reversed_bias.contiguous(), known)
 
     @classmethod
     def alone(cls, bias: Tensor) -> Lines:
-        """From the bias (H, N) of all distances that there will be."""
+        """From the bias (H, N) of all distances that can occur."""
         line = bias.double()
         return cls.of(bias, line.flip(1).logcumsumexp(1).flip(1) - line[:, :1])
 
 
 class HeldKeys:
-    """Where the keys and values of each head lie, and how many there are: the same for all sequences of a batch.
+    """Where the keys and values of each head are in memory, and how many; the same for all sequences of a batch.
 
     Attributes:
         table: (6, H) int64: addresses of the first key and value, floats from one sequence to the next, keys held,
-            window, and keys of the stream that are held no more. The kernel reads it; the last three rows are
-            kept up to date by the owner.
+            window, and keys of the stream that were dropped. The kernel reads it; the owner keeps the last three
+            rows up to date.
         step: floats from one key to the next.
     """
 
@@ -60,7 +60,7 @@ class HeldKeys:
         self.keys, self.windows, self.missing = self.table[3:]
 
     def place(self, heads: list[int], k: Tensor, v: Tensor) -> None:
-        """Say where some heads have their keys: k, v (B, len(heads), capacity, K) float32, alike in memory."""
+        """Set where some heads have their keys: k, v (B, len(heads), capacity, K) float32, with equal strides."""
         offsets = 4 * k.stride(1) * np.arange(len(heads))
         self.table[0, heads], self.table[1, heads] = k.data_ptr() + offsets, v.data_ptr() + offsets
         self.table[2, heads] = k.stride(0)
@@ -90,12 +90,12 @@ def decode(
 
     Args:
         q: (B, H, T, K) float32 on the CPU.
-        held: the keys, those of the T tokens at their end.
+        held: the keys; those of the T tokens are the last ones.
         lines: the bias of at least as many distances as keys are held; None: no bias.
-        new: keys and values (B, H, T, K) of the T tokens, to be put in their places first; None: they are there.
-        norms: (B, H) float32, the largest norm of a key so far, brought up to date.
-        lost: (B, H, T) float32 to be filled with log2 of an upper bound of the share of attention that keys
-            outside of the window, or no longer held, would have had. Needs `norms` and the tails of `lines`.
+        new: keys and values (B, H, T, K) of the T tokens, to be stored first; None: they are already there.
+        norms: (B, H) float32, the largest norm of a key so far, updated in place.
+        lost: (B, H, T) float32, filled with log2 of an upper bound on the share of attention that keys outside
+            the window, or no longer held, would have had. Needs `norms` and the tails of `lines`.
 
     Returns:
         (B, H, T, K).

@@ -41,14 +41,14 @@ def attention_weights(
     """Weights of the keys of each query: (B, H, T, S), float32 or better.
 
     Args:
-        scheme: that of the layer.
+        scheme: the layer's scheme.
         q: (B, H, T, K').
         k: (B, H, S, K').
         x: (B, S, F), features of the keys, or None.
         q_pos: (T,) int64.
         k_pos: (S,) int64.
         bias: `scheme.bias` of these positions.
-        hidden: (T, S) bool, what a query must not see.
+        hidden: (T, S) bool, true where a query must not see a key.
     """
     own_form = scheme.scores(q, k, x, q_pos, k_pos)
     scores = q @ k.mT * q.shape[-1] ** -0.5 if own_form is None else own_form

@@ -1,9 +1,9 @@
 """Attention through torch's FlexAttention: the scheme's score function runs inside a generated kernel.
 
-Meant for a GPU: no (T, S) tensor for a bias that depends on distance, and the distances are float32 whatever the
-dtype of queries and keys. Blocks of keys are skipped that are hidden, or so far away that a falling bias leaves
-them no weight. On a CPU it computes the forward pass, slowly, and skips nothing. Gradients of a trained bias are
-summed with atomics on a GPU: not the same to the last bit from run to run.
+Meant for a GPU: no (T, S) tensor for a bias that depends on distance, and distances are float32 for queries and
+keys of any dtype. Blocks of keys are skipped if they are hidden, or so far away that a falling bias leaves them no
+weight. On a CPU it computes only the forward pass, slowly, and skips nothing. On a GPU gradients of a trained bias
+are summed with atomics, so their last bits differ from run to run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 RECOMPILATIONS = 64
-"""Kernels that one process may generate: one for each scheme, and for each of the first lengths. Past torch's own
+"""How many kernels one process may generate: one per scheme and for each of the first lengths. Past torch's own
 limit of 8 FlexAttention silently builds (B, H, T, S) scores."""
 BLOCK = 128
-"""Queries, and keys, of a block: FlexAttention's own size."""
+"""Queries and keys per block, FlexAttention's own size."""
 LOST = 2.0**-25
 """Share of a query's weights that skipped blocks may hold: half a unit in the last place of float32."""
 
@@ -39,7 +39,7 @@ class FlexAttention(AttentionBackend):
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] | None = None
         self._causal: tuple[tuple[Any, ...], Any] = ((), None)
-        """Shape and mode, and blocks, of the last causal mask: it depends on lengths alone, so it is kept."""
+        """Shape and mode, and blocks, of the last causal mask, cached because it depends on lengths only."""
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
         if reason := more_than_a_bias(scheme):
@@ -68,12 +68,12 @@ class FlexAttention(AttentionBackend):
         def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
             block_mask = causal if tail is None else near_blocks(q, k, tail)
             if torch.compiler.is_compiling():
-                # Part of the model's own graph. A filter of warnings would break that graph in every layer.
+                # Part of the model's own graph, which a filter of warnings would break in every layer.
                 return flex_attention(q, k, v, score_mod, block_mask)
             if q.is_cuda:
                 return self._kernel()(q, k, v, score_mod, block_mask)
             with warnings.catch_warnings():
-                # Uncompiled it is slow, and says so at each call; on a CPU that is what was asked for.
+                # Uncompiled it is slow and warns at each call; on a CPU the user asked for that.
                 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
                 return flex_attention(q, k, v, score_mod, block_mask)
 
@@ -114,7 +114,7 @@ class FlexAttention(AttentionBackend):
 
 
 def tail_sums(line: Tensor) -> Tensor:
-    """How much the bias leaves of all keys from a distance on.
+    """How much weight the bias leaves to all keys at a distance and beyond.
 
     Args:
         line: (H, T) float32, the bias at distances 0 to T - 1.
@@ -129,8 +129,8 @@ def near_blocks(q: Tensor, k: Tensor, tail: Tensor) -> BlockMask:
     """The blocks of keys that hold more than `LOST` of the weights of some query, per head and block of queries.
 
     No score q.k / sqrt(K) exceeds that of the query's own key by more than b = 2 max|q| max|k| / sqrt(K). So keys
-    at distances from w on have less than exp(b + tail[w]) of the own key's weight together. All of it is computed
-    on the device of the tensors, without waiting for it.
+    at distances from w on together have less than exp(b + tail[w]) of the own key's weight. All of this is
+    computed on the device of the tensors, without synchronising.
 
     Args:
         q: (B, H, T, K).
@@ -145,11 +145,11 @@ def near_blocks(q: Tensor, k: Tensor, tail: Tensor) -> BlockMask:
     tokens, dim = q.shape[2:]
     blocks = -(-tokens // BLOCK)
     with torch.no_grad():
-        # Norms of bfloat16 numbers are taken in float32; the share of 1e-4 covers their rounding.
+        # Norms of bfloat16 numbers are computed in float32; the factor 1 + 1e-4 covers their rounding.
         of_queries, of_keys = (x.float().norm(dim=-1).amax(0) * (1 + 1e-4) for x in (q, k))  # (H, T)
         of_queries = nn.functional.pad(of_queries, (0, blocks * BLOCK - tokens)).unflatten(-1, (blocks, BLOCK))
         excess = 2 * of_queries.amax(-1) * of_keys.amax(-1, keepdim=True) * dim**-0.5  # (H, blocks)
-        # The tails fall with the distance, and searchsorted wants them to rise.
+        # The tails fall with the distance, but searchsorted needs rising values.
         reach = torch.searchsorted(-tail.contiguous(), (excess - math.log(LOST)).contiguous())
         block = torch.arange(blocks, device=q.device)
         first = (block * BLOCK - reach.clamp_min(1) + 1).clamp_min(0) // BLOCK  # (H, blocks)

@@ -1,9 +1,9 @@
 """Attention on the CPU by a kernel of this package, compiled for the machine's processor (`native.cpp`).
 
-It serves every pass in float32 whose bias, if any, depends on head and distance (`distance_bias` of a scheme:
-ALiBi, T5 and others), trained or not; with or without a window; with a cache too (`decode.py`), then without
-gradients. A full pass may have a number per key made from content (`content_key_bias`: forget gates). What it does
-not serve goes to `sdpa`: other devices and dtypes, dropout of attention weights, positions with gaps.
+It serves every pass in float32 whose bias, if any, depends on head and distance (a scheme's `distance_bias`:
+ALiBi, T5 and others), trained or not; with or without a window; also with a cache (`decode.py`), then without
+gradients. A full pass may have a bias per key that depends on content (`content_key_bias`: forget gates). Other
+passes go to `sdpa`: other devices and dtypes, dropout of attention weights, positions with gaps.
 
 Shape letters: B batch, T tokens (queries and keys), H heads, K head dim, N blocks of queries.
 """
@@ -29,7 +29,7 @@ from alibi_lm.positions.base import PositionScheme
 
 
 class NativeAttention(AttentionBackend):
-    """The compiled kernel; `why_not` says whether there is one."""
+    """The compiled kernel; `why_not` says whether it is available."""
 
     name = "native"
 
@@ -93,7 +93,7 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, lines: Lines | None, window
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int, key_bias: Tensor | None = None
 ) -> Tensor:
-    """Causal attention with a bias per head and distance, and one per key.
+    """Causal attention with a bias per head and distance, and a bias per key.
 
     Args:
         q: (B, H, T, K) float32 on the CPU.
@@ -101,18 +101,18 @@ def attend(
         v: (B, H, T, K).
         bias: (H, T) float32, of distances 0 to T - 1; None: no bias.
         window: a query sees the keys at distances below it; at least 1.
-        key_bias: (B, H, T) float64, of each key, up to a constant; None: none.
+        key_bias: (B, H, T) float64, one number per key, up to a constant; None: no such bias.
 
     Returns:
         (B, H, T, K).
 
     Raises:
-        ValueError: tensors of other shapes, dtypes or devices; the kernel would read past their ends.
+        ValueError: tensors of other shapes, dtypes or devices, for which the kernel would read past their ends.
     """
     _check(q, k, v, bias, key_bias)
-    # The kernel reads each vector as a run of numbers, whatever its stride.
+    # The kernel ignores strides and reads each vector as contiguous numbers.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    # The first call of an operator loads the whole of the compiler, which takes longer than all else at a start.
+    # The first call of a custom operator loads torch's whole compiler, which would dominate the start-up time.
     run = _operator if torch.compiler.is_compiling() else _Attention.apply
     return run(q, k, v, bias, window, key_bias)[0]
 
@@ -136,14 +136,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_bias: Tenso
 
 @functools.cache
 def why_not() -> str:
-    """Why the kernel does not serve here; empty where it does.
+    """Why the kernel is not available here; empty if it is.
 
-    It is tried once: 70 tokens, more than a tile of queries or of keys, with each kind of bias and without.
+    It is tried once, on 70 tokens (more than a tile of queries or of keys), with each kind of bias and without.
     """
     library = native_library.find()
     if isinstance(library, str):
         return library
-    with (  # whatever the caller has chosen
+    with (  # independent of the caller's choices
         torch.device("cpu"),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -177,7 +177,7 @@ def why_not() -> str:
 
 
 class _Call(ctypes.Structure):
-    """What a call of the kernel hands over: `struct Call` of native.cpp, field by field."""
+    """The arguments of a kernel call: `struct Call` of native.cpp, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "H", "T", "K", "threads", "window")),
@@ -190,7 +190,7 @@ class _Call(ctypes.Structure):
 
 
 def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> None:
-    """Call the kernel; tensors must be float32 (reach: int64, key_bias: float64), and alive until this returns."""
+    """Call the kernel; tensors must be float32 (reach: int64, key_bias: float64) and alive until this returns."""
     call = _Call(*q.shape, torch.get_num_threads(), window, q.shape[-1] ** -0.5)
     native_library.run(function, call, {"q": q, **tensors})
 
@@ -198,7 +198,7 @@ def _run(function: str, q: Tensor, window: int, **tensors: Tensor | None) -> Non
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend: output (B, H, T, K), log2 of the sum of exponentials (B, H, T), distances that count (B, H, N)."""
+    """Attend: output (B, H, T, K), log2 of the sum of exponentials (B, H, T), reach in distances (B, H, N)."""
     out, log_sum, reach = _results(q)
     bias, key_bias = _contiguous(bias), _contiguous(key_bias)
     _run("forward", q, window, k=k, v=v, out=out, bias=bias, log_sum=log_sum, reach=reach, key_bias=key_bias)
@@ -221,7 +221,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the bias (H, T) and the key bias (B, H, T) float64, from what `forward` returned.
 
-    Those of biases are empty unless asked for.
+    The gradients of biases are empty unless asked for.
     """
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     bias, key_bias = _contiguous(bias), _contiguous(key_bias)
@@ -243,7 +243,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """(B, H, T, K) with tokens before heads in memory: heads then join to one vector without a copy."""
+    """(B, H, T, K) with tokens before heads in memory, so that heads can be joined without a copy."""
     batch, heads, tokens, dim = x.shape
     return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
@@ -257,8 +257,8 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-# A compiler sees these two operators as they are. Its cache on disk knows them by name: another signature needs
-# another name.
+# torch's compiler treats these two operators as opaque. Its cache on disk knows them by name, so another signature
+# needs another name.
 _operator = torch.library.custom_op("alibi_lm::attention", forward, mutates_args=())
 _operator_backward = torch.library.custom_op("alibi_lm::attention_backward", backward, mutates_args=())
 

@@ -1,9 +1,9 @@
 """Compiles `native.cpp` and `decode.cpp` for this machine's processor, once, and loads them as one library.
 
-The library lies in the user's cache folder ($XDG_CACHE_HOME/alibi_lm, or ~/.cache/alibi_lm) under a name made of
-all that it depends on: source, command, compiler and processor. Machines that share a home folder share no library
-that one of them could not run. It ends with the sha256 of its content, which is compared before it is loaded,
-because loading half a library ends the process. Where nothing can be kept, each process compiles one for itself.
+The library is kept in the user's cache folder ($XDG_CACHE_HOME/alibi_lm, or ~/.cache/alibi_lm) under a name that
+depends on source, command, compiler and processor. So machines that share a home folder never share a library that
+one of them could not run. The file ends with the sha256 of its content, which is checked before loading, because
+loading half a library ends the process. If nothing can be kept, each process compiles its own library.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ROWS = 48
 COMPILERS = ("g++", "c++", "clang++")
 """Looked for in this order, unless CXX names one."""
 SECONDS = 300
-"""After this time a compiler is given up."""
+"""Seconds after which compilation is given up."""
 
 log = logging.getLogger("alibi_lm")
 
 
 @functools.cache
 def find() -> ctypes.CDLL | str:
-    """The library, compiled first where that has not been done; or why there is none. Never raises."""
+    """The library, compiled first if necessary, or the reason why there is none. Never raises."""
     try:
         command = [*_compiler(), *_flags()]
         return ctypes.CDLL(str(_compiled(command)))
@@ -52,21 +52,21 @@ def find() -> ctypes.CDLL | str:
         reason = lines[0] if lines else f"exit status {error.returncode}"
         return f"compilation failed: {shlex.join(error.cmd[:1])}: {reason}"
     except Exception as error:
-        # There is always another backend, so nothing unusual about this machine may stop the run.
+        # There is always another backend, so an unusual machine must not stop the run.
         return str(error) or type(error).__name__
 
 
 class View(ctypes.Structure):
-    """A (B, H, T, K) tensor whose last dimension lies in one run, as the library reads it."""
+    """A (B, H, T, K) tensor whose last dimension is contiguous, as the library reads it."""
 
     _fields_ = [("data", ctypes.c_void_p), *((f"step_{n}", ctypes.c_int64) for n in "bht")]
 
 
 def run(function: str, call: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
-    """Call the library with a structure whose first fields are B, H, T, after putting tensors into it by name.
+    """Call the library with a structure whose first fields are B, H, T, after setting its tensors by name.
 
     Raises:
-        RuntimeError: no memory.
+        RuntimeError: out of memory.
     """
     library = find()
     assert not isinstance(library, str)
@@ -80,7 +80,7 @@ def run(function: str, call: ctypes.Structure, tensors: Mapping[str, Tensor | No
 
 
 def _compiler() -> list[str]:
-    """The compiler, and what CXX says it is called with.
+    """The compiler and, if CXX names it, the arguments given there.
 
     Raises:
         ValueError: CXX cannot be read as a command.
@@ -98,7 +98,7 @@ def _compiler() -> list[str]:
 
 
 def _compiled(command: list[str]) -> Path:
-    """The library's file, compiled where it is not there or not whole."""
+    """The library's file, compiled if it is missing or not whole."""
     from filelock import FileLock
 
     name = _name(command)
@@ -118,7 +118,7 @@ def _compiled(command: list[str]) -> Path:
 
 
 def _whole(library: Path) -> bool:
-    """Whether a library is there, and ends with the digest of what was compiled."""
+    """Whether a library exists and ends with the digest of its content."""
     try:
         content = library.read_bytes()
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def _whole(library: Path) -> bool:
 
 @functools.cache
 def _own_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where nothing can be kept each process has its own library, and takes it away at its end."""
+    """A folder for this process's own library, removed when it ends; used if nothing can be kept."""
     return tempfile.TemporaryDirectory(prefix="alibi_lm-")
 
 
@@ -154,9 +154,9 @@ def _flags() -> list[str]:
 
 
 def _openmp_of_torch() -> list[str]:
-    """The copy of GNU's OpenMP that torch has, if any: two of them would each keep threads waiting for work."""
+    """The copy of GNU's OpenMP in torch, if any: two copies would each keep threads waiting for work."""
     copies = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    # As needed: where torch's copy serves, the system's is not asked for.
+    # As needed: if torch's copy works, the system's is not linked.
     return [*map(str, copies), "-Wl,--as-needed"] if copies else []
 
 

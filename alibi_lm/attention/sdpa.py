@@ -5,10 +5,10 @@ Three routes, all equal to `eager`:
 - a bias that is a function of the key (`PositionScheme.key_bias`, ALiBi) or a number per key made from content
   (`content_key_bias`, forget gates): the plain causal kernel with the bias as extra columns of queries and keys;
   no (T, S) tensor exists. Scores are rounded as numbers of the bias's size. On a CPU those columns cost 20 to 30%
-  of attention's time, which `native`, where there is a C++ compiler, does not;
-- any other bias, a window, or queries that are not all of the keys: a dense additive mask, built once per forward
-  pass when it is small and in slices of queries when it is not. In training, a bias that is trained or depends on
-  content needs memory for all scores.
+  of attention's time; `native`, which needs a C++ compiler, does not have this cost;
+- any other bias, a window, or cached decoding: a dense additive mask, built once per forward pass if it is small,
+  and otherwise in slices of queries. In training, a bias that is trained or depends on content needs memory for
+  all scores.
 
 Shape letters: B batch, T queries, S keys, H heads, D model dim, K head dim; t, s queries and keys of a slice.
 """
@@ -32,17 +32,17 @@ from alibi_lm.positions.base import PositionScheme
 MASK_ELEMENTS = 1 << 25
 """Largest dense mask, in elements (128 MiB of float32); longer ones are built in slices of queries."""
 SHORT = 256
-"""On a CPU, up to this many keys a dense mask costs no more than extra columns, and is exact to the last bit."""
+"""On a CPU with up to this many keys, a dense mask costs no more than extra columns, and is exact."""
 EXACT_COLUMNS = (torch.float32, torch.bfloat16)
-"""Dtypes whose columns hold the bias to 24 bits."""
+"""Dtypes in which columns hold the bias to 24 bits."""
 
 
 class SdpaAttention(AttentionBackend):
     """torch.nn.functional.scaled_dot_product_attention.
 
     Args:
-        mask_elements: largest dense mask.
-        short: up to this many keys a CPU takes a dense mask.
+        mask_elements: size of the largest dense mask, in elements.
+        short: on a CPU, up to this many keys use a dense mask.
     """
 
     name = "sdpa"
@@ -100,19 +100,18 @@ def _with_columns(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, dropout: fl
 
 
 def key_bias_columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A key bias as columns of queries and keys, whose product it is.
+    """Extra columns of queries and keys whose product is a key bias.
 
     Scores are divided by sqrt(head_dim), the bias is not. bfloat16 holds 8 bits of a value, too few for a
-    position. There the column of the keys becomes three whose sum carries 24 bits; the kernel adds them in
-    float32.
+    position. There the keys have three columns whose sum carries 24 bits; the kernel adds them in float32.
 
     Args:
         key_bias: (..., H, S) float32.
-        head_dim: of the unextended heads.
-        dtype: of queries and keys.
+        head_dim: dimensions of a head without the extra columns.
+        dtype: dtype of queries and keys.
 
     Returns:
-        (..., H, S, C), (..., H, S, C) with C a multiple of 8, which fused kernels ask for.
+        (..., H, S, C), (..., H, S, C) with C a multiple of 8, which fused kernels need.
     """
     rest, pieces = key_bias * head_dim**0.5, []
     for _ in range(3 if dtype == torch.bfloat16 else 1):
@@ -124,23 +123,23 @@ def key_bias_columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tup
 
 
 class DenseMask:
-    """Attention with an additive mask: of the whole pass where that is small, else of slices of queries.
+    """Attention with an additive mask: for the whole pass if that is small, else for slices of queries.
 
     Args:
         scheme: gives the bias.
         request: the forward pass.
-        most: elements of a slice's mask.
+        most: largest number of elements in a slice's mask.
     """
 
     def __init__(self, scheme: PositionScheme, request: Request, most: int) -> None:
         self.scheme, self.most, self.window, self.dropout = scheme, most, request.window, request.dropout
         self.q_pos, self.k_pos = request.q_pos, request.k_pos
-        # Kernels of a GPU want the mask in the dtype of the queries; the CPU's add it in float32.
+        # GPU kernels need the mask in the dtype of the queries; CPU kernels add it in float32.
         self.dtype = torch.promote_types(request.dtype, torch.float32) if self.q_pos.is_cpu else request.dtype
         self.by_content = scheme.defines("content_bias", "content_key_bias")
         self.line: Tensor | None = None
-        """(H, span + 1) float32: the bias of each distance, where positions have no gaps and it is a function of
-        distance. Its gradient costs far less than that of a table of pairs."""
+        """(H, span + 1) float32: the bias of each distance, if it is a function of distance and positions have no
+        gaps. Its gradient costs far less than that of a table of pairs."""
         if not request.gaps and scheme.defines("distance_bias") and not scheme.defines("bias"):
             self.line = scheme.distance_bias(torch.arange(request.span + 1, device=self.k_pos.device))
         fits = self._rows_per_slice(1) >= len(self.q_pos)
@@ -150,8 +149,8 @@ class DenseMask:
         if self.kept is not None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.kept, dropout_p=self.dropout)
         slices = self._slices(self._rows_per_slice(len(q) if self.by_content else 1))
-        # Where no mask waits for a backward pass, the largest comes first: a process that keeps freed memory then
-        # finds room for all the others in it.
+        # If no mask is kept for a backward pass, the largest comes first: a process that keeps freed memory can
+        # then reuse it for all others.
         largest_first = not torch.is_grad_enabled()
         parts = []
         for rows, columns in reversed(slices) if largest_first else slices:
@@ -179,7 +178,7 @@ class DenseMask:
         for start in range(0, num_queries, rows_per_slice):
             stop, first = min(start + rows_per_slice, num_queries), 0
             if self.window is not None and not self.by_content:
-                # Positions ascend, so keys are at least as far away as their index says.
+                # Positions ascend, so keys are at least as far away as their indices.
                 first = max(0, offset + start - self.window + 1)
             found.append((slice(start, stop), slice(first, offset + stop)))
         return found
@@ -194,11 +193,11 @@ class DenseMask:
         bias = self.scheme.bias(q_pos, k_pos)
         if bias is None:
             bias = torch.zeros((1, 1), device=hidden.device).expand_as(hidden)[None]
-        # The fused CPU kernel takes a mask of four dimensions only.
+        # The fused CPU kernel takes only masks with four dimensions.
         return bias.masked_fill(hidden, float("-inf")).to(self.dtype)[None]
 
     def _mask_by_distance(self, line: Tensor, first_distance: int, num_queries: int, num_keys: int) -> Tensor:
-        """Each row of the mask is the one above it, moved by one: windows on one line, read from its end."""
+        """The mask as windows on one vector, read from its end: each row is the one above, shifted by one."""
         last = first_distance + num_queries - 1
         distance = torch.arange(last, first_distance - num_keys, -1, device=line.device)
         visible = distance >= 0

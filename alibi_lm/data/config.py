@@ -15,23 +15,23 @@ class DataConfig:
     """Which text, and where its prepared token streams are kept."""
 
     name: str = "python_stdlib"
-    """`python_stdlib`, `wikitext2`, `wikitext103`, `text` (files of your own) or `hub` (a set of the hub)."""
+    """`python_stdlib`, `wikitext2`, `wikitext103`, `text` (your own files) or `hub` (a Hugging Face dataset)."""
     path: str | None = setting(None, counts="no")
     """wikitext: folder with wiki.train.tokens, wiki.valid.tokens, wiki.test.tokens; null takes the text from the
-    hub. Only the files of the splits that are used have to exist. text: a folder, a file or a glob of .txt, .jsonl
-    or .parquet files."""
+    hub. Only the files of the splits in use must exist. text: a folder, a file or a glob of .txt, .jsonl or
+    .parquet files."""
     cache_dir: str = setting("data", counts="no")
     """Folder of prepared streams; a relative one is relative to the current folder."""
     repo: str | None = setting(None, counts="run", later=True)
-    """hub: name of the set, such as roneneldan/TinyStories."""
+    """hub: name of the dataset, such as roneneldan/TinyStories."""
     config: str | None = setting(None, counts="run", later=True)
-    """hub: the set's subset, where it has several."""
+    """hub: subset (configuration) of the dataset, if it has several."""
     column: str = setting("text", counts="run", later=True)
     """text, hub: the field of .jsonl lines, or the column, that holds the text."""
     split_by: str = setting("auto", counts="run", later=True)
-    """text, hub: what deals documents to the splits: auto, given, file, hash or none (see data/own_text.py)."""
+    """text, hub: how documents are assigned to splits: auto, given, file, hash or none (see data/own_text.py)."""
     max_tokens: int | None = setting(None, counts="run", later=True)
-    """text, hub: read no more than about this many tokens, counted as 4 bytes each; the hub's text is streamed."""
+    """text, hub: read at most about this many tokens, counted as 4 bytes each; the hub's text is streamed."""
 
     def __post_init__(self) -> None:
         require(self.name in NAMES, f"data.name = {self.name!r}. Allowed: {', '.join(NAMES)}.")

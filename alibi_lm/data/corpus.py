@@ -6,13 +6,13 @@
         tokens-<tokenizer hash>/        the streams of one tokenizer
             manifest.json, tokenizer.json, <split>.bin, <split>.documents.npy
 
-`prepare` makes what is missing, from the text; `open_corpus` opens what is there, without the text. A split is
-believed only if the manifest lists it, and the manifest is replaced last, after its files are whole and on the
-disk. So an interruption at any moment leaves either a finished split or none; a lock keeps two processes from
-preparing the same source at once.
+`prepare` makes what is missing, from the text; `open_corpus` opens what exists, without the text. A split counts
+only if the manifest lists it, and the manifest is replaced last, after its files are whole and on the disk. So an
+interruption at any moment leaves either a finished split or none; a lock keeps two processes from preparing the
+same source at once.
 
 Each opening checks sizes and a fingerprint (samples; everything up to 16 MiB) of the token files, `prepare` also
-of the source's files; `verify` reads everything.
+those of the source's files; `verify` reads everything.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from alibi_lm.files import fingerprint, sha256_of, whole_file, write_json
 from alibi_lm.settings import require
 
 FORMAT = 1
-"""Of the JSON files beside the streams; another number is refused."""
+"""Format number of the JSON files beside the streams; another number is refused."""
 ENTRY_FIELDS: dict[str, type] = dict.fromkeys(
     ("dtype", "sha256", "text_sha256", "fingerprint", "documents_fingerprint"), str
 ) | dict.fromkeys(("tokens", "words", "bytes", "lines"), int)
-"""Of a split in a manifest: what opening it relies on."""
+"""The fields of a split in a manifest that are needed to open it."""
 ONE_DOCUMENT = "1 document: no intervals, which need two or more."
 BATCH_CHARACTERS = 2_000_000
-"""Text encoded at once: enough to keep all cores busy, little enough to stay below some 200 MB."""
+"""Characters encoded at once: enough to keep all cores busy, but below about 200 MB of memory."""
 
 
 @dataclass
@@ -59,15 +59,15 @@ class TokenStream:
     documents: NDArray[np.int64]
     """(D,) int64: where documents start in the stream, rising; the first is 0."""
     words: int
-    """Whitespace-separated words plus one a line, whatever the tokenizer."""
+    """Whitespace-separated words plus one per line, for any tokenizer."""
     bytes: int
     """UTF-8 bytes of the text with its line ends."""
     sha256: str
-    """Of the token file."""
+    """Hash of the token file."""
     text_sha256: str
-    """Of the text with its line ends."""
+    """Hash of the text with its line ends."""
     hash: str
-    """12 hex digits: this split's text and tokenizer, wherever they came from."""
+    """12 hex digits, a hash of this split's text and tokenizer; their place does not matter."""
 
     @property
     def num_tokens(self) -> int:
@@ -80,17 +80,17 @@ class Corpus:
     """Prepared streams of one source and tokenizer."""
 
     folder: Path
-    """Holds the token files."""
+    """The folder of the token files."""
     manifest: dict[str, Any]
-    """What is known of source, tokenizer and streams; plain JSON."""
+    """What is known about source, tokenizer and streams; plain JSON."""
     tokenizer: TextTokenizer
     streams: dict[str, TokenStream] = field(repr=False)
     source: Source | None = field(default=None, repr=False)
-    """Where the text came from, if it was at hand."""
+    """The source of the text, if it is available."""
 
     @property
     def vocab_size(self) -> int:
-        """That of the tokenizer."""
+        """Vocabulary size of the tokenizer."""
         return self.tokenizer.vocab_size
 
     @property
@@ -100,23 +100,23 @@ class Corpus:
 
     @cached_property
     def hash(self) -> str:
-        """12 hex digits: the tokenizer and the source's validation and test texts, whatever splits are open.
+        """12 hex digits, a hash of the tokenizer and the source's validation and test texts, open or not.
 
-        The training text shows in it only through the tokenizer; `split(name).hash` tells each text exactly.
+        The training text affects it only through the tokenizer; `split(name).hash` identifies each text exactly.
         """
         texts = self.manifest["texts"]
         return short(self.tokenizer.hash, *(texts.get(split, "") for split in ("validation", "test")))
 
     @property
     def name(self) -> str:
-        """The text in a few words, for titles; says so where it is not the original one."""
+        """The text in a few words, for titles; it says if the text is not the original one."""
         return str(self.manifest["description"])
 
     def split(self, name: str) -> TokenStream:
         """The stream of one split.
 
         Raises:
-            ValueError: unknown, or not among the splits that were opened.
+            ValueError: an unknown split, or one that was not opened.
         """
         require(name in self.streams, f"split = {name!r} is not open here. Allowed: {', '.join(self.streams)}.")
         return self.streams[name]
@@ -127,13 +127,13 @@ def prepare(
     tokenizer: TokenizerConfig | TextTokenizer,
     splits: Sequence[str] = SPLITS,
 ) -> Corpus:
-    """Make the token streams of a text that are not there yet, and open all that are wanted.
+    """Make the missing token streams of a text, and open all requested ones.
 
     Args:
         data: which text, and where streams are kept.
-        tokenizer: settings of one to be built from the training split (once; it is kept), or a finished one,
-            such as that of a run: words unknown to it become `<unk>`.
-        splits: those wanted; only they, and the training text where a tokenizer must be built, have to exist.
+        tokenizer: settings of a tokenizer to be built from the training split (once; it is kept), or a finished
+            one, such as that of a run: words unknown to it become `<unk>`.
+        splits: the requested splits; only they must exist, and the training text if a tokenizer must be built.
 
     Raises:
         ValueError: text missing, empty, damaged or changed since it was prepared; prepared files truncated,
@@ -152,7 +152,7 @@ def prepare(
     except (OSError, RuntimeError) as error:  # RuntimeError: no locks on this file system, ~ of an unknown user
         raise ValueError(
             f"data.cache_dir = {data.cache_dir}: the streams could not be prepared there ({error}). The folder "
-            "must be writable and have room, the text readable."
+            "must be writable and have room, and the text must be readable."
         ) from error
     assert corpus is not None
     return corpus
@@ -178,20 +178,20 @@ def open_source(config: DataConfig) -> Source:
 
 
 def open_corpus(folder: Path, splits: Sequence[str] = SPLITS, tokenizer: TextTokenizer | None = None) -> Corpus:
-    """Open the streams in a `tokens-...` folder as they are, without their text.
+    """Open the existing streams in a `tokens-...` folder, without their text.
 
     Args:
-        folder: as `Corpus.folder` of a prepared corpus.
-        splits: those wanted.
-        tokenizer: that in use; None for the one kept beside the streams.
+        folder: the `Corpus.folder` of a prepared corpus.
+        splits: the requested splits.
+        tokenizer: the tokenizer in use; None: the one kept beside the streams.
 
     Raises:
-        ValueError: a split is not there, files are truncated or changed, or `tokenizer` is not the one that
+        ValueError: a split is missing, files are truncated or changed, or `tokenizer` is not the one that
             the streams were encoded with.
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"{folder} holds no finished streams (no manifest.json). Prepare them by `make data`.")
+        raise ValueError(f"{folder} holds no finished streams (no manifest.json). Prepare them with `make data`.")
     known = manifest["tokenizer"]["sha256"]
     if tokenizer is None:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -249,7 +249,7 @@ def _dtype(tokenizer: TextTokenizer) -> np.dtype[Any]:
 
 
 def verify(corpus: Corpus) -> None:
-    """Read every byte of the streams, and of the source's files where they are at hand, and compare digests.
+    """Read every byte of the streams, and of the source's files if they are available, and compare digests.
 
     Raises:
         ValueError: something differs; the message says what to delete.
@@ -268,7 +268,7 @@ def verify(corpus: Corpus) -> None:
 
 
 def report(corpus: Corpus) -> str:
-    """What a corpus consists of, for people: source, digests, tokenizer, and the counts of each split."""
+    """A description of a corpus: source, digests, tokenizer, and the counts of each split."""
     manifest, tokenizer = corpus.manifest, corpus.manifest["tokenizer"]
     source = ", ".join(f"{key} {value}" for key, value in manifest["source"].items() if key != "name")
     lines = [
@@ -305,7 +305,7 @@ class _SourceFolder:
         self.path = self.folder / "source.json"
 
     def open(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> Corpus | None:
-        """The corpus if all of it is there and unchanged, None if something has yet to be made."""
+        """The corpus if all of it exists and is unchanged, None if something has yet to be made."""
         tokenizer = self._find(wanted, self._index())
         entries = {} if tokenizer is None else self._entries(tokenizer)
         if tokenizer is None or any(split not in entries for split in splits):
@@ -317,7 +317,7 @@ class _SourceFolder:
         return corpus
 
     def build(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> None:
-        """Make what is missing, under the lock; other processes may have made a part meanwhile."""
+        """Make what is missing, under the lock; meanwhile other processes may have made a part."""
         index = self._index()
         tokenizer = self._find(wanted, index)
         if isinstance(wanted, TokenizerConfig) and tokenizer is None:
@@ -327,7 +327,7 @@ class _SourceFolder:
         for split in missing:
             self.source.require(split)
         for leftover in [*self.folder.glob("*.tmp"), *self.folder.glob("tokens-*/*.tmp")]:
-            leftover.unlink(missing_ok=True)  # of an interrupted preparation
+            leftover.unlink(missing_ok=True)  # from an interrupted preparation
         self._note_texts(index, missing)
         if isinstance(wanted, TokenizerConfig) and tokenizer is None:
             tokenizer = self._train(wanted, index)
@@ -343,7 +343,7 @@ class _SourceFolder:
         return (read_manifest(self._streams(tokenizer)) or {"splits": {}})["splits"]
 
     def _index(self) -> dict[str, Any]:
-        """The content of source.json; empty where nothing was prepared."""
+        """The content of source.json; empty if nothing was prepared."""
         index = read_json(self.path, self.folder)
         if index is None:
             return {"format": FORMAT, "source": self.identity, "texts": {}, "tokenizers": {}}
@@ -375,9 +375,9 @@ class _SourceFolder:
             raise stale(problem, self.folder)
 
     def _note_texts(self, index: dict[str, Any], wanted: Sequence[str]) -> None:
-        """Keep the digests of the evaluation texts at hand, line ends included, so that each opening has one hash.
+        """Store the digests of the available evaluation texts, with line ends, so that each opening has one hash.
 
-        Comes before the long work, so that damage in a wanted split is found at once.
+        This comes before the long work, so that damage in a requested split is found at once.
         """
         for split in ("validation", "test"):
             if split in index["texts"]:
@@ -468,8 +468,8 @@ def _locked(folder: Path) -> Iterator[None]:
 def encode_split(source: Source, split: str, tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
     """Write `<split>.bin` and `<split>.documents.npy`; returns the split's part of the manifest.
 
-    Ids are little-endian uint16 where the vocabulary allows it, else int32. Where the tokenizer has a document
-    end, it follows each document, the last one too.
+    Ids are little-endian uint16 if the vocabulary allows it, else int32. If the tokenizer has a document end, it
+    follows each document, including the last one.
 
     Raises:
         ValueError: the text is empty or not UTF-8.
@@ -554,7 +554,7 @@ def _batches(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
 
 
 def _bar(source: Source, split: str, description: str) -> tqdm[Any]:
-    """A bar over the bytes of a split; hidden where standard error is no terminal."""
+    """A progress bar over the bytes of a split; hidden if standard error is not a terminal."""
     size = source.size(split)
     return tqdm(total=size, desc=description, unit="B", unit_scale=True, disable=None, leave=False)
 
@@ -563,7 +563,7 @@ def _bar(source: Source, split: str, description: str) -> tqdm[Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """A stream folder's manifest with the fields that are relied on, None if there is none."""
+    """A stream folder's manifest with all fields that are needed, None if there is none."""
     path = folder / "manifest.json"
     manifest = read_json(path, folder)
     if manifest is None:
@@ -597,10 +597,10 @@ def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def stale(problem: str, folder: Path) -> ValueError:
-    """The error for something that is not as it was when it was prepared."""
-    return ValueError(f"{problem}. Delete {folder} to prepare it anew.")
+    """The error for something that has changed since it was prepared."""
+    return ValueError(f"{problem}. Delete {folder} to prepare it again.")
 
 
 def short(*parts: str) -> str:
-    """12 hex digits that stand for these strings."""
+    """A hash, 12 hex digits, of these strings."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

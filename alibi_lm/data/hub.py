@@ -1,8 +1,8 @@
-"""Text from the Hugging Face hub through `datasets`, WikiText above all: cache first, then the network.
+"""Text from the Hugging Face hub through `datasets`, mainly WikiText: cache first, then the network.
 
-Without a network `datasets` retries for 24 seconds, and for minutes where a server accepts and never answers.
-So the cache is asked first with the network switched off, and the hub is probed once with a short time-out
-before the download is handed to the retries.
+Without a network `datasets` retries for 24 seconds, and for minutes if a server accepts but never answers. So the
+cache is tried first with the network switched off, and the hub is probed once with a short time-out before
+`datasets` downloads with its retries.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HubSource(Source):
     def _lines(self, split: str) -> Iterator[str]:
         """Text lines without line ends, as in the original `.tokens` files.
 
-        The hub stores a blank line as an empty row where the files have a line of one space; the space is put
+        The hub stores a blank line as an empty row, while the files have a line of one space; the space is put
         back, so that both give the same bytes and the same hash.
         """
         mark = BYTE_ORDER_MARK
@@ -90,11 +90,11 @@ def load_split(config: str | None, split: str, repository: str = REPOSITORY) -> 
 
     Args:
         config: the repository's subset, such as `wikitext-103-v1`; None: its only one.
-        split: its name there.
-        repository: on the hub, or a folder in its form.
+        split: the split's name there.
+        repository: name on the hub, or a folder with the same layout.
 
     Raises:
-        ValueError: the text is neither cached nor to be had, with what to do instead.
+        ValueError: the text is neither cached nor available; the message says what to do instead.
     """
     import datasets
 
@@ -102,10 +102,10 @@ def load_split(config: str | None, split: str, repository: str = REPOSITORY) -> 
 
 
 def split_names(repository: str, config: str | None) -> list[str]:
-    """Names of the splits of a set of the hub, or of a folder in its form.
+    """Names of the splits of a dataset on the hub, or of a folder with the same layout.
 
     Raises:
-        ValueError: it is neither cached nor to be had, with what to do instead.
+        ValueError: it is neither cached nor available; the message says what to do instead.
     """
     import datasets
 
@@ -118,10 +118,10 @@ def stream_split(
     """The texts of a split from its beginning, until they are `most_bytes` long; no more is downloaded.
 
     Returns:
-        The texts, None where there is no such column, and the names of the columns.
+        The texts, or None if there is no such column, and the names of the columns.
 
     Raises:
-        ValueError: the set is not to be had.
+        ValueError: the dataset is not available.
     """
     import datasets
 
@@ -141,7 +141,7 @@ def stream_split(
 
 
 def _loaded(repository: str, config: str | None, load: Callable[[], T], split: str | None = None) -> T:
-    """What `load` gives: from the cache, else from the network; of a split, also from a cache that is locked."""
+    """The result of `load` from the cache, else from the network; for a split, also from a locked cache."""
     import datasets
     from huggingface_hub import constants
 
@@ -151,7 +151,7 @@ def _loaded(repository: str, config: str | None, load: Callable[[], T], split: s
     try:
         with _network_off():
             return load()
-    except Exception as error:  # their kinds differ by version; all but those of the disk mean "not in the cache"
+    except Exception as error:  # kinds differ by version; all except disk errors mean "not in the cache"
         not_cached = error
     if Path(repository).is_dir():
         raise _unavailable(repository, config, _first_line(not_cached)) from not_cached
@@ -222,7 +222,7 @@ def _obstacle(endpoint: str) -> str | None:
     """Why the hub cannot be used now, or None if it answers; takes PROBE_SECONDS at most."""
     silent = f"{endpoint} does not answer within {PROBE_SECONDS:g} s"
     found = [silent]
-    # A thread, since a socket's time-out does not cover the look-up of the name.
+    # A thread, because a socket's time-out does not cover the name look-up.
     probe = threading.Thread(target=lambda: found.append(_probe(endpoint) or ""), daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
@@ -250,11 +250,11 @@ def _unavailable(repository: str, config: str | None, reason: str) -> ValueError
     if repository != REPOSITORY:
         name = repository + (f" {config}" if config else "")
         return ValueError(
-            f"data.repo = {name} could not be had: {reason}. Check the name and data.config; without a network, "
-            "give text files by data=text data.path=<folder>. HF_ENDPOINT=<url> sets a mirror."
+            f"data.repo = {name} could not be loaded: {reason}. Check the name and data.config; without a "
+            "network, give text files with data=text data.path=<folder>. HF_ENDPOINT=<url> sets a mirror."
         )
     return ValueError(
-        f"The text {config} of {REPOSITORY} could not be had from the hub: {reason}. Without a network, give "
-        "a folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens by data.path=<folder>, or use "
+        f"The text {config} of {REPOSITORY} could not be loaded from the hub: {reason}. Without a network, give "
+        "a folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens as data.path=<folder>, or use "
         "the text that is on every machine with Python: data=python_stdlib. HF_ENDPOINT=<url> sets a mirror."
     )

@@ -1,4 +1,4 @@
-"""The tokenizer that comes with a Hugging Face model, so that a text can be prepared for it like for ours."""
+"""The tokenizer that comes with a Hugging Face model, so that a text can be prepared for it as for ours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from alibi_lm.settings import require
 class HubTokenizer:
     """A tokenizer of transformers: an implementation of `data.tokenizers.TextTokenizer`.
 
-    Nothing is added to the text. The stream begins after the token that begins a text (where the tokenizer has
-    none, the one that ends it), and the token that ends a text follows each document, where there is one.
+    Nothing is added to the text. The stream begins after the begin token (or, if the tokenizer has none, its end
+    token), and each document is followed by the end token, if there is one.
 
     Args:
-        folder: of a saved model or tokenizer.
+        folder: folder of a saved model or tokenizer.
         trust_remote_code: whether Python code in the folder may run.
 
     Raises:
@@ -30,7 +30,7 @@ class HubTokenizer:
 
     kind = "hf"
     whole_documents = True
-    """A document that is cut between lines may give other ids: some put a blank before each piece."""
+    """A document that is cut between lines may give other ids: some tokenizers put a space before each piece."""
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer
@@ -38,7 +38,7 @@ class HubTokenizer:
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "vocab.txt")
         require(
             any((folder / name).is_file() for name in names),
-            f"{folder} holds no tokenizer ({', '.join(names[:3])}). Save the model's own there, by "
+            f"{folder} holds no tokenizer ({', '.join(names[:3])}). Save the model's own there, with "
             "tokenizer.save_pretrained(<folder>).",
         )
         try:

@@ -1,17 +1,17 @@
-"""A user's own text: .txt, .jsonl and .parquet files, and any text set of the Hugging Face hub.
+"""A user's own text: .txt, .jsonl and .parquet files, and any text dataset of the Hugging Face hub.
 
-    .txt      a file is a document (and so is any file of another ending that is given by its name or by a glob)
+    .txt      a file is a document (and so is any file with another ending that is given by its name or by a glob)
     .jsonl    a line is a document: the text in its field `data.column`
     .parquet  a row is a document: the text in its column `data.column`
 
-Which of the three splits a document belongs to is said by `data.split_by`:
+`data.split_by` says how documents are assigned to the three splits:
 
     given     folders or files named train, validation (valid, val, dev) and test; on the hub, the set's own splits
     file      whole files: of every 100, in an order drawn by their names, 2 are for validation and 2 for test
-    hash      documents, 96 to 2 to 2 by a hash of their text, so that equal ones share a split. Of a .txt file,
-              64 lines each are a document of their own here.
-    none      all of the text is whichever split is asked for: for evaluation
-    auto      given where the text has such names, else hash
+    hash      documents, 96 to 2 to 2 by a hash of their text, so that equal ones share a split. A .txt file is
+              cut into documents of 64 lines each here.
+    none      every split is the whole text, for evaluation
+    auto      given if the text has such names, else hash
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SPLIT_NAMES = {
     "test": ("test",),
 }
 HASHED_LINES = 64
-"""Lines of a .txt file that are a document where documents are dealt to the splits."""
+"""Lines of a .txt file that form a document if documents are assigned to splits by hash."""
 BYTES_PER_TOKEN = 4
-"""What a token of `data.max_tokens` is counted as: a budget that takes the same text with every tokenizer."""
+"""Bytes per token of `data.max_tokens`, so that the budget takes the same text with every tokenizer."""
 
 
 class DocumentSource(Source):
-    """A source of documents, each a string, that are dealt to the splits.
+    """A source of documents, each a string, that are assigned to splits.
 
     Args:
         data: the settings.
@@ -55,12 +55,12 @@ class DocumentSource(Source):
 
     @abstractmethod
     def documents(self, split: str) -> Iterable[str]:
-        """The documents of a split, as far as `data.max_tokens` allows; all documents, where they are dealt."""
+        """The documents of a split, up to `data.max_tokens`; with split_by=hash, all documents."""
 
     @property
     @abstractmethod
     def split_by(self) -> str:
-        """`data.split_by`, where that is `auto` what it stands for."""
+        """`data.split_by`, with `auto` resolved."""
 
     def identity(self) -> dict[str, Any]:
         settings = {"column": self.data.column, "split_by": self.split_by, "max_tokens": self.data.max_tokens}
@@ -95,7 +95,7 @@ class DocumentSource(Source):
 
 
 class FileSource(DocumentSource):
-    """Text files in a folder, by a glob, or a single one."""
+    """Text files in a folder or matching a glob, or a single file."""
 
     def __init__(self, data: DataConfig) -> None:
         assert data.path is not None
@@ -123,7 +123,7 @@ class FileSource(DocumentSource):
         """Whether the folder or the name of a file says that it belongs to a split."""
         try:
             parts = path.relative_to(self.root).parts
-        except ValueError:  # a glob that reaches out of the folder it begins in
+        except ValueError:  # a glob that leaves the folder it begins in
             parts = path.parts[-2:]
         stem = parts[-1].replace("_", "-").replace(".", "-").split("-")[0]
         return any(part.lower() in SPLIT_NAMES[split] for part in (*parts[:-1], stem))
@@ -194,7 +194,7 @@ def _read_text(path: Path, column: str) -> Iterator[str]:
 
 def _decoded(path: Path, content: bytes) -> str:
     if b"\0" in content[:65536]:
-        raise ValueError(f"{path} is no text: it holds zero bytes. Give UTF-8 text, or leave the file out.")
+        raise ValueError(f"{path} is not text: it contains NUL bytes. Give UTF-8 text, or leave the file out.")
     try:
         return content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
@@ -214,7 +214,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
                 record = json.loads(_decoded(path, raw))
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is not JSON ({error}). Mend or delete the line."
+                    f"{path}, line {number} is not JSON ({error}). Correct or delete the line."
                 ) from None
             fields = sorted(record) if isinstance(record, dict) else []
             if not isinstance(record, dict) or not isinstance(record.get(column), str):
@@ -235,7 +235,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except pyarrow.ArrowInvalid as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no .parquet file, or a damaged one ({line}). Get it anew.") from None
+        raise ValueError(f"{path} is not a .parquet file, or a damaged one ({line}). Get it anew.") from None
 
 
 def _is_text(kind: Any) -> bool:
@@ -256,16 +256,16 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
-"""Readers by the ending of a file; any other file is read as .txt where it is asked for by name."""
+"""Readers by file name ending; any other file is read as .txt if it is given by name."""
 
 
 # --- the hub --------------------------------------------------------------------------------------
 
 
 class HubTextSource(DocumentSource):
-    """Any text set of the Hugging Face hub, or of a folder in its form, through `datasets`.
+    """Any text dataset of the Hugging Face hub, or a folder with the same layout, through `datasets`.
 
-    With `data.max_tokens` rows are streamed and no more is downloaded than needed; they are kept in memory.
+    With `data.max_tokens` rows are streamed and only as many as needed are downloaded; they are kept in memory.
     """
 
     def __init__(self, data: DataConfig) -> None:
@@ -290,7 +290,7 @@ class HubTextSource(DocumentSource):
         return super().passages(split)
 
     def _own(self, split: str) -> str | None:
-        """The set's own name of a split; None where it has none."""
+        """The dataset's own name of a split; None if it has none."""
         from alibi_lm.data.hub import split_names
 
         if self._names is None:
@@ -307,7 +307,7 @@ class HubTextSource(DocumentSource):
         require(
             own is not None,
             f"{self.place} has no {split} split; it has {', '.join(self._names or [])}. Use data.split_by=hash, "
-            "which deals its documents to the three splits.",
+            "which divides its documents among the three splits.",
         )
         if split in self._rows:
             return
@@ -341,7 +341,7 @@ class HubTextSource(DocumentSource):
 
 
 class _Rows:
-    """The documents of one of a set's own splits."""
+    """The documents of one of the dataset's own splits."""
 
     def __init__(self, name: str, rows: Any, column: str | None) -> None:
         self.name, self.rows, self.column = name, rows, column

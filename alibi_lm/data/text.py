@@ -1,7 +1,7 @@
 """Text sources: Python's standard library, which is on every machine, and WikiText from a folder.
 
-A source has three splits, each a long text in passages of consecutive lines. Lines are separated by newline
-characters alone, and a last line without one counts as a line. A byte order mark at the start of a file is not
+A source has three splits, each a long text in passages of consecutive lines. Lines are separated only by newline
+characters, and a last line without one counts as a line. A byte order mark at the start of a file is not
 part of its text.
 """
 
@@ -24,7 +24,7 @@ from alibi_lm.settings import require
 
 SPLITS = ("train", "validation", "test")
 PASSAGE_LINES = 1024
-"""Most lines in a passage: bounds memory where a text has no headings."""
+"""Largest number of lines in a passage, which bounds memory if a text has no headings."""
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -34,7 +34,7 @@ class Passage(NamedTuple):
     lines: list[str]
     """Lines without their line ends."""
     starts_document: bool
-    """Whether the first of them is the first line of a document."""
+    """Whether the first line is the first line of a document."""
 
     @property
     def text(self) -> str:
@@ -59,11 +59,11 @@ class Source(ABC):
 
     name: str
     borders: str
-    """What begins a document, as a sentence for people."""
+    """What a document is, as a sentence for the user."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What tells this source from others, cheap to find: the prepared folder is named after it."""
+        """Cheap data that identify this source; the prepared folder is named after them."""
 
     @abstractmethod
     def require(self, split: str, reason: str = "") -> None:
@@ -75,18 +75,18 @@ class Source(ABC):
 
     @abstractmethod
     def record(self, split: str) -> dict[str, Any]:
-        """What the manifest keeps about the split's source, to notice later that it changed."""
+        """What the manifest keeps about the split's source, to detect later changes."""
 
     @abstractmethod
     def check(self, split: str, record: dict[str, Any], full: bool = False) -> str | None:
-        """Compare the source with its record; None if it is the same or gone, else what differs.
+        """Compare the source with its record; None if it is the same or no longer exists, else what differs.
 
         With `full` everything is read, instead of sizes, times and samples.
         """
 
     @abstractmethod
     def size(self, split: str) -> int | None:
-        """Bytes of the split's text for a progress bar, None if that is not known beforehand."""
+        """Bytes of the split's text for a progress bar, None if not known beforehand."""
 
 
 # --- Python's standard library --------------------------------------------------------------------
@@ -95,18 +95,18 @@ LEFT_OUT = frozenset(
     """site-packages dist-packages __pycache__ test tests idle_test
     lib2to3 idlelib turtledemo ensurepip encodings""".split()
 )
-"""Folders of the standard library that are not its own working code, nearly copies of each other (the tables of
-`encodings`), or not on every machine."""
+"""Folders of the standard library that are not its actual code, that are near-copies of each other (the tables of
+`encodings`), or that are not on every machine."""
 LEAST_CHARACTERS = 4_000_000
 """A whole standard library has about 11 million characters of source; far less means that it was stripped."""
 
 
 class StandardLibrarySource(Source):
-    """The running interpreter's own library sources: text that is on every machine with Python.
+    """The library sources of the running interpreter: text that is on every machine with Python.
 
-    Files are dealt to the splits by a hash of their path inside the library, 96 to 2 to 2 in a hundred, so
-    a file has the same split on every machine. A document is a file; files come in the order of their paths.
-    Files that are not UTF-8 are left out. The identity holds the Python version and a hash of all the text.
+    Files are assigned to splits by a hash of their path inside the library, in proportions 96 : 2 : 2, so a
+    file has the same split on every machine. A document is a file; files are in the order of their paths.
+    Files that are not UTF-8 are left out. The identity holds the Python version and a hash of the whole text.
     """
 
     name = "python_stdlib"
@@ -219,7 +219,7 @@ class FolderSource(Source):
         return ValueError(f"{self._setting} cannot be read ({error}). Give a readable folder of .tokens files.")
 
     def identity(self) -> dict[str, Any]:
-        # The place only names the prepared folder. Texts are compared by their digests, wherever they lie.
+        # The place only names the prepared folder. Texts are compared by their digests.
         return {"kind": "folder", "name": self.name, "path": self._place}
 
     def require(self, split: str, reason: str = "") -> None:
@@ -235,10 +235,10 @@ class FolderSource(Source):
             hint = f" Did you mean data.path={self.folder / inside[0]}?" if inside else ""
             raise ValueError(f"{self._setting} has no {need}; it holds {', '.join(here[:8])}.{hint}")
         if path.stat().st_size <= len(codecs.BOM_UTF8) and path.read_bytes() in (b"", codecs.BOM_UTF8):
-            raise ValueError(f"{path} is empty. Put the {split} text there, one paragraph a line.")
+            raise ValueError(f"{path} is empty. Put the {split} text there, one paragraph per line.")
 
     def _mode(self, path: Path) -> int:
-        """What lies there, as in `stat`; 0 if nothing does."""
+        """The file mode as in `stat`; 0 if nothing is there."""
         try:
             return path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -259,7 +259,7 @@ class FolderSource(Source):
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}: line {number} is not UTF-8 ({error.reason} at byte {error.start + 1} of "
-                "the line). Convert the file to UTF-8, or get it anew if it was damaged on its way."
+                "the line). Convert the file to UTF-8, or get it again if it was damaged on its way."
             ) from None
         except OSError as error:
             raise self._unreadable(error) from None
@@ -278,16 +278,16 @@ class FolderSource(Source):
 
 
 HeadingStyle = tuple[bool, bool]
-"""Whether a blank line stands before each heading, and whether one stands after it."""
+"""Whether there is a blank line before each heading, and whether there is one after it."""
 BETWEEN_BLANK_LINES: HeadingStyle = (True, True)
 
 
 def heading_style(lines: Iterable[str]) -> HeadingStyle:
-    """How the headings of articles stand in a whole text; no more lines are read than needed.
+    """Find out how headings of articles are set off in a text; no more lines are read than needed.
 
     In WikiText a heading is a line with one "=" at each end between blank lines, and other lines with one "=" at
-    each end are formulas and keys of tables. Only where no such line stands between blank lines, and all stand
-    in one and the same way, as in a text whose blank lines were removed, is that way taken for the headings'.
+    each end are formulas and keys of tables. If no such line is between blank lines, and all of them are set off
+    in the same way, as in a text whose blank lines were removed, they are taken for headings.
     """
     seen: set[HeadingStyle] = set()
     for before, line, after in _with_neighbours(lines):
@@ -295,16 +295,16 @@ def heading_style(lines: Iterable[str]) -> HeadingStyle:
             style = (before is None or not before.strip(), after is None or not after.strip())
             if style == BETWEEN_BLANK_LINES:
                 return style
-            if before is not None and after is not None:  # at the border of the text there is no telling
+            if before is not None and after is not None:  # at the border of the text this is undecided
                 seen.add(style)
     return seen.pop() if len(seen) == 1 else BETWEEN_BLANK_LINES
 
 
 def wikitext_passages(lines: Iterable[str], style: HeadingStyle = BETWEEN_BLANK_LINES) -> Iterator[Passage]:
-    """Group WikiText lines in passages; documents begin at ` = Title = ` lines that stand as `style` says.
+    """Group WikiText lines in passages; documents begin at ` = Title = ` lines that are set off as `style` says.
 
-    The border of the text counts as a blank line or as none, as needed. Blank lines before the first heading
-    belong to the first document.
+    The border of the text may count as a blank line or not. Blank lines before the first heading belong to the
+    first document.
     """
     block: list[str] = []
     starts, has_words = True, False
@@ -348,7 +348,7 @@ class Original(NamedTuple):
 
     lines: int
     words: int
-    """Words, one line end a line included."""
+    """Words, including one line end per line."""
     sha256: str | None = None
 
 
@@ -377,16 +377,16 @@ def identify(name: str, split: str, counts: Mapping[str, Any], texts: Mapping[st
     tells them apart. The training splits are known by lines and words.
 
     Args:
-        name: of the source.
+        name: the source's name.
         split: train, validation or test.
         counts: the split's `lines`, `words` and `text_sha256`.
-        texts: `text_sha256` of the evaluation splits beside it, as far as they are at hand.
+        texts: `text_sha256` of the evaluation splits beside it, if available.
 
     Returns:
-        A phrase that begins with "the original" or "not the original"; None where the source is not WikiText.
+        A phrase that begins with "the original" or "not the original"; None if the source is not WikiText.
 
     Raises:
-        ValueError: the text is the original by its digest or its lines, but its words are not as many as known.
+        ValueError: the text is the original by its digest or its lines, but not by its number of words.
     """
     if name not in ORIGINALS:
         return None
@@ -423,7 +423,7 @@ def check_vocabulary(identity: str | None, tokenizer_label: str, vocab_size: int
 
 
 def _beside_originals(name: str, texts: Mapping[str, str]) -> bool:
-    """Whether the evaluation splits at hand do not speak against the originals of this name."""
+    """Whether the available evaluation splits are consistent with the originals of this name."""
     known = {split: o.sha256 for split, o in ORIGINALS["wikitext103"].items() if o.sha256}
     same = [texts[split] == sha256 for split, sha256 in known.items() if split in texts]
     return all(same) if name == "wikitext103" else not any(same)

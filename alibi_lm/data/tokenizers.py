@@ -1,16 +1,16 @@
-"""From lines of text to token ids and back: words, byte-level pairs (BPE) or bytes, each kept as one JSON file.
+"""From lines of text to token ids and back: words, byte-level BPE or bytes, each kept as one JSON file.
 
-Word level, as fairseq prepares WikiText-103 for the paper: a line is its whitespace-separated words followed by
-`</s>`, a blank line a lone `</s>`. Ids: 0 `<s>`, 1 `<pad>`, 2 `</s>`, 3 `<unk>`, then the words of the training
+Word level, as fairseq prepares WikiText-103 for the paper: a line becomes its whitespace-separated words followed
+by `</s>`, a blank line only `</s>`. Ids: 0 `<s>`, 1 `<pad>`, 2 `</s>`, 3 `<unk>`, then the words of the training
 text by falling count, ties by code points, then made-up words up to a multiple of 8. The order matters: an
-adaptive vocabulary cuts its bands by id. A word of the text that is spelled like one of the four takes its id.
+adaptive vocabulary forms its bands by id. A word of the text that is spelled like one of the four gets its id.
 
-BPE: all bytes can be written, so nothing is unknown and the text comes back exactly. A line with its line end is
-encoded by itself: no token reaches over a line end, and a text gives the same ids however it is cut in pieces.
-`<|endoftext|>` (id 0) is the input before the first token and ends each document of a prepared stream, as a
-target too; the same characters in the text are ordinary text.
+BPE: all bytes can be encoded, so nothing is unknown and decoding gives the exact text. Each line with its line end
+is encoded separately: no token crosses a line end, and a text gives the same ids however it is cut into pieces.
+`<|endoftext|>` (id 0) is the input before the first token and ends each document of a prepared stream, where it is
+a target too; the same characters in the text are ordinary text.
 
-The file is that of the `tokenizers` library, which can read it alone; loading it runs no code.
+The file has the format of the `tokenizers` library, which can read it by itself; loading it runs no code.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ UNKNOWN_ID = 3
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 LARGEST = 1_000_000
-"""Largest vocabulary that is built here, and largest padding: some four times the largest that models have."""
+"""Largest vocabulary, and largest padding, that is built here: about four times that of the largest models."""
 
 
 class TextTokenizer(Protocol):
-    """What preparing and opening a text ask of a tokenizer, ours (`Tokenizer`) or another's."""
+    """What preparing and opening a text need of a tokenizer, ours (`Tokenizer`) or another."""
 
     kind: str
-    """A word for manifests and reports."""
+    """Name of the kind of tokenizer, for manifests and reports."""
     hash: str
     """Hex digest: equal for tokenizers that give equal ids."""
     vocab_size: int
     start_id: int
     """The input before a stream's first token."""
     document_end_id: int | None
-    """Id that ends each document in a stream, or None where lines have their own end."""
+    """Id that ends each document in a stream; None if lines have their own end."""
     unknown_id: int | None
-    """Id of what is outside the vocabulary, or None where nothing is."""
+    """Id of words outside the vocabulary; None if there are none."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Ids of texts as they stand, newlines included: nothing is added at their ends."""
+        """Ids of the texts, including newlines; nothing is added at their ends."""
 
     def save(self, path: str | Path) -> None:
         """Write it as one file, whole or not at all."""
@@ -63,13 +63,13 @@ class TextTokenizer(Protocol):
 
 @dataclass
 class TokenizerConfig:
-    """What the tokenizers of all kinds share."""
+    """The settings that tokenizers of all kinds share."""
 
     name: str = ""
 
     @property
     def label(self) -> str:
-        """Names the tokenizer's file, kind and settings, such as `word8` or `bpe4096`."""
+        """Name of the tokenizer's file, from its kind and settings, such as `word8` or `bpe4096`."""
         raise NotImplementedError
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
@@ -113,7 +113,7 @@ class BPEConfig(TokenizerConfig):
 
     name: str = "bpe"
     vocab_size: int = 4096
-    """Tokens at most, with the 256 bytes and `<|endoftext|>`; a small text may give fewer."""
+    """Largest number of tokens, including the 256 bytes and `<|endoftext|>`; a small text may give fewer."""
 
     def __post_init__(self) -> None:
         require(
@@ -150,7 +150,7 @@ class BPEConfig(TokenizerConfig):
 
 @dataclass
 class BytesConfig(TokenizerConfig):
-    """The 256 bytes and `<|endoftext|>`: BPE without a merge. Byte b has id b + 1."""
+    """The 256 bytes and `<|endoftext|>`: BPE without merges. Byte b has id b + 1."""
 
     name: str = "bytes"
 
@@ -162,7 +162,7 @@ class BytesConfig(TokenizerConfig):
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers
 
-        # The library writes a byte as a visible character: itself, or the next free one from 256 on.
+        # The library represents a byte by a visible character: itself, or the next free one from 256 on.
         visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
         free = iter(range(256, 512))
         characters = [chr(byte if byte in visible else next(free)) for byte in range(256)]
@@ -188,7 +188,7 @@ class Tokenizer:
         self.hash = hashlib.sha256(content).hexdigest()
         try:
             model = json.loads(content)["model"]
-            # With a prefix, or without a word on it, the library may abort the process.
+            # With a prefix, or without this field, the library may abort the process.
             if model["type"] == "BPE" and model["continuing_subword_prefix"]:
                 raise ValueError("its continuing_subword_prefix is not null")
             self._backend = Backend.from_str(content.decode())
@@ -216,13 +216,13 @@ class Tokenizer:
                 raise ValueError(f"{token} must have id {id}, but has {vocabulary.get(token)}")
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text as it stands, (N,) int32: nothing is added at its ends, newlines are line ends."""
+        """Ids of a text, (N,) int32; nothing is added at its ends, newlines are line ends."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """`encode` of several texts, on all cores where the kind allows it."""
+        """`encode` for several texts, on all cores if the kind of tokenizer allows it."""
         if self.kind == "word":
-            # Whitespace as in Python is fairseq's (\s+), and a dict is ten times faster than the library.
+            # Python's whitespace is the same as fairseq's (\s+), and a dict is ten times faster than the library.
             words = [text.replace("\n", " </s> ").split() for text in texts]
             return [np.fromiter(map(self._ids.__getitem__, w), dtype=np.int32, count=len(w)) for w in words]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -231,7 +231,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids.
 
-        Word level gives the words with one blank between them and a newline for `</s>`; BPE gives the exact
+        Word level gives the words with one space between them and a newline for `</s>`; BPE gives the exact
         text, without `<|endoftext|>`.
         """
         if self.kind == "bpe":
@@ -261,7 +261,7 @@ class Tokenizer:
 
     @classmethod
     def from_fairseq_dictionary(cls, path: str | Path) -> Tokenizer:
-        """Word level from a fairseq dict.txt: `word count` a line; line i (from 0) has id 4 + i.
+        """Word level from a fairseq dict.txt: `word count` on each line; line i (from 0) has id 4 + i.
 
         Raises:
             ValueError: no such file, a malformed line, a repeated word, or one of the four special words.
@@ -316,7 +316,7 @@ def _read_dictionary(path: Path) -> Iterator[str]:
                     raise ValueError(f"{where}: expected `word count`, got {_shown(line)}.")
                 if word in seen:
                     kind = "special word" if word in WORD_SPECIALS else "word that occurred before"
-                    raise ValueError(f"{where}: {_shown(word)} is a {kind}. Each word must stand there once.")
+                    raise ValueError(f"{where}: {_shown(word)} is a {kind}. Each word must occur once.")
                 seen.add(word)
                 yield word
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
 """From a token stream to training batches and scoring windows: pure functions of their arguments.
 
 Both cut the stream in the same way: the inputs of a block are the tokens before its targets *in the stream*, so
-that every target has at least one token of context. Only the stream's very first target is predicted from the
+that every target has at least one token of context. Only the first target of the stream is predicted from the
 start token (`</s>` or `<|endoftext|>`).
 """
 
@@ -19,7 +19,7 @@ def cut_windows(tokens: np.ndarray, start_id: int, starts: np.ndarray, width: in
         tokens: (N,) integers.
         start_id: input in front of the stream's first target.
         starts: (B,) integers, index of each window's first target.
-        width: targets of a window.
+        width: targets per window.
 
     Returns:
         inputs, targets: (B, width) int64, on the CPU.
@@ -34,14 +34,14 @@ class TrainingBatches:
     """Batches of fixed blocks of the training stream, in the authors' order.
 
     The stream is cut into blocks of `length` targets at fixed borders (a shorter last block is left out). Which
-    blocks share a batch is drawn once from the seed; the order of the batches is drawn anew each epoch from
-    (seed, epoch), as fairseq does. Batch n is therefore a function of (seed, n) alone.
+    blocks share a batch is drawn once from the seed; the order of the batches is drawn in each epoch from
+    (seed, epoch), as in fairseq. So batch n is a function of (seed, n) only.
 
     Args:
         tokens: (N,) integers.
         start_id: input in front of the stream's first target.
-        length: targets of a block.
-        rows: blocks of a batch.
+        length: targets per block.
+        rows: blocks per batch.
         seed: >= 0.
 
     Raises:
@@ -95,8 +95,8 @@ def scoring_windows(num_tokens: int, length: int, stride: int | None) -> tuple[n
 
     Args:
         num_tokens: N.
-        length: n, tokens of a window.
-        stride: s, targets scored in a window; None: n.
+        length: n, tokens per window.
+        stride: s, targets scored per window; None: n.
 
     Returns:
         first target of each window, first scored target, and end (exclusive): three (windows,) int64.
@@ -118,8 +118,8 @@ def positions_in_window(num_tokens: int, length: int, stride: int | None = None)
 
     Args:
         num_tokens: N.
-        length: tokens of a window.
-        stride: targets scored in a window; None for nonoverlapping.
+        length: tokens per window.
+        stride: targets scored per window; None: nonoverlapping windows.
 
     Returns:
         (N,) int64, from 1 to length.

@@ -1,1 +1,1 @@
-"""From a model and a token stream to numbers that mean something: scores, curves, views, intervals."""
+"""From a model and a token stream to scores, curves, views and intervals."""

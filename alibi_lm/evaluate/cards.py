@@ -1,7 +1,7 @@
-"""A card for each scheme of an experiment, written as `cards.json` for pages that know no model (study/atlas.py).
+"""A card for each scheme of an experiment: `cards.json`, from which study/atlas.py makes pages without a model.
 
-A card says what the scheme's file says of it (its docstring has title, formula, source, and what holds past the
-trained length), and what can be read off one trained run: parameters, time, and how far its bias lets a query see.
+A card has the description in the scheme's file (its docstring has title, formula, source, and what happens past
+the trained length) and facts about one trained run: parameters, time, and how far its bias lets a query see.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ def card(folder: Path, run: PlannedRun) -> dict[str, Any]:
 
 
 def seconds_per_token(model: TransformerLM, length: int, backward: bool, passes: int = 12) -> float:
-    """Processor time of a pass over 2,048 tokens, or one sequence, by token: the least of some passes.
+    """Processor time per token, in seconds, of a pass over 2,048 tokens or one sequence: the minimum over passes.
 
-    Other work on the machine makes a pass slower, never faster, and hardly touches processor time.
+    Other work on the machine makes a pass slower, never faster, and hardly affects processor time.
 
     Args:
-        model: of a run, on the CPU.
-        length: of the sequences.
-        backward: also take the gradient of all parameters, as in training.
-        passes: after one that is not counted.
+        model: a run's model, on the CPU.
+        length: tokens per sequence.
+        backward: also compute the gradient of all parameters, as in training.
+        passes: how many are timed, after one that is not.
     """
     model.serve(length)
     model.train(backward)
@@ -108,9 +108,9 @@ def seconds_per_token(model: TransformerLM, length: int, backward: bool, passes:
 
 
 def told(of_file: str, of_class: str) -> dict[str, str]:
-    """Title, formula, source and what holds past the trained length, from the docstring of a scheme's file.
+    """Title, formula, source and behaviour past the trained length, from the docstring of a scheme's file.
 
-    A file without a source is the protocol's, whose scheme is described by its class alone.
+    A file without a source is that of the protocol; the class then describes its scheme.
     """
     text = of_file if "Source:" in of_file else of_class
     formula = [line.strip() for line in text.split("\n") if line.startswith("    ") and line.strip()]
@@ -128,10 +128,10 @@ def told(of_file: str, of_class: str) -> dict[str, str]:
 
 
 def receptive_field(scheme: PositionScheme, train_length: int) -> list[int] | None:
-    """Distance within which the bias alone keeps 99% of the weight: the shortest and the longest of the heads.
+    """Distance within which the bias alone keeps 99% of the weight: the shortest and the longest of all heads.
 
     Source: the tail sum of Qin et al. 2023, arXiv 2307.10156, over 64 L distances, all scores equal.
-    None where the scheme has no bias by distance; 64 L where the weight never runs out.
+    None if the scheme has no bias by distance; 64 L if the weight does not fall off.
     """
     far = FAR * train_length
     with torch.no_grad():

@@ -1,12 +1,12 @@
-"""Changes of a trained model for a test at longer inputs, tuned on one split and scored on another.
+"""Test-time changes of a trained model for longer inputs, tuned on one split and scored on another.
 
 Each change is tried with several values at each inference length, and the one with the lowest loss on the
 validation split is scored on the test split. What is tried:
 
-    crop            the last L tokens before a target are its only input: the floor that a change has to beat
+    crop            the last L tokens before a target are its only input: the baseline that a change must beat
     unchanged       the model as it was trained
-    of the scheme   what the config of the position scheme names in `test_changes`
-    log n           query_scale=log_n, with several lengths from which on scores grow
+    of the scheme   the changes that the config of the position scheme lists in `test_changes`
+    log n           query_scale=log_n, with several lengths from which scores grow
     SSMax           query_scale=ssmax, with s = m / ln L for several m; the same in all heads
     temperature     query_scale=constant, with several factors
 
@@ -52,18 +52,18 @@ class ChangesConfig:
     runs: str
     """A run folder or a glob of them, in quotes."""
     experiment: str = "quick"
-    """Names the default output_dir."""
+    """The experiment, which gives the default output_dir."""
     lengths: list[int] | None = None
-    """Inference lengths; null: those of the run above its training length."""
+    """Inference lengths; null: the run's own lengths above its training length."""
     checkpoint: str = "best"
-    """best, last, or step:<number> of one that was kept."""
+    """best (lowest validation loss), last, or step:<number> of a kept checkpoint."""
     data: EvaluateData = field(default_factory=EvaluateData)
     attention: str = "auto"
     """Attention backend."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "float32"
-    """Of scoring."""
+    """Precision of scoring: float32, bfloat16 or auto."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
     output_dir: str | None = None
@@ -95,7 +95,7 @@ class CroppedPasses(Passes):
 
 
 def candidates(run: TrainConfig, length: int) -> dict[str, list[Candidate]]:
-    """What is tried on a run at an inference length: name of a change -> its values."""
+    """The changes to try on a run at an inference length: name of a change -> its values."""
     trained = run.train_length
     of_scheme = run.position.test_changes(length / trained) if hasattr(run.position, "test_changes") else {}
     found: dict[str, list[Candidate]] = {UNCHANGED: [{}]}
@@ -111,7 +111,7 @@ def candidates(run: TrainConfig, length: int) -> dict[str, list[Candidate]]:
 
 
 def untried(run: TrainConfig) -> str:
-    """Which changes mean nothing for a run, in words; empty where all were tried."""
+    """Which changes mean nothing for a run, in words; empty if all were tried."""
     own = set(candidates(run, 2 * run.train_length))
     others = dict.fromkeys(
         name
@@ -129,8 +129,8 @@ def untried(run: TrainConfig) -> str:
 def change_and_evaluate(config: ChangesConfig) -> Iterator[ResultRow]:
     """Tune each change on the validation split and score it on the test split; yields a row for each and length.
 
-    Rows go to `results.jsonl` and `documents.jsonl` of the output folder. Passes are kept there as well, so a
-    command that was interrupted goes on where it stopped.
+    Rows go to `results.jsonl` and `documents.jsonl` of the output folder. Passes are kept there too, so an
+    interrupted command continues where it stopped.
 
     Raises:
         ValueError: no finished run, lengths within the training length, or a text without one of the splits.
@@ -154,9 +154,9 @@ def _of_run(config: ChangesConfig, run: PlannedRun, device: torch.device) -> Ite
     require(
         bool(lengths) and lengths[0] > own.train_length,
         f"lengths = {lengths} with {run.name}. Give lengths above its train_length = {own.train_length}: changes "
-        "are for longer inputs than those of the training.",
+        "are for inputs longer than in training.",
     )
-    # Both splits are there, or nothing begins.
+    # Check that both splits exist before any work.
     for split in ("validation", "test"):
         prepare(config.data.apply(own.data), run_tokenizer(run.folder), splits=(split,))
     for length in lengths:

@@ -1,4 +1,4 @@
-"""The settings of an evaluation: one config for scripts/evaluate.py and scripts/analyse.py."""
+"""The settings of an evaluation, shared by scripts/evaluate.py and scripts/analyse.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import require
 
 STREAM = "stream"
-"""The mode of the whole split as one window."""
+"""The mode that reads the whole split as one window."""
 VIEWS: dict[str, tuple[str, ...]] = {
     "perplexity": ("lengths", "stride"),
     "position": ("lengths",),
@@ -45,32 +45,32 @@ OF_MODELS = ("model_config", "train_length", "trust_remote_code")
 
 @dataclass
 class EvaluateData:
-    """Which text to evaluate on, where it is not the run's own."""
+    """Which text to evaluate on, if it is not the run's own."""
 
     path: str | None = None
     """Folder of wiki.valid.tokens / wiki.test.tokens; null: the run's own corpus. data=text: folder, file or glob
     of text."""
     cache_dir: str | None = None
-    """Where prepared streams go; null: as in the run's config."""
+    """Folder of prepared token streams; null: as in the run's config."""
     name: str | None = None
     """data=text, data=hub, data=wikitext103, ...: another text than the run's own."""
     repo: str | None = None
-    """data=hub: name of the set."""
+    """data=hub: name of the dataset, <owner>/<name>."""
     config: str | None = None
-    """data=hub: its subset."""
+    """data=hub: subset (configuration) of the dataset."""
     column: str | None = None
     """data=text, data=hub: the field or column that holds the text; null: text."""
     split_by: str | None = None
-    """data=text, data=hub: what deals documents to the splits; null: all of data=text is the evaluated split, and
-    data=hub has splits of its own."""
+    """data=text, data=hub: how documents are assigned to splits; null: all of data=text is the evaluated split,
+    and data=hub has its own splits."""
     max_tokens: int | None = None
-    """data=text, data=hub: read no more than about this many tokens, counted as 4 bytes each."""
+    """data=text, data=hub: read at most about this many tokens, counted as 4 bytes each."""
 
     def apply(self, own: DataConfig | None) -> DataConfig:
         """The text to evaluate on.
 
         Args:
-            own: that of the run; None: the model has none.
+            own: the run's settings of its text; None: the model has no text.
 
         Raises:
             ValueError: settings that do not fit together, or no text at all.
@@ -95,66 +95,66 @@ class EvaluateConfig:
     """What is measured of one or more run folders."""
 
     view: str = "curve"
-    """curve (scripts/evaluate.py), or one of scripts/analyse.py: perplexity, position, last, documents, fixed,
+    """curve (scripts/evaluate.py) or a view of scripts/analyse.py: perplexity, position, last, documents, fixed,
     decomposition, offset, windows, safe_length, effective_context, repeat, attention, self_longppl, all."""
     experiment: str = "quick"
-    """Names the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
+    """Gives the default run folders, outputs/<experiment>/runs/*, and the default output_dir."""
     runs: str | None = None
     """A run folder or a glob of them."""
     model: str | None = None
-    """A model of Hugging Face's transformers in place of runs: hf:<folder or hub name>. `+model.<key>=<value>`
+    """A model of Hugging Face's transformers instead of runs: hf:<folder or hub name>. `+model.<key>=<value>`
     changes a key of its config for the test, and rows say so."""
     model_config: dict[str, Any] = field(default_factory=dict)
-    """model: what `+model.<key>=<value>` says."""
+    """model: keys of its config that are changed, set by `+model.<key>=<value>`."""
     train_length: int | None = None
-    """model: tokens of its training sequences, where its config does not tell or is wrong."""
+    """model: tokens of its training sequences, if its config does not say or is wrong."""
     trust_remote_code: bool = False
-    """model: whether Python code that comes with it may run."""
+    """model: whether Python code that comes with the model may run."""
     lengths: list[int] | None = None
-    """Inference lengths; null: those in the config.yaml of each run, which are its experiment's at that time."""
+    """Inference lengths; null: those in the config.yaml of each run, from its experiment when it was trained."""
     task: str | None = None
-    """curve: what is asked: text, needle, passkey or the task of the runs; null: all that a run was trained on."""
+    """curve: text, needle, passkey or the task of the runs; null: everything that a run was trained on."""
     mode: str | None = None
-    """curve: nonoverlapping, sliding, or stream (the whole split as one window, in place of the lengths); null:
+    """curve: nonoverlapping, sliding, or stream (the whole split as one window, instead of the lengths); null:
     the experiment's own."""
     cache: str | None = None
     """stream: full, proved, certified or window, see alibi_lm/model/streaming.py; null: full."""
     lost_share: float | None = None
-    """stream through proved or certified: share of its attention that a head may lose; null: 2^-25."""
+    """stream with cache=proved or certified: share of its attention that a head may lose; null: 2^-25."""
     window: int | None = None
-    """stream through window: last tokens that are kept."""
+    """stream with cache=window: how many of the last tokens are kept."""
     sinks: int | None = None
-    """stream through window: first tokens that are kept besides."""
+    """stream with cache=window: how many of the first tokens are kept too."""
     stride: int | None = None
-    """curve, perplexity: targets scored per window in sliding mode. decomposition: of the reset; null:
+    """curve, perplexity: targets scored per sliding window. decomposition: targets that share a reset pass; null:
     train_length / 8."""
     contexts: list[int] | None = None
     """fixed, effective_context: tokens of context; null: the experiment's lengths, or powers of 2."""
     every: int | None = None
-    """fixed, effective_context: every how many targets one is scored; offset, repeat: the same for windows. Null:
-    about 1,000 targets, 256 windows and 128 segments."""
+    """fixed, effective_context: score every n-th target; offset, repeat: every n-th window or segment. Null: about
+    1,000 targets, 256 windows and 128 segments."""
     last: int = 16
     """last: how many targets at the end of each window."""
     offsets: list[int] | None = None
     """offset: positions of a window's first token; null: 0 to the experiment's longest length."""
     distances: list[int] | None = None
-    """repeat: tokens between two readings; null: from `width` on, doubling, to the longest length."""
+    """repeat: tokens from one reading to the next; null: `width`, doubling up to the longest length."""
     windows: int = 16
-    """attention: windows of the text that are looked at."""
+    """attention: how many windows of the text to use."""
     short: int | None = None
     """self_longppl: tokens of the short context; null: half of train_length."""
     key_gain: float = 2.0
     """self_longppl: nats that the long context must save on a token to make it a key token."""
     key_loss: float = 2.0
-    """self_longppl: nats that it costs at most there."""
+    """self_longppl: highest loss of a key token with the long context, in nats."""
     width: int | None = None
-    """offset, repeat: tokens of a window or segment; null: half of train_length; repeat: a quarter."""
+    """offset, repeat: tokens per window or segment; null: half of train_length, for repeat a quarter."""
     split: str | None = None
     """validation or test; null: the experiment's own."""
     tokens_per_forward: int | None = None
-    """Tokens of a forward pass; null: the experiment's own."""
+    """Tokens per forward pass; null: the experiment's own."""
     checkpoint: str = "best"
-    """best (lowest validation loss), last, or step:<number> of one that was kept."""
+    """best (lowest validation loss), last, or step:<number> of a kept checkpoint."""
     attention: str = "auto"
     """Attention backend; result rows record the one that auto stands for."""
     position: dict[str, Any] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "float32"
-    """float32 by default, also where training ran in bfloat16."""
+    """float32 (the default, also after training in bfloat16), bfloat16 or auto."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
     draw: bool = True
@@ -199,7 +199,7 @@ class EvaluateConfig:
                 require(min(value) >= least, f"{name} = {value}. Use whole numbers >= {least}.")
         require(
             re.fullmatch(r"best|last|step:\d+", self.checkpoint) is not None,
-            f"checkpoint = {self.checkpoint!r}. Allowed: best, last, step:<number> of one that was kept.",
+            f"checkpoint = {self.checkpoint!r}. Allowed: best, last, step:<number> of a kept checkpoint.",
         )
         require(
             self.model is None or (self.runs is None and not self.position and not self.query_scale),
@@ -241,12 +241,12 @@ class EvaluateConfig:
 
     @property
     def tokens(self) -> Path:
-        """Folder of per-token results: evaluation and analysis have one and the same."""
+        """Folder of per-token results, which evaluation and analysis share."""
         curves = self.output if self.view == "curve" else self._home / "extrapolation"
         return curves / "tokens"
 
     def settings(self, run: TrainConfig) -> EvaluationConfig:
-        """How to evaluate a run: what is not set here is as its experiment says.
+        """How to evaluate a run: what is not set here comes from its experiment.
 
         Raises:
             ValueError: settings that do not fit together, or no lengths anywhere.
@@ -267,6 +267,6 @@ class EvaluateConfig:
         )
         require(
             bool(settings.lengths),
-            "lengths are not given, and the run names none of its own. Give them, quoted: 'lengths=[64,128,256]'.",
+            "lengths are not given, and the run has none of its own. Give them, quoted: 'lengths=[64,128,256]'.",
         )
         return settings

@@ -1,4 +1,4 @@
-"""The certificate of a position scheme: whether it keeps the protocol of `positions/base.py`, on one page."""
+"""The certificate of a position scheme: whether it follows the protocol of `positions/base.py`, on one page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CheckSchemeConfig:
     """Which scheme to check."""
 
     position: str | None = None
-    """A registered scheme; with scheme_file, the name of the config in it, where it holds several."""
+    """A registered scheme. With scheme_file: the name of the config in it, if it holds several."""
     scheme_file: str | None = None
     """A Python file with a scheme of your own and its config, a dataclass with `name` and `build`."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ def find_config(config: CheckSchemeConfig) -> Any:
     known: dict[str, type] = dict(POSITIONS)
     if config.scheme_file is not None:
         path = Path(config.scheme_file)
-        require(path.is_file(), f"scheme_file = {path} is no file.")
+        require(path.is_file(), f"scheme_file = {path} is not a file.")
         spec = importlib.util.spec_from_file_location(f"scheme_file_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -82,7 +82,7 @@ def page(config: Any, checks: list[Check]) -> str:
 
 
 def check_scheme(config: CheckSchemeConfig) -> int:
-    """Print the certificate of a scheme; returns the exit status, 1 where a check fails.
+    """Print the certificate of a scheme; returns the exit status, 1 if a check fails.
 
     Raises:
         ValueError: see `find_config`; or the scheme cannot be built at all.

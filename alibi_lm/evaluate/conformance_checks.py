@@ -1,8 +1,8 @@
-"""The checks of a position scheme, each with one number and what it may be at most.
+"""The checks of a position scheme, each with one number and its largest allowed value.
 
-The scheme stands in a tiny model, its parameters moved away from their first values. What its bias does with
-distance and what it costs is told and not judged, with one exception: a bias that grows without bound gives all
-attention to the farthest key, and fails.
+The scheme is built into a tiny model, with its parameters moved away from their initial values. What its bias does
+with distance and what it costs is reported but not judged, with one exception: a bias that grows without bound
+gives all attention to the farthest key, and fails.
 
 Shape letters: B batch, T tokens, S keys, H heads, K head dim.
 """
@@ -35,11 +35,11 @@ from alibi_lm.settings import require
 SIZES = ModelConfig(num_layers=2, model_dim=24, num_heads=3, ffn_dim=48)
 TRAIN_LENGTH, VOCABULARY = 64, 50
 ROUNDING = 1e-4
-"""Share of what another order of the tokens changes in an output below which a difference is rounding."""
+"""A difference below this share of what another order of the tokens changes in an output counts as rounding."""
 FAR = 1 << 17
 """Distances up to here are summed for the tail of a bias."""
 NO_BOUND = 3.0
-"""A sum over distances that more than trebles with each doubling has terms that grow."""
+"""A sum over distances that more than triples with each doubling has growing terms."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Check:
 
     name: str
     passed: bool | None
-    """None: told, not judged."""
+    """None: reported, not judged."""
     found: str
     """The number, in words."""
 
@@ -64,7 +64,7 @@ Found = tuple[bool | None, str]
 
 
 class InDouble(TorchFunctionMode):
-    """Within, every step to float32 or half precision goes to float64 instead."""
+    """Inside this context, every conversion to float32 or half precision gives float64 instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         lower = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +96,7 @@ class Conformance:
     def model(
         self, attention: str = "eager", train_length: int = 512, sizes: ModelConfig = SIZES, moved: float = 0.3
     ) -> TransformerLM:
-        """A tiny model with the scheme, its parameters moved away from their start; always the same."""
+        """A tiny model with the scheme, its parameters moved away from their initial values; always the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             model = TransformerLM(sizes, self.config, attention, VOCABULARY, train_length).eval()
@@ -123,7 +123,7 @@ class Conformance:
     # --- what must hold --------------------------------------------------------------------------
 
     def causality(self) -> Iterator[Found]:
-        """An output depends on every earlier token, and its gradient of each later one is exactly 0."""
+        """An output depends on every earlier token, and its gradient for each later one is exactly 0."""
         for attention in self.backends:
             model, seen = self.model(attention), dict[str, Tensor]()
             embed = model.vocabulary.embed
@@ -202,7 +202,7 @@ class Conformance:
         tokens, targets, results = self.ids(2, 101), self.ids(2, 101).flip(1), {}
         for attention, window in itertools.product(self.backends, (None, 9)):
             model = self.model(attention)
-            # The ways of long sequences in short ones.
+            # Use the code paths of long sequences on short ones.
             model.backend.chain = [SdpaAttention(3000, 0) if b.name == "sdpa" else b for b in model.backend.chain]
             nats = model.nats(tokens, targets, window=window)
             nats.sum().backward()
@@ -230,7 +230,7 @@ class Conformance:
         """Gradients are those of finite differences in float64, along a random direction of each parameter."""
         tokens, targets, gaps = self.ids(1, 40), self.ids(1, 40).flip(1), list[float]()
         with InDouble():
-            # Near their start, so that parameters stay where they are not clamped.
+            # Near the initial values, so that parameters stay where they are not clamped.
             model = self.model(moved=0.02).double()
             model.nats(tokens, targets).sum().backward()
             owned = [p for scheme in model.schemes for p in scheme.parameters()]
@@ -251,7 +251,7 @@ class Conformance:
         yield worst <= 1e-4, f"{len(gaps)} parameters: off by {worst:.1e} of the slope (at most 1e-04)"
 
     def precision(self) -> Iterator[Found]:
-        """In a bfloat16 model a bias and the rotation of queries are exact to float32, at positions to 8,191."""
+        """In a bfloat16 model bias and rotation of queries keep float32 precision, at positions to 8,191."""
         scheme, reference = self.model().schemes[0].bfloat16(), self.model().schemes[0]
         reference.load_state_dict(scheme.state_dict())
         reference = reference.double()
@@ -296,7 +296,7 @@ class Conformance:
 
     def parameters(self) -> Iterator[Found]:
         """Every parameter takes part in training, and weights load at another context length."""
-        # A step from their start, where some are multiplied by others that start at 0.
+        # One step away from the initial values, where some are multiplied by others that are 0.
         model = self.model(train_length=128, moved=0.01).train()
         model.nats(self.ids(4, 128), self.ids(4, 128).flip(1)).sum().backward()
         named = {name: p for name, p in model.named_parameters() if name.startswith("positions.")}
@@ -308,10 +308,10 @@ class Conformance:
         words = f"{numbers:,} trained numbers, without a gradient: {', '.join(idle) or 'none'}"
         yield not idle and same, words + ("" if same else "; weights change with the context length")
 
-    # --- what is told ----------------------------------------------------------------------------
+    # --- what is only reported -------------------------------------------------------------------
 
     def tail(self) -> Iterator[Found]:
-        """Whether the sum of exp(bias) over distances ends, and where all but 1% of it lies (arXiv 2307.10156)."""
+        """Whether the sum of exp(bias) over distances converges, and where 99% of it lies (arXiv 2307.10156)."""
         if not self.scheme.defines("distance_bias"):
             yield None, "no bias that is a function of distance"
             return
@@ -319,7 +319,7 @@ class Conformance:
         assert line is not None
         heads = torch.logcumsumexp(line.detach().double(), -1)
         growth = (heads[:, -1] - heads[:, FAR // 2 - 1]).exp()
-        # Of a sum that converges, the last doubling of distances adds next to nothing.
+        # If a sum converges, the last doubling of distances adds almost nothing.
         ends = growth < 1.01
         own = (heads < heads[:, -1:] + math.log(0.99)).sum(-1)[ends].tolist()
         words = f"at its start the sum of exp(bias) ends in {len(own)} of {len(ends)} heads"
@@ -330,7 +330,7 @@ class Conformance:
             yield False, f"{worst} (at most {NO_BOUND:g} times). Far keys take all attention"
 
     def cost(self) -> Iterator[Found]:
-        """Time to train, evaluate and decode against no positions: medians of paired measurements."""
+        """Time to train, evaluate and decode over that without positions: medians of paired measurements."""
         sizes = ModelConfig(num_layers=2, model_dim=64, num_heads=4, ffn_dim=128)
         attention = self.backends[-1] if len(self.backends) > 1 else "eager"
         pair = [one.model(attention, 256, sizes) for one in (self, Conformance(POSITIONS["none"]()))]

@@ -1,6 +1,6 @@
-"""Views of what a model makes of its context: a segment read twice, the context it needs, and where heads look.
+"""Views of how a model uses its context: a segment read twice, the context it needs, and where heads look.
 
-Each gives points as `views.py` has them.
+Each gives points as described in `views.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from alibi_lm.settings import require
 from alibi_lm.tasks.base import Batch
 
 NEAR = 0.01
-"""A loss within this share of the best one is as good."""
+"""A loss within this share of the best one counts as equally good."""
 SINK = 0.3
 """A head is a sink if its queries give the first token more than this (Gu et al. 2024, arXiv 2410.10781)."""
 FIELD = 0.99
@@ -33,20 +33,20 @@ FIELD = 0.99
 FIELD_TARGETS = 128
 """Targets whose gradients are taken."""
 SLICE = 128
-"""Queries whose weights are held at once."""
+"""How many queries' weights are held at once."""
 
 
 def effective_context(
     group: Group, lengths: Sequence[int], contexts: Sequence[int] | None = None, every: int | None = None
 ) -> list[Point]:
-    """`fixed`, and as `effective` the least context whose loss is within 1% of the best one.
+    """The points of `fixed`, with `effective`: the shortest context whose loss is within 1% of the best one.
 
     `numbers` has the same for each run, and its `receptive_field`: how many of the last tokens hold 99% of the
-    gradient of the loss, in windows of the longest context that could be scored. Without contexts these are the
+    gradient of the loss, in windows of the longest context that could be scored. The default contexts are the
     lengths, and powers of 2 up to the longest.
 
     Source: Khandelwal et al. (2018), arXiv 1805.04623, and the relative effective context length of Dai et al.
-    (2019), arXiv 1901.02860, section 3.5; of the gradients Chi et al. (2023), arXiv 2212.10356, section 3.
+    (2019), arXiv 1901.02860, section 3.5; for the gradients Chi et al. (2023), arXiv 2212.10356, section 3.
     """
     powers = (2**k for k in range(max(lengths).bit_length()))
     points = fixed(group, lengths, contexts or [*{*powers, *lengths}], every)
@@ -74,16 +74,16 @@ def effective_context(
 def receptive_field(passes: Passes, context: int, targets: np.ndarray) -> int | None:
     """How many of the last tokens hold 99% of the gradient of the loss.
 
-    The gradient of a target's loss by the embedding of a token at distance d has a norm; the norms are averaged
+    Norms of the gradient of a target's loss with respect to the embedding of the token at distance d are averaged
     over the targets and added up from d = 0 on.
 
     Args:
-        passes: of a run.
-        context: tokens of input of each target.
-        targets: (M,) integers, from context - 1.
+        passes: a run's.
+        context: input tokens of each target.
+        targets: (M,) integers, at least context - 1.
 
     Returns:
-        1 to `context`; None for a model that gives no gradients.
+        1 to `context`; None for a model without access to gradients.
     """
     model = passes.model
     if not isinstance(model, TransformerLM) or model.refuses("training"):
@@ -93,7 +93,7 @@ def receptive_field(passes: Passes, context: int, targets: np.ndarray) -> int | 
     embed = vocabulary.embed
     for batch in passes.text.windows(targets - context + 1, context, context - 1, passes.tokens_per_forward):
         leaf = embed(batch.input_ids.to(model.device)).detach().requires_grad_()
-        vocabulary.embed = lambda ids, leaf=leaf: leaf  # in place of the vectors, for this pass alone
+        vocabulary.embed = lambda ids, leaf=leaf: leaf  # replaces the vectors, for this pass only
         try:
             hidden = model.hidden(batch.input_ids.to(model.device))[:, -1:]
             loss = model.nats_of(hidden, batch.target_ids[:, -1:].to(model.device)).sum()
@@ -114,8 +114,8 @@ def repeat(
     """What reading a segment a second time gains, by the distance between the two readings.
 
     A segment of `width` tokens is scored at its own place in the text, after the `distance - width` tokens before
-    it. In front of those stands once the segment itself, and once another one (that of the next place). The gain
-    is the difference of the losses, in nats per token; above 0 where the first reading helps. Unless it is said,
+    it. In front of those comes once the segment itself, and once another one (that of the next place). The gain
+    is the difference of the two losses, in nats per token; above 0 if the first reading helps. By default
     segments have L / 4 tokens, distances double from there on, and about 128 segments are scored.
     """
     width = width or max(1, group.train_length // 4)
@@ -167,9 +167,9 @@ def _second_reading(
 
 
 class Looks(AttentionBackend):
-    """Attention by its definition that notes where each head looks, in slices of queries.
+    """Attention by its definition that records where each head looks, in slices of queries.
 
-    Only queries in the second half of the sequence are noted: all of these have many keys to choose from.
+    Only queries in the second half of the sequence are recorded: all of these have many keys to choose from.
     """
 
     name = "looks"
@@ -179,7 +179,7 @@ class Looks(AttentionBackend):
         self.layers: list[dict[str, Tensor]] = []
         """Sums over the queries, (H,) or (H, length) float64 each."""
         self.layer = 0
-        """That comes next in a pass."""
+        """Index of the layer that comes next in a pass."""
 
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         q_pos, k_pos = request.q_pos, request.k_pos
@@ -219,7 +219,7 @@ class Looks(AttentionBackend):
 
 
 def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]:
-    """Where each head looks, on some windows of the text that lie at equal distances.
+    """Where each head looks, in evenly spaced windows of the text.
 
     Returns:
         A point for each length. `heads` has for each layer and head of the first seed the mean distance in tokens,
@@ -261,7 +261,7 @@ def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]
 
 
 def _look(passes: Passes, starts: np.ndarray, length: int, edges: np.ndarray) -> dict[str, np.ndarray]:
-    """What `Looks` notes of some windows: means over queries, a row for each head of each layer.
+    """What `Looks` records on some windows: means over queries, one row per layer and head.
 
     `each` has the mean weights by distance, (rows, length); `weights` those of a key in each bin of distances.
     """
@@ -273,7 +273,7 @@ def _look(passes: Passes, starts: np.ndarray, length: int, edges: np.ndarray) ->
     assert isinstance(model, TransformerLM)
     model.serve(length)
     looks, backend = Looks(length), model.backend
-    model.backend = cast(Any, looks)  # a backend for these passes alone
+    model.backend = cast(Any, looks)  # for these passes only
     try:
         rows = max(1, passes.tokens_per_forward // length)
         with torch.inference_mode():
@@ -288,7 +288,7 @@ def _look(passes: Passes, starts: np.ndarray, length: int, edges: np.ndarray) ->
     found = {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
     found |= {name: sums[name] / sums["queries"] for name in ("distance", "entropy", "first")}
     each = sums["weights"] / sums["queries"][:, None]
-    # How many queries of the second half have a key at a distance, as a share: all have up to half of the length.
+    # Share of the queries in the second half that have a key at a distance: all have up to half of the length.
     means = each / np.minimum(1.0, (length - np.arange(length)) / (length - length // 2))
     bins = [[float(f"{row[a:b].mean():.4g}") for a, b in itertools.pairwise(edges)] for row in means]
     return found | {"weights": np.array(bins), "each": each}

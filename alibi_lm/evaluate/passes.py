@@ -1,7 +1,7 @@
 """Forward passes that rows and views are made of: standard, windowed, reset, fixed context, shifted positions.
 
-Each gives the nats of single targets. Passes are kept in the token store under what they are, so that no analysis
-computes again what an evaluation or another analysis has computed, and the other way round.
+Each gives the nats of single targets. Passes are kept in the token store by what they depend on, so that
+evaluations and analyses never compute the same pass twice.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Passes:
 
     Attributes:
         model: ready to score.
-        task: a text, for all passes but `result`.
+        task: a text, for all passes except `result`.
         store: where results are kept and looked up; None: nowhere.
-        tokens_per_forward: tokens of a forward pass; one sequence at least.
+        tokens_per_forward: tokens per forward pass; at least one sequence.
         world: processes that share a pass.
         scheme: name of the model's position scheme, for messages; empty: not known.
     """
@@ -44,12 +44,12 @@ class Passes:
 
     @property
     def text(self) -> TextTask:
-        """The task, where it is a text."""
+        """The task, which must be a text."""
         assert isinstance(self.task, TextTask)
         return self.task
 
     def refuses(self, length: int, window: bool = False, positions: bool = False) -> str:
-        """Why sequences cannot be scored in this way; empty where they can.
+        """Why sequences cannot be scored in this way; empty if they can.
 
         Args:
             length: tokens of a sequence, or highest position + 1.
@@ -87,14 +87,14 @@ class Passes:
     def reset(self, length: int, train_length: int, stride: int = 1) -> np.ndarray:
         """Nats of every target of nonoverlapping windows, with at most the last tokens as input.
 
-        A target at position p <= train_length (counted from 1) has the p tokens of its window as input, as it
-        has in the full pass. One further on has the last train_length tokens, with positions from 0. With a
-        stride it has between train_length - stride + 1 and train_length, as in a sliding evaluation; the targets
-        at p <= train_length are what they are, whatever the stride.
+        A target at position p <= train_length (counted from 1) has the p tokens of its window as input, as
+        in the full pass. A later target has the last train_length tokens, with positions from 0. With a
+        stride it has between train_length - stride + 1 and train_length, as in a sliding evaluation. The stride
+        does not affect targets at p <= train_length.
 
         Args:
-            length: n, tokens of a window.
-            train_length: L, most tokens of input.
+            length: n, tokens per window.
+            train_length: L, the largest number of input tokens.
             stride: targets that share a forward pass, from 1 to L.
 
         Returns:
@@ -131,8 +131,8 @@ class Passes:
 
         Args:
             context: tokens of input, positions 0 to context - 1.
-            targets: (M,) integers, from context - 1; every `every`-th of the stream.
-            every: their distance.
+            targets: (M,) integers, at least context - 1, evenly spaced in the stream.
+            every: their spacing.
 
         Returns:
             (M,) float32.
@@ -158,7 +158,7 @@ class Passes:
         hits: bool = False,
         world: World | None = None,
     ) -> Stored:
-        """The stored result, or a new one; `world` is given where the batches are this process's share."""
+        """The stored result, or a new one; `world` is given if the batches are this process's share."""
         model = self.model
         identity = {"model": model.identity, "targets": self.task.identity}
         store = self.store if model.identity else None
@@ -174,7 +174,7 @@ class Passes:
         scored = score(model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
         seconds, memory = time.perf_counter() - started, runtime.peak_memory_bytes(model.device)
         result = Stored(scored.nats.astype(np.float32), scored.hits, seconds, memory, runtime.code_version()[0])
-        # What is not finite must not be believed again: its cause may be gone by the next call.
+        # Results that are not finite are not kept: their cause may be gone by the next call.
         if store and (self.world or World()).is_main and bool(np.isfinite(result.nats).all()):
             store.write(model.label, scoring, identity, result)
         return result

@@ -1,6 +1,6 @@
-"""Which runs to score and how: found, checked against one another, and opened once each, for rows and for views.
+"""Which runs to score and how: finds them, checks them against each other, and opens each once.
 
-A run that fails stops no other: what went wrong is told at the end, by `FailedRuns`.
+A run that fails does not stop the others: `FailedRuns` reports the failures at the end.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from alibi_lm.tasks.needle import NeedleConfig, NeedleTask, PasskeyTask
 from alibi_lm.tasks.text import TextTask
 
 EXPECTED = (ValueError, OSError, CheckpointError)
-"""What can be wrong with a run; anything else is a mistake of ours and ends the command."""
+"""Errors that can be a run's fault; any other is a bug of ours and ends the command."""
 
 VALIDATION_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-"""Nats per token by which an evaluation may differ from the validation of the training, by its precision."""
+"""Nats per token by which an evaluation may differ from the validation in training, by training precision."""
 
 
 class FailedRuns(ValueError):
-    """Some of `total` runs could not be evaluated: what is wrong with each, by the run's name."""
+    """Some of `total` runs could not be evaluated; the message has the reason for each, by the run's name."""
 
     def __init__(self, failures: Mapping[str, Exception], total: int) -> None:
         rest = "; the others were" if len(failures) < total else ""
@@ -64,7 +64,7 @@ class FailedRuns(ValueError):
 
 
 def raise_failures(failures: Mapping[str, Exception], total: int) -> None:
-    """Tell what went wrong, if anything did; where all runs failed for one reason, its own error says it all."""
+    """Raise FailedRuns if a run failed, or the error itself if all runs failed for the same reason."""
     if len(failures) == total and len({str(error) for error in failures.values()}) == 1:
         raise next(iter(failures.values()))
     if failures:
@@ -80,37 +80,37 @@ class PlannedRun:
     settings: EvaluationConfig
     run_id: str
     found: HubFolder | None = None
-    """Where the model is one of transformers: all that is known of it. `config` then holds only its training
-    length, the text, and its kind as the name of its position scheme."""
+    """For a model of transformers: what is known about it. `config` then holds only its training length, the text,
+    and its kind as the name of its position scheme."""
 
     @property
     def name(self) -> str:
-        """What rows and figures call it."""
+        """Its name in rows and figures."""
         return self.folder.resolve().name if self.found is None else self.found.name
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run with its model and what it is asked, ready to be scored."""
+    """A run with its model and its tasks, ready to be scored."""
 
     plan: PlannedRun
     corpus: Corpus | None
-    """Of a run that was trained on a text."""
+    """The corpus of a run that was trained on a text."""
     passes: Passes
-    """Over its text, or over the items of its task."""
+    """Passes over its text, or over the items of its task."""
     way: dict[str, str]
     """How it is scored: checkpoint, attention, precision; each row names them."""
     asked: list[Passes]
-    """Everything that rows are made of: the text, needles in it, and what else was asked for."""
+    """Everything that rows are made of: the text, needles in it, and other tasks that were asked for."""
 
 
 def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]]:
     """Find the runs and settle lengths, mode, stride and split; nothing is loaded yet.
 
-    Returns what is wrong with those that cannot be planned, by name, beside the others.
+    Returns the planned runs and, by name, the errors of those that cannot be planned.
 
     Raises:
-        ValueError: no run, a run that is not finished, two runs of one name, or rows of another run of that name
+        ValueError: no run, a run that is not finished, two runs with one name, or rows of another run of that name
             in the results.
     """
     if config.model is not None:
@@ -122,7 +122,7 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
         f"runs = {pattern} matches no folder. Train first (make train), or give runs=<run folder or glob>.",
     )
     if not Path(pattern).is_dir():
-        # A sweep still under way has unfinished folders beside finished ones: those can be evaluated already.
+        # A sweep that is still running has unfinished folders beside finished ones, which can be evaluated.
         unfinished = [f.name for f in folders if finished(f) is None]
         folders = [f for f in folders if finished(f) is not None]
         require(bool(folders), f"runs = {pattern} holds no finished run yet ({', '.join(unfinished)}).")
@@ -140,8 +140,8 @@ def plan(config: EvaluateConfig) -> tuple[list[PlannedRun], dict[str, Exception]
         other = runs.setdefault(run.name, run)
         require(
             other.folder.resolve() == folder.resolve(),
-            f"runs = {pattern}: {other.folder} and {folder} have one name, {run.name}, by which rows and curves "
-            "know a run. Evaluate them one after another, each with an output_dir of its own, or rename one.",
+            f"runs = {pattern}: {other.folder} and {folder} have the same name, {run.name}, which rows and curves "
+            "use for a run. Evaluate them one after another, each with its own output_dir, or rename one.",
         )
     if not runs:
         raise_failures(failures, len(folders))
@@ -234,7 +234,7 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
 
 
 def _tasks(config: EvaluateConfig, run: PlannedRun, corpus: Corpus | None) -> tuple[dict[str, Task], list[str]]:
-    """What a run can be asked, by name, and the names of what rows are made of."""
+    """The tasks that a run can be asked, by name, and the names of those that rows are made of."""
     own, split = run.config.task, run.settings.split
     tasks: dict[str, Task] = {}
     if corpus is None:
@@ -277,7 +277,7 @@ def _tasks(config: EvaluateConfig, run: PlannedRun, corpus: Corpus | None) -> tu
 def _check_validation(config: EvaluateConfig, opened: OpenRun) -> None:
     """Refuse a run whose model does not have the validation loss that its training recorded.
 
-    It can be known where the training's own validation is repeated: same text, split, length and windows.
+    This can be checked if the evaluation repeats the training's validation: same text, split, length and windows.
     """
     run, text, done = opened.plan, opened.passes.text, finished(opened.plan.folder) or {}
     recorded = done.get({"best": "best_validation_loss", "last": "validation_loss"}.get(config.checkpoint, ""))

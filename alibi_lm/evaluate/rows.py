@@ -34,12 +34,12 @@ from alibi_lm.tasks.text import TextTask
 def measure(passes: Passes, length: int, output: Path | None = None, **common: Any) -> list[ResultRow]:
     """Measure one model at one inference length: a row for each metric of the task.
 
-    Where the model cannot run or the task has nothing to measure, the rows say why.
+    If the model cannot run or the task has nothing to measure, the rows say why.
 
     Args:
-        passes: of the model over the task.
+        passes: the model's passes over the task.
         length: inference length.
-        output: folder of `results.jsonl` and `documents.jsonl`, which take up the rows; None: nowhere.
+        output: folder of `results.jsonl` and `documents.jsonl`, to which the rows are added; None: nowhere.
         common: further fields of the rows; `position` at least.
     """
     task = passes.task
@@ -70,11 +70,11 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
 def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, **common: Any) -> list[ResultRow]:
     """Measure a whole split as one window: the last point of an extrapolation curve.
 
-    Every target has all tokens before it as context, through a key/value cache. With a cache of windows it takes
+    Every target has all tokens before it as context, through a key/value cache. A cache of windows takes
     constant memory, and the row says which policy was used, what it kept and what it may have lost.
 
     Args:
-        passes: of a model of ours over a text.
+        passes: passes of one of our models over a text.
         policy: the cache.
         output: as in `measure`.
         common: likewise.
@@ -113,7 +113,7 @@ def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, *
 
 
 def keep(output: Path | None, rows: list[ResultRow], sums: list[DocumentSums] | None = None) -> list[ResultRow]:
-    """Put rows, and their sums per document, into the files of a folder; returns the rows."""
+    """Add rows and their sums per document to the files of a folder; returns the rows."""
     if output is not None:
         upsert_rows(output / "results.jsonl", rows)
         if sums:
@@ -128,7 +128,7 @@ def _fields(passes: Passes, common: dict[str, Any]) -> dict[str, Any]:
 
 
 def perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
-    """Nats are kept also where a perplexity is too large for a number."""
+    """A row of perplexity; its nats are kept even if the perplexity is too large for a float."""
     perplexity, reason = perplexity_of(total, fields["tokens"])
     if not math.isfinite(total):
         return ResultRow(**fields, reason=reason)
@@ -144,7 +144,7 @@ def common_fields(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[s
     run = opened.plan
     trained, record = finished(run.folder) or {}, run.folder / CORPUS_FILE
     own, corpus = read_json(record) if record.is_file() else {}, opened.corpus
-    # The run's record says whether a text is the original one, and is no name of another text.
+    # The run's record says whether its text is the original one; it does not describe another text.
     texts = [
         m.get("splits", {}).get(task.split, {}).get("text_sha256") for m in (own, getattr(corpus, "manifest", {}))
     ]
@@ -175,7 +175,7 @@ def common_fields(config: EvaluateConfig, opened: OpenRun, task: Task) -> dict[s
 
 
 def changes_of(config: EvaluateConfig) -> dict[str, Any]:
-    """What is changed for the test, as rows name it: settings of scheme and query scale, step of a checkpoint."""
+    """The changes for the test as rows name them: settings of scheme and query scale, step of a checkpoint."""
     changes = {
         f"{group}.{name}": value
         for group in ("position", "query_scale")
@@ -188,8 +188,8 @@ def changes_of(config: EvaluateConfig) -> dict[str, Any]:
 def baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     """The row of a model that knows only how often each token occurs in the training text (add-one smoothed).
 
-    For a task, that of the best constant answer, where there is one that is ever right. None where the run's own
-    training text is not at hand.
+    For a task, the row of the best constant answer, if one is ever right. None if the run's training text is not
+    available.
     """
     commit = runtime.code_version()[0]
     if opened.corpus is None:
@@ -218,7 +218,7 @@ def baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
 
 
 def describe(row: ResultRow) -> str:
-    """One line for a person."""
+    """The row as one line of text."""
     name = (row.run or row.position) + "".join(f" {key}={value}" for key, value in sorted(row.changes.items()))
     length = "" if row.inference_length is None else f" at {row.inference_length}"
     task = "" if row.task == "text" else f" {row.task}:"
@@ -238,7 +238,7 @@ def describe(row: ResultRow) -> str:
 
 
 def curve_name(row: ResultRow) -> str:
-    """What tells one curve from another: `alibi_L64_s1`, with changes, and task, split and stride if unusual."""
+    """Name of the row's curve: `alibi_L64_s1`, with changes, and task, split and stride if unusual."""
     changes = "".join(
         f"+{key.removeprefix('position.').removesuffix('.name')}={value}"
         for key, value in sorted(row.changes.items())

@@ -1,8 +1,8 @@
-"""How far a model may be read: up to which length its loss stays within 1% of that at its training length.
+"""How long a model's input may be: up to which length its loss stays within 1% of that at its training length.
 
-The loss at a length is that of nonoverlapping windows, so the same tokens are scored at each length, and what
-differs is paired by document. A longer window also has fewer tokens with a short context, which lowers its loss:
-`view=decomposition` tells that apart from what the model makes of the further tokens.
+The loss at a length is that of nonoverlapping windows, so the same tokens are scored at each length, and
+differences are paired by document. A longer window also has fewer tokens with a short context, which lowers its
+loss: `view=decomposition` separates that from the effect of the additional tokens.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 from alibi_lm.evaluate.views import Group, Point, perplexity
 
 ALLOWED = 0.01
-"""Share by which the loss may rise."""
+"""Relative rise of the loss that counts as safe."""
 
 
 def safe_length(group: Group, lengths: Sequence[int]) -> dict[str, Any]:
     """The training length and all longer ones: mean loss, and its `excess` over that at the training length.
 
     Returns:
-        points: as of `perplexity`. `excess` holds `share` (0.02: the loss is 2% higher) and the ends of its 95%
-            interval, `low` and `high`, which are None where the text is a single document.
-        safe_length: the longest length up to which the loss stays within ALLOWED at every length that was tested;
-            the training length where it leaves at once, None where nothing could be tested.
-        safe_length_low: the same, where the whole interval must be within.
-        safe_length_high: the same, where any part of it may be.
-        verdict: what that says, in words.
+        points: those of `perplexity`. `excess` holds `share` (0.02: the loss is 2% higher) and the ends of its 95%
+            interval, `low` and `high`, which are None if the text is a single document.
+        safe_length: the longest length up to which the loss stays within ALLOWED at every tested length; the
+            training length if none is safe, None if nothing could be tested.
+        safe_length_low: the same, but the whole interval must be within.
+        safe_length_high: the same, but any part of the interval may be within.
+        verdict: the result in words.
     """
     trained = group.train_length
     points = perplexity(group, sorted({trained, *(n for n in lengths if n > trained)}))
@@ -58,7 +58,7 @@ def _up_to(trained: int, tested: Sequence[Point], key: str) -> int:
 
 
 def _end(point: Point, key: str) -> float:
-    """An end of the interval; the value itself where there is none."""
+    """An end of the interval; the value itself if there is no interval."""
     excess = point["excess"]
     return excess["share"] if excess[key] is None else excess[key]
 

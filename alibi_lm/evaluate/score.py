@@ -18,7 +18,7 @@ from alibi_lm.tasks.text import TextTask
 
 
 class Stopped(Exception):
-    """Scoring was interrupted, as `interrupt` had asked for."""
+    """Scoring was interrupted because `interrupt` returned true."""
 
 
 class Scored(NamedTuple):
@@ -51,8 +51,8 @@ def score(
         model: the language model.
         batches: sequences and the numbers of their targets, 0 to num_targets - 1 each exactly once; with several
             processes, this one's share.
-        num_targets: N, of all processes.
-        hits: whether to tell which targets are the model's first choice.
+        num_targets: N, over all processes.
+        hits: whether to return which targets are the model's first choice.
         offset: position of each sequence's first token.
         window: limit of the attention distance in every layer, None for no limit.
         world: processes that share the batches; all of them return the whole result.
@@ -110,7 +110,7 @@ def score(
 
 
 def mean_nats(nats: np.ndarray) -> float:
-    """Mean nats per token, summed in double."""
+    """Mean nats per token, summed in float64."""
     return float(nats.sum(dtype=np.float64) / len(nats))
 
 
@@ -124,6 +124,6 @@ def score_tokens(
     world: World | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Nats of every target of a stream of tokens, (N,): `score` of a `TextTask`, see both for the arguments."""
+    """Nats of every target of a stream of tokens, (N,): `score` on a `TextTask`; see both for the arguments."""
     batches = TextTask(tokens, start_id, stride).batches(length, tokens_per_forward, world)
     return score(model, batches, len(tokens), world=world, **options).nats

@@ -1,14 +1,14 @@
-"""Self-LongPPL: perplexity of the tokens that need a long context, by the judgement of the models themselves.
+"""Self-LongPPL: perplexity of the tokens that need a long context, as judged by the evaluated models themselves.
 
 Source: Fang et al. (2024), "What is wrong with perplexity for long-context language modeling?", arXiv 2410.23771,
-section 3, which has a judge of 8 billion parameters. Here each run is a judge, by two passes over the text:
+section 3, which uses a judge of 8 billion parameters. Here each run is a judge, by two passes over the text:
 
     long     nonoverlapping windows of its training length L
     short    sliding windows of K = L / 2 tokens, a quarter of which are scored: 3K/4 + 1 to K tokens of context
-    a key token is more than `key_gain` nats cheaper in the long pass, where it costs less than `key_loss`
+    a key token's loss is more than `key_gain` nats lower in the long pass, and below `key_loss` there
 
-The key tokens of a text are those of any of its judges, so that all curves have the same. At L a judge is then
-scored on tokens that it has chosen itself by a low loss; at other lengths it is not.
+The key tokens of a text are those of any of its judges, so that all curves share them. At L a judge is then
+scored on tokens that it chose itself by their low loss; at other lengths it is not.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from alibi_lm.evaluate.views import Group, Point
 
 @dataclass
 class Gathered:
-    """What the passes of one curve gave; it outlives the models."""
+    """The results of one curve's passes, which are kept when the models are freed."""
 
     keys: np.ndarray
     """(N,) bool: key tokens of any of its runs."""
     points: Callable[[np.ndarray], list[Point]]
-    """From the numbers of the key tokens of all curves to the points of this one."""
+    """Indices of the key tokens of all curves -> the points of this one."""
 
 
 def self_longppl(
@@ -42,8 +42,8 @@ def self_longppl(
         group: seeds of a curve.
         lengths: inference lengths; the training length is added.
         short: K; None: half of the training length.
-        key_gain: nats.
-        key_loss: nats.
+        key_gain: how much the long pass must lower the loss, in nats.
+        key_loss: the highest loss in the long pass, in nats.
     """
     trained, short = group.train_length, short or max(1, group.train_length // 2)
     reasons = {n: group.reason(n) for n in sorted({*lengths, trained})}
@@ -54,7 +54,7 @@ def self_longppl(
         for passes, long in zip(group.passes, nats[trained], strict=True):
             keys |= (passes.nats(short, stride) - long > key_gain) & (long < key_loss)
     rest = copy.copy(group)
-    rest.passes = []  # lets the models go
+    rest.passes = []  # frees the models
     none = (
         f"no token is {key_gain:g} nats cheaper in windows of {trained} than of {short}, and below {key_loss:g} "
     )
@@ -74,10 +74,10 @@ def self_longppl(
 
 
 def finish(series: Sequence[dict[str, Any]]) -> None:
-    """Put points in the place of what was gathered, once all curves are: in those of one text on the same tokens.
+    """Replace the gathered results of all curves by points; curves of one text have the same key tokens.
 
-    A point has the mean nats of the key tokens at an inference length, as those of other views; `targets` is the
-    number of key tokens.
+    A point has the mean nats of the key tokens at an inference length, like points of other views; `targets` is
+    the number of key tokens.
     """
     keys: dict[str, np.ndarray] = {}
     for one in series:

@@ -1,13 +1,13 @@
-"""Per-target results on disk: the nats of every target, written once and used again by every analysis.
+"""Per-target results on disk: the nats of every target, written once and reused by every analysis.
 
-    <folder>/<run>/<split>_<mode>_<length>-<hash>.nats     float32, one number a target, in order
-    <folder>/<run>/<split>_<mode>_<length>-<hash>.hits     one byte a target, for tasks that ask for hits
-    <folder>/<run>/<split>_<mode>_<length>-<hash>.json     what they are the result of, and fingerprints
+    <folder>/<run>/<split>_<mode>_<length>-<hash>.nats     float32, one number per target, in order
+    <folder>/<run>/<split>_<mode>_<length>-<hash>.hits     one byte per target, for tasks that ask for hits
+    <folder>/<run>/<split>_<mode>_<length>-<hash>.json     what the results depend on, and fingerprints
 
-The hash stands for everything that the numbers depend on: weights, settings of model and scheme, backend,
-precision, targets, and how they are scored. So results of different things lie side by side and never replace one
-another. Every file is whole or absent, and files that do not belong together count as absent, so that an
-interruption at any moment costs one pass at most. The folder may be deleted at any time.
+The hash covers everything that the numbers depend on: weights, settings of model and scheme, backend,
+precision, targets, and how they are scored. So different results lie side by side and never replace each
+other. Every file is whole or absent, and files that do not belong together count as absent, so that an
+interruption costs one pass at most. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ import numpy as np
 from alibi_lm.files import fingerprint, read_json, whole_file
 
 FORMAT = 2
-"""Raised when the same inputs would give other numbers: the results of another format are not used."""
+"""Increased when the same inputs would give other numbers: results of another format are not used."""
 
 log = logging.getLogger("alibi_lm")
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """One way of giving every target of a split its context."""
+    """How every target of a split gets its context."""
 
     split: str
     mode: str
     """nonoverlapping, sliding, items, or the name of another protocol (`fixed`)."""
     length: int
-    """Tokens of a window."""
+    """Tokens per window."""
     stride: int | None = None
-    """Targets scored in a window, in sliding mode; every how many targets one is scored, in others."""
+    """In sliding mode, targets scored per window; in other modes, the spacing of the scored targets."""
     window: int | None = None
     """Limit of the attention distance in every layer; None for no limit."""
     first: int | None = None
-    """First scored target, where it is not the stream's first."""
+    """First scored target, if it is not the stream's first."""
     task: str = "text"
 
     @property
@@ -64,11 +64,11 @@ class Stored:
     """The result of a pass.
 
     Attributes:
-        nats: (targets,) float32, natural-log units; a read-only memory map where it came from the disk.
-        hits: (targets,) bool, or None where they were not asked for.
-        seconds: that the pass took when it was made.
-        peak_memory_bytes: of that pass.
-        commit: of the code that made it.
+        nats: (targets,) float32, natural-log units; a read-only memory map if it was read from disk.
+        hits: (targets,) bool, or None if they were not asked for.
+        seconds: how long the pass took when it was computed.
+        peak_memory_bytes: peak memory of that pass.
+        commit: commit of the code that computed it.
     """
 
     nats: np.ndarray
@@ -79,13 +79,13 @@ class Stored:
 
 
 class TokenStore:
-    """The per-target results of any number of runs, in a folder that the first `write` makes."""
+    """The per-target results of any number of runs, in a folder that the first `write` creates."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def path(self, run: str, scoring: Scoring, identity: dict[str, Any]) -> Path:
-        """Where the nats of a pass lie (beside them hits, and the record with the suffix `.json`)."""
+        """Path of the nats of a pass (the hits, and the record with the suffix `.json`, are beside it)."""
         name = re.sub(r"[^A-Za-z0-9_.+=-]", "_", run)
         if name != run or len(name) > 120:  # names that were changed must stay apart
             name = f"{name[:100]}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:8]}"
@@ -93,7 +93,7 @@ class TokenStore:
         return self.folder / name / f"{scoring.slug}-{digest[:12]}.nats"
 
     def read(self, run: str, scoring: Scoring, identity: dict[str, Any], hits: bool = False) -> Stored | None:
-        """The stored result of a pass, or None where there is none (with hits, if wanted), or it is damaged."""
+        """The stored result of a pass; None if there is none (or none with hits, if wanted), or it is damaged."""
         path = self.path(run, scoring, identity)
         try:
             record = read_json(path.with_suffix(".json"))
@@ -118,7 +118,7 @@ class TokenStore:
         """Keep a result, replacing what is there.
 
         Raises:
-            OSError: as from the system, a full disk included; no part of the result stays.
+            OSError: as raised by the system, also for a full disk; no part of the result stays.
         """
         path = self.path(run, scoring, identity)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +141,6 @@ class TokenStore:
 
 
 def _plain(identity: dict[str, Any], scoring: Scoring) -> dict[str, Any]:
-    """As it comes back from JSON."""
+    """The identity as JSON would return it."""
     everything = {"format": FORMAT, "scoring": dataclasses.asdict(scoring), **identity}
     return json.loads(json.dumps(everything, default=str))

@@ -1,7 +1,7 @@
 """A stream of tokens through a key/value cache, chunk by chunk; and a text of any length in constant memory.
 
 `evaluate.py mode=stream` takes a whole split as one window (`measure_stream` in rows.py); `stream.py` repeats a
-split as often as it likes and prints perplexity and memory block by block.
+split until it has enough tokens, and prints perplexity and memory block by block.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from alibi_lm.runs import load_run, run_tokenizer
 from alibi_lm.settings import require
 
 CHUNK = 2048
-"""Tokens of a pass."""
+"""Tokens per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Policy:
     sinks: int | None = None
 
     def open(self, model: TransformerLM) -> KeyValueCache:
-        """An empty cache; ValueError where it does not fit the model."""
+        """An empty cache; ValueError if the policy does not fit the model."""
         sinks = self.sinks or 0
         return open_cache(model, self.cache, lost_share=self.lost_share, window=self.window, sinks=sinks)
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What tells rows of one policy from those of another; nothing for a full cache."""
+        """The fields that distinguish rows of one policy from those of another; none for a full cache."""
         found: dict[str, Any] = {} if self.cache == "full" else {"cache": self.cache}
         for name in ("lost_share", "window", "sinks"):
             if getattr(self, name) is not None:
@@ -65,10 +65,10 @@ def stream_nats(
 
     Args:
         model: in evaluation mode.
-        tokens: (N,) the targets; a memory map stays on the disk but for the chunk at hand.
+        tokens: (N,) the targets; of a memory map only the current chunk is loaded.
         start_id: input in front of the first target.
-        cache: empty.
-        chunk: tokens of a pass.
+        cache: an empty cache.
+        chunk: tokens per forward pass.
     """
     before = start_id
     for start in range(0, len(tokens), chunk):
@@ -91,9 +91,9 @@ class LongStreamConfig:
     run: str
     """The run folder."""
     tokens: int = 1_000_000
-    """Tokens to stream; the split is repeated where it is shorter."""
+    """Tokens to stream; a shorter split is repeated."""
     every: int = 100_000
-    """A line is printed for so many tokens."""
+    """Tokens per printed line."""
     split: str = "train"
     """train, validation or test, of the run's own text."""
     cache: str = "proved"
@@ -101,13 +101,13 @@ class LongStreamConfig:
     lost_share: float | None = None
     """proved, certified: share of a query's attention that a head may lose; null: 2^-25."""
     window: int | None = None
-    """window: last tokens that are kept."""
+    """window: how many of the last tokens are kept."""
     sinks: int | None = None
-    """window: first tokens that are kept besides."""
+    """window: how many of the first tokens are kept too."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
     output_dir: str | None = None
-    """Folder of stream.jsonl (a row per block) and stream.md, replaced if they are there; null: only print."""
+    """Folder of stream.jsonl (a row per block) and stream.md, replaced if they exist; null: only print."""
 
     def __post_init__(self) -> None:
         require(self.cache in POLICIES, f"cache = {self.cache!r}. Allowed: {', '.join(POLICIES)}.")
@@ -118,10 +118,10 @@ class LongStreamConfig:
 
 
 def long_stream(config: LongStreamConfig) -> Iterator[dict[str, Any]]:
-    """Stream, and yield what each block of tokens took as soon as it is done.
+    """Stream, and yield the measurements of each block of tokens as soon as it is done.
 
-    `end` is the number of tokens until its end; `resident_bytes` and `descriptors` (open files) are those of the
-    process at its end, 0 where the system does not tell.
+    `end` is the number of tokens up to its end; `resident_bytes` and `descriptors` (open files) are those of the
+    process at that point, 0 if the system does not say.
 
     Raises:
         ValueError: a run that cannot be loaded, or a cache that does not fit it.
@@ -153,7 +153,7 @@ def long_stream(config: LongStreamConfig) -> Iterator[dict[str, Any]]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; 0 where the system does not tell."""
+    """Resident memory of this process now, in bytes; 0 if the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -161,7 +161,7 @@ def resident_bytes() -> int:
 
 
 def descriptors() -> int:
-    """Open files of this process; 0 where the system does not tell."""
+    """Number of open files of this process; 0 if the system does not say."""
     try:
         return len(os.listdir("/proc/self/fd"))
     except OSError:
@@ -169,7 +169,7 @@ def descriptors() -> int:
 
 
 def print_long_stream(config: LongStreamConfig) -> None:
-    """Print a line per block, and write the same to the output folder as soon as it is done."""
+    """Print a line per block, and write it to the output folder as soon as the block is done."""
     commit, dirty = runtime.code_version()
     common = {"run": Path(config.run).name, "cache": config.cache, "split": config.split}
     rows = ""

@@ -1,7 +1,7 @@
 """Runs times inference lengths: the rows of an extrapolation curve, and the views of an analysis.
 
 Both commands find and open runs in the same way (`plan`, `open_run`) and take passes from the same store. A run
-that fails stops no other: what went wrong is told at the end, by `FailedRuns`.
+that fails does not stop the others: `FailedRuns` reports the failures at the end.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
     if world.is_main:
         _make(config.output)
     if results.exists():
-        # What could not be added to the file is better known now than after the work.
+        # Find out before the work whether rows can be added to the file.
         refuse_another_run(read_rows(results), {run.name: (run.run_id, str(run.folder)) for run in runs})
     total, texts = len(runs) + len(failures), set()
     for run in runs:
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
 
 
 def log_curve(config: EvaluateConfig) -> None:
-    """Show the curves in Weights & Biases, where it is chosen: a table and a plot for each metric, in one run."""
+    """Log the curves to Weights & Biases, if it is chosen: a table and a plot for each metric, in one run."""
     if config.tracking.name != "wandb":
         return
     rows = [
@@ -113,7 +113,7 @@ def log_curve(config: EvaluateConfig) -> None:
 
 
 def analyse(config: EvaluateConfig) -> Iterator[Path]:
-    """Compute the views that are asked for, of all runs, seeds of a scheme together; yields the file of each.
+    """Compute the requested views of all runs, seeds of a curve together; yields the file of each view.
 
     Raises:
         ValueError: no runs, missing text, or a setting out of range.
@@ -183,7 +183,7 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
 
 
 def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
-    """Runs that differ in nothing but the seed, together; longest training length first, then by scheme."""
+    """Group runs that differ only in their seed; longest training length first, then by scheme."""
     found: dict[str, list[PlannedRun]] = {}
     for run in runs:
         key = short_hash({k: v for k, v in counting(run.config, "run").items() if k != "seed"})
@@ -195,7 +195,7 @@ def _by_seed(runs: list[PlannedRun]) -> list[list[PlannedRun]]:
 
 
 def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: views.Group) -> dict[str, Any]:
-    """One curve of a view; of `self_longppl` what it is made of once all curves are there."""
+    """One curve of a view; for `self_longppl` the data from which `finish` makes it once all curves are done."""
     lengths = opened[0].plan.settings.lengths
     if view == "documents" and config.lengths is None:
         lengths = sorted({group.train_length, max(lengths)})

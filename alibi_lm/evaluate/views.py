@@ -1,12 +1,12 @@
 """The views of an analysis: from the passes of some runs to plain numbers with intervals.
 
 A view takes the seeds of one curve, all scored on the same text, and gives a list of points. A point is a plain
-mapping: what it is at (`length`, `context`, `offset`, ...), the mean `nats` per token over seeds and documents,
-its 95% interval `low` to `high`, and the seeds' own means in `by_run`. Where a model cannot be scored, or the text
+mapping: its place (`length`, `context`, `offset`, ...), the mean `nats` per token over seeds and documents,
+its 95% interval `low` to `high`, and each seed's mean in `by_run`. If a model cannot be scored, or the text
 has no such window, `nats` is None and `reason` says why.
 
-How hard the text is moves all points of a curve alike. So points also have a `difference` from the point at the
-trained length, paired by document, whose interval is far narrower: it says whether the loss has changed.
+The difficulty of the text moves all points of a curve alike. So points also have a `difference` from the point at
+the trained length, paired by document, whose interval is far narrower: it says whether the loss has changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from alibi_lm.settings import require
 TERMS = ("early_tokens", "positions_beyond", "keys_beyond")
 """The three parts of the decomposition, in the order in which they add up."""
 BINS_PER_OCTAVE = 4
-"""Of the smoothed curve: each bin is 19% wide in position."""
+"""Ratio of neighbouring bin edges in the smoothed curve: each bin is 19% wide in position."""
 ONE_DOCUMENT = "the text is one document, so nothing shows how documents differ: there are no intervals"
 """Why points and rows of some texts have no intervals."""
 
@@ -34,7 +34,7 @@ Point = dict[str, Any]
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed, ready to be scored, all over the same text."""
+    """Runs that differ only in their seed, ready to be scored, all on the same text."""
 
     position: str
     train_length: int
@@ -47,10 +47,10 @@ class Group:
         """(D,) int64, where documents start."""
         self.num_tokens = text.num_targets(self.train_length)
         self.note = ONE_DOCUMENT if len(self.documents) == 1 else ""
-        """What a reader of the points must know; empty where there is nothing."""
+        """What a reader of the points must know; empty if there is nothing."""
 
     def reason(self, length: int, window: bool = False, stride: int | None = None) -> str:
-        """Why windows of this length cannot be scored, or hold no text; empty where they can."""
+        """Why windows of this length cannot be scored, or hold no text; empty if they can."""
         text = replace(self.passes[0].text, stride=stride)
         reasons = [text.refuses(length), *(p.refuses(length, window=window) for p in self.passes)]
         return next(filter(None, reasons), "")
@@ -67,14 +67,14 @@ class Group:
         empty: Sequence[str] = ("nats", "low", "high"),
         **at: Any,
     ) -> list[Point]:
-        """A point for each value of what `name` says: what is measured there, or why nothing is.
+        """A point for each value of the quantity `name`: what is measured there, or why nothing is.
 
         Args:
             name: length, context, ...
             values: where there are points.
-            measured: the point at a value, by `mean` or `over` where others are compared with it.
-            refuses: why there is none; None: `reason`.
-            base: the value from which the others have their `difference`, if there is a point.
+            measured: gives the point at a value, made by `mean` or `over` if others are compared with it.
+            refuses: says why there is no point at a value; None: `reason`.
+            base: the value to whose point the others' `difference` refers, if there is one.
             paired: whether all points have the same targets, so that differences are those of single targets.
             empty: fields that are None in a point without a value.
             at: further fields of each point.
@@ -130,7 +130,7 @@ class Group:
 
 
 def perplexity(group: Group, lengths: Sequence[int], stride: int | None = None) -> list[Point]:
-    """Mean loss by inference length: nonoverlapping, and sliding too where a stride is given."""
+    """Mean loss by inference length, in nonoverlapping windows, and in sliding ones too if a stride is given."""
 
     def points(mode: str, stride: int | None) -> list[Point]:
         return group.points(
@@ -147,11 +147,11 @@ def perplexity(group: Group, lengths: Sequence[int], stride: int | None = None) 
 
 
 def position(group: Group, lengths: Sequence[int]) -> list[Point]:
-    """Mean loss against position in the window, one point a length, with a smoothed `curve` and its band.
+    """Mean loss against position in the window, one point per length, with a smoothed `curve` and its band.
 
     The `curve` is that of `position_curve`, in lists. Up to the length of a shorter window a longer one has the
-    same curve, from fewer targets: a reader takes each part from the shortest window that reaches it. (Not so
-    under automatic scaling.)
+    same curve from fewer targets, so a reader takes each part from the shortest window that reaches it. (This does
+    not hold under automatic scaling.)
     """
 
     def measured(length: int) -> Point:
@@ -196,7 +196,7 @@ def fixed(
     `difference` is against the context of the trained length (or the longest one below it), paired by target.
     """
     contexts, every = sorted(contexts or lengths), every or max(1, group.num_tokens // 1000)
-    # The same targets for every scheme: of all contexts that the text has, not only those that this one can use.
+    # The same targets for every scheme: they depend on all contexts, not only on those that this scheme can use.
     longest = max((c for c in contexts if c <= group.num_tokens), default=1)
     targets = np.arange(longest - 1, group.num_tokens, every)
     return group.points(
@@ -212,7 +212,7 @@ def decomposition(group: Group, lengths: Sequence[int], stride: int | None = Non
     """Why the loss at a longer window differs from the loss at the trained length: three measured parts.
 
     Source: Press, Smith and Lewis (2022), arXiv 2108.12409, Appendix B, which shows one of the parts (the "early
-    token curse") by comparing two kinds of evaluation; here each part is an intervention on the model's input.
+    token curse") by comparing two kinds of evaluation; here each part comes from a change to the model's input.
 
     A model trained at L is scored in nonoverlapping windows of n > L tokens. Each target has three losses:
         full       as it is
@@ -223,25 +223,25 @@ def decomposition(group: Group, lengths: Sequence[int], stride: int | None = Non
                               + (windowed - reset)      positions beyond L, with no key further than L
                               + (full - windowed)       keys further than L: negative is use, positive is harm
     At positions up to L all three are the same pass. Limited attention reaches further than L through several
-    layers: the second part holds what the model makes of that, too.
+    layers; the effect of that is in the second part.
 
     With a stride s, a reset target beyond L has between L - s + 1 and L tokens of input. Its loss is then a little
-    too high, which moves the same amount from the second part to the first; the third part and the sum are not
-    touched, and neither are the targets up to L. Stride 1 is exact; without one it is L / 8.
+    too high, which moves the same amount from the second part to the first; the third part, the sum and the
+    targets up to L are not affected. Stride 1 is exact; the default is L / 8.
 
     Returns:
         A point for each length beyond L: each part and `total`, with intervals, and `largest_early_difference`, in
-        nats, between the three losses of any target up to L. That is rounding, but for a scheme whose parameters
-        depend on the window's length (automatic scaling), and shows how far the parts can be trusted.
+        nats, between the three losses of any target up to L. It shows how far the parts can be trusted: it is only
+        rounding, except for a scheme whose parameters depend on the window's length (automatic scaling).
     """
-    # The same setting means sliding windows elsewhere, so with view=all it may be too long for a short L.
+    # Elsewhere the same setting is for sliding windows, so with view=all it may be too long for a short L.
     trained = group.train_length
     stride = stride or max(1, trained // 8)
     require(stride <= trained, f"stride = {stride}. Allowed: 1 to train_length = {trained}.")
     tokens = np.diff(group.documents, append=group.num_tokens)
 
     def measured(length: int) -> Point:
-        # By step of the ladder, run and target. Only sums of differences mean something, never their signs.
+        # By part, run and target. Only sums of the differences have a meaning, never the signs of single ones.
         steps = np.stack([losses(p, length, trained, stride) for p in group.passes], axis=1)
         point: Point = {}
         for name, part in zip((*TERMS, "total"), [*np.diff(steps, axis=0), steps[-1] - steps[0]], strict=True):
@@ -267,10 +267,10 @@ def offset(
     width: int | None = None,
     every: int | None = None,
 ) -> list[Point]:
-    """Change of the mean loss when the same tokens get positions k, k + 1, ... in place of 0, 1, ...
+    """Change of the mean loss when the same tokens get positions k, k + 1, ... instead of 0, 1, ...
 
-    Windows are half of L wide, and about 256 of them, unless it is said. `largest` is the largest change of a
-    single target, in nats: rounding for a scheme that sees distances only.
+    By default about 256 windows of L / 2 tokens are scored. `largest` is the largest change of a single target, in
+    nats: only rounding for a scheme that depends on distances only.
     """
     trained = group.train_length
     width = width or max(1, trained // 2)
@@ -292,7 +292,7 @@ def offset(
 
 
 def _by_document(sums: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """Sums (runs, documents) and targets (documents,) as JSON: enough for any interval."""
+    """Sums (runs, documents) and targets (documents,) as JSON: all that an interval needs."""
     return {"nats": [_numbers(row) for row in sums], "tokens": tokens.tolist()}
 
 
@@ -304,7 +304,7 @@ def _numbers(values: np.ndarray) -> list[float | int | None]:
 
 
 def losses(passes: Passes, length: int, train_length: int, stride: int = 1) -> np.ndarray:
-    """What the parts are differences of: (4, N) float64, nats of the same targets.
+    """The losses from which the parts are computed: (4, N) float64, nats of the same targets.
 
     Rows: full in windows of L; then reset, windowed and full in windows of n > L (`length`). The reset shares a
     pass between `stride` targets, from 1 to L.
@@ -322,8 +322,8 @@ def losses(passes: Passes, length: int, train_length: int, stride: int = 1) -> n
 def curve_edges(length: int, train_length: int) -> np.ndarray:
     """First positions of the bins of a smoothed curve, and length + 1: (bins + 1,) int64.
 
-    Bins grow with the position, and one ends exactly at the trained length: what a scheme does past its trained
-    length is then never mixed with what it does before.
+    Bins grow with the position, and one ends exactly at the trained length, so that no bin mixes positions up to
+    the trained length with later ones.
     """
     octaves = int(np.ceil(np.log2(max(train_length, length / train_length, 2)))) + 1
     steps = np.arange(-octaves * BINS_PER_OCTAVE, octaves * BINS_PER_OCTAVE + 1)
@@ -338,8 +338,8 @@ def position_curve(
     """Mean nats against position in the window, smoothed, with a band.
 
     The band is the 95% interval, over documents (and seeds), of the *difference* from the mean up to the trained
-    length (all positions of a shorter window), drawn around the curve. How hard the text is moves the whole curve
-    and is left out: it says how well the shape is known.
+    length (all positions of a shorter window), drawn around the curve. It leaves out the difficulty of the text,
+    which moves the whole curve, and so says how well the shape is known.
 
     Args:
         nats: (N,) floats, or (seeds, N) of several runs on the same text.
@@ -384,8 +384,8 @@ def change_sums(
 ) -> np.ndarray:
     """Sums whose mean and interval are those of a difference between two means of the same documents.
 
-    The means may be over different targets, so that a document has other numbers of them; with the same targets
-    it is `sums - base_sums`. The difference of two ratios is linearised around both.
+    The means may be over different targets, so that a document may have different numbers of them; with the same
+    targets the result is `sums - base_sums`. The difference of two ratios is linearised around both.
 
     Args:
         sums: (seeds, documents), nats.
@@ -394,7 +394,7 @@ def change_sums(
         base_tokens: (documents,).
 
     Returns:
-        (seeds, documents) float64, to be taken with `base_tokens`. A document with no target in the base has
+        (seeds, documents) float64, to be used with `base_tokens`. A document without a target in the base has
         none here.
     """
     total, base_total = tokens.sum(), base_tokens.sum()
@@ -404,13 +404,13 @@ def change_sums(
 
 
 def interval_ends(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean nats per token over documents (and seeds); NaN where one cannot be had.
+    """95% interval of the mean nats per token over documents (and seeds); NaN if there is none.
 
     Args:
         sums: (seeds, documents) or (documents,), nats.
         tokens: (documents,).
     """
-    sums = np.unique(np.atleast_2d(sums), axis=0)  # seeds that agree exactly are one observation
+    sums = np.unique(np.atleast_2d(sums), axis=0)  # seeds that agree exactly count as one observation
     if np.count_nonzero(tokens) < 2 or not np.isfinite(sums).all():
         return float("nan"), float("nan")
     interval = mean_nats_interval(sums, tokens)

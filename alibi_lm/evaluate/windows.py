@@ -1,7 +1,7 @@
-"""How many keys each head must keep: by the bound from the weights, and truly, on a text.
+"""How many keys each head must keep: by the bound from the weights, and as measured on a text.
 
-The bound is that of `model/bound.py`. What is truly needed is measured: the least window that loses no more than
-the share for any query of the first tokens of the text, in the full pass.
+The bound is that of `model/bound.py`. The measurement finds the shortest window that loses no more than the share
+for any query of the first tokens of the text, in the full pass.
 
 Shape letters: B batch, T queries, S keys, H heads, K head dim.
 """
@@ -24,20 +24,20 @@ from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import require
 
 SHARES = {"2^-25": LOST_SHARE, "1e-3": 1e-3, "1e-2": 1e-2}
-"""Lost shares of the view, by the name that tables give them."""
+"""The lost shares that the view uses, by their names in tables."""
 TOKENS = 4096
-"""Tokens on which the view measures."""
+"""Number of tokens on which the view measures."""
 ROWS = 128
-"""Queries whose weights exist at a time."""
+"""How many queries' weights are held at once."""
 
 
 class _Needed(KeyValueCache):
-    """A full cache that looks at the attention weights of every layer on their way."""
+    """A full cache that also computes the attention weights of every layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lost: list[Tensor] = []
-        """Of each layer (H, S) float64: the largest share of any query at distances from each on."""
+        """For each layer (H, S) float64: the largest share of any query on keys at each distance and beyond."""
 
     def attend(
         self,
@@ -55,7 +55,7 @@ class _Needed(KeyValueCache):
 
 
 def largest_lost(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """The largest share that keys from each distance on have of any query's attention.
+    """The largest share of any query's attention that goes to keys at each distance and beyond.
 
     Args:
         q: (H, T, K).
@@ -74,7 +74,7 @@ def largest_lost(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
             scores = scores + bias.double()[:, distance.clamp_min(0)]
         weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
-        # Of query i, keys at distances >= d are the first i - d + 1.
+        # For query i, the keys at distances >= d are the first i - d + 1.
         shares = weights.cumsum(-1).gather(2, distance.clamp_min(0).expand(len(q), -1, -1))
         found = torch.maximum(found, shares.masked_fill(distance < 0, 0.0).amax(1))
     return found
@@ -84,11 +84,11 @@ def largest_lost(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 def windows(group: Group, lengths: Sequence[int]) -> list[Point]:
     """A point for each layer and head of a model, or one with the `reason` why there is no bound.
 
-    Each has `layer` and `head` (from 1 on), `slope` (how much the bias falls from the own key to the next),
+    Each has `layer` and `head` (from 1), `slope` (how much the bias falls from the query's own key to the next),
     `excess` (the bound on a key's score over that of the query's own key), `windows` and `needed` (keys, by lost
     share; a `needed` that is as long as the measured text may be longer). A model of transformers that does not
-    tell its attention weights has no `needed`. Only the first seed is looked at: other seeds have other weights,
-    and much the same windows.
+    return its attention weights has no `needed`. Only the first seed is used: other seeds have other weights, but
+    similar windows.
     """
     passes = group.passes[0]
     model = passes.model

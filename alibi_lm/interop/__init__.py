@@ -1,1 +1,1 @@
-"""Models of other code bases as run folders of ours."""
+"""Conversions: other code's checkpoints as our run folders, and our runs as models of other libraries."""

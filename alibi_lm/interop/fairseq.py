@@ -1,11 +1,11 @@
-"""Turn a checkpoint of the ALiBi authors' fairseq into a run folder that everything else takes.
+"""Turn a checkpoint of the ALiBi authors' fairseq into a run folder like any other.
 
-The run's weights are float32 and its words are those of the checkpoint's own dictionary. Which positions the
-model was trained with has to be told: the tensors of an ALiBi and of a sinusoidal model have the same names.
+The run's weights are float32 and its words are those of the checkpoint's own dictionary. The user must say which
+positions the model was trained with: the tensors of an ALiBi and of a sinusoidal model have the same names.
 
-Nothing of fairseq is needed, and nothing in a checkpoint can run: it is read with `weights_only=True`. Beside
-tensors and plain values it may hold `argparse.Namespace`, in which older checkpoints keep their settings, and
-numbers and arrays of numpy, which are read here without numpy's own unpickling.
+fairseq is not needed, and nothing in a checkpoint can run: it is read with `weights_only=True`. Besides tensors
+and plain values it may hold `argparse.Namespace`, in which older checkpoints keep their settings, and numbers and
+arrays of numpy, which are read here without numpy's own unpickling.
 """
 
 from __future__ import annotations
@@ -45,33 +45,33 @@ POSITIONS = ("alibi", "sinusoidal")
 
 @dataclass
 class ImportConfig:
-    """What to import, as what, and where to."""
+    """What to import, with which scheme, and where to."""
 
     checkpoint: str
-    """The .pt file as fairseq wrote it."""
+    """The .pt file that fairseq wrote."""
     dictionary: str
     """The dict.txt of the data it was trained on."""
     position: str
-    """alibi or sinusoidal (fairseq's variant): what the model was trained with."""
+    """The scheme that the model was trained with: alibi or sinusoidal (fairseq's variant)."""
     output_dir: str
-    """The run folder to be made."""
+    """The run folder to create."""
     overwrite: bool = False
-    """Replace an imported run that lies there."""
+    """Replace an existing imported run."""
 
     def __post_init__(self) -> None:
         require(
             self.position in POSITIONS,
-            f"position = {self.position!r}. Allowed: {', '.join(POSITIONS)}. A checkpoint does not tell how "
-            "its model was given positions; say what it was trained with.",
+            f"position = {self.position!r}. Allowed: {', '.join(POSITIONS)}. A checkpoint does not say which "
+            "positions its model uses; give the scheme that it was trained with.",
         )
 
 
 def import_fairseq(config: ImportConfig) -> Path:
-    """Import one checkpoint and return the run folder; nothing is written before all of it was checked.
+    """Import one checkpoint and return the run folder; nothing is written before everything was checked.
 
     Raises:
-        ValueError: a file that is missing, unreadable or refused, a model that is not one of the paper's kind, a
-            dictionary that does not fit, or an output folder that holds something else.
+        ValueError: a file that is missing, unreadable or refused, a model unlike the paper's, a dictionary that
+            does not fit, or an output folder that holds something else.
     """
     folder = Path(config.output_dir).expanduser()
     _check_output(folder, config.overwrite)
@@ -133,7 +133,7 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         return
     require(
         (folder / "import.json").is_file(),
-        f"output_dir = {folder} holds something else than an imported run. Give another folder.",
+        f"output_dir = {folder} holds something other than an imported run. Give another folder.",
     )
     require(
         finished(folder) is None or overwrite,
@@ -191,19 +191,19 @@ FIXED: dict[str, Any] = {
     "quant_noise_pq": 0,
     "quant_noise_scalar": 0,
 }
-"""Settings of fairseq that have one value in the paper's models; any other makes another model."""
+"""Settings of fairseq that have one value in all of the paper's models; any other value is another model."""
 
 
 def model_config(settings: FairseqSettings, vocab_size: int, final_norm: bool) -> ModelConfig:
     """The architecture of a checkpoint.
 
     Args:
-        settings: of the checkpoint.
-        vocab_size: of its dictionary.
+        settings: the checkpoint's settings.
+        vocab_size: size of its dictionary.
         final_norm: see `has_final_norm`.
 
     Raises:
-        ValueError: a setting that the paper's models do not have, naming it.
+        ValueError: a setting that the paper's models do not have; the message names it.
     """
     source = settings.source
     for name, value in FIXED.items():
@@ -248,7 +248,7 @@ def model_config(settings: FairseqSettings, vocab_size: int, final_norm: bool) -
 
 
 def has_final_norm(checkpoint: FairseqCheckpoint) -> bool:
-    """Whether fairseq would apply a norm after the last layer: its rule for old checkpoints included."""
+    """Whether fairseq would apply a norm after the last layer, including its rule for old checkpoints."""
     version = checkpoint.tensors.get("decoder.version")
     return not checkpoint.settings.get("no_decoder_final_norm") and version is not None and float(version[0]) > 2
 
@@ -257,7 +257,7 @@ def build(checkpoint: FairseqCheckpoint, run: TrainConfig, vocab_size: int) -> T
     """The model of `train_config` with the checkpoint's weights, in evaluation mode, float32, on the CPU.
 
     Raises:
-        ValueError: weights that are missing, unknown or of other shapes; a dictionary of another size.
+        ValueError: weights that are missing, unknown or of the wrong shape; a dictionary of another size.
     """
     weights = convert_weights(checkpoint, run.model)
     words = sum(w.shape[0] for name, w in weights.items() if name.startswith("vocabulary.embeddings."))
@@ -281,8 +281,8 @@ def convert_weights(checkpoint: FairseqCheckpoint, config: ModelConfig) -> dict[
     """The weights by our names, in float32.
 
     Raises:
-        ValueError: a key too many or too few, a shape that does not fit, tied weights that differ, or weights
-            that are no numbers.
+        ValueError: missing or unknown keys, a shape that does not fit, tied weights that differ, or weights that
+            are NaN or infinite.
     """
     source, tensors = checkpoint.source, dict(checkpoint.tensors)
     for name in list(tensors):
@@ -312,7 +312,7 @@ def convert_weights(checkpoint: FairseqCheckpoint, config: ModelConfig) -> dict[
 
 
 def _wanted(config: ModelConfig) -> dict[str, list[str]]:
-    """Our parameter names, and which of fairseq's make each up, one above the other."""
+    """Our parameter names -> the fairseq parameters that are stacked to form each."""
     bands = range(len(config.adaptive_cutoffs) + 1)
     wanted = {
         "vocabulary.clusters": ["decoder.adaptive_softmax.head.class_proj.weight"],
@@ -323,7 +323,7 @@ def _wanted(config: ModelConfig) -> dict[str, list[str]]:
         "attention_norm": ["self_attn_layer_norm"],
         "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         "attention.out": ["self_attn.out_proj"],
-        "ffn_norm": ["final_layer_norm"],  # of the layer, not of the model
+        "ffn_norm": ["final_layer_norm"],  # the layer's, not the model's
         "ffn.up": ["fc1"],
         "ffn.down": ["fc2"],
     }
@@ -360,11 +360,11 @@ _DEFAULTS = {
     "adaptive_softmax_dropout": 0.0,
     "seed": 1,
 }
-"""What fairseq takes where an older checkpoint does not have the setting."""
+"""fairseq's defaults for settings that an older checkpoint does not have."""
 
 
 class FairseqSettings:
-    """The settings of a checkpoint, in `cfg` (nested dicts) or in `args` (a Namespace) of its top level.
+    """The settings of a checkpoint, in `cfg` (nested dicts) or in `args` (a Namespace) at its top level.
 
     Raises:
         ValueError: there are no settings.
@@ -406,11 +406,11 @@ class FairseqSettings:
         """A setting, or fairseq's default for it.
 
         Raises:
-            ValueError: absent, and without a default.
+            ValueError: it is absent and has no default.
         """
         value = self.peek(name)
         if value is None:
-            raise ValueError(f"{self.source} does not say {name}. It is no checkpoint of a transformer_lm.")
+            raise ValueError(f"{self.source} does not say {name}. It is not a checkpoint of a transformer_lm.")
         return value
 
     def whole(self, name: str) -> int:
@@ -431,13 +431,13 @@ class FairseqSettings:
             raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is not a number.") from None
 
     def cutoffs(self, name: str) -> list[int]:
-        """A list of whole numbers, which fairseq keeps as text ("20000,60000")."""
+        """A list of whole numbers, which fairseq stores as text ("20000,60000")."""
         value = self.get(name)
         try:
             value = ast.literal_eval(value) if isinstance(value, str) else value
             return [int(v) for v in (value if isinstance(value, list | tuple) else [value])]
         except (TypeError, ValueError, SyntaxError):
-            raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is no list of numbers.") from None
+            raise ValueError(f"{self.source}: {name} = {self.get(name)!r} is not a list of numbers.") from None
 
 
 @dataclass
@@ -449,15 +449,15 @@ class FairseqCheckpoint:
     tensors: dict[str, Tensor]
     """The model's state dict, as stored."""
     num_updates: int
-    """Optimizer updates done; 0 where the checkpoint does not say."""
+    """Optimizer updates done; 0 if the checkpoint does not say."""
     best_loss: float | None
-    """Lowest validation loss in bits per token, where the checkpoint says."""
+    """Lowest validation loss in bits per token, if the checkpoint says."""
     marked_alibi: bool | None
-    """Whether the model's settings have `max_tokens`, which the ALiBi authors' fork adds; None: cannot tell."""
+    """Whether the model's settings have `max_tokens`, which the ALiBi authors' fork adds; None: not known."""
 
 
 class _Dtype:
-    """Stands for `numpy.dtype` while a checkpoint is read; numbers, truth values and texts alone are known."""
+    """Replaces `numpy.dtype` while a checkpoint is read; only numbers, booleans and strings are known."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[biufc?SU]\d{0,9}", code):
@@ -469,7 +469,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for `numpy.ndarray`: made empty, then given its content."""
+    """Replaces `numpy.ndarray`: created empty, then given its content."""
 
     def __init__(self, *_: Any) -> None:
         self.values: Any = None
@@ -484,12 +484,12 @@ def _scalar(kind: _Dtype, content: bytes) -> Any:
 
 
 def _no_bytes() -> bytes:
-    """Stands for `bytes`, which the pickles of empty arrays call without arguments."""
+    """Replaces `bytes`, which the pickles of empty arrays call without arguments."""
     return b""
 
 
 def _plain_values(value: Any) -> Any:
-    """The same with lists in place of arrays of numpy."""
+    """The same with lists instead of numpy arrays."""
     if isinstance(value, _Array):
         return value.values
     if isinstance(value, argparse.Namespace):
@@ -499,8 +499,8 @@ def _plain_values(value: Any) -> Any:
     return [_plain_values(part) for part in value] if type(value) in (list, tuple) else value
 
 
-# What may stand in a checkpoint beside what torch allows, and what is used in its place. The functions of numpy
-# itself trust what they read.
+# What a checkpoint may contain besides what torch allows, and its replacements. numpy's own functions trust what
+# they read.
 SAFE: list[Any] = [
     argparse.Namespace,
     (_Dtype, "numpy.dtype"),
@@ -526,14 +526,14 @@ def read_checkpoint(path: Path) -> FairseqCheckpoint:
         raise ValueError(_refusal(source, error)) from error
     if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
         raise ValueError(
-            f"{source} is no fairseq checkpoint: it has no `model` with named tensors. "
-            "Give the .pt file as fairseq wrote it."
+            f"{source} is not a fairseq checkpoint: it has no `model` with named tensors. "
+            "Give the .pt file that fairseq wrote."
         )
     model = content.pop("model")
     content = _plain_values(content)
     updates = _found(content, "optimizer_history", -1, "num_updates")
     best = _found(content, "extra_state", "best")
-    # A Namespace holds the settings of everything, max_tokens of the data loader among them.
+    # A Namespace holds all settings together, including max_tokens of the data loader.
     settings = _found(content, "cfg", "model")
     return FairseqCheckpoint(
         source,
@@ -546,7 +546,7 @@ def read_checkpoint(path: Path) -> FairseqCheckpoint:
 
 
 def _found(content: Any, *names: Any) -> Any:
-    """What lies deep in nested dicts and lists, or None."""
+    """The value at a path in nested dicts and lists, or None."""
     for name in names:
         try:
             content = content[name]
@@ -574,4 +574,4 @@ def _refusal(source: str, error: Exception) -> str:
             "Accepted are tensors, plain values, numbers and arrays of numpy, and argparse.Namespace. If you "
             "trust the file, load it with fairseq once and save it again with its settings as plain data."
         )
-    return f"{source} is no readable torch checkpoint ({type(error).__name__}). Is it complete?"
+    return f"{source} is not a readable torch checkpoint ({type(error).__name__}). Is it complete?"

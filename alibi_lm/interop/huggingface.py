@@ -3,10 +3,10 @@
     import alibi_lm.interop.huggingface
     model = AutoModelForCausalLM.from_pretrained("<exported folder>")
 
-The import registers this kind of model; nothing of it is code in the folder, so no `trust_remote_code` is needed.
+The import registers this kind of model; the folder contains no code, so `trust_remote_code` is not needed.
 The folder holds config.json, model.safetensors, and a tokenizer that AutoTokenizer loads.
 
-Where transformers asks for something that a run cannot give, such as a padded batch, it is refused.
+What a run does not support, such as a padded batch, is refused.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from alibi_lm.runs import build_model, load_run
 from alibi_lm.settings import require
 
 NOT_EXPORTED = ("data", "study", "measurements", "output_dir", "tracking", "evaluation")
-"""Settings that say nothing of the model."""
+"""Settings that do not describe the model."""
 
 
 class RunConfig(PretrainedConfig):
     """The config of an exported run.
 
     Args:
-        settings: those of the run's config.yaml, nested.
-        vocab_size: of its tokenizer.
-        attention: backend.
+        settings: the settings in the run's config.yaml, nested.
+        vocab_size: size of its tokenizer's vocabulary.
+        attention: name of the attention backend.
     """
 
     model_type = "alibi_lm"
@@ -67,7 +67,7 @@ class RunConfig(PretrainedConfig):
 
 
 class RunCache(Cache):
-    """Our cache of keys and values, as generation asks for one."""
+    """Our cache of keys and values, in the form that generation needs."""
 
     def __init__(self) -> None:
         self.inner = KeyValueCache()
@@ -78,7 +78,7 @@ class RunCache(Cache):
         return self.inner.next_position
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows of the beams that go on."""
+        """Keep the rows of the surviving beams."""
         self.inner.take_rows(beam_idx)
 
 
@@ -90,23 +90,23 @@ class RunForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        require(config.settings is not None, "config.settings is missing: this is no exported run.")
+        require(config.settings is not None, "config.settings is missing: this is not an exported run.")
         self.run = build_model(from_dict(config.settings or {}), config.vocab_size, config.attention)
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As of any model of transformers."""
+        """Load a model, as for any model of transformers."""
         loaded = super().from_pretrained(*args, **options)
         run = (loaded[0] if isinstance(loaded, tuple) else loaded).run
-        # transformers builds a model without numbers, and fills in what is in the file. The tables of a scheme,
-        # which are computed, come with the scheme, and that is built anew for another length.
+        # transformers builds a model without values and fills in those of the file. A scheme's tables are computed
+        # with the scheme, which is built again for another length.
         run.serve(run.train_length + 1)
         run.serve(run.train_length)
         return loaded
 
     def serve(self, length: int) -> None:
-        """Get ready for sequences of `length` tokens: schemes with automatic scaling depend on it."""
+        """Prepare for sequences of `length` tokens: schemes with automatic scaling depend on it."""
         self.run.serve(length)
 
     def _init_weights(self, module: Any) -> None:
@@ -123,16 +123,16 @@ class RunForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """As of any causal model of transformers.
+        """The forward pass, as for any causal model of transformers.
 
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, S), all ones.
-            past_key_values: what an earlier call returned.
+            past_key_values: the cache that an earlier call returned.
             labels: (B, T) int64, the inputs again; -100 is not scored. Gives `loss`, mean nats per token.
             use_cache: whether to return keys and values.
-            position_ids: (B, T) int64, the same in all rows; None: from the cache's last on.
-            logits_to_keep: only those of the last tokens; 0: all.
+            position_ids: (B, T) int64, the same in all rows; None: after the cache's last one.
+            logits_to_keep: return logits of only this many last tokens; 0: all.
             others: ignored switches of the library, such as `return_dict`.
 
         Raises:
@@ -140,14 +140,14 @@ class RunForCausalLM(PreTrainedModel, GenerationMixin):
         """
         require(
             attention_mask is None or bool(attention_mask.all()),
-            "attention_mask has zeros: runs of alibi_lm know no padding. Give texts of one length.",
+            "attention_mask has zeros: runs of alibi_lm do not support padding. Give texts of one length.",
         )
         positions = None
         if position_ids is not None:
             positions = position_ids[0]
             require(
                 bool((position_ids == positions).all()),
-                "position_ids differ between the rows of a batch. Give rows of the same positions.",
+                "position_ids differ between the rows of a batch. Give all rows the same positions.",
             )
         cache = past_key_values if past_key_values is not None else RunCache() if use_cache else None
         hidden = self.run.hidden(input_ids, positions, None if cache is None else cache.inner)
@@ -187,21 +187,21 @@ class ExportConfig:
     run: str = MISSING
     """A finished run folder."""
     output_dir: str = MISSING
-    """Where the model goes: a new or empty folder."""
+    """Folder for the model, new or empty."""
     checkpoint: str = "best"
-    """best (lowest validation loss), last, or step:<number> of one that was kept."""
+    """best (lowest validation loss), last, or step:<number> of a kept checkpoint."""
 
 
 def export_huggingface(config: ExportConfig) -> Path:
     """Write a run as a folder that transformers loads, and load it once to see that it is the same model.
 
     Raises:
-        ValueError: no run, a folder that holds something, or a model that comes back different.
+        ValueError: not a run, an output folder that is not empty, or a model that differs after loading.
     """
     folder, output = Path(config.run), Path(config.output_dir)
     require(
         not output.exists() or (output.is_dir() and not any(output.iterdir())),
-        f"output_dir = {output} holds something. Give a new folder.",
+        f"output_dir = {output} is not empty. Give a new folder.",
     )
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -220,24 +220,24 @@ def export_huggingface(config: ExportConfig) -> Path:
     with torch.inference_mode():
         require(
             torch.equal(again(ids).logits, model(ids)),
-            f"{output} does not come back as the same model. Please report this, with the run's config.yaml.",
+            f"{output} does not load as the same model. Please report this, with the run's config.yaml.",
         )
     return output
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """What the model depends on, as JSON; where text and runs lay is nobody's business."""
+    """What the model depends on, as JSON, without the places of text and runs."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     kept = {name: value for name, value in settings.items() if name not in NOT_EXPORTED}
     return kept | {"tracking": {"name": "jsonl"}}
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """The tokenizer's file so that the library alone gives the same ids, and how its special tokens are called."""
+    """Write the tokenizer so that the library alone gives the same ids, with the names of its special tokens."""
     tokenizer.save(folder / "tokenizer.json")
     special: dict[str, Any] = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     if tokenizer.kind == "word":
-        # Our own code makes a word of each line end; in the file it is a step of its own.
+        # Our own code turns each line end into a word; in the file this is a separate step.
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         content["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": " </s> "}
         content["post_processor"] = None

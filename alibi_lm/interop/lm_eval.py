@@ -3,7 +3,7 @@
     import alibi_lm.interop.lm_eval, lm_eval
     lm_eval.simple_evaluate("alibi_lm", model_args={"run": "<folder>", "max_length": 256}, tasks=["lambada"])
 
-Sequences of one length share a pass, so nothing is padded, and the batch size changes no score beyond rounding.
+Sequences of equal length share a pass, so nothing is padded, and the batch size changes scores only by rounding.
 Rolling log-likelihoods are those of our evaluator: nonoverlapping windows, the last one short. (The harness itself
 gives the last window a full context, which makes its perplexity a little lower.)
 """
@@ -35,15 +35,15 @@ class RunLM(TemplateLM):
 
     Args:
         run: the run folder.
-        max_length: most tokens that it reads at once; None: its training length.
+        max_length: largest number of tokens per sequence; None: its training length.
         checkpoint: best, last or step:<number>.
-        batch_size: sequences of a pass.
+        batch_size: sequences per pass.
         device: auto, cpu or cuda.
         precision: float32, bfloat16 or auto.
-        others: what the harness hands to all models, such as `max_batch_size`; they have no effect.
+        others: what the harness passes to all models, such as `max_batch_size`; without effect.
 
     Raises:
-        ValueError: no run, or more tokens than it has positions.
+        ValueError: not a run, or more tokens than it has positions.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class RunLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text."""
+        """Id of the token before a text."""
         return self.tokenizer_.start_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        """Ids of a text as it stands."""
+        """Ids of a text; nothing is added."""
         return self.tokenizer_.encode(string).tolist()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **others: Any
     ) -> list[tuple[float, bool]]:
-        """Sum of the log-probabilities of each continuation, and whether it is what the model would say.
+        """Sum of the log-probabilities of each continuation, and whether greedy decoding would give it.
 
         Raises:
             ValueError: a continuation without a token.
@@ -118,7 +118,7 @@ class RunLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text, its windows as in our evaluation."""
+        """Log-probability of each text, in windows as in our evaluation."""
         found = []
         for request in tqdm(requests, disable=disable_tqdm or None, leave=False):
             tokens = self.tokenizer_.encode(request.args[0])
@@ -137,7 +137,7 @@ class RunLM(TemplateLM):
         """The most probable next tokens, until a stop string, the end of the text or `max_gen_toks`.
 
         Raises:
-            ValueError: sampling is asked for.
+            ValueError: sampling is requested.
         """
         found = []
         for request in tqdm(requests, disable=disable_tqdm or None, leave=False):

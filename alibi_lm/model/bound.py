@@ -1,4 +1,4 @@
-"""How far back a head must see: a bound on the attention weight of distant keys, and the window that it gives.
+"""How far back a head must see: a bound on the attention weight of distant keys, and the window that follows.
 
 Let b(d) be the bias of a head at distance d, and B an upper bound on the score of any key minus the score of the
 query's own key, both before the bias. The weight of a key at distance d, relative to the own key's, is at most
@@ -9,16 +9,16 @@ exp(B + b(d) - b(0)). So all keys from distance w on together have at most the s
 of a query's attention, and a head that keeps the last w keys loses at most that. For ALiBi, b(d) = -m d, the sum
 is exp(-m w) / (1 - exp(-m)), and a share eps needs w = (B + ln(1/eps) + ln(1/(1 - exp(-m)))) / m keys.
 
-B follows from the weights, for every input whatsoever. Behind a layer norm with gain g and shift s, the input of
-attention is g z + s with |z| <= sqrt(D) and mean zero. With P = 1 - 11'/D, which takes out the mean,
+B follows from the weights, for every input. After a layer norm with gain g and shift s, the input of attention is
+g z + s with |z| <= sqrt(D) and mean zero. With P = 1 - 11'/D, which removes the mean,
 
     A_q = W_q diag(g) P,   A_k = W_k diag(g) P,   c_q = W_q s + b_q,   M = A_q' A_k
     q_i . (k_j - k_i) = z_i' M z_j - z_i' M z_i + c_q' A_k (z_j - z_i)
                      <= D (|M|_2 + max(0, largest eigenvalue of -(M + M')/2)) + 2 sqrt(D) |A_k' c_q|
 
-and B is that times the scale of the scores. The key's own constant cancels in the difference.
+and B is this times the scale of the scores. The key's own constant cancels in the difference.
 
-The bound is one of real numbers: the rounding of float32 scores comes on top.
+The bound holds in exact arithmetic: the rounding of float32 scores comes on top.
 
 Shape letters: D model dim, H heads, K head dim.
 """
@@ -37,24 +37,24 @@ from alibi_lm.settings import require
 LOST_SHARE = 2.0**-25
 """Share of a query's attention below which a float32 sum does not change."""
 DENSE = 1 << 16
-"""Up to this distance the sum of (1) is taken term by term."""
+"""Up to this distance the sum of (1) is computed term by term."""
 LONGEST_STREAM = 1 << 40
-"""Tokens of a stream: keys further back than this do not exist."""
+"""Tokens of the longest stream: keys further back than this do not exist."""
 LARGEST_WINDOW = 1 << 22
-"""Keys of a window; a head that needs more is refused."""
+"""Keys of the largest window; a head that needs more is refused."""
 
 Bias = Callable[[Tensor], Tensor | None]
-"""Of distances, int64 of any shape: (H, *shape), as `PositionScheme.distance_bias`."""
+"""A function of distances, int64 of any shape -> (H, *shape), like `PositionScheme.distance_bias`."""
 
 
 @dataclass
 class HeadBounds:
-    """What bounds the attention of each head of a layer."""
+    """Bounds on the attention of each head of a layer."""
 
     excess: Tensor
-    """(H,) float64: B, the largest score of any key over that of the query's own key, before the bias."""
+    """(H,) float64: B, the largest score of any key minus that of the query's own key, before the bias."""
     windows: Tensor
-    """(H,) int64: keys that a query must see, its own among them, to lose no more than the stated share."""
+    """(H,) int64: keys that a query must see, including its own, to lose no more than the stated share."""
 
 
 def bounds_from_weights(
@@ -71,22 +71,22 @@ def bounds_from_weights(
     scale: float | None = None,
     centred: bool = True,
 ) -> HeadBounds:
-    """The bound of one attention layer, from plain tensors of any model: a proof for every input.
+    """The bound of one attention layer, from the weight tensors of any model; it holds for every input.
 
-    This is the door for models of other libraries (BLOOM, MPT, Falcon); its signature is meant to stay.
+    This is the interface for models of other libraries (BLOOM, MPT, Falcon); its signature is meant to be stable.
 
     Args:
         w_q: (H K, D), as in `nn.Linear`: q = w_q x + b_q; the rows of a head are consecutive.
-        w_k: (G K, D) with G heads that divide H (G < H where groups of query heads share keys).
+        w_k: (G K, D), where the number of key heads G divides H (G < H if groups of query heads share keys).
         b_q: (H K,) or None.
-        b_k: (G K,) or None; it cancels, and is taken only so that a caller need not think of it.
-        gain: (D,) of the norm in front of attention; None: ones.
-        shift: (D,) of that norm; None: zeros.
+        b_k: (G K,) or None; it cancels, and is accepted only for the caller's convenience.
+        gain: (D,), gain of the norm before attention; None: ones.
+        shift: (D,), shift of that norm; None: zeros.
         num_heads: H.
         bias: slopes of ALiBi (H,), positive, the bias being -slope times distance; or the bias as a function of
             distances, which must not grow with the distance.
         lost_share: largest share of a query's attention that may be lost, in (0, 1).
-        scale: of q . k; None: K^-0.5.
+        scale: factor of q . k; None: K^-0.5.
         centred: whether the norm subtracts the mean (layer norm; false: RMS norm).
 
     Returns:
@@ -122,7 +122,7 @@ def excess_from_weights(
     maps = [a - a.mean(dim=1, keepdim=True) if centred else a for a in maps]
     a_q, a_k = (a.unflatten(0, (-1, head_dim)) for a in maps)
     a_k = a_k.repeat_interleave(num_heads // len(a_k), dim=0)
-    # M = A_q' A_k is D x D of rank K at most: what it does happens in the span of both, of 2 K dimensions.
+    # M = A_q' A_k is D x D with rank at most K: it acts only within the span of both, of 2 K dimensions.
     basis, _ = torch.linalg.qr(torch.cat([a_q, a_k], dim=1).mT)  # (H, D, 2 K)
     m = (a_q @ basis).mT @ (a_k @ basis)
     opposite = torch.linalg.eigvalsh(-(m + m.mT) / 2)[:, -1].clamp_min(0)
@@ -134,9 +134,9 @@ def excess_from_weights(
 class BiasTail:
     """The logarithms of the sums in (1): how much weight the bias leaves to all keys from a distance on.
 
-    Sums are exact up to distance `DENSE`, upper bounds beyond (blocks by their first term), and reach to streams
-    of `LONGEST_STREAM` tokens. So any bias that does not grow with the distance is served, without a formula of
-    its own; one whose sum does not converge asks for windows past `LARGEST_WINDOW`, and is refused.
+    Sums are exact up to distance `DENSE`, beyond that upper bounds (blocks bounded by their first term), for
+    streams of up to `LONGEST_STREAM` tokens. So any bias that does not grow with the distance works without a
+    special formula; one whose sum does not converge needs windows above `LARGEST_WINDOW`, and is refused.
 
     Args:
         bias: see `bounds_from_weights`.
@@ -168,7 +168,7 @@ class BiasTail:
         widths = self.distance.diff(append=self.distance[-1:] + 1)
         terms = self.line + widths.double().log()
         self.tail = terms.flip(1).logcumsumexp(1).flip(1) - self.line[:, :1]
-        """(H, N): ln of the sum over all distances from each on, relative to the own key's."""
+        """(H, N): ln of the sum over each distance and beyond, relative to the own key's term."""
 
     def at(self, distance: Tensor) -> Tensor:
         """An upper bound of ln sum_{e >= d} exp(b(e) - b(0)): distances (H, ...) int64 -> (H, ...) float64."""

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens seen so far, all of them: it serves every scheme.
+"""A cache of the keys and values of all tokens seen so far; it works with every scheme.
 
-`window_cache.py` keeps those of a window per head; `streaming.py` builds either by the name of a policy.
+`window_cache.py` keeps only a window per head; `streaming.py` builds either by the name of a policy.
 
 Shape letters: B batch, T tokens now, S keys held, H heads, K head dim.
 """
@@ -23,24 +23,24 @@ class LayerPositions:
     scheme: PositionScheme
     tables: tuple[Tensor, ...]
     attend: Attend | None
-    """None where a cache attends by itself."""
+    """None if a cache attends by itself."""
     query_factor: Tensor | None = None
-    """(1, T) or (H, T) float32 or better: what queries are multiplied by (`model.query_scale`)."""
+    """(1, T) or (H, T) float32 or better: the factors of the queries (`model.query_scale`)."""
 
 
 class KeyValueCache:
     """Keys and values of all tokens seen so far.
 
-    Buffers double when they are full, so that a step copies no old keys. What was seen is counted at the end of a
-    pass, so a pass that raises leaves the cache as it was: what some layers have stored beyond is overwritten.
+    Buffers double when they are full, so that a step copies no old keys. Tokens are counted at the end of a pass,
+    so a pass that raises leaves the cache unchanged: what some layers have stored by then is overwritten later.
 
     Args:
         capacity: tokens to make room for at first.
 
     Attributes:
-        first: the first of the positions; 0 when empty.
-        next_position: the one after the last; 0 when empty.
-        lost_share: upper bound of the share of attention that any query lost in any head; None: not known.
+        first: the first position; 0 when empty.
+        next_position: the position after the last one; 0 when empty.
+        lost_share: upper bound on the share of attention that any query lost in any head; None: not known.
     """
 
     attends = False
@@ -60,16 +60,16 @@ class KeyValueCache:
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Of each layer k, v (B, H, S, K), and features of its input (B, S, F) for schemes that read it."""
+        """For each layer k, v (B, H, S, K), and features of its input (B, S, F) for schemes that read it."""
         return [self._held(layer, self.tokens_seen) for layer in range(len(self._buffers))]
 
     @property
     def keys_held(self) -> float:
-        """Keys of a sequence that are kept, mean over heads and layers."""
+        """Number of keys kept per sequence, mean over heads and layers."""
         return float(self.tokens_seen)
 
     def key_positions(self, positions: Tensor) -> Tensor:
-        """Positions of the keys of a pass: those seen and the new ones."""
+        """Positions of all keys of a pass: those seen before and the new ones."""
         new = self.tokens_seen + len(positions)
         if new > len(self._positions) or self._positions.device != positions.device:
             grown = positions.new_empty(max(self.capacity, 2 * self.tokens_seen, new))
@@ -79,15 +79,15 @@ class KeyValueCache:
         return self._positions[:new]
 
     def begin(self, first: int, last: int, tokens: int, window: int | None) -> None:
-        """Note the pass that starts now: first position of all keys, last one, its tokens and its window."""
+        """Start a pass: first position of all keys, last position, number of new tokens, and window."""
         self._coming = (first, last + 1, self.tokens_seen + tokens)
 
     def take_rows(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, (B',) int64: a search keeps some beams and drops others."""
+        """Keep these rows of the batch, (B',) int64, in this order; beam search needs this."""
         self._buffers = [[None if part is None else part[rows] for part in layer] for layer in self._buffers]
 
     def advance(self) -> None:
-        """Count the tokens of the pass, which has succeeded."""
+        """Count the tokens of the pass after it has succeeded."""
         self.first, self.next_position, self.tokens_seen = self._coming
 
     def attend(
@@ -109,7 +109,7 @@ class KeyValueCache:
             v: (B, H, T, K).
             x: features of the layer's input, (B, T, F), or None.
             raw_k: (B, H, T, K), the keys before `transform_qk`.
-            position: of the pass.
+            position: what the scheme contributes to this pass.
 
         Returns:
             (B, H, T, K).
@@ -141,6 +141,6 @@ class KeyValueCache:
 
 
 def empty_like(like: Tensor, shape: list[int]) -> Tensor:
-    """A tensor of this shape, of the dtype and on the device of another one."""
-    with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
+    """A tensor of this shape, with the dtype and device of another one."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
         return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,6 +1,6 @@
 """Schemes whose score bias is multiplied: by one number, or by a factor for each query.
 
-Both stand before the scheme of a model for one forward pass; attention backends see any other scheme.
+Both replace the scheme of a model for one forward pass; to attention backends they are ordinary schemes.
 
 Shape letters: B batch, T tokens now, S keys seen, H heads.
 """
@@ -32,8 +32,8 @@ class FadedBias(PositionScheme):
     """A scheme's bias times one number.
 
     Args:
-        scheme: its bias is changed; what it does to embeddings, queries and keys is the model's work.
-        strength: the number.
+        scheme: the scheme whose bias is changed; the model calls its other hooks.
+        strength: the factor.
     """
 
     def __init__(self, scheme: PositionScheme, strength: float) -> None:
@@ -43,7 +43,7 @@ class FadedBias(PositionScheme):
         self.cache_inputs = scheme.cache_inputs
 
     def defines(self, *hooks: str) -> bool:
-        """Those that the scheme itself overrides, so that backends take the same ways for both."""
+        """Whether the scheme itself overrides a hook, so that backends take the same path for both."""
         return self.scheme.defines(*hooks)
 
     def distance_bias(self, distance: Tensor) -> Tensor | None:
@@ -72,9 +72,9 @@ class RowScaledBias(PositionScheme):
     """A scheme's bias times a factor for each query: more than a function of distance.
 
     Args:
-        scheme: its bias depends on positions alone.
+        scheme: the scheme whose bias is multiplied; it depends on positions only.
         q_pos: (T,) int64, ascending: positions of the queries.
-        factor: (1, T) or (H, T), their factors.
+        factor: (1, T) or (H, T), the queries' factors.
     """
 
     def __init__(self, scheme: PositionScheme, q_pos: Tensor, factor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The model's training step through torch's compiler."""
+"""The model's training loss through torch's compiler."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from alibi_lm.model.transformer import TransformerLM
 class CompiledNats:
     """`model.nats` with the layers through `torch.compile`: the same parameters, the same values to rounding.
 
-    Compilation happens at the first call with each shape. The model itself stays as it is, so that an evaluation
-    at other lengths compiles nothing. The loss is not compiled: its chunks stay in the cache and work in place,
-    which is faster than what a compiler makes of scores, softmax and loss.
+    Compilation happens at the first call with each shape. The model itself is unchanged, so that an evaluation at
+    other lengths compiles nothing. The loss is not compiled: its chunks stay in the cache and are overwritten in
+    place, which is faster than compiled code for logits, softmax and loss.
 
     Args:
         model: the language model.
@@ -43,7 +43,7 @@ class CompiledNats:
         try:
             hidden = self.hidden(input_ids, positions)
         except Exception as error:
-            # torch's compiler raises classes of its own, which moved between versions.
+            # torch's compiler raises its own exception classes, whose names differ between versions.
             modules = [c.__module__ for c in type(error).__mro__]
             if not any(m.startswith(("torch._inductor", "torch._dynamo")) for m in modules):
                 raise

@@ -1,9 +1,9 @@
-"""The cross-entropy of a linear layer's scores, without the scores of a whole batch.
+"""The cross-entropy of a linear layer's scores, without holding the scores of a whole batch.
 
     nats_n = log sum_w exp(hidden_n . table_w) - hidden_n . table_target(n)
 
-Rows go through in chunks, each overwritten in place: scores, log-probabilities, probabilities, gradient of the
-scores. Where a batch's probabilities fit KEPT_ELEMENTS they wait for the backward pass, else it computes them
+Rows are processed in chunks, each overwritten in place: scores, log-probabilities, probabilities, gradient of the
+scores. If a batch's probabilities fit KEPT_ELEMENTS they are kept for the backward pass, else it computes them
 again. Both are exact, and faster than scores, softmax and loss one after the other.
 
 Shape letters: N tokens, D model dim, V vocabulary.
@@ -22,15 +22,15 @@ from torch.autograd.function import once_differentiable
 
 HALF = (torch.bfloat16, torch.float16)
 CHUNK_ELEMENTS = 1 << 23
-"""Scores of a chunk: 32 MiB of float32, what a CPU's large cache and a GPU's L2 hold."""
+"""Scores per chunk: 32 MiB of float32, which fit a CPU's last-level cache and a GPU's L2."""
 FEWEST_ROWS = 512
-"""Rows of a chunk, however many words there are: with fewer, matrix products are slower by up to a half."""
+"""Smallest number of rows per chunk: with fewer, matrix products are slower by up to a half."""
 KEPT_ELEMENTS = 1 << 28
-"""Probabilities that a CPU keeps for the backward pass: 1 GiB of float32."""
+"""Number of probabilities that a CPU keeps for the backward pass: 1 GiB of float32."""
 KEPT_SHARE = 0.1
 """Share of a GPU's memory for the same: 8 GiB of 80, which holds 100,000 targets among 20,000 words."""
 ALIGNED = 64
-"""On a GPU half-precision products whose sizes are no multiple of this fall to slower kernels."""
+"""On a GPU, half-precision products whose sizes are not multiples of this use slower kernels."""
 
 
 def linear_cross_entropy(
@@ -44,17 +44,17 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Minus the natural logarithm of each target's probability under softmax(hidden table^T).
 
-    Scores and sums are float32 or better, whatever the dtype of the arguments; inside autocast the factors of the
-    products are rounded to its dtype.
+    Scores and sums are float32 or better for arguments of any dtype; inside autocast the factors of the products
+    are rounded to its dtype.
 
     Args:
         hidden: (N, D).
         table: (V, D).
         targets: (N,) int64, in [0, V).
         rows: rows whose scores are computed at once; None: `chunk_rows`.
-        keep: whether probabilities wait for the backward pass; None: where they fit.
-        multiple: the table is filled up to a multiple of this many rows, whose scores are -inf, so that the result
-            is the same; None: ALIGNED for half precision on a GPU, else 1.
+        keep: whether probabilities are kept for the backward pass; None: if they fit.
+        multiple: the table is padded to a multiple of this many rows; the padding has scores of -inf and does not
+            change the result. None: ALIGNED for half precision on a GPU, else 1.
 
     Returns:
         (N,) float32 (float64 for float64 arguments).
@@ -69,13 +69,13 @@ def linear_cross_entropy(
             table = F.pad(table, (0, 0, 0, -words % multiple))
         if keep is None:
             keep = len(hidden) * len(table) <= _kept_elements(hidden.device)
-        # A parameter needs a gradient in evaluation too, and inside of `forward` no gradient is ever taken.
+        # A parameter requires a gradient in evaluation too, and inside `forward` gradients are always off.
         keep = keep and torch.is_grad_enabled()
         return _LinearCrossEntropy.apply(hidden, table, targets, words, rows or chunk_rows(len(table)), keep)
 
 
 def first_choices(hidden: Tensor, table: Tensor) -> Tensor:
-    """The word of the largest score of each row, chunk by chunk: (N, D), (V, D) -> (N,) int64. No gradient."""
+    """The word with the largest score in each row, chunk by chunk: (N, D), (V, D) -> (N,) int64. No gradient."""
     hidden, table = _in_autocast_dtype(hidden, table)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return torch.cat([_scores(h, table).argmax(1) for h in hidden.split(chunk_rows(len(table)))])
@@ -112,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats.append(-log_probs.gather(1, t[:, None])[:, 0])
             if keep:
                 kept.append(log_probs.exp_())
-            del log_probs  # the next chunk finds its memory in the cache
+            del log_probs  # the next chunk reuses its memory, which is in the cache
         ctx.save_for_backward(hidden, table, targets)
         ctx.words, ctx.rows, ctx.kept = words, rows, kept
         return torch.cat(nats)
@@ -121,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, table, targets = ctx.saved_tensors
-        # What was kept is overwritten below: a second pass through the same graph computes it again.
+        # Kept probabilities are overwritten below; a second pass through the same graph computes them again.
         kept, ctx.kept = ctx.kept, []
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_table: Tensor | None = None
@@ -131,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + ctx.rows)
             h, t, g = hidden[rows], targets[rows, None], grad[rows, None]
             probs = kept[chunk] if kept else _log_probs(h, table, ctx.words).exp_()
-            # The gradient of the scores is g times this; g goes to the narrow side of both products.
+            # The gradient of the scores is g times this; g multiplies the smaller factor of both products.
             scores = probs.scatter_add_(1, t, -torch.ones_like(g)).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(scores, table, out=grad_hidden[rows]).mul_(g)
@@ -156,7 +156,7 @@ def _log_probs(hidden: Tensor, table: Tensor, words: int) -> Tensor:
 
 
 def _scores(hidden: Tensor, table: Tensor) -> Tensor:
-    """(N, D), (V, D) -> (N, V), float32 or better, no gradient: 8 bits would move a target's loss by 0.05 nats."""
+    """(N, D), (V, D) -> (N, V), float32 or better, no gradient: 8 bits would change a loss by 0.05 nats."""
     if hidden.dtype not in HALF:
         return F.linear(hidden, table)
     if _half_products_in_float32(hidden.device.type, hidden.dtype):

@@ -18,7 +18,7 @@ from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import require
 
 PREFILL = 2048
-"""Tokens of a prompt that go through the model at a time."""
+"""Tokens of a prompt that are processed in one pass."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Sampling:
     """How the next token is chosen from the distribution."""
 
     temperature: float = 1.0
-    """Scores are divided by it; 0: always the most probable token."""
+    """Logits are divided by it; 0: always the most probable token."""
     top_k: int | None = None
-    """Only the k most probable tokens; null: all."""
+    """Sample from the k most probable tokens only; null: all."""
     top_p: float | None = None
-    """Only the most probable tokens that together have this probability (Holtzman et al. 2020, arXiv 1904.09751);
-    null: all."""
+    """Sample only from the most probable tokens that together have this probability (Holtzman et al. 2020, arXiv
+    1904.09751); null: all."""
 
     def __post_init__(self) -> None:
         require(
@@ -45,7 +45,7 @@ class Sampling:
         """Draw a token: (V,) float32 on any device -> its id."""
         if self.temperature == 0:
             return int(logits.argmax())
-        # Subtracting the largest score first keeps a tiny temperature from giving infinities.
+        # Subtract the largest logit first, so that a tiny temperature does not give infinities.
         scores = (logits.double() - logits.max()).cpu() / self.temperature
         if self.top_k is not None and self.top_k < len(scores):
             scores[scores < scores.topk(self.top_k).values[-1]] = -torch.inf
@@ -66,22 +66,22 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 1,
 ) -> Iterator[int]:
-    """The tokens that a model goes on with after a prompt, one by one.
+    """Generate the tokens that continue a prompt, one by one.
 
     Args:
         model: the language model, in evaluation mode.
         ids: (T,) the prompt, at least one token.
-        max_tokens: how many tokens to make.
-        cache: an empty one of `streaming.open_cache`, which tells afterwards what was kept and lost; None: all
+        max_tokens: how many tokens to generate.
+        cache: an empty one from `streaming.open_cache`, which says afterwards what was kept and lost; None: all
             keys are kept.
-        sampling: how tokens are chosen; None: from the distribution as it is.
-        seed: of the choice; the same seed gives the same tokens.
+        sampling: how tokens are chosen; None: from the model's distribution.
+        seed: seed of the random choice; the same seed gives the same tokens.
 
     Returns:
-        Token ids, each made when it is asked for.
+        Token ids, each generated when it is requested.
 
     Raises:
-        ValueError: an empty prompt, ids outside of the vocabulary, or more tokens than the scheme has positions;
+        ValueError: an empty prompt, ids outside the vocabulary, or more tokens than the scheme has positions;
             before the first token.
     """
     caches = None if cache is None else [cache]
@@ -98,20 +98,20 @@ def generate_batch(
     sampling: Sampling | None = None,
     seed: int = 1,
 ) -> Iterator[list[int]]:
-    """Go on from several prompts of any lengths at once: the tokens of each are those that it would have alone.
+    """Continue several prompts of any lengths at once; each gets the tokens that it would get alone.
 
-    Each prompt has a cache and positions of its own, so nothing is padded. Row n draws with seed + n.
+    Each prompt has its own cache and positions, so nothing is padded. Row n draws with seed + n.
 
     Args:
         model: the language model, in evaluation mode.
         prompts: B prompts, see `generate`.
-        max_tokens: how many tokens to make of each.
-        caches: one for each prompt; None: all keys are kept.
+        max_tokens: how many tokens to generate for each.
+        caches: one per prompt; None: all keys are kept.
         sampling: how tokens are chosen.
-        seed: of the choice.
+        seed: seed of the random choice.
 
     Returns:
-        B token ids at a time, made when they are asked for.
+        B token ids at a time, generated when they are requested.
 
     Raises:
         ValueError: see `generate`.
@@ -156,7 +156,7 @@ def _steps(
 
 
 def prefill(model: TransformerLM, row: Tensor, cache: KeyValueCache) -> Tensor:
-    """Put a prompt (1, T) into a cache, in pieces; scores of the token after it, (1, V)."""
+    """Put a prompt (1, T) into a cache, in pieces; returns logits of the token after it, (1, V)."""
     with runtime.autocast(model.device, model.precision):
         *before, last = row.to(model.device).split(PREFILL, dim=1)
         for piece in before:

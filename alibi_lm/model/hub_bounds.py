@@ -1,9 +1,9 @@
 """How far back the heads of an imported ALiBi model must see: BLOOM, MPT and Falcon, from their weights.
 
-The bound is that of `model/bound.py`; here is where each architecture keeps queries, keys, the norm before them
-and its slopes, all asked of its own code. MPT and BLOOM compute biases in float32, transformers those of Falcon
-in bfloat16, as slope times place of the key: beyond 256 keys neighbours share a bias, and the difference of two is
-off by up to slope * keys / 128. For texts of up to `length` tokens that is added to the bound.
+The bound is that of `model/bound.py`; this file gets queries, keys, the norm before them and the slopes of each
+architecture from its own code. MPT and BLOOM compute biases in float32. In transformers Falcon computes them in
+bfloat16, as slope times place of the key: beyond 256 keys neighbours share a bias, and the difference of two is
+off by up to slope * keys / 128. This is added to the bound, for texts of up to `length` tokens.
 
 Shape letters: B batch, T tokens, H heads, K head dim, D model dim.
 """
@@ -30,7 +30,7 @@ def head_bounds(model: HuggingFaceLM, length: int, lost_share: float = LOST_SHAR
 
     Args:
         model: a BLOOM, an MPT or a Falcon with ALiBi, in float32.
-        length: longest text for which the bound must hold; it matters to Falcon alone.
+        length: longest text for which the bound must hold; it matters only for Falcon.
         lost_share: largest share of a query's attention that may be lost, in (0, 1).
 
     Raises:
@@ -107,7 +107,7 @@ _PARTS = {"bloom": _bloom, "falcon": _falcon, "mpt": _mpt}
 
 
 def _split(attention: Any, split: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Queries and keys of a fused map, by the model's own code: each column of the weight is cut like a token."""
+    """Queries and keys of a fused map, split by the model's own code, as if each weight column were a token."""
     fused = attention.query_key_value
     w_q, w_k, _ = split(fused.weight.T[None])  # (1, H, D, K)
     b_q = None if fused.bias is None else split(fused.bias[None, None])[0].flatten()
@@ -116,15 +116,15 @@ def _split(attention: Any, split: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 @torch.inference_mode()
 def lost_shares(model: HuggingFaceLM, input_ids: Tensor) -> list[Tensor] | None:
-    """What keys from each distance on truly have of any query's attention, in each layer of a text.
+    """The share of any query's attention that keys at each distance and beyond really have, in each layer.
 
     Args:
         model: a BLOOM or an MPT, or a Falcon.
         input_ids: (1, T) int64.
 
     Returns:
-        (H, T) float64 for each layer, falling: the largest share of any query. None for a Falcon, of which
-        transformers tells weights other than those that it uses.
+        (H, T) float64 for each layer, falling: the largest share of any query. None for a Falcon, for which
+        transformers returns weights other than those that it uses.
     """
     if model.model.config.model_type == "falcon":
         return None
@@ -132,7 +132,7 @@ def lost_shares(model: HuggingFaceLM, input_ids: Tensor) -> list[Tensor] | None:
     found = []
     for layer in weights:
         tokens = layer.shape[-1]
-        reached = layer[0].double().cumsum(-1)  # of query i, keys at distances >= d are the first i - d + 1
+        reached = layer[0].double().cumsum(-1)  # for query i, keys at distances >= d are the first i - d + 1
         place = torch.arange(tokens, device=layer.device)
         last = place[:, None] - place
         shares = reached.gather(2, last.clamp_min(0).expand(len(reached), -1, -1))

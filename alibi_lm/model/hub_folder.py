@@ -17,30 +17,30 @@ from alibi_lm.settings import require
 PREFIX = "hf:"
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 LEFT_OUT = ("original/*", "onnx/*", "consolidated*", "*/*.safetensors")
-"""Second copies of the weights, in other formats."""
+"""Files with copies of the weights in other formats."""
 TRAIN_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-"""Where configs tell the length of a training sequence, in the order in which they are believed."""
+"""Config keys for the length of a training sequence, most reliable first."""
 
 
 @dataclass
 class HubFolder:
-    """What is known of a Hugging Face model before its weights are read."""
+    """What is known about a Hugging Face model before its weights are read."""
 
     source: str
-    """As it was asked for: `hf:<folder or hub name>`."""
+    """The model as it was requested: `hf:<folder or hub name>`."""
     folder: Path
     config: Any
-    """The transformers config, with the changes in it."""
+    """The transformers config, with the changes applied."""
     changes: dict[str, Any]
     """Changed keys of the config by dotted name, as rows record them: `model.rope_theta`."""
     train_length: int
     train_length_from: str
-    """The key of the config that tells the training length, or `train_length` where the user gave it."""
+    """The config key that gives the training length, or `train_length` if the user gave it."""
     trust_remote_code: bool
 
     @property
     def name(self) -> str:
-        """Last part of the folder or of the hub name: what rows and figures call the model."""
+        """Last part of the folder or of the hub name; the model's name in rows and figures."""
         name = self.source.removeprefix(PREFIX).rstrip("/").split("/")[-1]
         return self.folder.resolve().name if name in ("", ".", "..") else name
 
@@ -58,13 +58,13 @@ def open_hub_folder(
 
     Args:
         source: `hf:<folder>` or `hf:<owner>/<name>`.
-        changes: keys of its config to change for the test; nested ones are merged into what is there.
-        train_length: tokens of a training sequence, where the config does not tell or is wrong.
+        changes: keys of its config to change for the test; nested ones are merged into existing values.
+        train_length: tokens per training sequence, if the config does not say or is wrong.
         trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
-        ValueError: nothing there, no network, no causal language model, missing shards, pickled weights, foreign
-            code, or changes that do not fit the config.
+        ValueError: no such model, no network, not a causal language model, missing shards, pickled weights,
+            foreign code, or changes that do not fit the config.
     """
     require(
         source.startswith(PREFIX) and bool(source.removeprefix(PREFIX).strip()),
@@ -81,7 +81,7 @@ def open_hub_folder(
     length = train_length or known.get(own)
     require(
         length is not None,
-        f"model = {source}: its config does not tell how long its training sequences were. "
+        f"model = {source}: its config does not say how long its training sequences were. "
         "Give it: train_length=<tokens>.",
     )
     if changes:
@@ -92,7 +92,7 @@ def open_hub_folder(
 
 
 def _find(source: str, code: bool) -> Path:
-    """The model's folder; one of the hub is taken from the cache, or downloaded."""
+    """The model's folder; a model of the hub is taken from the cache, or downloaded."""
     name = source.removeprefix(PREFIX)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -117,11 +117,11 @@ def _find(source: str, code: bool) -> Path:
             f"{offline} Give a folder with config.json and *.safetensors, or get it on a machine with a network."
         ) from None
     except Exception as error:  # a dozen kinds from three libraries
-        raise ValueError(f"model = {source} could not be had from the hub: {_line(error)}") from None
+        raise ValueError(f"model = {source} could not be fetched from the hub: {_line(error)}") from None
 
 
 def _check_weights(source: str, folder: Path) -> None:
-    """Refuse pickles, and name the shards that are missing."""
+    """Refuse pickles, and missing shards by name."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         wanted = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -138,7 +138,7 @@ def _check_weights(source: str, folder: Path) -> None:
     require(
         not pickles,
         f"model = {source}: its weights are pickled ({', '.join(pickles[:3])}), and reading a pickle runs code. "
-        "If you trust them, convert them once: load the model by transformers and save it elsewhere by "
+        "If you trust them, convert them once: load the model with transformers and save it elsewhere with "
         "save_pretrained(<folder>), which writes safetensors; then use model=hf:<folder>.",
     )
     raise ValueError(f"model = {source}: {folder} holds no weights (*.safetensors). Copy or download them again.")
@@ -149,12 +149,12 @@ def _read_config(source: str, folder: Path, raw: dict[str, Any], code: bool) -> 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind, architectures = raw.get("model_type"), raw.get("architectures") or []
-    known = kind in CONFIG_MAPPING  # what packages have added is there too
+    known = kind in CONFIG_MAPPING  # includes what packages have added
     foreign = bool(raw.get("auto_map")) and not known
     require(
         code or not foreign,
         f"model = {source} (model_type {kind}) needs Python code that comes with it. Read it, and if you trust "
-        "it, allow it to run by trust_remote_code=true.",
+        "it, allow it to run with trust_remote_code=true.",
     )
     require(
         known or foreign,
@@ -164,7 +164,7 @@ def _read_config(source: str, folder: Path, raw: dict[str, Any], code: bool) -> 
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     require(
         not raw.get("is_encoder_decoder") and (causal or not architectures),
-        f"model = {source} is no causal language model ({', '.join(architectures) or kind}). Give one that "
+        f"model = {source} is not a causal language model ({', '.join(architectures) or kind}). Give one that "
         "AutoModelForCausalLM loads, such as a GPT, Llama or BLOOM model.",
     )
     try:
@@ -174,7 +174,7 @@ def _read_config(source: str, folder: Path, raw: dict[str, Any], code: bool) -> 
 
 
 def _changed(source: str, config: Any, raw: dict[str, Any], changes: dict[str, Any]) -> Any:
-    """The config with some keys changed, read anew so that all that follows from them follows."""
+    """The config with some keys changed, built again so that everything derived from them changes too."""
     rotary = {"rope_scaling", "rope_theta"} if hasattr(config, "rope_parameters") else set()
     known = {*config.to_dict(), *raw, *rotary}
     for key in changes:
@@ -183,7 +183,7 @@ def _changed(source: str, config: Any, raw: dict[str, Any], changes: dict[str, A
             f"+model.{key}: the config of {source} has no such key. Did you mean "
             f"{' or '.join(difflib.get_close_matches(key, known, cutoff=0)) or 'another'}?",
         )
-    # A saved config may spell a setting in another way than the class does (rope_scaling, rope_parameters).
+    # A saved config may use another name for a setting than the class does (rope_scaling, rope_parameters).
     if rotary & set(changes) and "rope_parameters" in raw:
         theta = {"rope_theta": changes["rope_theta"]} if "rope_theta" in changes else {}
         scaling = {**changes.get("rope_scaling", {}), **theta}

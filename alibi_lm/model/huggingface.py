@@ -1,12 +1,12 @@
-"""Any causal language model of Hugging Face's transformers, as the evaluator wants it.
+"""Any causal language model of Hugging Face's transformers, in the form that the evaluator needs.
 
-What a model can do is found out when it is loaded, by passes over a few random tokens: whether later tokens leave
-earlier ones alone, whether its attention can be limited, whether it takes positions from outside, and whether it
-has a longest length. What it cannot do is refused with the reason, never ignored.
+When a model is loaded, passes over a few random tokens find out what it can do: whether later tokens leave earlier
+outputs unchanged, whether its attention can be limited, whether it accepts positions, and whether it has a largest
+length. What it cannot do is refused with the reason, never ignored.
 
-`window` goes in through the model's own mask: transformers makes the 4-D mask of every layer by functions that
-take a further condition, here `query - key < window`. So a window of the model's own (Mistral) and ALiBi biases
-that are built from the mask (BLOOM, Falcon) stay as they are, which a mask given from outside would replace.
+`window` is applied through the model's own mask: transformers makes the 4-D mask of every layer with functions
+that accept a further condition, here `query - key < window`. So the model's own window (Mistral) and ALiBi biases
+that are built from the mask (BLOOM, Falcon) are kept; a mask that is passed in would replace them.
 
 Shape letters: B batch, T tokens, T' scored tokens, V vocabulary.
 """
@@ -32,9 +32,9 @@ from alibi_lm.model.interface import Scores, check_ids
 from alibi_lm.settings import require
 
 IMPLEMENTATIONS = {"auto": None, "eager": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
-"""Our names of attention backends, and those of transformers; None: its own choice for the model."""
+"""Our names of attention backends -> those of transformers; None: its own choice for the model."""
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4}
-"""Change of a logit, as a share of the largest one, that is still taken for rounding when a model is probed."""
+"""When a model is probed, a change of a logit up to this share of the largest one counts as rounding."""
 ROUNDING_OF_HALF = 2e-2
 
 
@@ -43,13 +43,13 @@ class HuggingFaceLM:
 
     Args:
         model: an `AutoModelForCausalLM`, in evaluation mode on its device.
-        label: what rows call it.
-        train_length: tokens of a training sequence.
+        label: its name in rows.
+        train_length: tokens per training sequence.
         identity: hash of weights and settings; empty: results are not kept.
-        max_length: most tokens of a sequence; None: any.
+        max_length: largest number of tokens in a sequence; None: any.
 
     Raises:
-        ValueError: the model gives NaN, or it is no causal model.
+        ValueError: the model gives NaN, or it is not a causal model.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class HuggingFaceLM:
 
     @property
     def version(self) -> str:
-        """Of the library: another one may compute another thing."""
+        """Version of the library; another version may compute different numbers."""
         return f"transformers {importlib.metadata.version('transformers')}"
 
     def serve(self, length: int) -> None:
@@ -115,7 +115,7 @@ class HuggingFaceLM:
         logits = self._logits(input_ids, positions, window, keep=width - score_from)
         targets = target_ids[:, score_from:].flatten()
         nats, first = [], []
-        # In chunks: the softmax of a large vocabulary would take several times the memory of the logits.
+        # In chunks: the softmax of a large vocabulary needs several times the memory of the logits.
         rows = chunk_rows(self.vocab_size)
         for part, wanted_ids in zip(logits.flatten(0, 1).split(rows), targets.split(rows), strict=True):
             nats.append(F.cross_entropy(_exact(part), wanted_ids, reduction="none"))
@@ -127,12 +127,12 @@ class HuggingFaceLM:
     def _logits(
         self, ids: Tensor, positions: Tensor | None = None, window: int | None = None, keep: int | None = None
     ) -> Tensor:
-        """Scores of the last `keep` positions in the model's own dtype; None: of all."""
+        """Logits of the last `keep` positions in the model's own dtype; None: of all positions."""
         options: dict[str, Any] = {"use_cache": False}
         if keep is not None and "logits_to_keep" in self._takes:
             options["logits_to_keep"] = keep
         if positions is not None:
-            # Without a mask, a gap in the positions is read as the border of packed documents.
+            # Without a mask, a gap in the positions is taken for the border of packed documents.
             options |= {"position_ids": positions.expand(len(ids), -1), "attention_mask": torch.ones_like(ids)}
         with _limited(self.model, window):
             logits = self.model(ids, **options).logits
@@ -162,13 +162,13 @@ class HuggingFaceLM:
         other[:, -1] = (other[:, -1] + 1) % self.vocab_size
         require(
             not differ(self._logits(other), plain)[:-1].any(),
-            f"model = {self.label} is no causal language model: its scores depend on later tokens.",
+            f"model = {self.label} is not a causal language model: its scores depend on later tokens.",
         )
         self._reasons["window"] = self._probe_window(ids, plain, layers, differ)
         self._reasons["positions"] = self._probe_positions(ids, plain, differ)
 
     def _probe_window(self, ids: Tensor, plain: Tensor, layers: int, differ: Any) -> str:
-        """Why attention cannot be limited; empty where it can. With window w a token reaches layers (w - 1) on."""
+        """Why attention cannot be limited; empty if it can. A token reaches layers * (window - 1) further."""
         refused = f"the attention of {self.label} ({self.model.config._attn_implementation}) cannot be limited"
         other = ids.clone()
         other[:, 0] = (other[:, 0] + 1) % self.vocab_size
@@ -183,7 +183,7 @@ class HuggingFaceLM:
         return ""
 
     def _probe_positions(self, ids: Tensor, plain: Tensor, differ: Any) -> str:
-        """Why positions cannot be given; empty where they can. A gap in them must change what follows it."""
+        """Why positions cannot be given; empty if they can. A gap in them must change the outputs after it."""
         refused = f"{self.label} cannot be given positions"
         if "position_ids" not in self._takes:
             return f"{refused}: it counts them itself (it has no position_ids)"
@@ -203,12 +203,12 @@ def load_huggingface(found: HubFolder, device: torch.device, precision: str, att
     Args:
         found: from `open_hub_folder`.
         device: where to put it.
-        precision: of weights and arithmetic: float32 or bfloat16. The loss is float32 in either case.
+        precision: dtype of weights and arithmetic: float32 or bfloat16. The loss is float32 in either case.
         attention: auto (transformers' choice), eager, sdpa or flex.
 
     Raises:
         ValueError: weights that are damaged or do not fit the config, an attention that the model lacks, NaN, or
-            no causal model.
+            a model that is not causal.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -256,9 +256,9 @@ def load_huggingface(found: HubFolder, device: torch.device, precision: str, att
 
 @torch.inference_mode()
 def _longest(model: nn.Module, config: Any) -> int | None:
-    """Most positions that a model has; None where it has any number.
+    """The number of positions that a model has; None if there is no limit.
 
-    Asked on the CPU: a GPU is lost after an index out of range.
+    This is tried on the CPU, because a GPU is unusable after an index out of range.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or "position_ids" not in inspect.signature(model.forward).parameters:
@@ -273,7 +273,7 @@ def _longest(model: nn.Module, config: Any) -> int | None:
 
 @contextmanager
 def _limited(model: Any, window: int | None) -> Iterator[None]:
-    """Within, each layer's queries see only keys at distances below `window`; None changes nothing."""
+    """Inside this context, each layer's queries see only keys at distances below `window`; None: no limit."""
     module = vars(sys.modules[type(model.base_model).__module__])
     makers = {n: f for n, f in module.items() if n.startswith("create_") and n.endswith("causal_mask")}
 

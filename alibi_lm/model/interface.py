@@ -1,7 +1,7 @@
-"""What the evaluator asks of a language model, whether it is one of ours or not.
+"""What the evaluator needs of a language model, ours or another.
 
 A model with these few members is scored, swept over lengths and analysed like one of our runs. `TransformerLM` is
-one; a model of another library needs a wrapper of some fifty lines.
+one; a model of another library needs a wrapper of about fifty lines.
 
 Shape letters: B batch, T tokens, T' scored tokens (the last of each row), V vocabulary.
 """
@@ -29,31 +29,31 @@ class LanguageModel(Protocol):
     """A causal language model, ready to score."""
 
     label: str
-    """What rows and figures call it: the name of the run folder, for a run of ours."""
+    """Its name in rows and figures; for our runs, the name of the run folder."""
     identity: str
-    """Hash of the weights and of all settings that its scores depend on: stored results are known by it."""
+    """Hash of the weights and of all settings that its scores depend on; part of the key of stored results."""
     vocab_size: int
     train_length: int
-    """Tokens of a training sequence."""
+    """Tokens per training sequence."""
     precision: str
-    """float32, bfloat16 or auto: what `score` computes in."""
+    """float32, bfloat16 or auto: precision of `score`."""
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens of a sequence; None where any length is defined."""
+        """Largest number of tokens in a sequence; None if any length is defined."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong."""
+        """Device of the model and its inputs."""
         ...
 
     def serve(self, length: int) -> None:
-        """Get ready for sequences of `length` tokens: schemes with automatic scaling depend on it."""
+        """Prepare for sequences of `length` tokens: schemes with automatic scaling depend on it."""
         ...
 
     def refuses(self, capability: str) -> str:
-        """Why `positions` or `window` of `score` cannot be had from this model; empty where it can."""
+        """Why `positions` or `window` of `score` is not supported by this model; empty if it is."""
         ...
 
     def score(
@@ -73,29 +73,29 @@ class LanguageModel(Protocol):
             target_ids: (B, T) int64; target t follows input t.
             score_from: targets before this column are context only, T' = T - score_from.
             positions: (T,) int64, ascending; None: 0, 1, ...
-            window: each layer's queries see only keys at distances below it; None: all keys before them.
-            hits: whether to tell which targets are the model's first choice.
+            window: each layer's queries see only keys at distances below this; None: all keys before them.
+            hits: whether to return which targets are the model's first choice.
 
         Raises:
-            ValueError: ids of wrong shape or dtype or outside of the vocabulary, or more tokens than `max_length`.
+            ValueError: ids of wrong shape or dtype or outside the vocabulary, or more tokens than `max_length`.
         """
         ...
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """Scores of the next token after each position, before the softmax: (B, T) int64 -> (B, T, V)."""
+        """Logits of the next token after each position: (B, T) int64 -> (B, T, V)."""
         ...
 
 
 def check_ids(vocab_size: int | None, input_ids: Tensor, target_ids: Tensor | None = None) -> None:
-    """Refuse tensors that are no token ids of a model.
+    """Refuse tensors that are not token ids of a model.
 
     Args:
-        vocab_size: V; None: the ids themselves are not looked at, which would stall a GPU in every training step.
+        vocab_size: V; None: the range of the ids is not checked, because that would stall a GPU in training.
         input_ids: (B, T) int64, at least one token, in [0, V).
-        target_ids: the same, of the shape of input_ids.
+        target_ids: the same, with the shape of input_ids.
 
     Raises:
-        ValueError: another shape or dtype, unequal shapes, or an id outside of the vocabulary.
+        ValueError: another shape or dtype, unequal shapes, or an id outside the vocabulary.
     """
     for name, ids in (("input_ids", input_ids), ("target_ids", target_ids)):
         if ids is None:

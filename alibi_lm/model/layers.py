@@ -1,10 +1,10 @@
-"""The layers of the transformer, their sizes and their first weights.
+"""The layers of the transformer, their sizes and their initial weights.
 
 `Block.initialise` draws the weights from torch's global generator:
 
 | parameter | `scaled` | `fairseq` (the authors' code) |
 | --- | --- | --- |
-| q, k, v weights | normal, std D^-0.5 | Xavier uniform, gain 1/sqrt(2), each of its own (D, D) |
+| q, k, v weights | normal, std D^-0.5 | Xavier uniform, gain 1/sqrt(2), each as a (D, D) matrix |
 | q, k, v biases | 0 | uniform +-D^-0.5 |
 | attention output weight | normal, std (2 num_layers D)^-0.5 | Xavier uniform |
 | attention output bias | 0 | 0 |
@@ -14,7 +14,7 @@
 
 `scaled` keeps the variance of the residual stream near one at the start (Radford et al. 2019, section 2.3).
 
-Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, F inside of the FFN, K head dim.
+Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, F hidden dim of the FFN, K head dim.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ class ModelConfig:
 
     name: str = "transformer"
     num_layers: int = 4
-    """Blocks of attention and feed-forward."""
+    """Number of blocks of attention and feed-forward."""
     model_dim: int = 128
     """Width of the residual stream."""
     num_heads: int = 8
-    """Attention heads; must divide model_dim."""
+    """Number of attention heads; must divide model_dim."""
     ffn_dim: int = 512
-    """Width of the feed-forward layer's inside."""
+    """Hidden width of the feed-forward layers."""
     activation: str = "gelu"
-    """relu, gelu or silu."""
+    """Activation of the feed-forward layers: relu, gelu or silu."""
     dropout: float = 0.0
-    """On embeddings and on each layer's two outputs, in [0, 1)."""
+    """Dropout of embeddings and of each layer's two outputs, in [0, 1)."""
     attention_dropout: float = 0.0
-    """On attention weights."""
+    """Dropout of attention weights, in [0, 1)."""
     activation_dropout: float = 0.0
-    """After the activation."""
+    """Dropout after the activation, in [0, 1)."""
     final_norm: bool = True
-    """A layer norm after the last layer (the paper's models have none)."""
+    """Put a layer norm after the last layer (the paper's models have none)."""
     scale_embeddings: bool = True
     """Multiply word vectors by sqrt(model_dim), before positions are added."""
     tied: bool = True
-    """The output distribution uses the embedding's vectors; always so with adaptive_cutoffs."""
+    """Use the embedding's vectors for the output distribution; always true with adaptive_cutoffs."""
     adaptive_cutoffs: list[int] = field(default_factory=list)
-    """Borders of the frequency bands of an adaptive vocabulary; empty: one plain softmax."""
+    """Borders between the frequency bands of an adaptive vocabulary; empty: one plain softmax."""
     adaptive_factor: float = 4.0
-    """Each band's vectors are this many times narrower than the band's before."""
+    """Each band's vectors are this many times narrower than those of the band before."""
     adaptive_dropout: float = 0.0
-    """On the adaptive softmax's input and after each tail's projection."""
+    """Dropout of the adaptive softmax's input and after each tail's projection, in [0, 1)."""
     initialisation: str = "scaled"
-    """scaled or fairseq, see the table above."""
+    """Initialisation, scaled or fairseq; see the table at the top of alibi_lm/model/layers.py."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "model_dim", "num_heads", "ffn_dim"):
@@ -75,7 +75,7 @@ class ModelConfig:
         require(
             self.model_dim % self.num_heads == 0,
             f"model.num_heads = {self.num_heads} does not divide model.model_dim = {self.model_dim}. "
-            "Each head takes model_dim / num_heads dimensions.",
+            "Each head has model_dim / num_heads dimensions.",
         )
         for name, allowed in (("activation", ACTIVATIONS), ("initialisation", INITIALISATIONS)):
             value = getattr(self, name)
@@ -96,19 +96,19 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head."""
+        """Dimensions per head."""
         return self.model_dim // self.num_heads
 
 
 @dataclass
 class Part:
-    """Sequences of a batch that have their positions and their cache in common."""
+    """Sequences of a batch that share positions and a cache."""
 
     rows: slice
     at: Tensor
     """(T,) int64, their positions."""
     positions: list[LayerPositions]
-    """Of each scheme; layer n takes number n modulo their number."""
+    """One entry per scheme; layer n uses entry n modulo their number."""
     cache: KeyValueCache | None
 
 
@@ -160,7 +160,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a layer norm and added to the residual stream."""
+    """Attention and feed-forward, each after a layer norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Query scales: queries, and so their scores, are multiplied by a factor before the softmax.
 
-They compose with every position scheme and every attention backend. Let n be the number of keys that a query
-sees (its own included), L the training length and q' = factor * q, so that
+They can be combined with every position scheme and every attention backend. Let n be the number of keys that a
+query sees (including its own), L the training length and q' = factor * q, so that
 
     scores = factor * q . k / sqrt(head_dim) + bias
 
@@ -12,13 +12,13 @@ sees (its own included), L the training length and q' = factor * q, so that
     constant  a number                                   Wang et al. 2024, arXiv 2404.12224 (UniformScale)
     per_head  trained per layer and head                 the same (HeadScale)
 
-The sources count positions from 1 where this package counts visible keys. The two are equal for sequences that
-begin at position 0 and see all of their keys; with a window, with shifted or with drawn positions only the count
-says over how many keys the softmax spreads.
+The sources count positions from 1, while this package counts visible keys. The two are equal for sequences that
+begin at position 0 and see all of their keys; with a window, or with shifted or drawn positions, only the count is
+the number of keys that the softmax is over.
 
-Variants, where public code disagrees: `clipped=false` is the plain ln n / ln L, which is below 1 for n < L and 0
+Variants where public code disagrees: `clipped=false` is the plain ln n / ln L, which is below 1 for n < L and 0
 for the first query. `scale_bias=true` multiplies the score bias too, factor * (q . k / sqrt(head_dim) + bias), as
-BAM does with SSMax (Bianchessi et al. 2025, arXiv 2505.22842); its ALiBi with SSMax does not.
+BAM does with SSMax (Bianchessi et al. 2025, arXiv 2505.22842); its authors' ALiBi with SSMax does not.
 
 Shape letters: T tokens now, H heads.
 """
@@ -37,11 +37,11 @@ from alibi_lm.settings import require
 
 
 class QueryScale(nn.Module):
-    """Factors of the queries, and what is trained of them.
+    """The factors of the queries, and their trained parameters.
 
     Args:
         config: settings.
-        shape: of the model.
+        shape: the model's shape.
     """
 
     def __init__(self, config: QueryScaleConfig, shape: PositionShape) -> None:
@@ -69,12 +69,12 @@ class QueryScale(nn.Module):
 
 @dataclass
 class QueryScaleConfig:
-    """Queries as they are."""
+    """No scale: queries are not multiplied."""
 
     name: str = "none"
 
     def common(self, visible: Tensor, train_length: int) -> Tensor | None:
-        """What the factors of all layers and heads have in common: (T,) int64 -> (T,) float64, or None."""
+        """The part of the factors that all layers and heads share: (T,) int64 -> (T,) float64, or None."""
         return None
 
     def build(self, shape: PositionShape) -> QueryScale:
@@ -83,7 +83,7 @@ class QueryScaleConfig:
 
 @dataclass
 class ScaledConfig(QueryScaleConfig):
-    """What all scales have."""
+    """Settings that all scales have."""
 
     scale_bias: bool = False
     """Multiply the score bias of the position scheme too."""
@@ -95,9 +95,9 @@ class LogNConfig(ScaledConfig):
 
     name: str = "log_n"
     length: int | None = None
-    """L, from which on the factor grows; null: the training length."""
+    """L, the number of keys from which the factor grows; null: the training length."""
     clipped: bool = True
-    """Factors are at least 1."""
+    """Let no factor be below 1."""
 
     def __post_init__(self) -> None:
         require(self.length is None or self.length >= 2, f"query_scale.length = {self.length}. Use at least 2.")
@@ -117,9 +117,9 @@ class Llama4Config(ScaledConfig):
 
     name: str = "llama4"
     attn_scale: float = 0.1
-    """How much the factor grows."""
+    """Coefficient of the logarithm."""
     floor_scale: int | None = None
-    """Keys between two steps of the factor (8192 in Llama 4); null: the training length."""
+    """Number of keys between two steps of the factor (8192 in Llama 4); null: the training length."""
 
     def __post_init__(self) -> None:
         floor = self.floor_scale
@@ -136,7 +136,7 @@ class ConstantConfig(ScaledConfig):
 
     name: str = "constant"
     factor: float = 1.0
-    """The number, > 0."""
+    """The factor, > 0."""
 
     def __post_init__(self) -> None:
         require(0 < self.factor < math.inf, f"query_scale.factor = {self.factor}. Use a number above 0.")
@@ -151,7 +151,7 @@ class PerHeadConfig(ScaledConfig):
 
     name: str = "per_head"
     start: float = 1.0
-    """First value of the trained numbers."""
+    """Initial value of the trained numbers."""
 
     starts: ClassVar[tuple[str, ...]] = ("start",)
     """Settings that a trained run no longer depends on."""

@@ -1,14 +1,14 @@
-"""Cache policies by name, each with what it promises.
+"""Cache policies by name, and what each promises.
 
     full        keeps everything: nothing is lost
-    proved      keeps of each head the window that the bound from the weights gives: whatever the input, no head
+    proved      keeps, for each head, the window that the bound from the weights gives: for any input, no head
                 loses more than `lost_share` of its attention
-    certified   keeps of each head the window that the norms of all queries and keys so far give, and says in
-                `cache.lost_share` what was lost at most: a norm that rises may ask for keys that are gone already
+    certified   keeps, for each head, the window that the norms of all queries and keys so far give, and has in
+                `cache.lost_share` a bound on what was lost: a rising norm may need keys that were dropped already
     window      keeps the last `window` tokens and the first `sinks`: no promise
 
 The bound is that of `bound.py`. `window` with sinks is the heuristic of StreamingLLM (Xiao et al. 2023, arXiv
-2309.17453, section 3.2): what is kept has positions without a gap, as if the sinks stood right before the window.
+2309.17453, section 3.2): kept tokens have positions without a gap, as if the sinks were right before the window.
 
 Shape letters: H heads.
 """
@@ -29,7 +29,7 @@ POLICIES = ("full", "proved", "certified", "window")
 
 
 def weight_excess(model: TransformerLM) -> list[Tensor]:
-    """The bound B of a model of ours from its weights, for every input: of each layer (H,) float64."""
+    """The bound B of one of our models from its weights, for every input: for each layer (H,) float64."""
     found = []
     for block in model.layers:
         norm, qkv = block.attention_norm, block.attention.qkv
@@ -39,20 +39,20 @@ def weight_excess(model: TransformerLM) -> list[Tensor]:
 
 
 def weight_windows(model: TransformerLM, lost_share: float = LOST_SHARE) -> list[Tensor]:
-    """The window of each head by that bound: of each layer (H,) int64.
+    """The window of each head by that bound: for each layer (H,) int64.
 
     Raises:
-        ValueError: the scheme has no bound, and why.
+        ValueError: the scheme has no bound; the message says why.
     """
     pairs = zip(bias_tails(model), weight_excess(model), strict=True)
     return [tail.windows(excess, lost_share) for tail, excess in pairs]
 
 
 def bias_tails(model: TransformerLM) -> list[BiasTail]:
-    """The tails of the bias, of each layer.
+    """The tails of the bias, for each layer.
 
     Raises:
-        ValueError: the scheme has none, and why.
+        ValueError: the scheme has none; the message says why.
     """
     reason = no_bound(model.active_schemes[0])
     require(not reason, reason)
@@ -65,7 +65,7 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
 
 
 def beyond_scheme(model: TransformerLM) -> str:
-    """Why no window serves a model, whatever its scheme; empty where one may."""
+    """Why no window can serve a model, apart from its scheme; empty if one may."""
     if (scale := model.query_scale.config.name) != "none":
         return f"its queries are multiplied by factors (query_scale={scale}), which no window accounts for"
     if model.drawn.range is not None:
@@ -74,14 +74,14 @@ def beyond_scheme(model: TransformerLM) -> str:
 
 
 def more_than_distance(scheme: PositionScheme) -> str:
-    """Why a scheme cannot go on without the keys that a window drops; empty where it can."""
+    """Why a scheme needs the keys that a window drops; empty if it does not."""
     if scheme.defines("bias", "content_bias", "content_key_bias"):
         return "its bias is more than a function of the distance"
     return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
 
 
 def cannot_roll(model: TransformerLM) -> str:
-    """Why a model cannot go on from its last tokens alone; empty where it can."""
+    """Why a model cannot continue from its last tokens only; empty if it can."""
     scheme = model.active_schemes[0]
     if not scheme.translation_invariant or model.max_length is not None:
         return "its positions are absolute, so that a window cannot roll on"
@@ -89,7 +89,7 @@ def cannot_roll(model: TransformerLM) -> str:
 
 
 def no_bound(scheme: PositionScheme) -> str:
-    """Why nothing bounds the weight of distant keys under a scheme; empty where its bias may."""
+    """Why the weight of distant keys has no bound under a scheme; empty if the bias may give one."""
     if reason := more_than_distance(scheme):
         return reason
     if not scheme.defines("distance_bias"):
@@ -105,17 +105,17 @@ def open_cache(
     window: int | None = None,
     sinks: int = 0,
 ) -> KeyValueCache:
-    """The cache of a policy (see the table above) for a model whose weights stay as they are.
+    """The cache of a policy (see the table above) for a model whose weights do not change.
 
     Args:
         model: the language model.
         policy: full, proved, certified or window.
         lost_share: proved, certified: share of a query's attention that a head may lose; None: `LOST_SHARE`.
-        window: window: last tokens that are kept.
-        sinks: window: first tokens that are kept besides.
+        window: window: how many of the last tokens are kept.
+        sinks: window: how many of the first tokens are kept too.
 
     Raises:
-        ValueError: a policy that does not fit the scheme, and why, or a setting out of range.
+        ValueError: a policy that does not fit the scheme, with the reason, or a setting out of range.
     """
     require(policy in POLICIES, f"cache = {policy!r}. Allowed: {', '.join(POLICIES)}.")
     require(
@@ -147,7 +147,7 @@ def open_cache(
         tails = bias_tails(model)
         if policy == "proved":
             return WindowCache(weight_windows(model, lost_share), native, tails, proved=lost_share)
-        for tail in tails:  # what no norms could do, however small, is refused now
+        for tail in tails:  # refuse now what would fail with any norms, even the smallest
             tail.windows(torch.zeros(heads), lost_share)
     except ValueError as error:
         others = "full" if cannot_roll(model) else "full or window"

@@ -1,15 +1,15 @@
-"""Which positions the tokens of a sequence have: counted from 0, or drawn at random from a longer range.
+"""The positions of the tokens of a sequence: counted from 0, or drawn at random from a longer range.
 
 Source: Ruoss et al. 2023, "Randomized Positional Encodings Boost Length Generalization of Transformers", arXiv
-2305.16843; code google-deepmind/randomized_positional_encodings. They compose with every position scheme.
+2305.16843; code google-deepmind/randomized_positional_encodings. Works with every position scheme.
 
-    randomised: T of the numbers 0 ... N - 1, drawn without replacement and sorted, anew in each training step
+    randomised: T of the numbers 0 ... N - 1, drawn without replacement and sorted, again in each training step
 
-All sequences of a step share the draw, also over micro-batches and processes. In evaluation positions are drawn as
-well, as the authors do: once for each length, so that results can be repeated, and sequences that are shorter (the
-last one of a text, a decoder's first tokens) have the first of them. The scheme is built for N positions.
+All sequences of a step share the draw, also across micro-batches and processes. In evaluation positions are drawn
+too, as by the authors, but once for each length, so that results can be repeated; shorter sequences (the last one
+of a text, a decoder's first tokens) have the first of these positions. The scheme is built for N positions.
 
-Differs from the paper: evaluation repeats one draw for each length where the authors draw for each batch.
+Differs from the paper: evaluation repeats one draw for each length; the authors draw for each batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PlainConfig:
 
     @property
     def range(self) -> int | None:
-        """N, from below which positions are drawn; None: they are counted."""
+        """N: positions are drawn from 0 to N - 1; None: they are counted."""
         return None
 
     def draw(self, length: int, seed: int) -> Tensor | None:
@@ -51,7 +51,7 @@ class RandomisedConfig(PlainConfig):
         return self.num_positions
 
     def draw(self, length: int, seed: int) -> Tensor:
-        """Raises ValueError where the range has too few positions."""
+        """Raises ValueError if the range has too few positions."""
         require(
             length <= self.num_positions,
             f"training_positions.num_positions = {self.num_positions} is less than a sequence of {length} tokens. "

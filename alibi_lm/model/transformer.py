@@ -1,4 +1,4 @@
-"""A decoder-only, pre-norm transformer that knows nothing of any particular position scheme.
+"""A decoder-only, pre-norm transformer that is independent of any particular position scheme.
 
 Shape letters: B batch, T tokens now, S keys seen, D model dim, V vocabulary.
 """
@@ -37,9 +37,9 @@ class TransformerLM(nn.Module):
         position: config of the position scheme.
         attention: name of the attention backend.
         vocab_size: V.
-        train_length: tokens of a training sequence.
+        train_length: tokens per training sequence.
         context_length: longest sequence to be served; None: train_length.
-        query_scale: factors of the queries; None: none.
+        query_scale: factors of the queries; None: no factors.
         training_positions: whether positions are counted or drawn; None: counted.
 
     Raises:
@@ -88,18 +88,18 @@ class TransformerLM(nn.Module):
 
     def _build_schemes(self) -> nn.ModuleList:
         shape, total = self.shape, self.drawn.range
-        # Positions of the tokens where none are given, (context_length,) int64; None: 0, 1, ...
+        # Positions of the tokens if none are given, (context_length,) int64; None: 0, 1, ...
         self.places = self.drawn.draw(shape.context_length, seed=shape.context_length)
         if total is not None:  # the whole range is trained on
             shape = replace(shape, train_length=total, context_length=total)
-        # One seed gives all schemes the same weights elsewhere: what a scheme draws is drawn aside, or last.
+        # With one seed all schemes get the same other weights: a scheme's own are drawn separately, or last.
         with torch.random.fork_rng(devices=[]):
             first = self.position.build(shape)
             copies = self.config.num_layers if first.per_layer else 1
             return nn.ModuleList([first, *(self.position.build(shape) for _ in range(copies - 1))])
 
     def set_query_scale(self, config: QueryScaleConfig) -> None:
-        """Multiply queries by the factors of this config; trained factors begin at their start values.
+        """Multiply queries by the factors of this config; trained factors begin at their initial values.
 
         Raises:
             ValueError: the score bias is to be multiplied too, and it depends on content.
@@ -133,7 +133,7 @@ class TransformerLM(nn.Module):
 
     @property
     def active_schemes(self) -> list[PositionScheme]:
-        """The schemes as they take part: at the strength that was set."""
+        """The schemes at the strength that was set."""
         if self.strength == 1:
             return self.schemes
         if self.strength == 0:
@@ -141,10 +141,10 @@ class TransformerLM(nn.Module):
         return [FadedBias(scheme, self.strength) for scheme in self.schemes]
 
     def set_strength(self, strength: float) -> None:
-        """Let the position scheme take part wholly (1), not at all (0), or with its bias times a number between.
+        """Apply the position scheme fully (1), not at all (0), or with its bias times a number in between.
 
         Raises:
-            ValueError: a number between, and the scheme is more than a score bias.
+            ValueError: a number in between, although the scheme is more than a score bias.
         """
         require(
             strength in (0, 1) or only_a_bias(self.schemes[0]),
@@ -171,10 +171,10 @@ class TransformerLM(nn.Module):
 
         Args:
             input_ids: (B, T) int64, in [0, V).
-            positions: (T,) int64, >= 0, each above the one before; None: 0, 1, ... or from the cache's last on.
+            positions: (T,) int64, >= 0, each above the one before; None: 0, 1, ... or after the cache's last one.
             cache: keys and values of earlier tokens, extended in place; with one, there are no gradients. Several:
                 one for each row of input_ids, which may have seen different numbers of tokens.
-            window: each layer's queries see only keys at distances below it; None: all keys before them.
+            window: each layer's queries see only keys at distances below this; None: all keys before them.
 
         Returns:
             (B, T, D).
@@ -183,7 +183,7 @@ class TransformerLM(nn.Module):
             ValueError: positions out of order or past the scheme's table, a window without a key, or a pass that
                 the backend cannot serve.
         """
-        if not torch.compiler.is_compiling():  # words of an error would break the graph
+        if not torch.compiler.is_compiling():  # the text of a message would break the graph
             check_ids(None, input_ids)
         require(
             window is None or (isinstance(window, int) and window >= 1),
@@ -221,16 +221,16 @@ class TransformerLM(nn.Module):
         input_ids: Tensor,
         window: int | None,
     ) -> Part:
-        """What attention needs of some rows; it looks at no weights before the positions are known."""
+        """What attention needs for some rows; weights are not used before the positions are checked."""
         length, start = input_ids.shape[1], 0 if cache is None else cache.next_position
         seen, schemes = 0 if cache is None else cache.tokens_seen, self.active_schemes
-        # Ends of the positions as Python numbers, where they can be known without reading the device.
+        # Ends of the positions as Python numbers, if they can be known without reading the device.
         if positions is None and self.places is not None:
             places = self.places[seen : seen + length]
             require(
                 len(places) == length,
                 f"{seen + length} tokens, and positions were drawn for {len(self.places)}. "
-                "Get the model ready for more by `serve`.",
+                "Prepare the model for more with `serve`.",
             )
             first, last = int(places[0]), int(places[-1])
             positions = places.to(input_ids.device)
@@ -261,7 +261,7 @@ class TransformerLM(nn.Module):
     def _prepare(
         self, schemes: list[PositionScheme], positions: Tensor, request: Request | None, seen: int
     ) -> list[LayerPositions]:
-        """What the layers of a pass need: one entry for all, or one for each; `seen` tokens came before.
+        """What the layers need in a pass: one entry for all, or one for each; `seen` tokens came before.
 
         Without a request a cache attends by itself; it serves no query scale.
         """
@@ -288,18 +288,18 @@ class TransformerLM(nn.Module):
         ]
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
-        """Scores of the next token, before the softmax.
+        """Logits of the next token.
 
         Args:
             input_ids: (B, T) int64.
-            last: of the last position alone.
+            last: only for the last position.
             options: `positions`, `cache` and `window` of `hidden`.
 
         Returns:
             (B, T, V), or (B, 1, V) with `last`; float32 (float64 in a float64 model).
 
         Raises:
-            ValueError: ids of another shape or dtype, or outside of the vocabulary; see also `hidden`.
+            ValueError: ids of another shape or dtype, or outside the vocabulary; see also `hidden`.
         """
         check_ids(self.vocab_size, input_ids)
         hidden = self.hidden(input_ids, **options)
@@ -312,7 +312,7 @@ class TransformerLM(nn.Module):
         """Minus the natural logarithm of each target's probability, for training.
 
         (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. With
-        `counted`, (B, T) bool, of those targets alone, (N,). In training mode a scheme that draws its positions
+        `counted`, (B, T) bool, only for those targets, (N,). In training mode a scheme that draws its positions
         does so here, from torch's global generator.
 
         Raises:
@@ -330,7 +330,7 @@ class TransformerLM(nn.Module):
         return self.vocabulary.nats(hidden.flatten(0, 1), target_ids.flatten()).view_as(target_ids)
 
     def training_positions(self, length: int) -> Tensor | None:
-        """Positions of a training pass, where the scheme draws them: (T,) int64 on the model's device, or None."""
+        """Positions of a training pass, if the scheme draws them: (T,) int64 on the model's device, or None."""
         positions = self.schemes[0].training_positions(torch.default_generator, length)
         return None if positions is None else positions.to(self.device)
 
@@ -345,7 +345,7 @@ class TransformerLM(nn.Module):
             (B, T) float32 (float64 in a float64 model).
 
         Raises:
-            ValueError: tensors of other or unequal shapes or dtypes, ids outside of the vocabulary, or more tokens
+            ValueError: tensors of other or unequal shapes or dtypes, ids outside the vocabulary, or more tokens
                 than the scheme has positions.
         """
         check_ids(self.vocab_size, input_ids, target_ids)
@@ -381,16 +381,16 @@ class TransformerLM(nn.Module):
             return
         self.shape = replace(self.shape, context_length=length)
         rebuilt = self._build_schemes()
-        # The parameters stay the very tensors that they are, so that an optimizer may hold them.
+        # The parameters stay the same tensors, because an optimizer may hold them.
         rebuilt.load_state_dict(self.positions.state_dict(keep_vars=True), assign=True)
         self.positions = rebuilt.to(self.device).train(self.training)
 
     def refuses(self, capability: str) -> str:
-        """Why something cannot be had from this model; empty where it can.
+        """Why something is not supported by this model; empty if it is.
 
         Args:
-            capability: `positions` of `score`, which drawn ones rule out; `window`, which can always be had; or
-                `training`, on the device where the model is.
+            capability: `positions` of `score`, not supported with drawn ones; `window`, always supported; or
+                `training`, on the model's device.
         """
         if capability == "positions" and self.drawn.range is not None:
             return f"training_positions={self.drawn.name} draws its positions"
@@ -407,12 +407,12 @@ class TransformerLM(nn.Module):
         return ""
 
     def num_parameters(self) -> int:
-        """Trained numbers, tied ones counted once."""
+        """Number of trained parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters())
 
 
 def _ends(positions: Tensor, length: int, start: int) -> tuple[int, int]:
-    """First and last of given positions; all of them are looked at on a CPU only."""
+    """First and last of given positions; only on a CPU are all of them checked."""
     fits = positions.shape == (length,) and positions.dtype == torch.int64
     require(
         fits,

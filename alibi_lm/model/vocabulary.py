@@ -5,20 +5,20 @@ Baevski & Auli 2019, "Adaptive Input Representations", arXiv 1809.10853, section
 2017, arXiv 1609.04309. Tying and initialisation as in fairseq (modules/adaptive_input.py and
 modules/adaptive_softmax.py), which the ALiBi paper's WikiText-103 models use.
 
-Words are numbered by falling frequency and cut into bands at the cutoffs c_1 < c_2 < ... Band i has vectors
-of D_i = D / factor^i dimensions: a table E_i (words of the band, D_i) and a projection P_i (D, D_i).
+Words are numbered by falling frequency and split into bands at the cutoffs c_1 < c_2 < ... Band i has vectors
+with D_i = D / factor^i dimensions: a table E_i (words of the band, D_i) and a projection P_i (D, D_i).
 
     input:  embed(w) = P_i E_i[w - c_i]                     w in band i; c_0 = 0
     output: head = log_softmax([E_0 h, C h])                the words of band 0, and a cluster for each tail
             log p(w) = head[w]                              w in band 0
             log p(w) = head[cluster i] + log_softmax(E_i P_i^T h)[w - c_i]          w in tail i
 
-Tied: every E_i, and the P_i of the tails. P_0 serves the input alone; the cluster vectors C the output alone.
+Tied: every E_i, and the P_i of the tails. P_0 serves only the input, the cluster vectors C only the output.
 There are no biases.
 
 Differs from the authors' code: their training loss leaves out the tail term of the second word of each tail
 (`ignore_index=1`, meant for the padding token, is applied inside each band). Here the loss is always the
-likelihood, the same quantity that evaluation reports.
+negative log-likelihood, the same quantity that evaluation reports.
 
 Shape letters: B batch, T tokens, N = B T, D model dim, V vocabulary.
 """
@@ -59,11 +59,11 @@ class Vocabulary(nn.Module):
 
     @property
     def output_table(self) -> Tensor:
-        """The vectors whose products with a hidden state are its scores, (V, D)."""
+        """The vectors whose products with a hidden state are its logits, (V, D)."""
         return self.embedding if self.output is None else self.output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores before the softmax: (..., D) -> (..., V), float32 or better."""
+        """Logits: (..., D) -> (..., V), float32 or better."""
         return _exact(F.linear(hidden, self.output_table))
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class AdaptiveVocabulary(nn.Module):
         vocab_size: V.
         model_dim: D.
         cutoffs: first word of each tail, ascending, in (0, V).
-        factor: each band's vectors are this many times narrower than the band's before (rounded down).
-        dropout: on the softmax's input, and again after each tail's projection.
+        factor: each band's vectors are this many times narrower than those of the band before (rounded down).
+        dropout: of the softmax's input, and again after each tail's projection.
 
     Raises:
         ValueError: cutoffs that leave a band empty, or a factor that leaves a band without dimensions.
@@ -116,10 +116,10 @@ class AdaptiveVocabulary(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def initialise(self) -> None:
-        """The authors' distributions: tables normal with std D_i^-0.5, all else Xavier uniform.
+        """The authors' distributions: tables normal with std D_i^-0.5, everything else Xavier uniform.
 
-        Word 1 of *every* band starts at zero. It is the padding token in the first band, and by a quirk of
-        the authors' code one real word in each tail.
+        Word 1 of *every* band starts at zero. It is the padding token in the first band and, by a quirk of the
+        authors' code, a real word in each tail.
         """
         for table in self.embeddings:
             nn.init.normal_(table, std=table.shape[1] ** -0.5)
@@ -131,7 +131,7 @@ class AdaptiveVocabulary(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Word vectors, not scaled: (B, T) int64 -> (B, T, D)."""
-        # Every band looks at every token, and words of other bands contribute zeros. That is less than a percent
+        # Every band processes every token, and words of other bands contribute zeros. This is less than a percent
         # of the model's work, and nothing has to be read from the device.
         total: Tensor | None = None
         for (low, high), table, projection in zip(self.bands, self.embeddings, self.projections, strict=True):
@@ -145,8 +145,8 @@ class AdaptiveVocabulary(nn.Module):
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Minus the natural logarithm of each target's probability.
 
-        (N, D), (N,) int64 -> (N,) float32 (float64 in a float64 model). A tail's softmax is computed for the
-        targets in that tail alone; for that the number of targets in each band is read from the device, once.
+        (N, D), (N,) int64 -> (N,) float32 (float64 in a float64 model). A tail's softmax is computed only for the
+        targets in that tail; this needs one read of the number of targets per band from the device.
         """
         hidden = self.dropout(hidden)
         head_size = self.bands[0][1]
@@ -156,8 +156,8 @@ class AdaptiveVocabulary(nn.Module):
         head_targets = torch.where(band == 0, targets, head_size + band - 1)
         nats = linear_cross_entropy(hidden, self._head_table(), head_targets)
 
-        # Rows sorted by band, so that a tail is a slice. An empty slice still gives its weights a gradient
-        # (of zeros), so that all processes and all steps see the same set of gradients.
+        # Rows are sorted by band, so that a tail is a slice. An empty slice still gives its weights a gradient
+        # (of zeros), so that all processes and all steps have the same set of gradients.
         order = torch.argsort(band, stable=True)
         sizes = torch.bincount(band, minlength=len(self.bands)).tolist()
         for tail, rows in enumerate(order.split(sizes)):
@@ -174,7 +174,7 @@ class AdaptiveVocabulary(nn.Module):
         return torch.cat([self.logits(chunk).argmax(-1) for chunk in chunks])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores whose softmax is the distribution, here its natural logarithms: (..., D) -> (..., V)."""
+        """Logits of the distribution, here its natural logarithms: (..., D) -> (..., V)."""
         hidden = self.dropout(hidden)
         head_size = self.bands[0][1]
         head = _exact(F.linear(hidden, self._head_table())).log_softmax(dim=-1)

@@ -1,6 +1,6 @@
-"""Keys and values per head of a window: a stream without end in constant memory.
+"""A cache of a window of keys and values per head: endless streams in constant memory.
 
-Each head keeps a number of keys of its own. `streaming.py` builds the cache by the name of a policy.
+Each head keeps its own number of keys. `streaming.py` builds the cache by the name of a policy.
 
 Shape letters: B batch, T tokens now, H heads, G heads of one buffer, K head dim, N distances.
 """
@@ -20,12 +20,12 @@ from alibi_lm.positions import PositionScheme
 from alibi_lm.settings import require
 
 CHUNK = 256
-"""Tokens that a buffer takes up beyond its window before it drops its oldest keys."""
+"""How many tokens a buffer holds beyond its window before it drops its oldest keys."""
 
 
 @dataclass
 class _Buffer:
-    """The keys of some heads of one window."""
+    """The keys of some heads with equal windows."""
 
     heads: list[int]
     window: int
@@ -33,19 +33,19 @@ class _Buffer:
     """(B, G, capacity, K)"""
     v: Tensor
     count: int = 0
-    """Keys that lie in it, from its start on."""
+    """Number of keys in it, from its start."""
 
     def keep(self, tokens: int) -> None:
         """Move the last tokens to the start, and drop the others."""
         for buffer in (self.k, self.v):
             kept = buffer[:, :, self.count - tokens : self.count]
-            # Where the old and the new place overlap, the copy would read what it has written.
+            # If the old and the new place overlap, the copy would read what it has just written.
             buffer[:, :, :tokens] = kept.clone() if self.count < 2 * tokens else kept
         self.count = tokens
 
 
 class _Layer:
-    """The keys of one layer, and what the kernel must know of them."""
+    """The keys of one layer, and what the kernel must know about them."""
 
     line: Tensor | None
     """The bias (H, N) of all distances that there can be in a buffer."""
@@ -71,7 +71,7 @@ class _Layer:
         self.resize(windows, like)
 
     def resize(self, windows: Tensor, like: Tensor) -> None:
-        """Make room for windows that are no smaller than before; keys that were dropped do not come back."""
+        """Make room for windows that are at least as large as before; dropped keys do not come back."""
         distances = torch.arange(int(windows.max()) + CHUNK, device=like.device)
         self.line, self.lines = self.scheme.distance_bias(distances), None
         if self.line is not None and like.is_cpu:
@@ -94,7 +94,7 @@ class _Layer:
             self.held.windows[heads], self.held.keys[heads] = window, buffer.count
 
     def make_room(self, tokens: int) -> None:
-        """Count `tokens` more as held, after dropping the oldest keys of every buffer that would overflow."""
+        """Count `tokens` more as held; first drop the oldest keys of every buffer that would overflow."""
         for buffer in self.buffers:
             if buffer.count + tokens > buffer.k.shape[2]:
                 buffer.keep(buffer.window - 1)
@@ -119,12 +119,12 @@ class WindowCache(KeyValueCache):
     A pass that raises leaves the cache unusable.
 
     Args:
-        windows: of each layer, (H,) int64: keys that a head sees, the query's own among them.
-        native: whether the compiled kernel may serve.
-        tails: of each layer, the sums of its bias; None: what is lost is not known.
-        sinks: first tokens that are kept besides the last ones; counted in the windows, which must be equal.
+        windows: for each layer, (H,) int64: keys that a head sees, including the query's own.
+        native: whether the compiled kernel may be used.
+        tails: for each layer, the sums of its bias; None: what is lost is not known.
+        sinks: how many of the first tokens are kept too; they count in the windows, which must then be equal.
         grows: windows grow so that, by the norms of the queries and keys seen so far, no head loses more than this
-            share of its attention; None: they stay.
+            share of its attention; None: they do not grow.
         proved: share that no head can lose under any input.
     """
 
@@ -146,7 +146,7 @@ class WindowCache(KeyValueCache):
         self._stores: dict[int, _Layer] = {}
 
     def begin(self, first: int, last: int, tokens: int, window: int | None) -> None:
-        require(window is None, f"window = {window} with a cache that has windows of its own. Leave it out.")
+        require(window is None, f"window = {window} with a cache that has its own windows. Leave it out.")
         require(
             last + 1 == self.tokens_seen + tokens,
             f"positions end at {last} with {self.tokens_seen + tokens} tokens, and a window counts tokens. "
@@ -181,7 +181,7 @@ class WindowCache(KeyValueCache):
         parts, start, window = [], 0, int(self.windows[layer][0])
         while start < q.shape[2]:
             step = CHUNK
-            if self.sinks:  # once something was dropped, what is kept has other positions for every query
+            if self.sinks:  # once keys were dropped, the kept ones have other positions for every query
                 step = max(1, min(CHUNK, window - store.seen))
             rows = slice(start, start + step)
             parts.append(self._piece(store, q[:, :, rows], k[:, :, rows], v[:, :, rows]))
@@ -203,7 +203,7 @@ class WindowCache(KeyValueCache):
         return out
 
     def _grow(self, layer: int, store: _Layer, q: Tensor, k: Tensor, lost_share: float) -> None:
-        """Take up the norms of new queries and keys, and widen the windows that they make too short."""
+        """Update the norms with new queries and keys, and widen the windows that have become too short."""
         assert store.tail is not None
         exact_q, exact_k = q.double(), k.double()
         opposed = -(exact_q * exact_k).sum(-1)
@@ -220,7 +220,7 @@ class WindowCache(KeyValueCache):
         except ValueError as error:
             raise ValueError(f"cache = certified: {error}. Use cache=full or window.") from None
         if bool((wanted > own).any()):
-            # A little more than is needed now, so that a slow rise of the norms does not copy keys at every step.
+            # Slightly more than is needed now, so that slowly rising norms do not copy keys at every step.
             self.windows[layer] = torch.where(wanted > own, wanted + wanted // 16, own)
             store.resize(self.windows[layer], k)
 
@@ -232,7 +232,7 @@ def _plain(
     v: Tensor,
     lost: Tensor | None,
 ) -> Tensor:
-    """The same as the kernel, in plain tensor operations: scores and softmax in float32 or better."""
+    """What the kernel computes, in plain tensor operations: scores and softmax in float32 or better."""
     line = store.line
     tokens, exact = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     out, scale = torch.empty_like(v), q.shape[-1] ** -0.5
@@ -252,7 +252,7 @@ def _plain(
         if lost is None:
             continue
         assert store.tail is not None and line is not None
-        # The running certificate: the share that keys would have which are not held or outside of the window.
+        # The running certificate: the share of keys that are not held or outside the window.
         largest = torch.maximum(store.norms[:, heads], k[:, heads].float().norm(dim=-1).amax(-1))
         store.norms[:, heads] = largest
         nearest = (index + 1).clamp_max(window).cpu().expand(len(line), -1)

@@ -1,7 +1,7 @@
-"""Position schemes: one published method a file, all behind the hooks of `PositionScheme`.
+"""Position schemes: one published method per file, all behind the hooks of `PositionScheme`.
 
-To add one: write its file, with its config class in it, and add that class to POSITIONS. The model, the attention
-backends, cached decoding, the evaluator and the contract tests then serve it as they stand.
+To add one, write its file with its config class, and add that class to POSITIONS. The model, the attention
+backends, cached decoding, the evaluator and the contract tests then support it without changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from alibi_lm.positions.xpos import XposConfig
 
 
 class PositionConfig(Protocol):
-    """What the registry asks of a scheme's config."""
+    """What the registry needs of a scheme's config."""
 
     name: str
 

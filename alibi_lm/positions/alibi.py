@@ -11,7 +11,7 @@ authors' code (ofirpress/attention_with_linear_biases, fairseq/models/transforme
 Change at test time: `scaling=linear` divides the slopes by s = max(1, context / train length), or by `factor`
 (position interpolation; Al-Khateeb et al. 2023, arXiv 2310.13017, in BTLM-3B).
 
-Past the trained length: defined everywhere; the bias keeps growing linearly.
+Past the trained length: defined everywhere; the penalty keeps growing linearly.
 Differs from the paper: nothing. `learned_slopes=true` trains the slopes (kept positive), which the paper
 tried and found to extrapolate badly. `half_precision=true` rounds as the authors' code does in float16 training.
 """
@@ -42,10 +42,10 @@ class AlibiConfig:
     scaling: str = setting("none", counts="run", later=True)
     """none, or linear: slopes are divided by the factor."""
     factor: float | None = setting(None, counts="run", later=True)
-    """Of the scaling, > 0; null: max(1, context_length / train_length)."""
+    """Factor of the scaling, > 0; null: max(1, context_length / train_length)."""
     last_exponent: float = setting(8.0, counts="run", later=True)
-    """The slopes of n heads are 2^(-last_exponent h / n): the paper's 8 ends at 2^-8. Fewer let a cache of bounded
-    loss keep fewer keys."""
+    """The slopes of n heads are 2^(-last_exponent h / n); the paper's 8 ends at 2^-8. With a smaller number a
+    cache of bounded loss keeps fewer keys."""
 
     def __post_init__(self) -> None:
         require(
@@ -82,7 +82,7 @@ def alibi_slopes(num_heads: int, last_exponent: float = 8.0) -> list[float]:
 
     Args:
         num_heads: >= 1.
-        last_exponent: what takes the place of the paper's 8.
+        last_exponent: the number that replaces the paper's 8.
 
     Returns:
         `num_heads` floats in (0, 1).
@@ -100,7 +100,7 @@ class Alibi(PositionScheme):
 
     slopes: Tensor
     divisor: float = 1.0
-    """What slopes are divided by in a test."""
+    """Divisor of the slopes in a test."""
 
     def __init__(self, config: AlibiConfig, shape: PositionShape) -> None:
         super().__init__(shape)
@@ -138,9 +138,9 @@ class Alibi(PositionScheme):
         return lambda score, b, h, q, k: score - slopes[h] * (q_pos[q] - k_pos[k])
 
     def key_bias(self, k_pos: Tensor) -> Tensor:
-        """-m (i - j) = m (j - c) + m (c - i), and the last term belongs to the query.
+        """-m (i - j) = m (j - c) + m (c - i), where the last term depends on the query only.
 
-        c is the middle position, which keeps the values, and the rounding of the scores they are added to,
+        c is the middle position, for which the values, and the rounding of the scores that they are added to, are
         smallest.
         """
         return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
@@ -149,9 +149,9 @@ class Alibi(PositionScheme):
 class HalfPrecisionAlibi(PositionScheme):
     """ALiBi rounded as in the authors' float16 training: half(half(q . k / sqrt(head_dim)) + half(m j)).
 
-    j is the key's place in the sequence, counted from 0, so that the bias grows along the sequence in place of
-    falling with the distance: in exact arithmetic the same after softmax, in float16 coarser the further on a key
-    stands (steps of 1 at m j = 1,024). Source: the authors' fairseq/models/transformer.py, `buffered_future_mask`,
+    j is the key's place in the sequence, counted from 0, so that the bias grows along the sequence instead of
+    falling with the distance: in exact arithmetic the same after softmax, but in float16 coarser for later keys
+    (steps of 1 at m j = 1,024). Source: the authors' fairseq/models/transformer.py, `buffered_future_mask`,
     and fairseq's attention, which keeps scores in the dtype of the activations. Softmax is exact here.
     """
 
@@ -164,7 +164,7 @@ class HalfPrecisionAlibi(PositionScheme):
         )
 
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """What rounding and bias add to the exact score."""
+        """The difference that rounding and bias make to the exact score."""
         scores = q @ k.mT * q.shape[-1] ** -0.5
         if scores.dtype in (torch.bfloat16, torch.float16):
             scores = scores.float()

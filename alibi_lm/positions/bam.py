@@ -5,18 +5,18 @@ ArthurSBianchessi/BAM (commit 5a6579d), models/bam.py, `AttentionPrior`.
 
     scores[h, i, j] = q_i . k_j / sqrt(head_dim) - exp(alpha[h]) (|i - j + 2 sinh(mu[h])| + 1e-5)^beta[h]
 
-alpha, beta and, if `trained_centre`, mu are trained, the same in every layer; without mu the centre is the own
-position of the query. beta is not bounded: below 0 the bias rises with the distance. beta starts at 1, mu at 0.
-The start of alpha has two readings in the authors' work (`start`):
+alpha, beta and, if `trained_centre`, mu are trained, the same in every layer; without mu the centre is the query's
+own position. beta is not bounded: below 0 the bias rises with the distance. beta starts at 1, mu at 0.
+The authors' work has two initial values of alpha (`start`):
 
-    code    the logarithm of ALiBi's slopes, so the scheme starts as ALiBi (the repository's models)
+    code    the logarithm of ALiBi's slopes, so that the scheme starts as ALiBi (the repository's models)
     readme  the slopes themselves (the class printed in its README of 2026): scales start at 1.0 to 1.6
 
 The sum over all distances of exp(bias) converges where beta > 0.
 
-Past the trained length: defined everywhere; the bias keeps to its curve.
-Differs from the paper: the papers' models also multiply scores and bias by s ln(n) (scalable softmax), which is a
-setting of its own here.
+Past the trained length: defined everywhere; the bias continues along its curve.
+Differs from the paper: the paper's models also multiply scores and bias by s ln(n) (scalable softmax), which is a
+separate setting here (`query_scale`).
 
 Their training code until May 2025, and to date their evaluation of models without that factor
 (inference_models/bam.py), have the scale inside the power, -(|i - j + 2 sinh(mu)| exp(alpha) + 1e-5)^beta,
@@ -44,9 +44,9 @@ class BamConfig:
 
     name: str = "bam"
     start: str = "code"
-    """Where alpha starts: code (as ALiBi) or readme."""
+    """Initial value of alpha: code (as ALiBi) or readme."""
     trained_centre: bool = False
-    """Train mu, the place of the centre."""
+    """Train mu, the position of the centre."""
     scale_inside: bool = setting(False, counts="run", later=True)
     """The older form of the authors' code: the scale is raised to the power too."""
 
@@ -61,7 +61,7 @@ class BamConfig:
 
 
 class Bam(PositionScheme):
-    """Biases with a trained scale, exponent and perhaps centre per head."""
+    """Biases with a trained scale, exponent and, optionally, centre per head."""
 
     def __init__(self, config: BamConfig, shape: PositionShape) -> None:
         super().__init__(shape)
@@ -73,7 +73,7 @@ class Bam(PositionScheme):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Exponent 1, centre 0, and scales by the chosen reading."""
+        """Exponent 1, centre 0, and scales as `start` says."""
         if not self.alpha.is_meta:
             slopes = torch.tensor(alibi_slopes(self.shape.num_heads))
             self.alpha.copy_(slopes.log() if self.from_logarithm else slopes)

@@ -5,17 +5,17 @@ Kazemnejad et al. 2023, arXiv 2305.19466). A published method overrides the hook
 
     add_to_embeddings             position vectors added to the word vectors
     tables, transform_qk          a change of queries and keys
-    distance_bias, or bias        a score bias that depends on positions alone
-    content_key_bias              a score bias that depends on what the key and the tokens before it are
+    distance_bias, or bias        a score bias that depends only on positions
+    content_key_bias              a score bias that depends on the content of the key and of the tokens before it
     content_bias                  a score bias that depends on queries, keys or the layer's input
-    scores, value_bias            scores that are no q.k, and values that depend on positions (`eager` alone)
-    training_positions            positions that are drawn anew in each training pass
+    scores, value_bias            scores other than q.k, and values that depend on positions (`eager` only)
+    training_positions            positions that are drawn in each training pass
 
 `score_mod` and `key_bias` are fast forms of the bias for some backends. A scheme may add them; the contract tests
 compare them with the bias.
 
 Positions are absolute, counted from 0: ascending int64 vectors on the model's device. Lengths and offsets are
-never passed: `positions = arange(offset, offset + T)` says both.
+never passed: `positions = arange(offset, offset + T)` contains both.
 
 Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head dim.
 """
@@ -41,7 +41,7 @@ class PositionShape:
     train_length: int
     """Tokens in a training sequence."""
     context_length: int
-    """Longest sequence the built scheme must serve: train_length in training, the length under test after."""
+    """Longest sequence that the scheme must serve: train_length in training, the inference length in a test."""
 
 
 @dataclass
@@ -58,16 +58,16 @@ class PositionScheme(nn.Module):
     """A position scheme; every hook is a no-op until a subclass defines it.
 
     Hooks are pure functions of their arguments and the module's parameters. Their arithmetic is float32 or
-    better, whatever the dtype of the model; the attention backend casts once. So parameters are converted where
-    they are used (`weight.float()`): a layer such as `nn.Linear` would compute in the model's dtype.
+    better for a model of any dtype; the attention backend casts once. So parameters are converted where they
+    are used (`weight.float()`): a layer such as `nn.Linear` would compute in the model's dtype.
     """
 
     max_position: int | None = None
-    """Number of positions that the scheme has; None where any position is defined."""
+    """Number of positions that the scheme has; None if every position is defined."""
     translation_invariant: ClassVar[bool] = True
-    """Whether shifting all positions by a constant changes nothing; False where absolute ones count."""
+    """Whether shifting all positions by a constant changes nothing; False if absolute positions count."""
     per_layer: ClassVar[bool] = False
-    """Whether each layer has its own instance, with its own parameters; else one instance serves all layers."""
+    """Whether each layer has its own instance with its own parameters; otherwise all layers share one."""
     cache_inputs: bool = False
     """Whether hooks read the layer's input. A cache then keeps its `features` for every token, beside its key."""
 
@@ -83,7 +83,7 @@ class PositionScheme(nn.Module):
     def register_exact(self, name: str, value: Tensor) -> None:
         """Register a constant that follows the module's device but never its dtype, and is not saved.
 
-        A plain buffer would be rounded by `model.bfloat16()`, and converting back would keep the rounding.
+        A plain buffer would be rounded by `model.bfloat16()`, and converting back would not undo that.
 
         Args:
             name: attribute name.
@@ -118,7 +118,7 @@ class PositionScheme(nn.Module):
         return x
 
     def tables(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """What `transform_qk` needs for these positions, (T,) int64; computed once per forward pass."""
+        """The tables that `transform_qk` needs for these positions, (T,) int64; computed once per forward pass."""
         return ()
 
     def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -130,21 +130,21 @@ class PositionScheme(nn.Module):
             tables: the value of `tables(positions)`.
 
         Returns:
-            q, k of the same dtypes, wider if need be. Scores are divided by the root of the width that they have.
+            q, k of the same dtypes, possibly wider. Scores are divided by the root of the returned width.
         """
         return q, k
 
     def features(self, x: Tensor) -> Tensor:
-        """What the hooks read of the layer's input, by default all of it; once per token, if `cache_inputs`.
+        """The part of the layer's input that hooks read, by default all; called once per token if `cache_inputs`.
 
         (B, T, D) -> (B, T, F), any F.
         """
         return x
 
     def distance_bias(self, distance: Tensor) -> Tensor | None:
-        """The bias as a function of the distance q_pos - k_pos alone, where it is one.
+        """The bias as a function of the distance q_pos - k_pos, if it depends on nothing else.
 
-        Backends that know it need no (T, S) tensor, and give its gradient for little.
+        Backends that use it need no (T, S) tensor, and compute its gradient cheaply.
 
         Args:
             distance: int64 >= 0, any shape.
@@ -157,20 +157,20 @@ class PositionScheme(nn.Module):
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
         """Score bias of every head for every query and key, added after q.k / sqrt(head_dim).
 
-        By default that of their distance (`distance_bias`). Override it where it is more than that.
+        By default it is `distance_bias` of their distance. Override it if it depends on more than that.
 
         Args:
             q_pos: (T,) int64, absolute query positions.
             k_pos: (S,) int64, absolute key positions.
 
         Returns:
-            (H, T, S) float32, finite also where k_pos > q_pos (masking is the backend's work), or None.
+            (H, T, S) float32, finite also where k_pos > q_pos (the backend does the masking), or None.
         """
         bias = self.distance_bias(distances(q_pos, k_pos))
         return None if bias is None else bias.contiguous()
 
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
-        """Score bias that depends on what the tokens are, added to the other bias if there is one.
+        """Score bias that depends on content, added to the other bias if there is one.
 
         Long sequences are served in slices of queries, so a row of the result must not depend on other queries.
 
@@ -191,9 +191,9 @@ class PositionScheme(nn.Module):
         return (of_key[..., None, :] - of_query[..., None]).to(torch.promote_types(q.dtype, torch.float32))
 
     def content_key_bias(self, x: Tensor | None, k_pos: Tensor) -> Tensor | None:
-        """The content bias where it is a number per key, up to a constant for each query.
+        """The content bias, if it is a number per key up to a constant for each query.
 
-        The bias of a pair is the key's number minus that of the query's own key. Backends that know it need no
+        The bias of a pair is the key's number minus that of the query's own key. Backends that use it need no
         (T, S) tensor.
 
         Args:
@@ -206,14 +206,14 @@ class PositionScheme(nn.Module):
         return None
 
     def scores(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
-        """Scores that take the place of q.k / sqrt(head_dim), where they are no such product.
+        """Scores that replace q.k / sqrt(head_dim), if they are not such a product.
 
-        Arguments are those of `content_bias`, and so is the result: (B, H, T, S), or None.
+        Arguments and result are those of `content_bias`: (B, H, T, S), or None.
         """
         return None
 
     def value_bias(self, weights: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
-        """What positions add to the values, summed with the attention weights.
+        """The sum, with the attention weights, of what positions add to the values.
 
         Args:
             weights: (B, H, T, S), 0 where the key is hidden.
@@ -245,7 +245,7 @@ class PositionScheme(nn.Module):
         return lambda score, b, h, q, k: score + line[h, (q_pos[q] - k_pos[k]).clamp_min(0)]
 
     def key_bias(self, k_pos: Tensor) -> Tensor | None:
-        """The bias as a function of the key alone, up to a constant for each query and head, where there is one.
+        """The bias as a function of the key alone, up to a constant for each query and head, if it has this form.
 
         Softmax ignores a constant added to a row of scores, so a backend may add this vector to the scores of a
         plain causal kernel; no (T, S) tensor is built.

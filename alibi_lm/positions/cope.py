@@ -9,10 +9,10 @@ authors' code is facebookresearch/RAM, projects/cope/src/cope/context_position.p
     term[i, j] = q_i . table[p[i, j]], linear between the two whole positions around p[i, j]
 
 A query's own token is counted, so p[i, i] lies between 0 and 1. `table` is the paper's e. Each layer has one, for
-all its heads; it starts at 0. Absolute positions are used for the causal order alone.
+all its heads; it starts at 0. Absolute positions are used for the causal order only.
 
-With `gate_keys`, gates are made with keys of their own, a projection of the layer's input (`cope-sep-key` in the
-authors' code). Their gates from values (`cope-val-gates`) are left out: a scheme here does not see values.
+With `gate_keys`, gates have separate keys, a projection of the layer's input (`cope-sep-key` in the authors'
+code). The authors' gates from values (`cope-val-gates`) are left out: a scheme here does not see values.
 
 Past the trained length: defined everywhere; counts stop at num_positions - 1.
 Differs from the paper: nothing from the authors' code. Its listing adds the term after the division by
@@ -41,7 +41,7 @@ class CopeConfig:
     scaled_term: bool = True
     """Divide the position term by sqrt(head_dim), as the authors' code does; false: as in the paper's listing."""
     gate_keys: bool = setting(False, counts="run", later=True)
-    """Make gates with keys of their own."""
+    """Give the gates separate keys, projected from the layer's input."""
 
     def __post_init__(self) -> None:
         require(
@@ -67,7 +67,7 @@ class Cope(PositionScheme):
         self.initialise()
 
     def initialise(self) -> None:
-        """The table zero, as the authors start; gate keys like the model's own projections."""
+        """Table 0, as in the authors' code; gate keys like the model's own projections."""
         nn.init.zeros_(self.table)
         if self.cache_inputs:
             nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)

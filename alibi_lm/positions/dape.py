@@ -1,4 +1,4 @@
-"""DAPE: a network across heads adds to each score a number made from the score itself and a bias. A reference.
+"""DAPE: a network across heads computes from each score and a bias a number that is added. A reference.
 
 Source: Zheng et al. 2024, "DAPE: Data-Adaptive Positional Encoding for Length Extrapolation", arXiv 2405.14722,
 section 3; the authors' code is chuanyang-Zheng/DAPE (commit bde344a).
@@ -11,7 +11,7 @@ for all pairs. Each layer has its own f and b.
 
 This is a reference without a fast path: every pair passes through the network, so fused kernels get a dense mask.
 
-Past the trained length: defined wherever the base is.
+Past the trained length: defined where the base is.
 Differs from the paper: nothing; its second version also convolves over keys.
 """
 
@@ -61,7 +61,7 @@ class Dape(PositionScheme):
         self.initialise()
 
     def initialise(self) -> None:
-        """The base as it starts, the network as torch draws linear layers."""
+        """The base as it initialises itself, the network as torch initialises linear layers."""
         self.base.initialise()
         for weights in ((self.w1, self.b1), (self.w2, self.b2)):
             bound = weights[0].shape[1] ** -0.5

@@ -7,14 +7,14 @@ Source: Li et al. 2024, "Functional Interpolation for Relative Positions Improve
     psi(x) = ln(1 + |c x|),  threshold = |multiplier start|,  f: linear 1 -> 32, ReLU, linear 32 -> num_heads
 
 c (from 0.1), the multiplier (from 1) and the weights of f are trained, one set for all layers. i counts from 0,
-and so the bias depends on absolute positions past the threshold. `reading` names where the threshold starts, in
-which the two codes differ:
+so the bias depends on absolute positions past the threshold. `reading` names the threshold's initial value, in
+which the two implementations differ:
 
     arithmetic  512 tokens (also DAPE's stand-alone file)
     dape        256 tokens, 512 // 2 (DAPE's training code)
 
-Past the trained length: defined everywhere; distances are measured against the query's position, so the inputs of
-f stay between 0 and 1. Differs from the paper: nothing from the two codes.
+Past the trained length: defined everywhere; distances are relative to the query's position, so the inputs of
+f stay between 0 and 1. Differs from the paper: nothing from the two implementations.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class FireConfig:
 
     name: str = "fire"
     reading: str = "arithmetic"
-    """arithmetic or dape: where the threshold starts."""
+    """Initial value of the threshold: arithmetic (512 tokens) or dape (256)."""
     hidden: int = 32
-    """Width of the network's inside, >= 1."""
+    """Width of the network's hidden layer, >= 1."""
 
     def __post_init__(self) -> None:
         require(
@@ -69,7 +69,7 @@ class Fire(PositionScheme):
         self.initialise()
 
     def initialise(self) -> None:
-        """Draw the network as torch draws linear layers; c = 0.1 and multiplier 1."""
+        """Initialise the network as torch does linear layers; c = 0.1 and multiplier 1."""
         nn.init.constant_(self.c, 0.1)
         nn.init.constant_(self.multiplier, 1.0)
         for weights in ((self.w1, self.b1), (self.w2, self.b2)):

@@ -6,9 +6,9 @@ code is zhixuan-lin/forgetting-transformer (commit 883f260) and fla-org/flash-li
     f[h, t] = sigmoid(weight[h] . x_t + gate_bias[h])
     scores[h, i, j] = q_i . k_j / sqrt(head_dim) + ln f[h, j + 1] + ... + ln f[h, i]
 
-x_t is the layer's input (after its norm). The gate of a key does not act on the key itself. Each layer has gates
-of its own. The bias is a number per key, C_i - C_j with the cumulated sum C, so it needs no (T, S) tensor. Gates
-that are the same for all tokens make ALiBi, with slopes -ln f. `gates` chooses among the authors' forms:
+x_t is the layer's input (after its norm). The gate of a key does not act on the key itself. Each layer has its own
+gates. The bias is a number per key, C_i - C_j with the cumulative sum C, so it needs no (T, S) tensor. Gates
+that are the same for all tokens give ALiBi, with slopes -ln f. `gates` chooses among the authors' forms:
 
     input   as above, from gates of 1/2 (`start_bias`, the gate_bias at the start)
     bias    gate_bias alone: ALiBi with trained slopes, one set per layer
@@ -18,7 +18,7 @@ In the last two, head h forgets to 1/e in T_h tokens, f = exp(-1 / T_h), with T_
 equal ratios. `scaled=false` leaves out the division by sqrt(head_dim). With gates from the input that is CABLE
 (Veisi & Mansourian 2025, arXiv 2503.08067; axiomlab/Cable, commit 8bc6b83), whose gate input is minus ours.
 
-Past the trained length: defined everywhere; what lies behind strong gates is forgotten at any length.
+Past the trained length: defined everywhere; keys behind strong gates are forgotten at any length.
 Differs from the paper: its "Pro" block (output gate, output norm, normed and shifted keys) is left out.
 """
 
@@ -46,11 +46,11 @@ class FoxConfig:
     gates: str = "input"
     """input, bias or fixed."""
     start_bias: float = 0.0
-    """Where gate_bias starts, with gates=input: 0 for gates of 1/2, the authors' start."""
+    """Initial gate_bias, with gates=input: 0 gives gates of 1/2, the authors' initial value."""
     shortest: float = 2.0
-    """Tokens in which the first head forgets to 1/e, with other gates."""
+    """Number of tokens after which the first head has forgotten to 1/e, with gates=bias or fixed."""
     longest: float | None = None
-    """The same of the last head; null: train_length."""
+    """The same for the last head; null: train_length."""
     scaled: bool = True
     """Divide q.k by sqrt(head_dim); false: CABLE."""
 
@@ -69,7 +69,7 @@ class FoxConfig:
 
 
 class Fox(PositionScheme):
-    """What both forms share: the scale of scores."""
+    """The part that both forms share: the scale of scores."""
 
     per_layer = True
 
@@ -93,7 +93,7 @@ class GatedByInput(Fox):
         self.initialise()
 
     def initialise(self) -> None:
-        """Normal weights, standard deviation model_dim^-0.5, as the model's own projections; one bias for all."""
+        """Normal weights, standard deviation model_dim^-0.5, like the model's projections; one bias for all."""
         nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)
         nn.init.constant_(self.gate_bias, self.config.start_bias)
 

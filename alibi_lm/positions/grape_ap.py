@@ -6,8 +6,8 @@ model-architectures/GRAPE (commit f5b539f).
     scores[h, i, j] = q_i . k_j / sqrt(head_dim) + m_h sum_{l = j+1 .. i} ln sigmoid(p_i . R_l^T n(p_l) / width)
 
 p = weight x_t is a projection of the layer's input to `width` dimensions per head, n the RMS norm without
-weights, R_l a rotation of pairs (c, c + width / 2) by l radians, and m ALiBi's slopes. Only the side of the key
-is normed and rotated, by its absolute position, so the bias depends on absolute positions. Each layer has its own
+weights, R_l a rotation of pairs (c, c + width / 2) by l radians, and m ALiBi's slopes. Only the key's side is
+normed and rotated, by its absolute position, so the bias depends on absolute positions. Each layer has its own
 weight.
 
 This is a reference without a fast path: each query sums a row of gates, and fused kernels get a dense mask.

@@ -8,12 +8,12 @@ megatron/mpu/layers.py, `ParallelKerpleLog` and `ParallelKerplePower`.
     kerple_power  scores[h, i, j] = q_i . k_j / sqrt(head_dim) - a[h] (i - j)^p[h]
 
 r1, r2, a and p are trained, two numbers per head, the same in every layer. They start at random: r1, p uniform in
-(0, 2), r2, a uniform in (0, 1). Before use r1, r2 and a are held at 0.01 or more, and p in [0.01, 2]; a number
-outside still receives its whole gradient, as in the authors' code, which overwrites it. p = 1 is ALiBi with
+(0, 2), r2, a uniform in (0, 1). Before use r1, r2 and a are clamped to at least 0.01, and p to [0.01, 2]; a number
+outside still receives its full gradient, as in the authors' code, which overwrites it. p = 1 is ALiBi with
 trained slopes. The sum over all distances of exp(bias) converges for `kerple_power`, for `kerple_log` if r1 > 1.
 
 With `weighted`, kerple_power also multiplies q_i . k_j / sqrt(head_dim) by exp(-wei_a[h] (i - j)^wei_p[h]); these
-numbers start and are held as a and p are (the code's `kerple_power_ap_ap`).
+numbers are initialised and clamped like a and p (the code's `kerple_power_ap_ap`).
 
 Past the trained length: defined everywhere; the bias keeps falling along its curve.
 Differs from the paper: nothing.
@@ -30,7 +30,7 @@ from alibi_lm.positions.base import PositionScheme, PositionShape, distances
 from alibi_lm.settings import setting
 
 LEAST = 0.01
-"""Parameters are held at this value or more."""
+"""Parameters are clamped to at least this value."""
 
 
 @dataclass
@@ -49,14 +49,14 @@ class KerplePowerConfig:
 
     name: str = "kerple_power"
     weighted: bool = setting(False, counts="run", later=True)
-    """Multiply scores by a falling weight too; it leaves the form no fast path."""
+    """Also multiply scores by a weight that falls with distance; this form has no fast path."""
 
     def build(self, shape: PositionShape) -> KerplePower:
         return (WeightedKerplePower if self.weighted else KerplePower)(shape)
 
 
 def held(parameter: Tensor, most: float | None = None) -> Tensor:
-    """The parameter, between LEAST and `most`, with the gradient of all of it: (H,) -> (H,) float32."""
+    """The parameter clamped to [LEAST, most], with the gradient of the unclamped one: (H,) -> (H,) float32."""
     value = parameter.float()
     return value.detach().clamp(LEAST, most) + (value - value.detach())
 
@@ -119,7 +119,7 @@ class WeightedKerplePower(KerplePower):
         self.initialise()
 
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """What the weight takes from each score."""
+        """The change of each score by the weight."""
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, torch.float32)
             scores = q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5

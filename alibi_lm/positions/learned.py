@@ -4,7 +4,7 @@ Source: Gehring et al. 2017, arXiv 1705.03122; GPT-2 (Radford et al. 2019).
 
     x_p += table[p],    p = 0 .. train_length - 1
 
-Past the trained length: refused, because no row exists. The evaluator reports the reason and goes on.
+Past the trained length: refused, because no row exists. The evaluator reports the reason and continues.
 
 With more rows and random offsets in training (Huang et al. 2025, arXiv 2410.02140) every row is trained, and the
 scheme reaches as far as its table. Differs from that source: one offset for all sequences of a pass.
@@ -29,7 +29,7 @@ class LearnedConfig:
 
     name: str = "learned"
     rows: int | None = setting(None, counts="run", later=True)
-    """Positions of the table; null: train_length."""
+    """Number of positions in the table; null: train_length."""
     random_offset: bool = setting(False, counts="run", later=True)
     """Begin each training pass at a random position of the table."""
 
@@ -46,7 +46,7 @@ class LearnedConfig:
 
 
 class Learned(PositionScheme):
-    """A table of train_length rows, or as many as are asked for."""
+    """A table with train_length rows, or as many as `rows` says."""
 
     translation_invariant = False
 
@@ -63,7 +63,7 @@ class Learned(PositionScheme):
         self.initialise()
 
     def training_positions(self, generator: torch.Generator, length: int) -> Tensor | None:
-        """From a uniform offset on, so that the last position is within the table."""
+        """Consecutive positions from a uniform offset, such that the last one is within the table."""
         if not self.random_offset:
             return None
         return torch.arange(length) + torch.randint(len(self.table) - length + 1, (), generator=generator)

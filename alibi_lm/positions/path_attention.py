@@ -1,4 +1,4 @@
-"""PaTH: each token reflects the keys before it, so that a score passes through all tokens between. A reference.
+"""PaTH: each token reflects the keys before it, so that scores depend on all tokens between. A reference.
 
 Source: Yang et al. 2025, "PaTH Attention: Position Encoding via Accumulating Householder Transformations", arXiv
 2505.16381, section 2; checked against fla-org/flash-linear-attention (commit bc3b101), fla/ops/path_attn/naive.py.
@@ -6,16 +6,16 @@ Source: Yang et al. 2025, "PaTH Attention: Position Encoding via Accumulating Ho
     scores[h, i, j] = q_i . H_i H_{i-1} ... H_{j+1} k_j / sqrt(head_dim),  H_t = I - beta_t w_t w_t^T
     w_t = silu(convolution of up down x over 3 tokens), at length 1,  beta_t = 2 sigmoid(weight . x_t + start)
 
-x_t is the layer's input; `down` leads to 32 dimensions. Each layer has its own weights. `forget_gate` adds FoX's
-sum of logarithms of gates, here divided by sqrt(head_dim) too, as the code does. Products are never written out:
-with L the part below the diagonal, the scores are those of plain attention less tril(Q W^T) (I + diag(beta) L(W
-W^T))^-1 diag(beta) L(W K^T), by the paper's section 3.
+x_t is the layer's input; `down` projects to 32 dimensions. Each layer has its own weights. `forget_gate` adds
+FoX's sum of logarithms of gates, here divided by sqrt(head_dim) too, as the code does. The matrix products are
+never formed: with L the part below the diagonal, the scores are those of plain attention minus tril(Q W^T)
+(I + diag(beta) L(W W^T))^-1 diag(beta) L(W K^T), by the paper's section 3.
 
-This is a reference without a fast path: `eager` alone serves it, and a decoded token costs what a matrix of all
-keys does. The authors' kernels are in the library named above.
+This is a reference without a fast path: only `eager` serves it, and decoding a token costs as much as a pass over
+all keys. The authors' kernels are in the library named above.
 
 Past the trained length: defined everywhere.
-Differs from the paper: its kernels, and nothing in what is computed.
+Differs from the paper: only in its kernels, not in what is computed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Path(PositionScheme):
         self.initialise()
 
     def initialise(self) -> None:
-        """Normal projections, standard deviation inputs^-0.5; the convolution as torch draws it; biases 0."""
+        """Normal projections, standard deviation inputs^-0.5; the convolution as in torch; biases 0."""
         for weight in (self.down, self.up, self.weight):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         nn.init.uniform_(self.taps, -(TAPS**-0.5), TAPS**-0.5)

@@ -6,9 +6,9 @@ arXiv 2509.10534, section 3; checked against lucidrains/x-transformers 2.31.10, 
     scores[h, i, j] = sum_c softplus(q_ic) softplus(k_jc) cos((i - j) w_c - phase[h, c]) / sqrt(head_dim)
     w_c = 10000^(-c / head_dim),  c = 0 .. head_dim - 1
 
-phase is trained, starts at 0, is held in [-2 pi, 0] (without a gradient outside), and is added to the angle of
-the key. One set serves all layers. The cosine is a product of vectors twice as wide, which the kernels then see:
-queries [softplus(q) cos, softplus(q) sin], and keys alike.
+phase is trained, starts at 0, is clamped to [-2 pi, 0] (without a gradient outside), and is added to the angle of
+the key. All layers share one set. The cosine is a product of vectors twice as wide, which the kernels get:
+queries [softplus(q) cos, softplus(q) sin], and keys likewise.
 
 Past the trained length: defined, at angles never seen in training.
 Differs from the paper: nothing from the code named above.
@@ -55,7 +55,7 @@ class Pope(PositionScheme):
         self.initialise()
 
     def initialise(self) -> None:
-        """No phase."""
+        """Phases 0."""
         nn.init.zeros_(self.phase)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, ...]:
@@ -66,7 +66,7 @@ class Pope(PositionScheme):
         return cos, sin, cos * phase.cos() - sin * phase.sin(), sin * phase.cos() + cos * phase.sin()
 
     def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        # Backends divide by the root of twice the width of a head.
+        # Backends divide by the root of the width, which is twice that of a head.
         cos, sin, cos_k, sin_k = tables
         return polar(q, cos, sin, 2**0.5), polar(k, cos_k, sin_k)
 

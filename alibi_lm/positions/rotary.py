@@ -1,19 +1,19 @@
 """Rotary position embeddings: queries and keys are rotated by angles proportional to their positions.
 
-Source: Su et al. 2021, arXiv 2104.09864, section 3.4.2; the ALiBi paper used JunnYu/RoFormer_pytorch: all of
-the head dimension, interleaved pairs, in every layer, values not rotated.
+Source: Su et al. 2021, arXiv 2104.09864, section 3.4.2; the ALiBi paper used JunnYu/RoFormer_pytorch: all
+dimensions of a head, interleaved pairs, in every layer, values not rotated.
 
     (x_2i, x_2i+1) -> rotation by p * inv_freq_i,    inv_freq_i = theta^(-2i / head_dim)
 
 so that q_i . k_j depends on positions only through i - j.
 
 Two published variants leave a part of each head without positions (training settings, both fractions of 1):
-    rotated_share    only the first dimensions are rotated, with a spectrum of their own width; GPT-NeoX's
-                     `rotary_pct` (Black et al. 2022, arXiv 2204.06745)
+    rotated_share    only the first dimensions are rotated, with the frequencies of a head of that width;
+                     GPT-NeoX's `rotary_pct` (Black et al. 2022, arXiv 2204.06745)
     frequency_share  the slowest frequencies are 0, the others those of the whole width; p-RoPE's p (Barbero et al.
                      2024, arXiv 2410.06205, section 6)
-GPT-NeoX pairs dimension k with k + width / 2, where pairs here are neighbours: the same up to the order of the
-dimensions in a head, which trained projections do not see.
+GPT-NeoX pairs dimension k with k + width / 2, while pairs here are neighbours: the same up to the order of the
+dimensions in a head, which does not matter with trained projections.
 
 Changes of frequency at test time (`scaling`), each from its source, with s = max(1, context / train length), or
 the `factor` that is given:
@@ -25,9 +25,9 @@ the `factor` that is given:
     yarn      by_parts, and an amplitude 0.1 ln s + 1 of queries and keys  the same
     part_ntk  as by_parts, with other bounds, and with ntk in the middle   the same authors' earlier code
     llama3    as by_parts, between 1 and 4 turns                           Llama 3.1; transformers
-Between their bounds, by_parts, yarn and part_ntk follow a line over the index of the frequency, and bounds are
-whole indices, as in the authors' code. `ramp=exact` leaves bounds between indices (transformers' truncate=false).
-`ramp=turns` is a line over the number of turns in the trained length, as in the paper; llama3 always takes that.
+Between their bounds, by_parts, yarn and part_ntk interpolate linearly in the frequency's index, with bounds at
+whole indices, as in the authors' code. `ramp=exact` does not round the bounds (transformers' truncate=false).
+`ramp=turns` is linear in the number of turns within the trained length, as in the paper and always in llama3.
 
 Past the trained length: defined, at angles never seen in training (or rescaled ones).
 Differs from the paper: nothing.
@@ -65,7 +65,7 @@ class RotaryConfig:
     factor: float | None = None
     """Scaling factor >= 1; null: max(1, context_length / train_length), for dynamic 1."""
     ramp: str = setting("index", counts="run", later=True)
-    """What by_parts, yarn and part_ntk go by between their bounds: index, exact or turns."""
+    """How by_parts, yarn and part_ntk interpolate between their bounds: index, exact or turns."""
 
     def __post_init__(self) -> None:
         require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
@@ -108,7 +108,7 @@ def frequencies(
         return plain / factor if scaling == "linear" else plain, 1.0
 
     def blend(slow: Tensor, fast: Tensor, turns: tuple[float, float], ramp: str = ramp) -> Tensor:
-        """`slow` up to so many turns in the trained length, `fast` from so many on, and a line between the two."""
+        """`slow` up to turns[0] turns in the trained length, `fast` from turns[1] on, linear in between."""
         if ramp == "turns":
             share = 1 - (train_length * plain / (2 * math.pi) - turns[0]) / (turns[1] - turns[0])
         else:
@@ -183,7 +183,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The arithmetic is at least float32.
     """
     if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
-        # One pass over x, where the real form takes six; compilers fuse the real form and know no complex numbers.
+        # One pass over x; the real form takes six. Compilers fuse the real form but cannot handle complex numbers.
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -8,9 +8,9 @@ attn_gym/mods/sandwich.py.
     k = 0 .. width / 2 - 1,  h = 1 .. num_heads
 
 `width` is the paper's d-bar, a constant that does not depend on the model. Nothing is trained. The bias falls
-about as a logarithm and then swings; it is bounded, so the sum over all distances of exp(bias) diverges.
+roughly like a logarithm and then oscillates; it is bounded, so the sum over all distances of exp(bias) diverges.
 
-Past the trained length: defined everywhere; the far distances share about the same bias.
+Past the trained length: defined everywhere; far distances have about the same bias.
 Differs from the paper: nothing from the code named above, which counts frequencies from 0.
 """
 
@@ -31,7 +31,7 @@ class SandwichConfig:
 
     name: str = "sandwich"
     width: int = 128
-    """Dimensions of the sinusoids; even, >= 2."""
+    """Number of dimensions of the sinusoids; even, >= 2."""
 
     def __post_init__(self) -> None:
         require(
@@ -44,7 +44,7 @@ class SandwichConfig:
 
 
 class Sandwich(PositionScheme):
-    """One curve of the distance, for all heads at different scales."""
+    """One function of the distance, scaled differently for each head."""
 
     inv_freq: Tensor
     scales: Tensor
@@ -58,6 +58,6 @@ class Sandwich(PositionScheme):
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         curve = torch.zeros(distance.shape, dtype=torch.float64, device=distance.device)
-        for frequency in self.inv_freq:  # one by one: a table of pairs has no room for all
+        for frequency in self.inv_freq:  # one by one: for a table of pairs, all at once need too much memory
             curve += (distance * frequency).cos()
         return (self.scales.view(-1, *[1] * distance.dim()) * curve).float()

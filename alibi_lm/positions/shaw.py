@@ -1,4 +1,4 @@
-"""Shaw's relative positions: a trained vector per distance joins each key, and each value.
+"""Shaw's relative positions: a trained vector per distance is added to each key and each value.
 
 Source: Shaw, Uszkoreit & Vaswani 2018, "Self-Attention with Relative Position Representations", arXiv 1803.02155,
 section 3; checked against evelinehong/Transformer_Relative_Position_PyTorch (commit fd1163e) and transformers.
@@ -6,12 +6,12 @@ section 3; checked against evelinehong/Transformer_Relative_Position_PyTorch (co
     scores[h, i, j] = q_i . (k_j + a_K[min(i - j, clip)]) / sqrt(head_dim)
     out_i = sum_j weights[h, i, j] (v_j + a_V[min(i - j, clip)])
 
-a_K and a_V (clip + 1 vectors of head_dim) are trained, for each layer its own, shared by its heads. The values'
-part needs the attention weights themselves, so only `eager` serves it; `values=false` leaves it out, which later
-work found to lose nothing, and lets fused kernels serve the rest.
+a_K and a_V (clip + 1 vectors of head_dim) are trained, separately in each layer and shared by its heads. The part
+of the values needs the attention weights themselves, so only `eager` serves it; `values=false` leaves it out,
+which later work found to lose nothing, and lets fused kernels serve the rest.
 
 Past the trained length: defined everywhere; all distances from `clip` on share a vector.
-Differs from the paper: its tables also have the distances ahead, which a causal mask never uses.
+Differs from the paper: its tables also have vectors for later keys, which a causal model never uses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ShawConfig:
 
     name: str = "shaw"
     clip: int = 16
-    """Distances from here on share a vector, >= 1."""
+    """All distances from this one on share a vector, >= 1."""
     values: bool = True
     """Add vectors to the values too."""
 

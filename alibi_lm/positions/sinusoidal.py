@@ -9,7 +9,7 @@ paper's baseline used (Baevski & Auli 2018; fairseq/modules/sinusoidal_positiona
 with half = model_dim / 2; p counts from 0, in the fairseq variant from 2.
 
 Past the trained length: defined, with values never seen in training; measured, not refused.
-Differs from the paper: nothing in the `fairseq` variant, the default, whose float32 arithmetic is kept as well.
+Differs from the paper: nothing in the `fairseq` variant, the default, which also keeps its float32 arithmetic.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ class T5Config:
 
     name: str = "t5"
     num_buckets: int = 32
-    """Buckets in all; even, >= 2."""
+    """Number of buckets; even, >= 2."""
     max_distance: int | None = None
-    """Distances from here on share the last bucket; null: min(128, train_length / 2)."""
+    """All distances from this one on share the last bucket; null: min(128, train_length / 2)."""
 
     def __post_init__(self) -> None:
         require(
@@ -44,7 +44,7 @@ class T5Config:
         require(
             self.max_distance is None or self.max_distance > self.num_buckets // 2,
             f"position.max_distance = {self.max_distance}. It must exceed num_buckets / 2 = "
-            f"{self.num_buckets // 2}, the distances that have a bucket of their own.",
+            f"{self.num_buckets // 2}, the number of distances that have their own bucket.",
         )
 
     def build(self, shape: PositionShape) -> T5Bias:
@@ -72,7 +72,7 @@ class T5Bias(PositionScheme):
         self.initialise()
 
     def initialise(self) -> None:
-        """Normal, standard deviation model_dim^-0.5, as Hugging Face's T5 starts its table."""
+        """Normal, standard deviation model_dim^-0.5, like the table in Hugging Face's T5."""
         nn.init.normal_(self.table, std=self.shape.model_dim**-0.5)
 
     def distance_bias(self, distance: Tensor) -> Tensor:

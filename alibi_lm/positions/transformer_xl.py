@@ -1,4 +1,4 @@
-"""Transformer-XL: each score has a part for the distance, as the query sees it and as all queries do.
+"""Transformer-XL: each score has two terms for the distance, one that depends on the query and one that does not.
 
 Source: Dai et al. 2019, "Transformer-XL", arXiv 1901.02860, section 3.3; the authors' code is
 kimiyoung/transformer-xl (commit 44781ed), pytorch/mem_transformer.py, `RelPartialLearnableMultiHeadAttn`.
@@ -6,12 +6,12 @@ kimiyoung/transformer-xl (commit 44781ed), pytorch/mem_transformer.py, `RelParti
     scores[h, i, j] = ((q_i + u_h) . k_j + (q_i + v_h) . (W_R R[i - j])_h) / sqrt(head_dim)
     R[d] = [sin(d w_0), sin(d w_1), ..., cos(d w_0), cos(d w_1), ...],  w_c = 10000^(-2c / model_dim)
 
-W_R (model_dim x model_dim), u and v (head_dim for each head) are trained, for each layer its own. They start at
-random: W_R as the model's projections do, u and v with standard deviation 0.02.
+W_R (model_dim x model_dim), u and v (head_dim for each head) are trained, separately in each layer. They start at
+random: W_R like the model's projections, u and v with standard deviation 0.02.
 
-Past the trained length: defined, with waves never seen in training; `clamp_distance` lets all distances from
-there on share one, as the authors evaluate. Differs from the paper: the recurrence, whose cached states of the
-segment before serve as keys, is not part of the position scheme and is left out.
+Past the trained length: defined, with waves never seen in training; with `clamp_distance` all larger distances
+count as that one, as in the authors' evaluation. Differs from the paper: its recurrence, in which cached states of
+the previous segment serve as keys, is not part of the position scheme and is left out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TransformerXLConfig:
 
     name: str = "transformer_xl"
     clamp_distance: int | None = None
-    """Distances from here on are taken for this one; null: none are."""
+    """Larger distances count as this one; null: no limit."""
 
     def __post_init__(self) -> None:
         require(

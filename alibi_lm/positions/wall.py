@@ -6,10 +6,10 @@ fla/ops/wall_attn/naive.py; it extends the forgetting transformer (Lin et al. 20
     scores[h, i, j] = sum_c q_ic k_jc f[j + 1, c] ... f[i, c] / sqrt(head_dim),  f[t] = sigmoid(weight x_t + 8)
 
 x_t is the layer's input; `weight` (model_dim x model_dim) and the bias, which starts at 8 (almost nothing is
-forgotten), are trained, for each layer its own. `scalar_gate` adds FoX's sum of logarithms of one gate per head.
+forgotten), are trained, separately in each layer. `scalar_gate` adds FoX's sum of logarithms of one gate per head.
 
-This is a reference without a fast path: `eager` alone serves it. Products of gates are taken relative to the first
-query of each block of 16, so that none overflows.
+This is a reference without a fast path: only `eager` serves it. Products of gates are computed relative to the
+first query of each block of 16, so that none overflows.
 
 Past the trained length: defined everywhere.
 Differs from the source: 1 / ln 2 is exact here, where the code has 8 digits of it.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from alibi_lm.positions.base import PositionScheme, PositionShape
 
 BLOCK = 16
-"""Queries that share a reference."""
+"""Number of queries that share a reference point."""
 START = 8.0
 
 
@@ -84,10 +84,10 @@ class Wall(PositionScheme):
             return scores
 
     def _block(self, q: Tensor, k: Tensor, total: Tensor, own: Tensor) -> Tensor:
-        """Products of up to BLOCK queries, whose own keys are numbers `own`, with all keys; 0 for later ones."""
+        """Products of up to BLOCK queries, whose own keys have indices `own`, with all keys; 0 for later keys."""
         first, end = int(own[0]), int(own[-1]) + 1
         of_query, start = total[:, :, own], total[:, :, first, None]
-        # Keys up to the first query: both factors are below 1, whatever the gates.
+        # Keys up to the first query: both factors are below 1 for any gates.
         faded_q = q * (of_query - start).exp().to(q.dtype)
         faded_k = k[:, :, : first + 1] * (start - total[:, :, : first + 1]).exp().to(q.dtype)
         between = (of_query[..., None, :] - total[:, :, None, first + 1 : end]).clamp_max(0).exp().to(q.dtype)

@@ -1,4 +1,4 @@
-"""xPos: rotary position embeddings whose products also decay with the distance, faster where they turn faster.
+"""xPos: rotary position embeddings whose products also decay with the distance, faster at high frequencies.
 
 Source: Sun et al. 2023, "A Length-Extrapolatable Transformer", arXiv 2212.10554, section 3.2; the authors' code is
 microsoft/torchscale (commit 4d1e0e8), torchscale/component/xpos_relative_position.py.
@@ -7,10 +7,10 @@ microsoft/torchscale (commit 4d1e0e8), torchscale/component/xpos_relative_positi
     k_p -> rotation of k_p by p * inv_freq, times zeta^((centre - p) / scale_base)
     inv_freq_k = 10000^(-2k / head_dim),  zeta_k = (2k / head_dim + 0.4) / 1.4,  pairs k = 0 .. head_dim / 2 - 1
 
-The product of a pair then carries zeta^((i - j) / scale_base), and the centre cancels. It keeps the powers within
-the range of floats: half the longest sequence to be served (`context_length`), where the authors' code takes half
-of the sequence at hand. So cached keys never change. Sequences of more than about 65,000 tokens (of 128 times
-scale_base) are refused: no centre keeps their powers within that range.
+The product of a pair then has the factor zeta^((i - j) / scale_base), and the centre cancels. The centre keeps the
+powers within the range of floats: it is half the longest sequence to be served (`context_length`), so that cached
+keys never change; the authors' code takes half of the current sequence. Sequences of more than about 65,000 tokens
+(128 times scale_base) are refused: no centre keeps their powers within that range.
 
 Past the trained length: defined, at angles never seen in training, with products that decay further. Differs from
 the paper: the paper also evaluates with blockwise attention, a window of half the trained length; this is the
@@ -39,7 +39,7 @@ class XposConfig:
 
     name: str = "xpos"
     scale_base: float = 512.0
-    """Tokens in which a product decays by its zeta, > 0."""
+    """Number of tokens in which a product decays by its zeta, > 0."""
 
     def __post_init__(self) -> None:
         require(self.scale_base > 0, f"position.scale_base = {self.scale_base}. Use a number above 0.")

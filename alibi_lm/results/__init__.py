@@ -1,1 +1,1 @@
-"""Result rows, sums per document, statistics and curves: plain numbers, no model and no torch."""
+"""Result rows, sums per document, statistics and curves: plain numbers, without models or torch."""

@@ -15,16 +15,16 @@ from pathlib import PurePath
 from alibi_lm.results.rows import ResultRow
 
 CACHE_SETTINGS = ("cache", "lost_share", "window", "sinks")
-"""Changes that say through which cache a split was streamed."""
+"""The changes in a row that say which cache a split was streamed through."""
 CHECKPOINT = "checkpoint"
-"""Among the changes of a row: `step:<number>`, a checkpoint from before the end of training."""
+"""Name of a change in rows; its value `step:<number>` is a checkpoint from before the end of training."""
 _HASH = re.compile(r"[0-9a-f]{6,}")
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
 
 
 @dataclass(frozen=True)
 class View:
-    """Rows that are comparable at all: same split, mode, stride, task and metric."""
+    """Rows that can be compared: same split, mode, stride, task and metric."""
 
     split: str
     mode: str
@@ -34,7 +34,7 @@ class View:
 
     @property
     def title(self) -> str:
-        """For people: `validation, sliding window with stride 32`."""
+        """In words: `validation, sliding window with stride 32`."""
         task = "" if self.task == "text" else f"task {self.task}, "
         if self.mode == "sliding":
             return f"{task}{self.split}, sliding window with stride {self.stride}"
@@ -49,7 +49,7 @@ class View:
 
 
 VALIDATION = View("validation", "nonoverlapping")
-"""What runs are first compared by."""
+"""The view in which runs are compared first."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class Curve:
     position: str
     train_length: int
     variant: str
-    """What tells it from others of its scheme and length, in words; empty for the experiment's own settings."""
+    """How it differs from others of its scheme and length, in words; empty for the experiment's own settings."""
     losses: dict[int, dict[str, float]] = field(default_factory=dict)
-    """inference_length -> run -> mean nats per token; of another metric than perplexity, its value."""
+    """inference_length -> run -> mean nats per token; for metrics other than perplexity, the value."""
     refused: dict[int, str] = field(default_factory=dict)
-    """inference_length -> why there is no value, of one run at least."""
+    """inference_length -> why at least one run has no value there."""
     seeds: dict[str, int | None] = field(default_factory=dict)
     """run -> seed."""
     metric: str = "perplexity"
     items: dict[int, int] = field(default_factory=dict)
-    """inference_length -> what each value is a mean over: tokens, or items of a task (not their questions)."""
+    """inference_length -> number of tokens, or of items of a task (not their questions), that values average."""
     streamed: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Like `losses`, of the whole split as one window: beside the view of nonoverlapping windows."""
+    """Like `losses`, for the whole split as one window; shown with the view of nonoverlapping windows."""
 
     @property
     def lengths(self) -> list[int]:
@@ -80,13 +80,13 @@ class Curve:
     def value(self, length: int) -> float:
         """The metric's mean over the runs.
 
-        Perplexity is that of the mean loss, which is the geometric mean of the runs' perplexities.
+        Perplexity is exp of the mean loss, which is the geometric mean of the runs' perplexities.
         """
         values = self.losses[length].values()
         return self.shown(math.fsum(values) / len(values))
 
     def shown(self, value: float) -> float:
-        """A number of `losses` as it is drawn."""
+        """Convert a number of `losses` to the drawn value."""
         return math.exp(value) if self.metric == "perplexity" else value
 
     def ratio(self, length: int) -> float | None:
@@ -125,10 +125,10 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
     Rows of checkpoints from before the end of training are left out, unless the view has no others.
 
     Args:
-        rows: of one experiment.
-        view: which of them.
-        recipes: run -> the words that tell its settings from those of the experiment, from
-            `alibi_lm.study.records.recipes`; a run that is not in it goes by its name.
+        rows: rows of one experiment.
+        view: selects among the rows.
+        recipes: run -> how its settings differ from the experiment's, in words, from
+            `alibi_lm.study.records.recipes`; a run that is not in it is known by its name.
     """
     chosen = [row for row in rows if row.run is not None and view_of(row) == view]
     chosen = [row for row in chosen if step_of(row) is None] or chosen
@@ -148,7 +148,7 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
         else:
             curve.losses.setdefault(row.inference_length, {})[row.run] = value
             curve.items[row.inference_length] = items_of(row)
-    # One point per run, whatever the cache: what it may lose is too little to see.
+    # One point per run, for any cache: what a cache may lose is too little to see.
     for row in rows if view.mode == "nonoverlapping" else []:
         length, loss, cache = row.inference_length, row.loss, row.changes.get("cache")
         if (
@@ -166,9 +166,9 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
 
 
 def by_byte(rows: Iterable[ResultRow], view: View) -> list[ResultRow]:
-    """The rows of a view in bits per byte, where models with different tokenizers read one text; else none.
+    """The rows of a view in bits per byte, if models with different tokenizers read one text; otherwise none.
 
-    A text that every model encodes in its own way has another hash for each of them, and as many bytes for all.
+    A text that models encode differently has a different hash for each model, but the same number of bytes.
     """
     own = [row for row in rows if replace(view_of(row), metric=view.metric) == view and row.metric == "perplexity"]
     if len({row.corpus for row in own if row.run}) < 2 or len({row.bytes for row in own}) != 1 or not own[0].bytes:
@@ -177,10 +177,10 @@ def by_byte(rows: Iterable[ResultRow], view: View) -> list[ResultRow]:
 
 
 def point_of(row: ResultRow) -> float | None:
-    """What a row adds to a curve: mean nats for perplexity, else the value; None where it measured nothing.
+    """A row's point on a curve: mean nats for perplexity, else the value; None if it measured nothing.
 
-    A row with a value and a reason is no measurement at its length (no window is full there, for example), unless
-    the reason is about its perplexity per word.
+    A row with a value and a reason is not a measurement at its length (no window is full there, for example),
+    unless the reason is about its perplexity per word.
     """
     about_words = row.words is not None and row.word_perplexity is None and row.metric == "perplexity"
     if row.value is None or (row.reason and not about_words):
@@ -189,15 +189,15 @@ def point_of(row: ResultRow) -> float | None:
 
 
 def items_of(row: ResultRow) -> int:
-    """What a value is a mean over that is independent: tokens, or items. Questions of one item go together."""
+    """How many independent units a value averages: tokens, or items. Questions of one item are not independent."""
     return int(row.extra.get("items") or row.n or row.tokens)
 
 
 def baselines(rows: Sequence[ResultRow], view: View) -> dict[str, float]:
     """Perplexity of each baseline on the view's texts, for example {'unigram': 700.0}.
 
-    A baseline uses no context, so its value holds for every length and mode. With several texts each has its own,
-    named by its text.
+    A baseline uses no context, so its value holds for every length and mode. With several texts each has its own
+    baseline, named after the text.
     """
     texts = text_names(row for row in rows if row.run is not None and view_of(row) == view)
     found = {}
@@ -227,10 +227,10 @@ def step_of(row: ResultRow) -> int | None:
 
 
 def variant_of(row: ResultRow, recipes: Mapping[str, str]) -> str:
-    """What tells a row's curve from others of its scheme and training length, in words.
+    """How a row's curve differs from others of its scheme and training length, in words.
 
-    Without a recipe at hand, runs are seeds of each other only when their names say so; a folder that the user
-    named differently is a variant of its own, because nothing vouches that its settings are the same.
+    Without a recipe, runs are seeds of each other only if their names say so; a folder that the user named
+    differently is a separate variant, because nothing shows that its settings are the same.
     """
     assert row.run is not None
     tested = ", ".join(
@@ -241,7 +241,7 @@ def variant_of(row: ResultRow, recipes: Mapping[str, str]) -> str:
 
 
 def _names_without_hashes(rows: Iterable[ResultRow]) -> dict[str, str]:
-    """Run -> `other settings` for runs whose name ends in a hash of settings, numbered where there are several."""
+    """Run -> `other settings` for runs whose name ends in a hash of settings, numbered if there are several."""
     hashes = {row.run: name for row in rows if row.run and _HASH.fullmatch(name := by_name(row))}
     known = sorted(set(hashes.values()))
     numbers = {name: f" #{known.index(name) + 1}" if len(known) > 1 else "" for name in known}
@@ -249,7 +249,7 @@ def _names_without_hashes(rows: Iterable[ResultRow]) -> dict[str, str]:
 
 
 def by_name(row: ResultRow) -> str:
-    """What a run's name says of its settings: nothing where it is the name that experiments give by default."""
+    """What a run's name says about its settings; empty if it is the default name in experiments."""
     assert row.run is not None
     name = PurePath(row.run).name
     match = _RUN_NAME.fullmatch(name)

@@ -1,8 +1,8 @@
-"""Sums of nats per document: what intervals and paired differences are made from.
+"""Sums of nats per document, from which intervals and paired differences are computed.
 
 `documents.jsonl` beside `results.jsonl` has a line for each result row with a value: the fields of the row's key,
-and for each document of the text the sum of its nats and the number of its targets, in stream order. It is enough
-for every interval, for anyone who has neither the weights nor the text.
+and for each document of the text the sum of its nats and the number of its targets, in stream order. Every
+interval can be computed from it, without the weights or the text.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class DocumentSums:
     """The documents of one result row.
 
     Attributes:
-        key: of the row.
+        key: the row's key.
         nats: (documents,) float64, sums in stream order.
-        tokens: (documents,) int64, targets of each.
+        tokens: (documents,) int64, number of targets in each.
     """
 
     key: RowKey
@@ -38,10 +38,10 @@ class DocumentSums:
 
 
 def read_documents(folder: str | os.PathLike[str]) -> dict[RowKey, DocumentSums]:
-    """The document sums beside a `results.jsonl`, by row key; none where the folder has no such file.
+    """The document sums beside a `results.jsonl`, by row key; none if the folder has no such file.
 
     Raises:
-        ValueError: the file is damaged; the message names it, and the line.
+        ValueError: the file is damaged; the message names it and the line.
     """
     path = Path(folder) / DOCUMENTS_FILE
     found: dict[RowKey, DocumentSums] = {}
@@ -69,10 +69,10 @@ def read_documents(folder: str | os.PathLike[str]) -> dict[RowKey, DocumentSums]
 def upsert_documents(path: str | os.PathLike[str], sums: Iterable[DocumentSums]) -> None:
     """Add sums to a `documents.jsonl`; those of the same key are replaced. Safe between processes.
 
-    The file is made when missing. Sums are kept to a millionth of a nat.
+    The file is created if missing. Sums are rounded to a millionth of a nat.
 
     Raises:
-        ValueError: the existing file is damaged (it is then left as it was).
+        ValueError: the existing file is damaged (it is then left unchanged).
     """
     file = Path(path)
     with locked(file):

@@ -1,8 +1,8 @@
 """Result rows: reading, checking and writing `results.jsonl` and `results.csv`.
 
-One row is one measurement of one run: what a task cost, or how well it went, at one inference length.
-Figures, tables, claims and reports are made from these rows alone, so they are checked when they are read
-and when they are written. No model is needed for that, nor torch.
+One row is one measurement of one run: its loss or accuracy on a task at one inference length.
+Figures, tables, claims and reports are made from these rows only, so rows are checked when they are read
+and when they are written. This needs neither a model nor torch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ KINDS: dict[str, tuple[Any, str]] = {
     "float": ((int, float), "a number"),
     "dict[str, Any]": (dict, "an object"),
 }
-"""What may stand in a field, by its annotation, and how messages call it."""
+"""The types that a field may have, by its annotation, and their names in messages."""
 
 
 class RowKey(NamedTuple):
-    """What makes two rows the same measurement."""
+    """Identifies a measurement: rows with equal keys are the same one."""
 
     run: str
-    """Name of the run folder; a baseline goes by its own name in angle brackets, `<unigram>`."""
+    """Name of the run folder; for a baseline its own name in angle brackets, `<unigram>`."""
     task: str
     metric: str
     inference_length: int | None
@@ -49,7 +49,7 @@ class RowKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One measurement: what was measured of which run, and its value. Fields are in the order of the file.
+    """One measurement: the run, what was measured, and its value. Fields are in the order of the file.
 
     Raises:
         ValueError: a field has the wrong type or range, or two fields contradict each other.
@@ -62,10 +62,10 @@ class ResultRow:
     train_length: int | None = None
     seed: int | None = None
     inference_length: int | None = None
-    """Tokens in a window; null only where there is no run (the unigram baseline)."""
+    """Tokens per window; null only for the unigram baseline."""
     mode: str
     """How the task gives targets their context: `nonoverlapping` or `sliding` windows of a token stream, `stream`
-    (all tokens before it), or `items`, each a sequence of its own."""
+    (all tokens before it), or `items`, which are separate sequences."""
     stride: int | None = None
     """Targets scored by each window in sliding mode; null otherwise."""
     split: str
@@ -73,13 +73,13 @@ class ResultRow:
     corpus: str | None = None
     """Hash of the token stream."""
     tokens: int
-    """Scored targets."""
+    """Number of scored targets."""
     words: int | None = None
     bytes: int | None = None
     nats: float | None = None
-    """Sum over the scored tokens; null where the scheme cannot run at this length."""
+    """Sum over the scored tokens; null if the scheme cannot run at this length."""
     perplexity: float | None = None
-    """exp(nats / tokens); null where nats are, or where it is too large for a number."""
+    """exp(nats / tokens); null if nats is null, or if it is too large for a float."""
     word_perplexity: float | None = None
     """exp(nats / words); null likewise."""
     tokens_per_second: float | None = None
@@ -90,23 +90,23 @@ class ResultRow:
     task: str = "text"
     """Name of the task, see alibi_lm/tasks."""
     metric: str = "perplexity"
-    """What `value` is."""
+    """Name of the metric that `value` is."""
     value: float | None = None
     """The result; for perplexity the same number as `perplexity`."""
     n: int | None = None
-    """What the value is a mean over: tokens for perplexity, items for accuracy."""
+    """How many things the value is a mean over: tokens for perplexity, items for accuracy."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings that were changed for the test, such as {"position.scaling": "yarn"}."""
     run_id: str | None = None
     """Identity of the run; null in rows of earlier versions."""
     folder: str | None = None
-    """The run folder, as it was given."""
+    """The run folder, as it was given to the command."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Fields beyond these, kept as they were."""
+    """Fields other than these, unchanged."""
 
     def __post_init__(self) -> None:
         if self.metric == "perplexity":
-            # The two are one number under two names; who makes a row names it once.
+            # These are one number under two names; whoever makes a row gives it once.
             object.__setattr__(self, "value", self.perplexity if self.value is None else self.value)
             object.__setattr__(self, "n", self.tokens if self.n is None else self.n)
         for item in fields(self):
@@ -126,7 +126,7 @@ class ResultRow:
         self._check_value()
 
     def _check(self, name: str, kind: str, optional: bool) -> None:
-        """Hold a field against its type, which is a key of KINDS, and against its range."""
+        """Check a field's type, given as a key of KINDS, and its range."""
         value, (kinds, words) = getattr(self, name), KINDS[kind]
         if value is None and optional:
             return
@@ -141,24 +141,24 @@ class ResultRow:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits that each byte of the text costs, one measure for all tokenizers; None where it is not known."""
+        """Bits per byte of the text, a measure independent of the tokenizer; None if it is not known."""
         return None if self.nats is None or not self.bytes else self.nats / math.log(2) / self.bytes
 
     @property
     def key(self) -> RowKey:
-        """What makes two rows the same measurement: the later one replaces the earlier one."""
+        """Identifies the measurement: a later row with the same key replaces an earlier one."""
         run = f"<{self.position}>" if self.run is None else self.run
         plain = (getattr(self, name) for name in RowKey._fields[1:-1])
         return RowKey._make([run, *plain, json.dumps(self.changes, sort_keys=True)])
 
     @property
     def loss(self) -> float | None:
-        """Mean nats per token, or None where the scheme could not run."""
+        """Mean nats per token, or None if the scheme could not run."""
         return None if self.nats is None else self.nats / self.tokens
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ResultRow:
-        """Build a row from a JSON object; fields it does not know go to `extra`.
+        """Build a row from a JSON object; unknown fields go to `extra`.
 
         Raises:
             ValueError: `values` is not an object, or is not a valid row.
@@ -208,8 +208,8 @@ REQUIRED = [item.name for item in fields(ResultRow) if item.default is item.defa
 def perplexity_of(nats: float, n: int) -> tuple[float | None, str | None]:
     """The perplexity exp(nats / n) and None, or None and the reason why there is none.
 
-    There is none where the sum is not finite, or the perplexity too large for a floating-point number (more than
-    about 709 nats each).
+    There is none if the sum is not finite, or the perplexity is too large for a float (more than about 709 nats
+    per target).
     """
     if not math.isfinite(nats):
         return None, f"the sum of nats is {nats}"
@@ -223,7 +223,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
     """Read and check a `results.jsonl`.
 
     Raises:
-        ValueError: the file does not exist, or a line is no valid row or repeats an evaluation; the message
+        ValueError: the file does not exist, or a line is not a valid row or repeats an evaluation; the message
             names the file and the line.
     """
     file = Path(path)
@@ -263,15 +263,15 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[
 
 
 def upsert_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Add rows to a `results.jsonl`, made when missing; a row of the same key is replaced. Safe between processes.
+    """Add rows to a `results.jsonl`, created if missing; replaces rows of the same key. Safe between processes.
 
-    So are all rows of an earlier run in the same folder: what it was trained to is gone.
+    All rows of an earlier run in the same folder are removed too: that run no longer exists.
 
     Returns:
         All rows now in the file, in its order.
 
     Raises:
-        ValueError: the existing file is no valid result file (it is then left as it was).
+        ValueError: the existing file is not a valid result file (it is then left unchanged).
     """
     file = Path(path)
     with locked(file):
@@ -286,11 +286,11 @@ def refuse_another_run(rows: Iterable[ResultRow], runs: Mapping[str, tuple[str |
     """Refuse to add rows of a run to those of another run with the same name in another folder.
 
     Args:
-        rows: those that are there.
+        rows: the existing rows.
         runs: identity and folder of the runs to be added, by name.
 
     Raises:
-        ValueError: naming both folders.
+        ValueError: there are such rows; the message names both folders.
     """
     for row in rows:
         run_id, folder = runs.get(str(row.run), (row.run_id, row.folder))
@@ -299,13 +299,13 @@ def refuse_another_run(rows: Iterable[ResultRow], runs: Mapping[str, tuple[str |
         if Path(row.folder).resolve() != Path(folder).resolve():
             raise ValueError(
                 f"the results have rows of {row.folder} ({row.run_id}), and {folder} ({run_id}) is another run of "
-                f"the same name, {row.run}. Evaluate it with an output_dir of its own, or rename its folder."
+                f"the same name, {row.run}. Evaluate it with another output_dir, or rename its folder."
             )
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a file that several processes read, change and replace; its folder is made when missing."""
+    """Lock a file that several processes read, change and replace; its folder is created if missing."""
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +321,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[ResultRow]) -> None:
     writer.writeheader()
     for row in sorted(rows, key=_order):
         cells = row.to_dict().items()
-        # None is written as nothing, and floats by repr, so with every digit.
+        # None is written as an empty cell, and floats by repr, with every digit.
         plain = {k: json.dumps(v, sort_keys=True) if isinstance(v, dict | list | bool) else v for k, v in cells}
         writer.writerow(plain)
     write_text(Path(path), out.getvalue())

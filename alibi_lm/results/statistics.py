@@ -1,8 +1,8 @@
 """Intervals and verdicts from sums of nats per document and seed.
 
 Documents are a sample of text, seeds a sample of training runs, and every seed scores the same documents:
-two crossed random factors. A mean loss therefore carries two errors. More text does not shrink the error from
-the seeds, and more seeds do not shrink the error from the documents. An interval here covers both.
+two crossed random factors. So a mean loss has two errors. More text does not reduce the error from the
+seeds, and more seeds do not reduce the error from the documents. The intervals here cover both.
 
 Formula, with a seeds s, D documents d, x_sd nats and t_d tokens:
     R_s  = sum_d x_sd / sum_d t_d            estimate = mean_s R_s
@@ -13,8 +13,8 @@ Formula, with a seeds s, D documents d, x_sd nats and t_d tokens:
     half width     = critical value(share of the seed part) * sqrt(seed part + document part)
 The seed part already holds the interaction of seeds with documents, hence the subtraction.
 
-Source: Behrens (1929) and Fisher (1935) for the critical value. docs/statistics.md has the reason for each term
-and the measured coverage; scripts/coverage.py measures it again.
+Source: Behrens (1929) and Fisher (1935) for the critical value. docs/statistics.md explains each term and has the
+measured coverage; scripts/coverage.py measures it again.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Interval:
     note: str
     """What was left out; empty otherwise."""
     seed_variance: float
-    """Between seeds (of their differences, where seeds are paired), in nats squared; 0 with one seed."""
+    """Variance between seeds (of their differences, if seeds are paired), in nats squared; 0 with one seed."""
     document_variance: float
-    """The documents' part of the squared error, which more seeds do not shrink."""
+    """The documents' part of the squared error, which more seeds do not reduce."""
     document_df: float
     """Degrees of freedom of that part."""
 
@@ -49,7 +49,7 @@ class Interval:
 class VarianceParts(NamedTuple):
     """An estimate and the parts of its squared error, from nats per token; arrays over the input's leading axes.
 
-    `documents_seen` is how far the documents scatter as observed, which still holds `interaction`.
+    `documents_seen` is the observed scatter of the documents, which still contains `interaction`.
     """
 
     estimate: np.ndarray
@@ -60,14 +60,14 @@ class VarianceParts(NamedTuple):
 
     @property
     def document(self) -> np.ndarray:
-        """What another sample of documents would change; at least 0."""
+        """The documents' part of the squared error, without the interaction; at least 0."""
         return np.maximum(self.documents_seen - self.interaction, 0)
 
 
 def per_document_sums(
     nats_per_token: np.ndarray, document_starts: np.ndarray, scored: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of nats and numbers of tokens per document, added in double precision.
+    """Sums of nats and numbers of tokens per document, summed in float64.
 
     Args:
         nats_per_token: (tokens,) float, of one seed, in stream order.
@@ -102,7 +102,7 @@ def variance_parts(nats: np.ndarray, tokens: np.ndarray) -> VarianceParts:
         tokens: (..., documents), positive; at least two documents.
 
     Returns:
-        Arrays of shape (...). With one seed, seed part and interaction cannot be seen and are 0.
+        Arrays of shape (...). With one seed, seed part and interaction cannot be estimated and are 0.
     """
     seeds = nats.shape[-2]
     total = tokens.sum(-1)
@@ -116,24 +116,24 @@ def variance_parts(nats: np.ndarray, tokens: np.ndarray) -> VarianceParts:
     if seeds > 1:
         interaction = ((errors - of_document[..., None, :]) ** 2).sum((-1, -2)) / (seeds * (seeds - 1))
         seed = rates.var(-1, ddof=1) / seeds
-    # Lengths can be so unequal that little more than one document counts; t needs a positive number.
+    # With very unequal lengths there is hardly more than one effective document; t needs a positive number.
     document_df = np.maximum(1 / (share**2).sum(-1) - 1, 0.5)
     return VarianceParts(rates.mean(-1), seed, seen, interaction, document_df)
 
 
 def critical_value(share: np.ndarray, seed_df: np.ndarray, document_df: np.ndarray, level: float) -> np.ndarray:
-    """What the standard error is multiplied by: the Behrens-Fisher value.
+    """The factor of the standard error in a half width: the Behrens-Fisher value.
 
     It is the quantile of sqrt(share) T_seed + sqrt(1 - share) T_document with T independent t variables.
 
     Args:
         share: seed part / (seed part + document part), in [0, 1]; any shape, as are the next two.
         seed_df: degrees of freedom of the seed part, positive.
-        document_df: of the document part.
-        level: two-sided, in (0, 1).
+        document_df: degrees of freedom of the document part.
+        level: two-sided level, in (0, 1).
     """
     share, seed_df, document_df = np.broadcast_arrays(share, seed_df, document_df)
-    # Whole degrees of freedom, rounded down (to the safe side), keep the number of tables small.
+    # Degrees of freedom are rounded down (to the safe side), so that few tables are needed.
     pairs = np.stack([seed_df, document_df], -1)
     pairs = np.where(pairs >= 1, np.floor(pairs), pairs)
     angle = np.arcsin(np.sqrt(share))
@@ -154,7 +154,7 @@ def _behrens_fisher(seed_df: float, document_df: float, upper: float) -> tuple[n
     if seed_df > document_df:
         swapped = _behrens_fisher(document_df, seed_df, upper)[1]
         return angles, swapped[::-1]
-    # Probability of a sum by quadrature over the part with the lighter tail, given the other's exact cdf.
+    # Probability of a sum by quadrature over the part with the lighter tail, with the exact cdf of the other.
     nodes, weights = np.polynomial.legendre.leggauss(200)
     lighter = stats.t.ppf((nodes + 1) / 2, document_df)
     sine, cosine = np.sin(angles[1:, None]), np.cos(angles[1:, None])
@@ -172,7 +172,7 @@ def mean_nats_interval(nats: np.ndarray, tokens: np.ndarray, level: float = 0.95
 
     Args:
         nats: (seeds, documents), sums of nats of the same documents under each seed.
-        tokens: (documents,), tokens in each sum. Documents without tokens are left out, which the note says.
+        tokens: (documents,), tokens in each sum. Documents without tokens are left out; the note says so.
         level: in (0, 1).
 
     Raises:
@@ -193,24 +193,24 @@ def paired_difference(
     level: float = 0.95,
     comparisons: int = 1,
 ) -> Interval:
-    """A minus B in mean nats per token, paired by document and, where it can be, by seed. Negative: A is better.
+    """A minus B in mean nats per token, paired by document and, if possible, by seed. Negative: A is better.
 
-    Seeds in common are paired when there are two or more, and the others left out: runs of one seed share their
-    data order, so pairing cannot mislead and mostly helps. Without two in common the seeds of A and of B are two
-    samples of their own. Documents are always paired.
+    If there are two or more common seeds, they are paired and the others left out: runs of one seed share their
+    data order, so pairing cannot mislead and mostly helps. Otherwise the seeds of A and of B are two independent
+    samples. Documents are always paired.
 
     Args:
         nats_a: (seeds of A, documents), sums of nats per document.
         nats_b: (seeds of B, documents), of the same documents.
         tokens: (documents,), the same for both.
         seeds_a: seed of each row of nats_a, all different.
-        seeds_b: of nats_b.
-        level: in (0, 1), of the whole family of `comparisons`.
-        comparisons: how many differences are judged together, usually the number of lengths asked; each interval
-            is then at level 1 - (1 - level) / comparisons (Bonferroni).
+        seeds_b: seed of each row of nats_b.
+        level: in (0, 1), level of the whole family of `comparisons`.
+        comparisons: how many differences are judged together, usually the number of lengths; each interval is then
+            at level 1 - (1 - level) / comparisons (Bonferroni).
 
     Raises:
-        ValueError: as `mean_nats_interval`; other documents in A and B.
+        ValueError: as `mean_nats_interval`; or A and B have different documents.
     """
     a, counts, note = _checked(nats_a, tokens, "nats_a")
     b, _, _ = _checked(nats_b, tokens, "nats_b")
@@ -224,7 +224,7 @@ def paired_difference(
         return _interval(parts, len(common), level, comparisons, note)
     note += "; seeds not paired: fewer than two in common"
     part_a, part_b = variance_parts(a, counts), variance_parts(b, counts)
-    # Documents: the mean over the seeds of each side, then the difference, so that what they share cancels.
+    # Documents: the mean over the seeds of each side, then the difference, so that common effects cancel.
     both = variance_parts((a.mean(0) - b.mean(0))[None], counts)
     parts = both._replace(seed=part_a.seed + part_b.seed, interaction=part_a.interaction + part_b.interaction)
     return _interval(parts, min(len(a), len(b)), level, comparisons, note)
@@ -233,29 +233,29 @@ def paired_difference(
 def seeds_to_settle(
     gap: float, seed_variance: float, document_variance: float, level: float = 0.95, document_df: float = 30.0
 ) -> int | None:
-    """An estimate of how many seeds would settle a difference, if it and the scatter are as seen so far.
+    """An estimate of how many seeds would settle a difference, if it and the scatter stay as observed.
 
-    With that many seeds about four of five such experiments have an interval that leaves out the bound: the least
-    a >= 2 with gap >= (critical value + z) * sqrt(seed_variance / a + document_variance), z the normal quantile of
-    0.8. Few seeds say little of their variance: take it as an order of magnitude.
+    With that many seeds about four of five such experiments have an interval that leaves out the bound: the
+    smallest a >= 2 with gap >= (critical value + z) * sqrt(seed_variance / a + document_variance), z the normal
+    quantile of 0.8. Few seeds say little about their variance, so take it as an order of magnitude.
 
     Source: the usual sample size for a power of 0.8, as in Cohen (1988), "Statistical Power Analysis for the
-    Behavioral Sciences", section 2.4, with the critical value of these intervals in place of Student's.
+    Behavioral Sciences", section 2.4, with the critical value of these intervals instead of Student's.
 
     Args:
         gap: distance between the estimate and the bound that it must clear, in nats; not negative.
-        seed_variance: between seeds, in nats squared.
-        document_variance: of the documents' part of the error, which more seeds do not shrink.
-        level: of each interval, in (0, 1).
+        seed_variance: variance between seeds, in nats squared.
+        document_variance: the documents' part of the squared error, which more seeds do not reduce.
+        level: level of each interval, in (0, 1).
         document_df: degrees of freedom of the documents' part, positive.
 
     Returns:
-        Seeds, 2 to 10,000; None where that many would not do.
+        Number of seeds, 2 to 10,000; None if that many are not enough.
     """
     from scipy import stats
 
     power = float(stats.norm.ppf(0.8))
-    # With ever more seeds the documents' part is all that is left.
+    # With many seeds only the documents' part is left.
     if gap < (float(stats.t.ppf((1 + level) / 2, document_df)) + power) * np.sqrt(document_variance):
         return None
 
@@ -294,15 +294,15 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
 
 
 def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float]:
-    """The 95% interval of a mean accuracy over seeds that were all asked the same items.
+    """The 95% interval of a mean accuracy over seeds that were all tested on the same items.
 
-    One seed: Wilson's, which says nothing of another training run. Several: the variance of the seeds' mean, and
-    that of a share of `items` independent ones, the most that the choice of the items can add. In the latter two
-    successes and two failures are added (Agresti and Coull 1998). The critical value is that of `critical_value`.
+    One seed: Wilson's, which says nothing about another training run. Several: the variance of the seeds' mean
+    plus that of a share of `items` independent ones, the most that the choice of items can add. For the latter two
+    successes and two failures are added (Agresti and Coull 1998). The critical value is `critical_value`.
 
     Args:
         shares: accuracy of each seed, in [0, 1].
-        items: of each, 2 or more; of items with several questions too, as the answers in an item go together.
+        items: number of items, 2 or more; not of questions, as the answers in an item are not independent.
     """
     mean = float(np.mean(shares))
     if len(shares) == 1:
@@ -319,13 +319,13 @@ def share_variance(share: float, items: int) -> float:
 
 
 def share_half_width(of_seeds: float, of_items: float, seeds: int, items: int, level: float = 0.95) -> float:
-    """Half of the interval of a mean share, or of a difference of two, from the parts of its squared error.
+    """Half width of the interval of a mean share, or of a difference of two, from the parts of its squared error.
 
     Args:
         of_seeds: variance of the seeds' mean; 0 with one seed.
-        of_items: from `share_variance`; of a difference the sum of both.
+        of_items: from `share_variance`; for a difference the sum of both.
         seeds: 1 or more.
-        items: of each seed, 2 or more.
+        items: number of items per seed, 2 or more.
         level: in (0, 1).
     """
     part, degrees = np.asarray(of_seeds / (of_seeds + of_items)), np.asarray(max(1.0, seeds - 1.0))

@@ -1,1 +1,1 @@
-"""Studies made from result files: figures, tables, the paper beside them, claims and reports."""
+"""What is made from result files: figures, tables, comparisons with the paper, claims and reports."""

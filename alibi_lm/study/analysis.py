@@ -23,17 +23,17 @@ from alibi_lm.study.style import label
 
 @dataclass(frozen=True)
 class ViewWords:
-    """What a view is called on its page, and what its points stand at."""
+    """The words of a view on its page: its title, notes, and the quantity that its points belong to."""
 
     title: str
     note: str
-    """Above the table."""
+    """Sentence above the table."""
     remark: str = ""
-    """Above the figure."""
+    """Sentence above the figure."""
     at: str = "length"
     x_label: str = "inference length in tokens, log axis"
     partial: bool = False
-    """Whether it scores a part of the targets, the same at every point."""
+    """Whether it scores only some of the targets, the same at every point."""
 
 
 def _views() -> dict[str, ViewWords]:
@@ -48,16 +48,16 @@ TERM_NAMES = {
     "keys_beyond": "keys further than L",
     "total": "total",
 }
-"""Parts of the decomposition, as people read them."""
+"""Names of the decomposition's parts on pages."""
 
 
 def perplexity(nats: float) -> float:
-    """Its exp, or that of 700 where it is too large for a number."""
+    """exp(nats), or exp(700) if that is too large for a float."""
     return math.exp(min(nats, 700))
 
 
 def times(nats: float) -> str:
-    """The factor of perplexity that a change of the loss is, for people, in three digits: `x1.00`, `x12.3`."""
+    """A change of the loss as a factor of perplexity, in three digits: `x1.00`, `x12.3`."""
     return f"x{perplexity(nats):#.3g}".rstrip(".")
 
 
@@ -74,22 +74,22 @@ class Series:
     tokens: int
     documents: int
     variant: str = ""
-    """What tells it from others of its scheme and length, in words; empty for the experiment's own settings."""
+    """How it differs from others of its scheme and length, in words; empty for the experiment's own settings."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings changed for the test."""
     note: str = ""
     """What the reader must know of it, such as why it has no intervals."""
     verdict: str = ""
-    """safe_length: what it says in words."""
+    """safe_length: the result in words."""
 
     @property
     def name(self) -> str:
-        """Name of the scheme, and of the variant where there is one."""
+        """Name of the scheme and, if there is one, of the variant."""
         return label(self.position, self.variant)
 
     @property
     def reason(self) -> str:
-        """The first reason why there is no value somewhere; empty where there is one everywhere."""
+        """The first reason for a missing value; empty if no value is missing."""
         return next((str(point["reason"]) for point in self.points if point.get("reason")), "")
 
 
@@ -139,18 +139,18 @@ class Analysis:
 
     @property
     def same_text(self) -> bool:
-        """Whether all curves are of the same text and tokenizer; only then can their levels be compared."""
+        """Whether all curves have the same text and tokenizer; only then can their levels be compared."""
         return len({s.corpus for s in self.series}) == 1
 
 
 def context_words(point: Mapping[str, Any]) -> str:
-    """What `effective_context` found, in words."""
+    """The result of `effective_context`, in words."""
     found = [f for f in (point.get("numbers") or {}).get("receptive_field", {}).values() if f is not None]
     return f"effective {point['effective']}" + (f", field {median(found):g}" if found else "")
 
 
 def read_analysis(path: str | Path) -> Analysis:
-    """Read `<view>.json`; run folders near it tell how curves of one scheme and training length differ.
+    """Read `<view>.json`; run folders near it say how curves of one scheme and training length differ.
 
     Raises:
         ValueError: no such file, or not one of ours.
@@ -164,14 +164,14 @@ def read_analysis(path: str | Path) -> Analysis:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Run scripts/analyse.py first.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no analysis ({error!r}). Run scripts/analyse.py again.") from None
+        raise ValueError(f"{path} is not an analysis file ({error!r}). Run scripts/analyse.py again.") from None
     if found.view not in VIEWS or not found.series:
         raise ValueError(f"{path}: view = {found.view!r} with {len(found.series)} curves cannot be shown.")
     return found
 
 
 def _tell_apart(series: Sequence[Series], folder: Path, corpora: Mapping[str, str]) -> list[Series]:
-    """Variants in words, where a scheme and training length occur twice or were changed for the test."""
+    """Name the variants of a scheme and training length that occur twice or were changed for the test."""
     rows = [_row(one) for one in series]
     words = recipes(rows, find_records(rows, folder))
     counts = Counter((s.position, s.train_length) for s in series)
@@ -189,7 +189,7 @@ def _tell_apart(series: Sequence[Series], folder: Path, corpora: Mapping[str, st
 
 
 def _row(series: Series) -> ResultRow:
-    """What a series says of its first run, as a row without a value."""
+    """A row without a value that describes the first run of a series."""
     seed = re.search(r"_s(\d+)", series.runs[0])
     return ResultRow(
         **{name: getattr(series, name) for name in ("position", "train_length", "tokens", "corpus", "changes")},

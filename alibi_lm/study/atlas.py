@@ -25,15 +25,15 @@ from alibi_lm.study.tables import provenance
 from alibi_lm.study.view_panels import decomposition_panel
 
 FACTORS = (1, 2, 8)
-"""Inference lengths, in training lengths, at which schemes are judged."""
+"""Inference lengths at which schemes are judged, as multiples of the training length."""
 FAR = max(FACTORS)
 RIVALS = ("alibi", "rotary")
 FLAT = 1.01
-"""Perplexity at 8 L over that at L up to which a scheme is said to extrapolate."""
+"""A scheme is said to extrapolate if its perplexity at 8 L over that at L is at most this."""
 STANDINGS = {"HOLDS": "extrapolates", "NOT SETTLED": "not settled", "FAILS": "does not", "NOT RUN": "ends at L"}
-"""Verdict on "at 8 L it is at most 1% worse than at L" -> how it is told; in the order of the page."""
+"""Verdict on "at 8 L it is at most 1% worse than at L" -> its words on the page, in the page's order."""
 NEAR_BEST = 0.01
-"""A context whose perplexity is at most this share above the best one's is long enough."""
+"""A context is long enough if its perplexity is at most this share above the best one's."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Entry:
     curve: Curve
     card: Mapping[str, Any]
     standing: str
-    """One of STANDINGS's words."""
+    """One of the values of STANDINGS."""
     answers: Mapping[tuple[str, int], tuple[str, Measured | None]]
     """Rival and multiple of L -> whether this scheme is better (YES, NO, NOT SETTLED, NOT RUN), and the ratio."""
     times: Mapping[str, float | None]
-    """`train`, `evaluate`: processor time per token (of a training pass, of a forward pass at 8 L) over that
+    """`train`, `evaluate`: processor time per token (training pass; forward pass at 8 L) relative to the scheme
     without positions."""
     context: int | None
     """Shortest context whose perplexity is within 1% of the best."""
@@ -55,7 +55,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the scheme on the page."""
         return label(self.curve.position, self.curve.variant)
 
     def value(self, factor: int) -> float | None:
@@ -69,7 +69,7 @@ def write_atlas(folder: Path, target: Path) -> list[Path]:
 
     Args:
         folder: holds `results.jsonl` and `cards.json`.
-        target: made where missing; pictures of schemes that are gone are removed.
+        target: created if missing; pictures of schemes that no longer exist are removed.
 
     Raises:
         ValueError: no or damaged results, or no cards.
@@ -99,7 +99,7 @@ def read_cards(path: Path) -> list[dict[str, Any]]:
     """The cards of the schemes.
 
     Raises:
-        ValueError: no such file, or none of ours.
+        ValueError: no such file, or not one of ours.
     """
     try:
         return [dict(card) for card in read_json(path)["cards"]]
@@ -110,7 +110,7 @@ def read_cards(path: Path) -> list[dict[str, Any]]:
 
 
 def entries_of(evidence: Evidence, cards: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """The schemes at the most frequent training length: first those that extrapolate, by perplexity at 8 L."""
+    """The schemes at the most frequent training length; those that extrapolate first, by perplexity at 8 L."""
     rows = [row for row in evidence.rows if row.run is not None and view_of(row) == VALIDATION and not row.changes]
     found = [curve for curve in curves(rows, VALIDATION, evidence.words) if curve.losses]
     length = Counter(curve.train_length for curve in found).most_common(1)[0][0]
@@ -162,7 +162,7 @@ def _context(fixed: Series | None) -> int | None:
 
 
 def _panel(entry: Entry, entries: Sequence[Entry]) -> Panel:
-    """A curve among all others, which are grey; its band goes from the lowest to the highest seed."""
+    """A curve in front of all others in grey; its band goes from the lowest to the highest seed."""
     curve, ratio = entry.curve, entry.curve.ratio(FAR * entry.curve.train_length)
     runs = [[curve.shown(v) for v in curve.losses[n].values()] for n in curve.lengths]
     line = replace(
@@ -181,7 +181,7 @@ def _line(curve: Curve) -> Line:
 
 
 def card_figure(entry: Entry, entries: Sequence[Entry]) -> Any:
-    """Its curve among all others, and why its loss changes beyond L where that was measured."""
+    """A scheme's curve in front of all others and, if measured, why its loss changes beyond L."""
     cells: list[Cell] = [_panel(entry, entries)]
     remarks = ["Its band goes from the lowest to the highest seed; grey: all other schemes."]
     if entry.parts is not None:
@@ -272,7 +272,7 @@ def _parameters(card: Mapping[str, Any]) -> str:
 
 
 def _field(reach: Sequence[int] | None, train_length: int) -> str:
-    """In words, of the shortest and the longest head."""
+    """The receptive field of the heads with the shortest and the longest reach, in words."""
     if reach is None:
         return "no bias by distance"
     shown = [f"{n:,}" if n < 32 * train_length else "no limit" for n in reach]

@@ -1,4 +1,4 @@
-"""The table of changes for a test: changes down, inference lengths across, from rows alone."""
+"""The table of test-time changes, made from rows only: one line per change, one column per inference length."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from alibi_lm.study.records import shortened
 from alibi_lm.study.style import label
 
 Cell = list[ResultRow]
-"""Rows of one change at one length: one for each seed."""
+"""Rows of one change at one length, one for each seed."""
 
 
 def change_tables(rows: Sequence[ResultRow], documents: Mapping[RowKey, DocumentSums]) -> str:
     """Markdown with one table for each trained model, its seeds together.
 
     Args:
-        rows: those of scripts/test_time.py; others are left out.
+        rows: rows of scripts/test_time.py; others are ignored.
         documents: sums per document of these rows.
     """
     models: dict[tuple[str, str, str | None], dict[str, dict[int, Cell]]] = {}
@@ -77,13 +77,13 @@ def _table(changes: Mapping[str, Mapping[int, Cell]], documents: Mapping[RowKey,
 
 
 def _loss(cell: Cell) -> float:
-    """The mean over the seeds; infinite where one has no value."""
+    """The mean loss over the seeds; infinite if one has no value."""
     losses = [math.inf if row.loss is None else row.loss for row in cell]
     return math.fsum(losses) / len(losses) if losses else math.inf
 
 
 def _value(row: ResultRow) -> str:
-    """The number that was tuned."""
+    """The tuned value, as text."""
     (number,) = (v for k, v in row.changes.items() if k != CHECKPOINT and not k.endswith((".name", ".scaling")))
     return f"{number:.3g}"
 

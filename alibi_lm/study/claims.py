@@ -26,8 +26,8 @@ NUMBERS_NOTE = (
     "One seed says nothing about another training run: a comparison of two schemes is then not settled, and a "
     "scheme compared with itself is judged for that seed alone. Accuracies: left minus right, or the value of one "
     "side, over all seeds and the items. Numbers of views: the mean over seeds, or the ratio of two lengths, with "
-    "the interval over seeds. How many seeds would settle a claim is estimated from the few that there are, if "
-    "mean and scatter stay as they are."
+    "the interval over seeds. How many seeds would settle a claim is an estimate from few seeds that assumes the "
+    "same mean and scatter."
 )
 
 
@@ -42,7 +42,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim and what the results say about it."""
+    """A claim and its verdict."""
 
     claim: Claim
     verdict: Verdict
@@ -52,7 +52,7 @@ class Judged:
 
     @property
     def line(self) -> str:
-        """For a terminal."""
+        """The verdict as one line for a terminal."""
         numbers = "; ".join(f"{i.what}: {i.numbers}" for i in self.instances[:4])
         more = f"; and {len(self.instances) - 4} more" if len(self.instances) > 4 else ""
         tail = " -- ".join(part for part in (numbers + more, self.note) if part)
@@ -60,14 +60,14 @@ class Judged:
 
 
 Found = tuple[str, Sample | Measured, Sample | None]
-"""One thing that a claim is about: in words, and what both sides measured (or the interval already made)."""
+"""One case of a claim: its words, and what both sides measured (or the finished interval)."""
 
 
 def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, list[Judged]]:
     """Judge every claim of the paper: title of a group -> its claims.
 
-    `min_seeds` overrides what each claim asks for; with 1, comparisons of single runs get a verdict, which is then
-    about these runs and not about the schemes.
+    `min_seeds` overrides the number that each claim needs; with 1, comparisons of single runs get a verdict, which
+    is then about these runs, not about the schemes.
     """
     return {
         title: [judge_claim(claim, evidence, min_seeds) for claim in group]
@@ -103,7 +103,7 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
     missing = found[claim.id][1]
     if not instances:
         return Judged(claim, verdict, [], missing)
-    # A claim about certain lengths, or about all, is not confirmed at those that were left out.
+    # A claim about certain lengths, or about all, is not confirmed if some of them were left out.
     note = f"not run: {missing}" if missing and claim.train_lengths else ""
     if len({one.what.partition(",")[0] for one in instances}) < claim.min_lengths:
         note = f"{claim.min_lengths} training lengths needed"
@@ -111,7 +111,7 @@ def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) 
 
 
 def _find(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
-    """All that a claim is about, or why there is nothing."""
+    """All cases of a claim, or why there is none."""
     assert claim.left is not None
     if claim.left.view:
         return _of_view(claim, evidence, claim.left.view)
@@ -157,7 +157,7 @@ def claims_page(judged: Mapping[str, Sequence[Judged]], evidence: Evidence) -> l
 
 
 def _pairs(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
-    """The rows that the claim is about, or why there are none."""
+    """The cases of a claim about result rows, or why there are none."""
     assert claim.left is not None
     sides = [side for side in (claim.left, claim.right) if side is not None]
     found: list[Found] = []
@@ -213,13 +213,13 @@ def _has_values(rows: Sequence[ResultRow]) -> bool:
 
 
 def _at(side: Side, length: int, rows: Sequence[ResultRow]) -> list[int]:
-    """Inference lengths that a side means: those with values, else those that were refused."""
+    """The inference lengths of a side: those with values, else those that were refused."""
     usable = [row.inference_length or 0 for row in rows if point_of(row) is not None]
     return side.lengths(length, usable) or side.lengths(length, [row.inference_length or 0 for row in rows])
 
 
 def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow], str]:
-    """Rows of the runs that a side means where L is `length`; none, and why, where it means no one set of runs."""
+    """Rows of the runs that a side means if L is `length`; none, and why, if that is not a single set of runs."""
     train = side.train * length
     mode = "items" if side.task != "text" else "nonoverlapping" if side.stride is None else "sliding"
     view = View(side.split, mode, side.stride, side.task, side.metric)
@@ -241,7 +241,7 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
         return [], f"no {what}{settings}, {view.title}"
     found = curves(rows, view, evidence.words)
     if len(found) > 1:
-        # Runs with the experiment's own settings are meant, unless the claim says which.
+        # Runs with the experiment's own settings are meant, unless the claim names others.
         variants = ", ".join(sorted(curve.variant or "as in the experiment" for curve in found))
         own = {run for curve in found if evidence.is_own(curve) for run in curve.seeds}
         rows = [row for row in rows if row.run in own]
@@ -251,9 +251,9 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
 
 
 def _far(row: ResultRow) -> ResultRow | None:
-    """The row of those needles alone that stand further than the training length from the question, if any do.
+    """The row of only those needles that are further than the training length from the question, if there are any.
 
-    A needle at depth d of n tokens stands (1 - d) n before the end.
+    A needle at depth d in n tokens is (1 - d) n tokens before the end.
     """
     shares, length = row.extra.get("by_part"), row.inference_length or 0
     if not shares or row.train_length is None or row.n is None:
@@ -263,7 +263,7 @@ def _far(row: ResultRow) -> ResultRow | None:
 
 
 def _of_view(claim: Claim, evidence: Evidence, view: str) -> tuple[list[Found], str]:
-    """What a view of some curves says, at the lengths (contexts, distances) that the left side means."""
+    """The cases of a claim about a view, at the lengths (contexts, distances) that the left side means."""
     assert claim.left is not None
     found: list[Found] = []
     reasons = []
@@ -300,11 +300,11 @@ _WORDS = {
     "repeat": "at a distance of {n}",
     "effective_context": "all contexts",
 }
-"""How the points of a view are told."""
+"""How the points of a view are described."""
 
 
 def _value(claim: Claim, series: Series, point: Mapping[str, Any], view: str) -> Sample | Measured | None:
-    """What a point says to a claim: a change of the loss, or a number by run; None where it has none."""
+    """The value of a point for a claim: a change of the loss, or a number by run; None if it has none."""
     assert claim.left is not None
     name, _, per_length = claim.left.number.partition("/")
     if view == "fixed":
@@ -319,7 +319,7 @@ def _value(claim: Claim, series: Series, point: Mapping[str, Any], view: str) ->
 
 
 def _change(series: Series, change: Mapping[str, Any]) -> Sample | Measured:
-    """A change of the loss of an analysis: by seed and document; of earlier versions the interval alone."""
+    """A change of the loss of an analysis, by seed and document; from earlier versions only the interval."""
     if own := change.get("by_document"):
         nats, tokens = np.array(own["nats"]), np.array(own["tokens"])
         means = dict(zip(series.runs, (nats.sum(1) / tokens.sum()).tolist(), strict=True))
@@ -334,8 +334,8 @@ def _judge_equal_time(claim: Claim, evidence: Evidence, needed: int) -> Judged:
     """Left against right after equal training time, as in Table 11 of the paper; equal updates are Table 12.
 
     The benchmark says how many times as fast left trains. Left wins if it is better with no more time than right
-    had, and loses if right is better with no more time than left had: of each side the end of its training, or the
-    last checkpoint within the other's time, stands for it. Between the two nothing is settled.
+    had, and loses if right is better with no more time than left had; each side is represented by the end of its
+    training or by the last checkpoint within the other's time. Otherwise nothing is settled.
     """
     left, right = claim.left, claim.right
     assert left is not None and right is not None
@@ -364,7 +364,7 @@ def _judge_equal_time(claim: Claim, evidence: Evidence, needed: int) -> Judged:
 
 
 def _speeds(bench: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[Any, ...], dict[tuple[Any, Any], float]]:
-    """Of our own code: device, dtype, backend and whether compiled -> scheme and length -> value."""
+    """Values of our own code: device, dtype, backend and whether compiled -> scheme and length -> value."""
     found: dict[tuple[Any, ...], dict[tuple[Any, Any], float]] = {}
     for row in bench:
         value = row.get(name)

@@ -1,4 +1,4 @@
-"""The study's commands: their settings, and what each does with them. All read files only."""
+"""The study's commands and their settings. All of them only read result files."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from alibi_lm.study.report import write_report
 
 @dataclass
 class StudyConfig:
-    """What all study commands share: which results."""
+    """Which results to use; shared by all study commands."""
 
     experiment: str = "quick"
-    """The experiment; its results lie in outputs/<experiment>/extrapolation."""
+    """The experiment; its results are in outputs/<experiment>/extrapolation."""
     folder: str | None = None
-    """The folder that holds results.jsonl, in place of an experiment's."""
+    """The folder that holds results.jsonl, instead of an experiment's."""
 
     @property
     def results(self) -> Path:
-        """The folder that holds `results.jsonl`; ValueError where there is none."""
+        """The folder that holds `results.jsonl`; ValueError if there is none."""
         folder = Path(self.folder or Path("outputs") / self.experiment / "extrapolation")
         how = "" if self.folder else f"; make eval-extrapolation EXPERIMENT={self.experiment} writes it"
         file = folder / "results.jsonl"
@@ -46,7 +46,7 @@ class FiguresConfig(StudyConfig):
     """Settings of `scripts/figures.py`."""
 
     paper: bool = False
-    """Dot the paper's curves beside ours, where it has the same scheme and training length."""
+    """Draw the paper's curves as dotted lines, where it has the same scheme and training length."""
     strict: bool = False
     """Refuse to draw runs that differ in more than the scheme."""
 
@@ -64,12 +64,12 @@ class ClaimsConfig(StudyConfig):
     bench: str | None = None
     """Rows of the benchmark; null: those published with the results, else outputs/bench/results.jsonl."""
     min_seeds: int = 0
-    """Seeds from which a claim gets a verdict; 0: what each claim asks for."""
+    """Number of seeds from which a claim gets a verdict; 0: the number that each claim needs."""
 
 
 def claims(config: ClaimsConfig) -> None:
     """Print a line per claim and write claims.md; the exit status does not depend on the verdicts."""
-    require(config.min_seeds >= 0, f"min_seeds = {config.min_seeds}. Use 0 for what each claim asks, or a number.")
+    require(config.min_seeds >= 0, f"min_seeds = {config.min_seeds}. Use 0 for each claim's own, or a number.")
     folder = config.results
     evidence = read_evidence(folder, _path(config.bench))
     judged = judge_claims(evidence, config.min_seeds or None)
@@ -88,9 +88,9 @@ class ComparePaperConfig(StudyConfig):
     """Settings of `scripts/compare_paper.py`."""
 
     near: float = 0.0
-    """Share by which an inference length of the paper may differ from ours, 0 to 0.1."""
+    """Relative difference allowed between an inference length of the paper and ours, 0 to 0.1."""
     draw: bool = False
-    """Redraw the figures with the paper's curves dotted."""
+    """Redraw the figures with the paper's curves as dotted lines."""
 
 
 def compare_paper(config: ComparePaperConfig) -> None:
@@ -109,14 +109,14 @@ class CompareRunsConfig(StudyConfig):
     """Settings of `scripts/compare_runs.py`."""
 
     a: str = MISSING
-    """A run's name, or a glob of its seeds, such as 'alibi_L64_s*'."""
+    """Side A: a run's name, or a glob of its seeds, such as 'alibi_L64_s*'."""
     b: str = MISSING
-    """The same, of what it is compared with."""
+    """Side B, likewise."""
     lengths: list[int] = field(default_factory=list)
-    """Inference lengths; empty: all that both have."""
+    """Inference lengths; empty: all that both sides have."""
     split: str = "validation"
     mode: str | None = None
-    """nonoverlapping, sliding or items; null: sliding where a stride is given."""
+    """nonoverlapping, sliding or items; null: sliding if a stride is given."""
     stride: int | None = None
     task: str = "text"
     metric: str = "perplexity"
@@ -125,7 +125,7 @@ class CompareRunsConfig(StudyConfig):
 
 
 def compare_runs(config: CompareRunsConfig) -> None:
-    """Print whether A is better than B, a line per inference length."""
+    """Print whether A is better than B, one line per inference length."""
     require(
         all(n > 0 for n in config.lengths), f"lengths = {config.lengths}. Use whole numbers such as '[64,128]'."
     )
@@ -151,7 +151,7 @@ class ReportConfig(StudyConfig):
     """Settings of `scripts/report.py`."""
 
     bench: str | None = None
-    """As in `scripts/claims.py`."""
+    """Rows of the benchmark; null: as in scripts/claims.py."""
 
 
 def report(config: ReportConfig) -> None:
@@ -165,11 +165,11 @@ class AtlasConfig(StudyConfig):
 
     experiment: str = "atlas"
     target: str = "docs/atlas"
-    """The folder to write."""
+    """The folder to write into."""
 
 
 def atlas(config: AtlasConfig) -> None:
-    """Write the atlas and print the paths of its two forms."""
+    """Write the atlas as HTML and Markdown, and print both paths."""
     for path in write_atlas(config.results, Path(config.target))[:2]:
         print(path)
 
@@ -179,13 +179,13 @@ class PublishConfig(StudyConfig):
     """Settings of `scripts/publish.py`."""
 
     target: str | None = None
-    """Where to; null: docs/results/<experiment>."""
+    """The folder to write; null: docs/results/<experiment>."""
     bench: str | None = None
-    """A benchmark's rows, published with the results."""
+    """Rows of a benchmark to publish with the results."""
 
 
 def publish_results(config: PublishConfig) -> None:
-    """Copy results, without weights, to a folder to commit, and print its size."""
+    """Copy results without weights to a folder that can be committed, and print its size."""
     target = Path(config.target or Path("docs") / "results" / config.experiment)
     written = publish(config.results, target, _path(config.bench))
     size = sum(path.stat().st_size for path in written)

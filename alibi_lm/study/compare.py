@@ -1,8 +1,8 @@
 """Whether a difference between two sets of runs is settled: the interval around it, and the answer.
 
-Everything is left minus right: in mean nats per token, whose exp is the factor of perplexity, or in the metric
-itself. With document sums at hand the interval is over seeds and documents, else over seeds alone (a t test, and
-then for this text only). The one judgement "is A better than B" is made here, for claims and `compare_runs.py`.
+Everything is left minus right: in mean nats per token, whose exp is the ratio of perplexities, or in the metric
+itself. If there are sums per document, the interval is over seeds and documents, else over seeds only (a t test,
+which is about this text only). Claims and `compare_runs.py` both judge "is A better than B" here.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Measured:
     low: float | None
     high: float | None
     seeds: int
-    """Seeds on the side that has fewer, or of the pairs."""
+    """Number of seeds on the side that has fewer, or of pairs."""
     over: str
-    """What the interval is over, in words; where there is none, why."""
+    """What the interval is over, in words, or why there is none."""
     seed_variance: float = 0.0
     document_variance: float = 0.0
     document_df: float = 30.0
@@ -58,12 +58,12 @@ class Measured:
 
     @property
     def logs(self) -> bool:
-        """Whether it is the logarithm of a ratio."""
+        """Whether the values are logarithms of a ratio."""
         return self.metric in ("perplexity", "ratio")
 
     @property
     def ratio(self) -> str:
-        """For people: `1.950 [1.902, 1.999]`, perplexity left over right; of other metrics left minus right."""
+        """As text: `1.950 [1.902, 1.999]`, perplexity left over right; for other metrics left minus right."""
 
         def show(value: float) -> str:
             return f"{_exp(value):.3f}" if self.logs else f"{value:+.3f}"
@@ -75,28 +75,28 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the runs of one side measured, and where it is at hand, on which document."""
+    """What the runs of one side measured, by document if that is known."""
 
     values: dict[Any, float]
     """Seed (the run, where a seed is unknown or comes twice) -> mean nats per token, or value of the metric."""
     nats: np.ndarray | None = None
-    """(seeds, documents), sums of nats in the order of `values`."""
+    """(seeds, documents), sums of nats, with seeds in the order of `values`."""
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """(documents,); empty where there are no sums."""
+    """(documents,), numbers of targets; empty if there are no sums."""
     why: str = ""
     """Why there are no sums per document."""
     metric: str = "perplexity"
-    """`perplexity` and `ratio`: the values are logarithms; else `accuracy`, or `number` for that of a view."""
+    """`perplexity` or `ratio`, whose values are logarithms; `accuracy`; or `number`, a view's."""
     items: int = 0
-    """Of accuracies: what each is a share of."""
+    """For accuracies: the number of items that each is a share of."""
 
     @property
     def seeds(self) -> list[Any]:
-        """Of the runs."""
+        """The seeds of the runs."""
         return list(self.values)
 
     def minus(self, other: Sample) -> Sample:
-        """The difference within each seed that both have, such as a scheme against itself at another length."""
+        """The difference within each common seed, such as a scheme against itself at another length."""
         seeds = [seed for seed in self.values if seed in other.values]
         found = replace(self, values={seed: self.values[seed] - other.values[seed] for seed in seeds})
         if self.nats is None or other.nats is None or not np.array_equal(self.tokens, other.tokens):
@@ -113,7 +113,7 @@ def sample(rows: Sequence[ResultRow], documents: Mapping[RowKey, DocumentSums]) 
 
     Args:
         rows: with values, one per seed, of one metric and length.
-        documents: sums by row key, where there are any.
+        documents: sums by row key, if there are any.
     """
     seeds = [row.seed for row in rows]
     unique = None not in seeds and len(set(seeds)) == len(seeds)
@@ -133,12 +133,12 @@ def sample(rows: Sequence[ResultRow], documents: Mapping[RowKey, DocumentSums]) 
 
 
 def measure(left: Sample, right: Sample | None, comparisons: int = 1) -> Measured:
-    """Left minus right (nothing: against 0), in mean nats per token (for other metrics: in the metric).
+    """Left minus right (None: minus 0), in mean nats per token (for other metrics: in the metric).
 
     Args:
-        left: by seed.
+        left: values by seed.
         right: likewise; runs of the same seed are paired.
-        comparisons: how many differences are judged together (each interval is widened for it).
+        comparisons: how many differences are judged together (each interval is widened accordingly).
     """
     if left.metric == "accuracy":
         return _over_seeds(left, right, comparisons)
@@ -147,13 +147,13 @@ def measure(left: Sample, right: Sample | None, comparisons: int = 1) -> Measure
 
 
 def judge(measured: Measured, relation: Relation, bound: float, min_seeds: int) -> Verdict:
-    """The verdict on "left over right (of other metrics left minus right) is `relation` `bound`".
+    """The verdict on "left over right (for other metrics left minus right) is `relation` `bound`".
 
     Args:
         measured: the difference, in nats or in the metric.
-        relation: `below`, `above` or `within` (between 1 / bound and bound; of a difference -bound and bound).
-        bound: of the ratio, positive, and above 1 for `within`; of other metrics, of the difference.
-        min_seeds: with fewer nothing is settled.
+        relation: `below`, `above` or `within` (between 1 / bound and bound; for a difference, -bound and bound).
+        bound: bound on the ratio, positive, and above 1 for `within`; for other metrics, on the difference.
+        min_seeds: with fewer seeds nothing is settled.
     """
     if measured.seeds < min_seeds:
         return "NOT SETTLED"
@@ -179,9 +179,9 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def power_note(measured: Measured, relation: Relation, bound: float) -> str:
-    """How many seeds would settle it, in words; an estimate from the scatter of the seeds that there are.
+    """How many seeds would settle it, in words; an estimate from the scatter of the available seeds.
 
-    Where the documents alone leave it open, so does any number of seeds: then how much more text it takes too.
+    If the documents alone leave it open, no number of seeds settles it: then it also says how much text is needed.
     """
     if measured.seeds < 2 or measured.low is None:
         return "needs 2 seeds or more to see how seeds differ"
@@ -193,7 +193,7 @@ def power_note(measured: Measured, relation: Relation, bound: float) -> str:
         of_documents = measured.document_variance / text, level, measured.document_df * text
         seeds = seeds_to_settle(gap, measured.seed_variance, *of_documents)
         if seeds is not None:
-            # With the seeds at hand an estimate of no more than these would say that it is settled already.
+            # An estimate of no more than the present seeds would say that it is settled already.
             seeds = max(seeds, measured.seeds + (text == 1))
             more = (
                 f" and {text} times the {'items' if measured.metric == 'accuracy' else 'text'}" if text > 1 else ""
@@ -208,7 +208,7 @@ def is_better(
     documents: Mapping[RowKey, DocumentSums],
     lengths: Sequence[int],
 ) -> list[str]:
-    """Whether A is better than B at each inference length, all judged together (intervals are widened for it).
+    """Whether A is better than B at each inference length, all judged together (intervals are widened for that).
 
     Args:
         a: rows of A's runs, from `select`.
@@ -243,7 +243,7 @@ def answer_at(
     length: int,
     comparisons: int,
 ) -> tuple[str, Measured | None, str]:
-    """The answer at one length, the difference A minus B, and what the reader must know beside it."""
+    """The answer at one length, the difference A minus B, and a note for the reader."""
     sides = [[row for row in side if row.inference_length == length] for side in (a, b)]
     for side, name in zip(sides, "AB", strict=True):
         refused = [row.reason for row in side if point_of(row) is None] if side else ["not evaluated there"]
@@ -261,7 +261,7 @@ def answer_at(
 
 
 def _better(measured: Measured) -> tuple[Relation, float]:
-    """What the difference is where the left side is better: a lower perplexity, or a higher share."""
+    """The relation and bound that mean "left is better": a lower perplexity, or a higher share."""
     return ("below", 1.0) if measured.logs else ("above", 0.0)
 
 
@@ -272,9 +272,9 @@ def select(
 
     Args:
         rows: of one experiment.
-        pattern: a run's name or a glob of names (`alibi_L64_s*`); of a path only the last part counts.
-        view: which of the rows.
-        name: of the setting, for messages.
+        pattern: a run's name or a glob of names (`alibi_L64_s*`); only the last part of a path counts.
+        view: selects among the rows.
+        name: name of the setting, for messages.
         words: recipes of the runs.
 
     Raises:
@@ -336,10 +336,10 @@ def _over_documents(left: Sample, right: Sample | None, comparisons: int) -> Mea
 
 
 def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str = "") -> Measured:
-    """Over seeds, of pairs where two or more are common to both sides: a t test, Welch's without pairs.
+    """The difference over seeds, paired if two or more are common to both sides: a t test, Welch's without pairs.
 
-    Accuracies are over the items too. The sides are taken to answer independently, which is the most that the
-    items can add unless one side is right where the other is wrong.
+    For accuracies it is over items too. The sides are assumed to answer independently, which is the most that
+    items can add, unless one side is right where the other is wrong.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""Everything that claims, atlas and report judge by: rows, run folders, sums per document, views, benchmark."""
+"""Everything that claims, atlas and report are based on: rows, run folders, document sums, views, benchmark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANALYSES = ("decomposition", "fixed", "attention", "repeat", "effective_context"
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that claims are judged by; `read_evidence` gathers it, the same for every command."""
+    """Everything that claims are judged by; `read_evidence` gathers it in the same way for every command."""
 
     rows: Sequence[ResultRow]
     records: Mapping[str, RunRecord] = field(default_factory=dict)
@@ -32,11 +32,11 @@ class Evidence:
     bench: Sequence[Mapping[str, Any]] = ()
     """Rows of the benchmark."""
     analyses: Mapping[str, Analysis] = field(default_factory=dict)
-    """By view."""
+    """Analyses by view."""
 
     @functools.cached_property
     def words(self) -> dict[str, str]:
-        """Recipes of the runs."""
+        """Recipes of the runs, see `recipes`."""
         return recipes(self.rows, self.records) if self.records else {}
 
     @functools.cached_property
@@ -45,26 +45,26 @@ class Evidence:
         return differences(self.rows, self.records)
 
     def setting(self, run: str, key: str) -> Any:
-        """A setting of a run by dotted name; None where it is unknown."""
+        """A setting of a run by dotted name; None if it is unknown."""
         return self.records[run].config.get(key) if run in self.records else None
 
     def stage(self, row: ResultRow) -> float:
-        """The share of its training after which a run was tested; 1 for its end, NaN where it is not known."""
+        """The share of its training after which a run was tested; 1 for its end, NaN if it is not known."""
         step, steps = step_of(row), self.setting(str(row.run), "steps")
         return 1.0 if step is None else step / steps if isinstance(steps, int) else math.nan
 
     def last_stage(self, position: str, train_length: int, limit: float) -> float:
-        """The latest stage at which a scheme was tested and that is at most `limit` (or 1% above it)."""
+        """The latest stage at which a scheme was tested, up to `limit` (or 1% above it)."""
         own = [row for row in self.rows if (row.position, row.train_length) == (position, train_length)]
         return max((s for row in own if (s := self.stage(row)) <= limit * 1.01), default=0.0)
 
     def is_own(self, curve: Curve) -> bool:
-        """Whether a curve has the experiment's own settings, whatever was changed for the test."""
+        """Whether a curve has the experiment's own settings; changes for the test do not matter."""
         return all(not self.words.get(run, curve.variant) for run in curve.seeds)
 
 
 def read_results(folder: Path) -> Evidence:
-    """The rows of a folder and what their runs say of themselves: enough for figures and tables.
+    """The rows of a folder and the records of their runs: enough for figures and tables.
 
     Raises:
         ValueError: no results, or a damaged file.
@@ -74,7 +74,7 @@ def read_results(folder: Path) -> Evidence:
 
 
 def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
-    """Everything at hand about the results of a folder: sums per document, run folders and analyses too.
+    """Everything available about the results of a folder, including sums per document, run folders and analyses.
 
     Args:
         folder: holds `results.jsonl`.
@@ -87,17 +87,17 @@ def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
     published = folder / "bench.jsonl"
     last = Path("outputs") / "bench" / "results.jsonl"
     chosen = bench or (published if published.is_file() else last)
-    # Published results hold their analyses; those of an experiment lie beside its results.
+    # Published results contain their analyses; those of an experiment are beside its results.
     places = [parent / "analysis" / f"{v}.json" for parent in (folder.parent, folder) for v in ANALYSES]
     analyses = {path.stem: read_analysis(path) for path in places if path.is_file()}
     return replace(results, documents=read_documents(folder), bench=read_bench(chosen), analyses=analyses)
 
 
 def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Benchmark rows, or none where there is no such file.
+    """Benchmark rows; none if there is no such file.
 
     Raises:
-        ValueError: a line that is no JSON object.
+        ValueError: a line that is not a JSON object.
     """
     file = Path(path)
     rows = []
@@ -108,5 +108,5 @@ def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if line.strip():
                 rows.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no JSON object: {error}") from None
+            raise ValueError(f"{file}, line {number} is not a JSON object: {error}") from None
     return rows

@@ -1,8 +1,8 @@
 """What differs between compared runs other than the scheme.
 
-A curve of one scheme above another's says something about the schemes only if the runs had the same model,
-text, budget and code. Every other difference is listed; those that can move a result are marked on figures.
-Which settings can, each config field says itself (`alibi_lm.settings`).
+Curves of two schemes can be compared only if the runs had the same model, text, budget and code. Every other
+difference is listed; those that can change a result are marked on figures. Each config field says whether it can
+(`alibi_lm.settings`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import RunRecord, shortened, show
 
 SMALL_PARAMETERS = 0.05
-"""A scheme's own parameters (a table of positions, a bias per head) are part of it; more is a difference."""
+"""A scheme may add this share of parameters (a table of positions, a bias per head); more is a difference."""
 SMALL_TOKENS = 0.005
 """Steps are cut to whole sequences, so tokens seen may differ a little between training lengths."""
 
@@ -30,17 +30,17 @@ class Difference:
     values: dict[str, list[str]]
     """Value -> runs, the most frequent first."""
     matters: bool
-    """Whether it can move a perplexity beyond rounding: figures are marked."""
+    """Whether it can change a perplexity beyond rounding; figures are then marked."""
 
     @property
     def sentence(self) -> str:
-        """For people: `optimizer.lr: 0.002 in 5 runs, 0.001 in rotary_L64_s1`."""
+        """As a sentence: `optimizer.lr: 0.002 in 5 runs, 0.001 in rotary_L64_s1`."""
         named = {v: ", ".join(runs) if len(runs) <= 2 else f"{len(runs)} runs" for v, runs in self.values.items()}
         return f"{self.what}: " + "; ".join(f"{value} in {runs}" for value, runs in named.items())
 
 
 def refuse(found: Iterable[Difference]) -> None:
-    """Raise ValueError, with the reasons, where one of these differences matters."""
+    """Raise ValueError, with the reasons, if one of these differences matters."""
     if lines := [f"\n  {item.sentence}" for item in found if item.matters]:
         raise ValueError(f"strict = true, and the runs differ in more than the scheme:{''.join(lines)}")
 
@@ -49,10 +49,10 @@ def differences(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> 
     """All differences between the runs of these rows, those that matter first.
 
     Args:
-        rows: of one study.
-        records: of its runs, from `alibi_lm.study.records.find_records`.
+        rows: rows of one study.
+        records: records of its runs, from `alibi_lm.study.records.find_records`.
     """
-    # An earlier checkpoint is no difference: such rows are never beside others on a curve.
+    # An earlier checkpoint is not a difference: such rows are never on a curve with others.
     own = [row for row in rows if row.run is not None and step_of(row) is None]
     runs = {str(row.run) for row in own}
     tasks = {run: records[run].task if run in records else "text" for run in runs}
@@ -87,7 +87,7 @@ def _of_rows(rows: Sequence[ResultRow]) -> Iterator[Facts]:
         part = [row for row in rows if row.split == split and row.task == "text"]
         yield f"{split} text (hash)", [(str(r.run), shortened(r.corpus)) for r in part], True
         yield f"{split} tokens scored", [(str(r.run), f"{r.tokens:,}") for r in part], True
-    # Points are compared at one length in one view, and each of these may have been measured at another time.
+    # Points are compared at one length in one view; each length and view may have been measured at another time.
     points: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row.nats is not None:

@@ -1,8 +1,8 @@
-"""Figures of results by inference length, from result rows alone; the same rows always give the same bytes.
+"""Figures of results by inference length, from result rows only; the same rows always give the same bytes.
 
 One figure per view (split, mode, stride, task), one panel for each training length that two or more curves share,
-one line per scheme. Where the range is so wide that the close lines would fall together, a panel comes twice: the
-whole range on a log axis, and a close-up on a linear one.
+one line per scheme. If the range is so wide that close lines would coincide, a panel is drawn twice: the whole
+range on a log axis, and a close-up on a linear one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLOSE_UP_FROM = 2.0
-"""Highest over lowest perplexity in a panel from which a close-up may be drawn beside it."""
+"""A close-up may be drawn if the highest perplexity in a panel is at least this times the lowest."""
 COMPANY = 1.5
 """A close-up shows the curves whose best value up to the training length is at most this factor above the best."""
 
@@ -42,12 +42,12 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     """Draw every figure of a folder of results and write its Markdown table.
 
     The first view (validation, nonoverlapping, where present) is `extrapolation.png` and `.svg`; each further
-    one has its view in the name. `table.md` has them all. Where models with different tokenizers read one text,
-    `bits_per_byte.png` and `.svg` have them on one axis.
+    one has its view in the name. `table.md` has them all. If models with different tokenizers read one text,
+    `bits_per_byte.png` and `.svg` show them on one axis.
 
     Args:
         folder: holds `results.jsonl`.
-        with_paper: draw the paper's curves dotted where it has the same scheme and training length.
+        with_paper: draw the paper's curves dotted, if it has the same scheme and training length.
         strict: refuse to draw runs that differ in more than the scheme.
 
     Raises:
@@ -62,7 +62,7 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
     if strict:
         refuse(unfair)
     written: list[Path] = []
-    # What was streamed stands in the figure of the other windows, where there is one.
+    # Streamed results belong in the figure of the other windows, if there is one.
     for index, view in enumerate([view for view in found if view.mode != "stream"] or found):
         name = "extrapolation" if index == 0 else f"extrapolation_{view.slug}"
         figure = curve_figure(rows, view, words, unfair, with_paper)
@@ -149,7 +149,7 @@ def split_into_panels(found: Sequence[Curve]) -> list[tuple[int | None, list[Cur
 
 
 def homes_of(train_lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Training lengths that occur twice or more, and for each given one that of them which it is drawn with."""
+    """Training lengths that occur twice or more, and for each given length the one of them to draw it with."""
     shared = sorted({n for n in train_lengths if train_lengths.count(n) > 1})
     homes = [min((s for s in shared if s >= n), default=shared[-1]) for n in train_lengths] if shared else []
     return shared, homes
@@ -158,7 +158,7 @@ def homes_of(train_lengths: Sequence[int]) -> tuple[list[int], list[int]]:
 def curve_panels(
     found: Sequence[Curve], train_length: int | None, base: Mapping[str, float], dotted: Sequence[Curve] = ()
 ) -> list[Panel | None]:
-    """The whole range of these curves and, where it helps, a close-up beside it."""
+    """The whole range of these curves and, if it helps, a close-up beside it."""
     drawn = [curve for curve in found if curve.lengths]
     metric = found[0].metric
     every = {n for curve in drawn for n in curve.lengths}
@@ -182,9 +182,9 @@ def curve_panels(
 
 
 def close_up(found: Sequence[Curve]) -> tuple[float, float] | None:
-    """The y axis of a close-up: what the good curves do up to their training length, and how low they get.
+    """The y axis of a close-up: the range of the good curves up to their training length, and how low they get.
 
-    None where one axis shows that as well: the whole range is small, or the close-up would span most of it.
+    None if one axis is enough: the whole range is small, or the close-up would span most of it.
     """
     if not found or found[0].metric != "perplexity" or _range(found) <= CLOSE_UP_FROM:
         return None
@@ -203,7 +203,7 @@ def close_up(found: Sequence[Curve]) -> tuple[float, float] | None:
 
 
 def missing(found: Sequence[Curve]) -> list[str]:
-    """Why points are not drawn, a line for each reason: no value, or no measurement at that length."""
+    """Why points are not drawn, one line per reason: no value, or no measurement at that length."""
     reasons: dict[str, list[tuple[Curve, int]]] = {}
     for curve in found:
         for length, reason in sorted(curve.refused.items()):
@@ -262,7 +262,7 @@ def _range(found: Sequence[Curve]) -> float:
 
 
 def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]) -> list[Path]:
-    """`tasks.png` and `.svg` where there are several tasks, `depths.png` and `.svg` where items have depths."""
+    """Draw `tasks.png` and `.svg` if there are several tasks, `depths.png` and `.svg` if items have depths."""
     found = [view for view in views(rows) if view.metric == "accuracy"]
     drawn: list[Path] = []
     if len(found) > 1:
@@ -309,7 +309,7 @@ def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, floa
 
 
 def _depth_panels(rows: Sequence[ResultRow], found: Sequence[View], words: Mapping[str, str]) -> list[Cell]:
-    """One for each curve whose rows tell depths apart: length -> depth -> mean share over the runs."""
+    """A panel for each curve whose rows have depths: length -> depth -> mean share over the runs."""
     cells: list[Cell] = []
     for view in found:
         parts = [row for row in rows if view_of(row) == view and "by_part" in row.extra]

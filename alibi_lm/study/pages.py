@@ -1,8 +1,8 @@
-"""Pages of words, tables and pictures, as Markdown or as one HTML file that needs nothing else.
+"""Pages of text, tables and pictures, as Markdown or as one HTML file that needs nothing else.
 
-A page is a list of blocks: a table, a picture (its path), a list of sentences (a tuple, where they name settings
+A page is a list of blocks: a table, a picture (its path), a list of sentences (a tuple if they name settings
 and no runs), or text. Text may begin as in Markdown: `# ` to `### ` for a heading, `**words**` in bold; text that
-begins with ``` stays as it is. What else it holds, from files or users, stays text in both forms.
+begins with ``` is kept unchanged. All other markup, from files or users, is escaped in both forms.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Table:
     words: int = 1
     """Columns from the left that hold words; the others hold numbers."""
     notes: list[str] = field(default_factory=list)
-    """What stands below, `[1] ...` first where cells refer to it."""
+    """Notes below the table, first `[1] ...` to which cells refer."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def html_page(title: str, blocks: Sequence[Block]) -> str:
     """The page as a whole HTML file: no scripts, no fonts, no network."""
     names = [name for block in blocks if isinstance(block, Links) for name in block.headings]
     anchors = {name: f"part-{index}" for index, name in enumerate(names, start=1)}
-    # The policy makes browsers refuse whatever a mistake here would let in.
+    # With this policy browsers refuse foreign content that a mistake here might let in.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     style = (importlib.resources.files("alibi_lm.study") / "page.css").read_text(encoding="utf-8")
     return (
@@ -111,10 +111,10 @@ def _html(block: Block, anchors: Mapping[str, str]) -> str:
 
 
 def _picture(path: Path) -> str:
-    """A picture inside of the page; as an image it can neither run nor load anything."""
+    """A picture embedded in the page; as an image it can neither run nor load anything."""
     kind, content = {".svg": "svg+xml", ".png": "png"}[path.suffix], path.read_bytes()
     data = base64.b64encode(content).decode()
-    # A PNG is as wide as on paper: its header has the width in dots.
+    # A PNG is shown as wide as on paper: its header has the width in dots.
     width = f' width="{int.from_bytes(content[16:20]) * 96 // DOTS}"' if kind == "png" else ""
     name = html.escape(path.stem.replace("_", " "))
     return f'<figure><img alt="{name}"{width} src="data:image/{kind};base64,{data}"></figure>'
@@ -128,7 +128,7 @@ def _parts(text: str) -> tuple[str, str, str]:
 
 
 def escape(text: str, keep: str = "") -> str:
-    """Text that stays text inside a Markdown table; signs in `keep` stay as they are."""
+    """Escape text for a Markdown table; characters in `keep` are not escaped."""
     for sign in "\\`*_|<>[]":
         if sign not in keep:
             text = text.replace(sign, "\\" + sign)
@@ -149,17 +149,17 @@ def _html_cell(tag: str, cell: str, words: bool) -> str:
 
 
 def refer(reason: str, reasons: list[str]) -> str:
-    """The mark `[1]` of a note, which is added where it is new."""
+    """The mark `[1]` of a note, which is added to `reasons` if it is new."""
     if reason not in reasons:
         reasons.append(reason)
     return f"[{reasons.index(reason) + 1}]"
 
 
 def numbered(reasons: Sequence[str]) -> list[str]:
-    """Notes below a table, with the marks of `refer`."""
+    """Notes below a table, with the marks that `refer` gave."""
     return [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """With so many digits after the point; `-` where there is none."""
+    """The value with `digits` digits after the point; `-` if there is no value."""
     return "-" if value is None else f"{value:.{digits}f}"

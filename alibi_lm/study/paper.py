@@ -1,7 +1,7 @@
-"""The paper's published perplexities, and our results beside them: levels where we measured the same, else shapes.
+"""The paper's published perplexities beside our results: levels where we measured the same, else only shapes.
 
 Source: Press, Smith and Lewis, "Train Short, Test Long", ICLR 2022 (arXiv 2108.12409v2), Tables 2-15, one
-file per table in `paper_tables/`. WikiText-103's perplexities are per word, the others' per token of their text.
+file per table in `paper_tables/`. Perplexities on WikiText-103 are per word, on other texts per token.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ SETTINGS: dict[str, Any] = {
     "clip_norm": 0.1,
     "steps": STEPS,
 }
-"""The paper's settings of the WikiText-103 models, by their names here."""
+"""The paper's settings of the WikiText-103 models, by our names."""
 PAPER_LENGTH = 512
 """Training length of the paper's curves (Table 2): the one at which it has all four schemes."""
 NEAR = 0.15
 """The paper tested at 512 + 100 and so on, not at powers of two; a length this close stands for a multiple."""
 FLAT = 0.01
-"""A change of perplexity within one per cent is none."""
+"""A change of perplexity of less than this share counts as none."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PaperValue:
     table: int
     model: str
     position: str
-    """Empty for systems of other papers, which have no scheme, length or mode here."""
+    """Position scheme; empty for systems of other papers, which have no scheme, length or mode here."""
     train_length: int | None
     inference_length: int | None
     mode: str
@@ -72,7 +72,7 @@ class PaperValue:
     corpus: str
     """`wikitext103`, `bookcorpus` or `cc100_roberta`."""
     perplexity: float | None
-    """None where the paper has none (out of memory)."""
+    """Perplexity; None if the paper has none (out of memory)."""
     note: str
 
 
@@ -85,18 +85,18 @@ class Comparison:
     """Ours."""
     inference_length: int
     values: list[PaperValue]
-    """The paper's, one for each table that has it; of a length near ours in shapes, and where `near` allows it."""
+    """The paper's values, one per table that has it; from a length near ours in shapes and if `near` allows it."""
     base: float | None
     """The paper's perplexity at its training length."""
 
     @property
     def ours(self) -> float:
-        """Our perplexity, of the mean over seeds of the loss."""
+        """Our perplexity: exp of the mean loss over seeds."""
         return self.curve.value(self.inference_length)
 
     @property
     def our_ratio(self) -> float | None:
-        """Ours over that at our training length."""
+        """Our perplexity over that at our training length."""
         return self.curve.ratio(self.inference_length)
 
     @property
@@ -107,7 +107,7 @@ class Comparison:
 
     @property
     def paper_ratio(self) -> float | None:
-        """The paper's over that at its training length."""
+        """The paper's perplexity over that at its training length."""
         return self.paper / self.base if self.base else None
 
 
@@ -132,8 +132,8 @@ def find(
 ) -> list[PaperValue]:
     """The paper's WikiText-103 values for one measurement, one for each table that has it.
 
-    `near` accepts the nearest inference length within this share (0.02: two per cent) where the exact one is
-    missing; the paper's values move by 0.05 or so from one length to the next.
+    If the exact inference length is missing, `near` accepts the nearest one within this share (0.02: 2%); the
+    paper's values change by about 0.05 from one length to the next.
     """
     same = _of_curve(position, train_length, view)
     off = {length: abs(length / inference_length - 1) for length in same}
@@ -153,7 +153,7 @@ def _of_curve(position: str, train_length: int, view: View) -> dict[int, list[Pa
 
 
 def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
-    """The paper's curves of the same schemes and training lengths, where it has two points or more."""
+    """The paper's curves of the same schemes and training lengths, if they have two points or more."""
     found = []
     for position, train_length in sorted({(c.position, c.train_length) for c in ours}):
         values = _of_curve(position, train_length, view)
@@ -166,7 +166,7 @@ def paper_curves(ours: Iterable[Curve], view: View) -> list[Curve]:
 def compare(
     rows: Sequence[ResultRow], words: Mapping[str, str] | None = None, near: float = 0.0
 ) -> list[Comparison]:
-    """Ours beside the paper's, wherever it has a value (`near`: see `find`); per word, whatever the tokenizer."""
+    """Our values beside the paper's, where it has one (`near`: see `find`); per word with any tokenizer."""
     per_word = [counted for row in rows if row.task == "text" and (counted := _per_word(row)) is not None]
     found = []
     for view in views(per_word):
@@ -179,7 +179,7 @@ def compare(
 
 
 def _per_word(row: ResultRow) -> ResultRow | None:
-    """The same row counted in words, so that its perplexity is per word as the paper's; None where it has none."""
+    """The same row counted in words, so that its perplexity is per word like the paper's; None if it has none."""
     if row.nats is None or not row.words:
         return row
     value, _ = perplexity_of(row.nats, row.words)
@@ -187,7 +187,7 @@ def _per_word(row: ResultRow) -> ResultRow | None:
 
 
 def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list[str]:
-    """In what model, data and budget these runs differ from the paper's; empty when nothing is known to."""
+    """How these runs differ from the paper's in model, data and budget; empty if no difference is known."""
     found = []
     texts = [row for row in rows if row.run is not None and row.task == "text"]
     for split in sorted({row.split for row in texts}):
@@ -197,7 +197,7 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
             counts = ", ".join("unknown" if n is None else f"{n:,}" for n in sorted(words, key=lambda n: n or 0))
             found.append(f"text: {split} has {counts} words, the paper's {expected or 0:,}")
     if any(row.words is not None and row.words != row.tokens for row in texts):
-        found.append("text: tokens are not words; our perplexities below are per word all the same")
+        found.append("text: tokens are not words; our perplexities below are per word nevertheless")
     trained_on = {str(record.train_split.get("identity")) for record in records.values()}
     found += [f"training text: {text}" for text in sorted(trained_on) if text.startswith("not ")]
     known = [record for record in records.values() if record.config]
@@ -217,7 +217,7 @@ def caveats(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> list
 
 
 def comparison_page(evidence: Evidence, near: float = 0.0) -> list[Block]:
-    """`paper.md`: what differs from the paper, then paper | ours | difference | ratios, then shapes."""
+    """`paper.md`: differences from the paper's setup, then paper | ours | difference | ratios, then shapes."""
     page: list[Block] = ["# Beside the paper's numbers"]
     if notes := caveats(evidence.rows, evidence.records):
         page += ["**These are not the paper's experiments.** What differs:", tuple(notes)]
@@ -246,7 +246,7 @@ def comparison_page(evidence: Evidence, near: float = 0.0) -> list[Block]:
 
 
 def comparison_table(items: Sequence[Comparison]) -> Table:
-    """Paper, ours and both ratios, a line a measurement."""
+    """The paper's value, ours and both ratios, one line per measurement."""
     body = []
     for item in items:
         curve = item.curve
@@ -272,14 +272,14 @@ def comparison_table(items: Sequence[Comparison]) -> Table:
 
 
 def direction(ratio: float) -> str:
-    """`worse`, `flat` or `better`, of a perplexity over that at the training length."""
+    """`worse`, `flat` or `better`, for a ratio of perplexity to that at the training length."""
     return "flat" if abs(ratio - 1) <= FLAT else "worse" if ratio > 1 else "better"
 
 
 def shapes(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) -> list[Comparison]:
     """Every power-of-two multiple that was evaluated and that the paper has at L = 512, by scheme.
 
-    Levels of perplexity depend on text, model and budget; what a smaller study can confirm is in which direction a
+    Levels of perplexity depend on text, model and budget; a smaller study can confirm only in which direction a
     scheme goes past its training length, and roughly how fast.
     """
     found = []
@@ -293,7 +293,7 @@ def shapes(rows: Sequence[ResultRow], words: Mapping[str, str] | None = None) ->
 
 
 def shapes_table(found: Iterable[Comparison]) -> Table:
-    """Ratios to the training length, paper's and ours, and whether they go in the same direction."""
+    """Ratios to the training length, the paper's and ours, and whether they go in the same direction."""
     body = []
     for shape in found:
         assert shape.paper_ratio is not None and shape.our_ratio is not None
@@ -316,4 +316,4 @@ def _budget(record: RunRecord) -> float | None:
     seen, length = record.finished.get("tokens_seen"), record.config.get("train_length")
     if not isinstance(seen, int | float) or not isinstance(length, int) or not 1 <= length <= 9216:
         return None
-    return seen / (9216 // length * length * GPUS * STEPS)  # 9,216 tokens a GPU, cut to whole sequences
+    return seen / (9216 // length * length * GPUS * STEPS)  # 9,216 tokens per GPU, cut to whole sequences

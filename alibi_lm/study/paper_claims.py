@@ -1,9 +1,9 @@
-"""What the paper says, as statements that results can confirm or refute; the statements are in paper_claims.yaml.
+"""Statements of the paper and others that results can confirm or refute; they are listed in paper_claims.yaml.
 
-A claim compares two sides, in perplexity of the left over that of the right, at every training length L at which
-both were run; of a task it compares accuracies, left minus right. With one side it holds a value against a bound:
-an accuracy, or a number of a view. Claims about speed are decided by the benchmark. A claim of several `parts`
-holds where all of them do. Claims about a task name it in both sides.
+A claim compares two sides, by perplexity of the left over that of the right, at every training length L at which
+both were run; for a task by accuracies, left minus right. With one side it compares a value with a bound: an
+accuracy, or a number of a view. The benchmark decides claims about speed. A claim with several `parts` holds if
+all of them do. Claims about a task name it in both sides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 NEAR = 0.025
-"""Share by which a length may miss the one asked for: the paper measured 1,012 and 2,024, not 1,024 and 2,048."""
+"""Share by which a length may differ from the wanted one: the paper has 1,012 and 2,024, not 1,024 and 2,048."""
 Relation = Literal["below", "above", "within"]
 
 
@@ -29,33 +29,33 @@ class Side:
     position: str
     at: float = 1.0
     which: Literal["at", "every beyond", "longest from"] = "at"
-    """The length `at` L itself, every longer one, or the longest one of at least that."""
+    """The length `at` times L itself, every longer one, or the longest one if it is at least that."""
     train: float = 1.0
     stride: int | None = None
-    """Of sliding windows; None: nonoverlapping ones. For stride 1 analyse.py view=fixed serves too."""
+    """Stride of sliding windows; None: nonoverlapping ones. For stride 1 analyse.py view=fixed is used too."""
     where: dict[str, Any] = field(default_factory=dict)
     """Settings of the run's config.yaml that must have these values."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings changed for the test, such as {"position.scaling": "yarn"}."""
     stage: float = 1.0
-    """Share of the training after which the run was tested, by a checkpoint that was kept."""
+    """Share of the training after which the run was tested, from a kept checkpoint."""
     task: str = "text"
-    """Other than text: its accuracy."""
+    """Task; for others than text, its accuracy is compared."""
     split: str = "validation"
     far: bool = False
-    """Of needles: those alone that stand further than L from the question."""
+    """For needles: only those further than L from the question."""
     view: str = ""
     """A view of scripts/analyse.py that has the `number`; empty: result rows."""
     number: str = ""
-    """By its name in the view's points; `<name>/L`: as a share of the training length."""
+    """Name of a number in the view's points; `<name>/L`: as a share of the training length."""
 
     @property
     def metric(self) -> str:
-        """What is compared."""
+        """The metric that is compared."""
         return "number" if self.number else "perplexity" if self.task == "text" else "accuracy"
 
     def lengths(self, train_length: int, known: Iterable[int]) -> list[int]:
-        """The inference lengths meant, among those measured; empty where none fits.
+        """The inference lengths that the side means, among those measured; empty if none fits.
 
         Args:
             train_length: the value of L.
@@ -88,9 +88,9 @@ class Claim:
     relation: Relation = "below"
     """Left over right is below or above `bound`, or within 1 / bound and bound."""
     bound: float = 1.0
-    """Of a ratio; of accuracies the bound of left minus right, and of one side that of its value."""
+    """Bound on the ratio; for accuracies on left minus right, and for one side on its value."""
     from_L: bool = False
-    """Compare what each side has lost from L on: its perplexity over its own at L."""
+    """Compare how much each side loses beyond L: its perplexity over its own at L."""
     equal_time: bool = False
     """Compare the sides after equal training time, by the benchmark's speeds and the checkpoints kept."""
     train_lengths: Sequence[int] = ()
@@ -98,17 +98,17 @@ class Claim:
     min_lengths: int = 1
     """Training lengths without which a claim about all of them is not confirmed."""
     measure: Literal["train_ratio", "eval_ratio"] | None = None
-    """A speed of the benchmark, compared at equal length, in place of perplexity."""
+    """A speed of the benchmark to compare at equal length, instead of perplexity."""
     parts: Sequence[Claim] = ()
-    """What it is made of, in place of sides: it holds where all of these do."""
+    """Claims that it consists of, instead of sides: it holds if all of them do."""
     min_parts: int = 0
-    """Parts without which nothing is said; 0: all of them."""
+    """How many parts must have been run for a verdict; 0: all of them."""
     given: bool = False
-    """Of a part: the whole says nothing of runs for which it does not hold."""
+    """For a part: a condition. If it does not hold for the runs, the claim says nothing about them."""
 
     @property
     def seeds_needed(self) -> int:
-        """Fewest seeds that settle it; one is enough only for the perplexity of runs compared with themselves."""
+        """Smallest number of seeds that settles it; one is enough only if runs are compared with themselves."""
         if self.left is None or self.left.metric != "perplexity" or self.right is None:
             return 1 if self.left and self.left.view == "decomposition" else 2
         sides = [(side.position, side.train, side.where, side.stage) for side in (self.left, self.right)]

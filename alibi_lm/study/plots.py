@@ -1,4 +1,4 @@
-"""The chart engine: lines in panels, names at their ends, whiskers for intervals, one layout for all figures."""
+"""Drawing charts: lines in panels, names at their ends, whiskers for intervals, one layout for all figures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 GRID, SOFT, RED = "#E4E4E4", "#777777", "#B00020"
 DOTS = 160
-"""Of a PNG, per inch."""
+"""Resolution of PNG files, in dots per inch."""
 PAPER_DASHES = (1.0, 1.6)
 COINCIDE = 0.012
-"""Lines nearer than this share of a panel's height hide each other, so the lower one is drawn wider."""
+"""Lines closer than this share of a panel's height hide each other, so the lower one is drawn wider."""
 RC: dict[Any, Any] = {
     "svg.hashsalt": "alibi_lm",  # ids in the SVG would otherwise be random
     "svg.fonttype": "path",  # the same picture on machines without the font
@@ -40,25 +40,25 @@ class Line:
     """One line of a panel, in the units drawn."""
 
     position: str
-    """Scheme, which decides colour, marker and dashes."""
+    """Scheme, which determines colour, marker and dashes."""
     name: str
     x: list[float]
     y: list[float]
     note: str = ""
-    """Small print under the name."""
+    """Small text under the name."""
     low: list[float] = field(default_factory=list)
-    """Lower ends of the intervals, as long as y, or empty."""
+    """Lower ends of the intervals, one per point; or empty."""
     high: list[float] = field(default_factory=list)
     dots: list[tuple[float, float]] = field(default_factory=list)
     """Single runs behind the line."""
     stray: bool = False
-    """Thin with hollow markers: trained at another length than the panel's, or by other settings."""
+    """Drawn thin with hollow markers: trained at another length than the panel's, or with other settings."""
     ring: tuple[float, float] | None = None
-    """The point at its training length, where that is not the panel's."""
+    """The point at its training length, if that is not the panel's."""
     ends: bool = False
     """Whether the scheme has no value beyond its last point."""
     apart: list[tuple[float, float]] = field(default_factory=list)
-    """Points of another kind, set apart from the line."""
+    """Points of another kind, drawn separately from the line."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Panel:
     x_label: str = "inference length in tokens, log axis"
     y_label: str = "perplexity per token"
     trained: int | None = None
-    """Training length, marked by a vertical line; None where the lines have several, each ringed."""
+    """Training length, marked by a vertical line; None if the lines have several, each marked by a ring."""
     log_y: bool = False
     limits: tuple[float, float] | None = None
-    """Of the y axis; None: room for all lines and dots, and whiskers as far as they leave the lines readable."""
+    """Limits of the y axis; None: all lines and dots, and whiskers as far as the lines stay readable."""
     band: bool = False
     """Fill between low and high, without markers; for a panel with one line that has them."""
     levels: dict[str, float] = field(default_factory=dict)
@@ -83,9 +83,9 @@ class Panel:
     behind: list[Line] = field(default_factory=list)
     """Other lines, thin and grey."""
     tick_points: bool = False
-    """Ticks of the x axis where the points are, in place of powers of two."""
+    """Put ticks of the x axis at the points instead of powers of two."""
     zero: bool = False
-    """Changes against one at x = 0: both axes have a 0, and that of y is marked."""
+    """Changes relative to x = 0: both axes have a 0, and that of y is marked."""
 
 
 def draw_panel(axis: Axes, panel: Panel) -> None:
@@ -105,7 +105,7 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
     for grey in panel.behind:
         axis.plot(grey.x, grey.y, color="#BBBBBB", linewidth=0.7, zorder=1)
     under = hidden_under(ordered, axis.get_ylim(), panel.log_y)
-    step = min(1.0, 2 / max([*under, 1]))  # however many lie upon each other, the lowest is not too wide
+    step = min(1.0, 2 / max([*under, 1]))  # if many lines coincide, the lowest does not get too wide
     for line, wider in zip(ordered, (count * step for count in under), strict=True):
         shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.05 if line in spans else 0.0
         _draw(axis, panel, line, wider, 0.0 if panel.zero else shift)
@@ -123,7 +123,7 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
 
 
 def limits_of(panel: Panel, lines: Sequence[Line]) -> tuple[float, float]:
-    """The y axis's ends: all values, and whiskers as long as they at most treble the height."""
+    """The ends of the y axis: all values, and whiskers as long as they at most triple the height."""
     to, back = (math.log, math.exp) if panel.log_y else (float, float)
     values = [to(v) for line in lines for v in [*line.y, *(y for _, y in [*line.dots, *line.apart])]]
     low, high = min(values), max(values)
@@ -138,15 +138,15 @@ def limits_of(panel: Panel, lines: Sequence[Line]) -> tuple[float, float]:
     low = max(min([low, *(a for a, _ in ends)]), low - room)
     high = min(max([high, *(b for _, b in ends)]), high + room)
     edge = 0.06 * (high - low) or abs(0.05 * high) or 1e-3
-    if panel.zero:  # rounding must not fill the panel
+    if panel.zero:  # keep rounding errors small in the panel
         low, high = min(low, -1e-3), max(high, 1e-3)
     return back(low - edge), back(high + edge)
 
 
 def hidden_under(lines: Sequence[Line], limits: tuple[float, float], log_y: bool) -> list[int]:
-    """How many later lines of other schemes each line lies under, over its whole length.
+    """How many later lines of other schemes cover each line over its whole length.
 
-    Such a line is drawn wider, so that it shows on both sides of what covers it.
+    Such a line is drawn wider, so that it can be seen on both sides of the lines that cover it.
     """
     to = math.log if log_y else float
     span = to(limits[1]) - to(limits[0])
@@ -210,7 +210,7 @@ def dress(axis: Axes, title: str, color: str = "#333333") -> None:
 
 
 def say(axis: Axes, words: str) -> None:
-    """Words in place of a chart."""
+    """Write words instead of a chart."""
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
@@ -229,7 +229,7 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         ticks = places
     else:
         axis.set_xscale("log", base=2)
-        # Lines with whiskers stand side by side.
+        # Lines with whiskers are shifted apart.
         beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
         pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
         axis.set_xlim(places[0] / pad, max([places[-1], *apart]) * pad)
@@ -269,7 +269,7 @@ def length_ticks(first: float, last: float, anchor: float) -> list[float]:
 
 
 def spaced(lengths: Sequence[float]) -> list[int]:
-    """Indices of points far enough apart for a marker each (a dozen to the axis)."""
+    """Indices of points that are far enough apart for markers (about a dozen per axis)."""
     span = math.log(lengths[-1] / lengths[0]) or 1.0
     kept = [0]
     for index in range(1, len(lengths)):
@@ -289,7 +289,7 @@ def _levels(axis: Axes, panel: Panel, labels: list[Label]) -> None:
 
 
 def fits(panel: Panel, value: float) -> bool:
-    """Whether a horizontal line would cost little room; far above the curves it would squash them."""
+    """Whether a horizontal line fits without squeezing the curves, as one far above them would."""
     lines = [line for line in panel.lines if line.x]
     if not lines:
         return False
@@ -299,18 +299,18 @@ def fits(panel: Panel, value: float) -> bool:
 
 @dataclass(frozen=True)
 class Label:
-    """A name beside the end of a line; `x`, `y` are that end in data units."""
+    """A name beside the end of a line; `x` and `y` are that end's data coordinates."""
 
     x: float
     y: float
     text: str
     color: str
     note: str = ""
-    """Further lines, small."""
+    """Further lines in small text."""
 
 
 def write_labels(axis: Axes, labels: Sequence[Label]) -> None:
-    """Write the names at the right edge, moved apart where they would touch, each tied to its line's end."""
+    """Write the names at the right edge, moved apart where they would touch, each connected to its line's end."""
     figure = axis.get_figure(root=True)
     assert figure is not None  # panels are drawn into a figure
     height = axis.get_position().height * figure.get_size_inches()[1] * 72  # points
@@ -332,19 +332,19 @@ def write_labels(axis: Axes, labels: Sequence[Label]) -> None:
         leader: dict[str, Any] = dict(color=label.color, clip_on=False, zorder=2, transform=axis.transAxes)
         if x > 0.9:
             axis.plot([min(x + 0.014, 1.0), 1.04], [end, place], linewidth=0.6, alpha=0.6, **leader)
-        else:  # a long way: so faint that nobody takes it for data
+        else:  # a long connection is faint, so that it is not taken for data
             axis.plot([x + 0.02, 1.0, 1.04], [end, end, place], linewidth=0.7, alpha=0.6, dashes=(1, 5), **leader)
 
 
 def note_lines(note: str) -> list[str]:
-    """Small print in lines that fit beside a panel, three at most."""
+    """Small text split into lines that fit beside a panel, at most three."""
     return textwrap.wrap(note, 26, max_lines=3, placeholder=" ...") if note else []
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places at least `gap` apart in [0, 1], in the same order, as near as can be to the wanted ones (rising).
+    """Places in [0, 1], at least `gap` apart and in the same order, as near as possible to the wanted ones.
 
-    Groups that touch are centred on the mean of what their members wanted. More places than there is room for go
+    Groups that touch are centred on the mean of their wanted places. If there is too little room, places go
     beyond 1.
     """
     from scipy.optimize import isotonic_regression
@@ -373,9 +373,9 @@ def build(
     Args:
         title: in bold.
         rows: cells by row.
-        origin: where the numbers are from, in small print.
-        remarks: what is not drawn and why, and keys of signs.
-        marks: in red, what makes the comparison unfair.
+        origin: source of the numbers, in small text.
+        remarks: what is not drawn and why, and explanations of symbols.
+        marks: what makes the comparison unfair, in red.
         size: width and height of a chart in inches, without its labels.
     """
     import matplotlib
@@ -387,7 +387,7 @@ def build(
     names += [min(26, len(name) + 9) for panel in panels for name in panel.levels]
     right = 0.4 + 0.062 * max([*names, 4]) if panels else 0.75
     beside, below = 0.55, 0.95
-    # A slot of ten points for each label and line of small print.
+    # A slot of ten points in height for each label and line of small text.
     slots = max(
         [sum(1 + len(note_lines(line.note)) for line in p.lines) + 3 * len(p.levels) for p in panels] or [0]
     )
@@ -438,10 +438,10 @@ def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or SVG, by its suffix, atomically; the same figure gives the same bytes."""
+    """Write a PNG or SVG, as its suffix says, atomically; the same figure gives the same bytes."""
     import matplotlib
 
-    # Dates and versions would make the same rows give different files.
+    # Without dates and versions, the same rows give the same file.
     metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
     with whole_file(path) as file, matplotlib.rc_context(RC):
         figure.savefig(file, format=path.suffix[1:], dpi=DOTS, metadata=metadata)

@@ -1,4 +1,4 @@
-"""What is committed of an experiment's results: small, and enough for every figure, table and interval."""
+"""Copies an experiment's results for committing: small, and enough for every figure, table and interval."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from alibi_lm.study.view_figures import draw_analysis
 
 RESULT_FILES = (DOCUMENTS_FILE, "claims.md", "paper.md", "cards.json")
 LARGEST = 16 * 2**20
-"""Bytes of a file that may be published."""
+"""Size in bytes of the largest file that may be published."""
 
 
 def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]:
-    """Copy results, analyses and what each run says of itself, and draw them there.
+    """Copy results, analyses and the records of each run, and draw figures and tables there.
 
-    Weights, checkpoints and per-token results stay where they are. Of absolute paths only the last part is
-    published: the others tell of somebody's machine.
+    Weights, checkpoints and per-token results are not copied. Of absolute paths only the last part is published,
+    because the rest describes somebody's machine.
 
     Args:
-        folder: of an experiment's `results.jsonl`; analyses are looked for beside it and in it.
-        target: replaced as a whole; files that no publication wrote, such as a README, stay.
-        bench: result rows of a benchmark that belong to it, published as `bench.jsonl`.
+        folder: the folder of an experiment's `results.jsonl`; analyses are looked for beside it and in it.
+        target: replaced as a whole; files that no publication wrote, such as a README, are kept.
+        bench: result rows of a benchmark that belong to the results, published as `bench.jsonl`.
 
     Raises:
         ValueError: no or damaged results, a run without its folder, a file above 16 MiB, or a target that holds
@@ -58,7 +58,7 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
         if record.environment.get("dirty"):
             print(f"note: {record.name} was trained by uncommitted code", file=sys.stderr)
 
-    # Beside the target first: a publication is whole or not there.
+    # First beside the target, so that a publication is whole or absent.
     beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         for name, path in sources.items():
@@ -66,13 +66,13 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
             shutil.copyfile(path, beside / name)
             if path.name in ("config.yaml", "corpus.json"):
                 (beside / name).write_text(_without_folders(path.read_text(encoding="utf-8")), encoding="utf-8")
-        # Rows as they are written now, whatever version wrote them; of a folder, its name is enough.
+        # Rows in the present format, also if an earlier version wrote them; folders by their names only.
         named = [replace(row, folder=row.folder and PurePath(row.folder).name) for row in rows]
         write_csv(beside / "results.csv", write_rows(beside / "results.jsonl", named))
         draw(beside)
         for path in sorted((beside / "analysis").glob("*.json")):
             draw_analysis(path)
-            path.with_suffix(".svg").unlink()  # the PNG is enough to look at
+            path.with_suffix(".svg").unlink()  # the PNG is enough
         for part in ("runs", "analysis"):
             shutil.rmtree(target / part, ignore_errors=True)
         for old in target.glob("extrapolation*.*g"):

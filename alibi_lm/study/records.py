@@ -1,4 +1,4 @@
-"""What run folders say about themselves, and which runs are seeds of one recipe. Files only, no models."""
+"""The records in run folders, and which runs are seeds of one recipe. Reads files only, no models."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from alibi_lm.results.rows import ResultRow
 
 TEXT = "training text"
 NAMED = ("position.name", "train_length", "seed")
-"""Settings that a curve goes by, or its seeds."""
+"""Settings that identify a curve or its seeds."""
 RUN_FILES = ("config.yaml", "environment.json", "corpus.json", "finished.json")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run's own account; an empty mapping where a file is missing."""
+    """The records of one run; an empty mapping for each missing file."""
 
     name: str
     folder: Path | None = None
-    """None where no run folder was found."""
+    """The run folder; None if none was found."""
     config: dict[str, Any] = field(default_factory=dict)
     """Everything in config.yaml, flat: {'optimizer.lr': 0.002, ...}."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Those that the trained model depends on."""
+    """Settings that the trained model depends on."""
     rounding: dict[str, Any] = field(default_factory=dict)
-    """Those that change its last bits."""
+    """Settings that change its last bits."""
     readable: bool = True
-    """Whether config.yaml is one of this version, so that its settings say what depends on them."""
+    """Whether config.yaml fits this version, so that it is known what depends on its settings."""
     environment: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     finished: dict[str, Any] = field(default_factory=dict)
 
     @property
     def training_text(self) -> str | None:
-        """Hash of the token stream that it was trained on, where the folder tells."""
+        """Hash of the token stream that it was trained on, if the folder says so."""
         return self.finished.get("corpus") or self.train_split.get("sha256")
 
     @property
@@ -50,7 +50,7 @@ class RunRecord:
 
     @property
     def train_split(self) -> dict[str, Any]:
-        """What corpus.json says of it."""
+        """The entry of the training split in corpus.json."""
         return (self.corpus.get("splits") or {}).get("train") or {}
 
 
@@ -58,7 +58,7 @@ def find_records(rows: Iterable[ResultRow], folder: str | os.PathLike[str]) -> d
     """The record of every run in the rows, by the row's `run`.
 
     Run folders are looked for beside the results (`../runs/<run>`), below them (`runs/<run>`, as in a published
-    study), and where the row says that its run lies.
+    study), and in the folder that the row names.
 
     Raises:
         ValueError: a file of a run folder is damaged.
@@ -75,7 +75,7 @@ def find_records(rows: Iterable[ResultRow], folder: str | os.PathLike[str]) -> d
         place = next((p for p in folders if any((p / file).is_file() for file in RUN_FILES)), None)
         records[run] = RunRecord(run) if place is None else read_record(place, run)
     if not all(record.readable for record in records.values()):
-        # One was written by another version: nobody says which of its settings count, so all are compared.
+        # One was written by another version: it is unknown which of its settings count, so all are compared.
         records = {run: replace(record, settings=record.config, rounding={}) for run, record in records.items()}
     return records
 
@@ -84,7 +84,7 @@ def read_record(folder: Path, name: str) -> RunRecord:
     """Read one run folder.
 
     Raises:
-        ValueError: a file that is there cannot be read, naming it.
+        ValueError: an existing file cannot be read; the message names it.
     """
     values = [_read(folder / file) for file in RUN_FILES]
     config = flatten(values[0])
@@ -100,15 +100,15 @@ def read_record(folder: Path, name: str) -> RunRecord:
 
 
 def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict[str, str]:
-    """What tells each run from other runs of its scheme and training length, in words: run -> `lr 0.002`.
+    """How each run differs from other runs of its scheme and training length, in words: run -> `lr 0.002`.
 
-    Runs are seeds of one recipe where they agree in scheme, training length, training text and every setting that
-    results depend on, but for the seed. Empty words are the experiment's own settings: those of the runs whose
+    Runs are seeds of one recipe if they agree in scheme, training length, training text and every setting that
+    results depend on, except the seed. Empty words mean the experiment's own settings: those of the runs whose
     name has no suffix, else the most frequent ones. A run without a config.yaml is left out.
 
     Args:
-        rows: of one experiment.
-        records: of its runs, from `find_records`.
+        rows: rows of one experiment.
+        records: records of its runs, from `find_records`.
     """
     first: dict[str, ResultRow] = {}
     texts: dict[str, set[str | None]] = {}
@@ -148,7 +148,7 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
 
 
 def _short(key: str, others: Sequence[str]) -> str:
-    """`optimizer.lr` -> `lr`, `tokenizer.name` -> `tokenizer`; the whole key where that is not clear."""
+    """`optimizer.lr` -> `lr`, `tokenizer.name` -> `tokenizer`; the whole key if that would be ambiguous."""
     parts = [part for part in key.split(".") if part != "name"] or [key]
     same = [other for other in others if [p for p in other.split(".") if p != "name"][-1:] == parts[-1:]]
     return parts[-1] if len(same) < 2 else ".".join(parts)
@@ -181,12 +181,12 @@ def show(value: Any) -> str:
 
 
 def shortened(text: str | None) -> str:
-    """The first ten signs of a hash or commit."""
+    """The first ten characters of a hash or commit."""
     return str(text)[:10] if text else "unknown"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A YAML or JSON object; empty where there is no file."""
+    """A YAML or JSON object; empty if there is no file."""
     import yaml
 
     if not path.is_file():

@@ -17,7 +17,7 @@ from alibi_lm.study.tables import provenance, results_page
 
 
 def write_report(folder: Path, bench: Path | None = None) -> Path:
-    """Draw the figures of a folder of results afresh and write `report.html` beside them.
+    """Redraw the figures of a folder of results and write `report.html` beside them.
 
     Args:
         folder: holds `results.jsonl`.
@@ -31,7 +31,7 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
     """
     drawn = draw(folder)
     evidence = read_evidence(folder, bench)
-    own = folder.name == "extrapolation"  # of an experiment; a published one has all in one folder
+    own = folder.name == "extrapolation"  # an experiment's folder; published results are all in one folder
     name = folder.parent.name if own else folder.name
     analyses = ((folder.parent if own else folder) / "analysis").glob("*.png")
     page: list[Block] = [f"# {name}", provenance(evidence.rows, views(evidence.rows)[0])]
@@ -50,7 +50,7 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
 
 
 def _runs(records: Mapping[str, RunRecord]) -> list[Block]:
-    """Config and environment of every run: what all share once, then what each has of its own."""
+    """Config and environment of all runs: first what they share, then what differs."""
     facts: dict[str, dict[str, str]] = {}
     for name, record in records.items():
         account = {"config": record.config, "environment": record.environment}

@@ -1,4 +1,4 @@
-"""Extrapolation by stage of training: the checkpoints of a run, each against itself at the training length."""
+"""Extrapolation by stage of training: each checkpoint of a run relative to itself at the training length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import RunRecord
 
 FEWEST = 3
-"""Stages of a curve that is worth drawing, its end included."""
+"""How many stages, including the end, a curve needs to be drawn."""
 
 
 def stages_of(
@@ -19,13 +19,13 @@ def stages_of(
     """Every curve that was tested at three or more stages, at each power-of-two multiple of its training length.
 
     Args:
-        rows: of one experiment; those of kept checkpoints have `checkpoint` among their changes.
-        records: of its runs, which say at which step training ended.
+        rows: rows of one experiment; those of kept checkpoints list `checkpoint` in their changes.
+        records: records of its runs, which say at which step training ended.
         words: recipes of the runs.
 
     Returns:
-        The multiple, and a curve over the steps of training, rising: of the perplexity over that at the training
-        length, both after so many steps.
+        The multiple, and a curve over training steps, rising: the perplexity at the multiple over that at the
+        training length, both after that step.
     """
     by_step: dict[int, list[ResultRow]] = {}
     for row in rows:

@@ -1,8 +1,8 @@
 """How each scheme looks: colour, marker, line and name, the same in every figure.
 
-Colours are Okabe and Ito's eight, which stay apart for colour-blind readers; markers and dashes repeat
-the distinction for print without colour. A scheme that is not listed gets a look from a hash of its name,
-so that it, too, never changes between figures.
+Colours are the eight of Okabe and Ito, which colour-blind readers can distinguish; markers and dashes repeat
+the distinction for print without colour. A scheme that is not listed gets its look from a hash of its name,
+so that it looks the same in all figures too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _DASHES: tuple[Dashes, ...] = ((4, 2), (2, 1), (4, 1.2, 1.2, 1.2), (3, 1, 3, 2.4
 
 
 def look(position: str) -> Look:
-    """Appearance of a scheme, listed or not; depends on the name alone."""
+    """Appearance of a scheme, listed or not; it depends only on the name."""
     if position in LOOKS:
         return LOOKS[position]
     digest = hashlib.sha256(position.encode()).digest()
@@ -72,12 +72,12 @@ def look(position: str) -> Look:
 
 
 def label(position: str, variant: str = "", length: int | None = None) -> str:
-    """A scheme's name, with the training length and the variant where they are given."""
+    """A scheme's name, with training length and variant if they are given."""
     name = look(position).name + (f" L={length}" if length else "")
     return f"{name} ({variant})" if variant else name
 
 
 def room_for_ticks(axes: Iterable[Axes]) -> float:
-    """Inches that long numbers at the y axes need besides the usual room, so that no name is cut."""
+    """Extra inches that long numbers at the y axes need, so that no name is cut."""
     lengths = [len(label.get_text()) for axis in axes for label in axis.get_yticklabels()]
     return 0.07 * max(0, max(lengths, default=0) - 5)

@@ -1,4 +1,4 @@
-"""Tables of results by inference length, and the line that says where the numbers are from."""
+"""Tables of results by inference length, and the line that states where the numbers come from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RETRIEVES = 0.85
 
 
 def results_page(evidence: Evidence) -> list[Block]:
-    """`table.md`: a section per view, what makes the comparison unfair, if anything does, and what was learned."""
+    """`table.md`: a section per view, what makes the comparison unfair (if anything), and which runs learned."""
     rows, words = evidence.rows, evidence.words
     page: list[Block] = ["# Results by inference length"]
     for view in views(rows):
@@ -38,7 +38,7 @@ def results_page(evidence: Evidence) -> list[Block]:
 
 
 def accuracy_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> Table | None:
-    """Which seeds learned the task where it was trained, and how far each scheme gets; None without accuracies."""
+    """Which seeds learned the task at the training length, and how far each scheme gets; None if no accuracies."""
     body = []
     for view in views(rows):
         for curve in curves(rows, view, words) if view.metric == "accuracy" else ():
@@ -58,7 +58,7 @@ def accuracy_table(rows: Sequence[ResultRow], words: Mapping[str, str]) -> Table
 
 
 def stage_table(stages: Sequence[tuple[int, Curve]]) -> Table:
-    """Schemes down, training steps across: perplexity over that at the training length, mean over the seeds."""
+    """Schemes by training steps: perplexity over that at the training length, mean over the seeds."""
     steps = sorted({step for _, curve in stages for step in curve.losses})
     body = []
     for factor, curve in stages:
@@ -69,7 +69,7 @@ def stage_table(stages: Sequence[tuple[int, Curve]]) -> Table:
 
 
 def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] | None = None) -> Table:
-    """Schemes down, inference lengths across; beside each perplexity its ratio to that at the training length."""
+    """Schemes by inference lengths: the values, and for perplexity the ratio to that at the training length."""
     found = curves(rows, view, words)
     lengths = sorted({n for curve in found for n in [*curve.losses, *curve.refused]})
     reasons: list[str] = []
@@ -88,7 +88,7 @@ def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] |
 
 
 def provenance(rows: Iterable[ResultRow], view: View) -> str:
-    """One line: corpus, tokens, seeds, code. Where rows disagree, all their values are named."""
+    """One line with corpus, tokens, seeds and code. If rows disagree, all their values are listed."""
     own = [row for row in rows if row.run is not None and view_of(row) == view]
     seeds = {row.seed for row in own if row.seed is not None}
     names = text_names(own).items()

@@ -64,7 +64,7 @@ def analysis_figure(found: Analysis) -> Figure:
 
 
 def _each(panel: Callable[..., None], found: Analysis) -> list[Cell]:
-    """A panel for each curve; what has nothing to show is told in words, unless there is nothing else."""
+    """A panel for each curve; curves with nothing to show get a remark, unless there is nothing else."""
     shown = [s for s in found.series if any(not p.get("reason") for p in s.points[-1:])] or found.series
     return [functools.partial(panel, series=series) for series in shown]
 
@@ -92,7 +92,7 @@ def _heat_maps(found: Analysis) -> list[Cell]:
 
 
 def position_panels(found: Analysis) -> list[Cell]:
-    """A panel per curve, with its band; the other curves stand behind it in grey. All have the same axes."""
+    """A panel per curve, with its band; the other curves are behind it in grey. All have the same axes."""
     lines = [(series, line) for series in found.series if (line := _position_line(series)).x]
     values = [v for _, line in lines for v in line.y]
     if not values:
@@ -117,7 +117,7 @@ _BINS = ("first", "last", "nats", "low", "high")
 
 
 def _position_line(series: Series) -> Line:
-    """Each part of the window from the shortest windows that reach it, where most targets are."""
+    """The curve by position; each part comes from the shortest windows that reach it, which have most targets."""
     bins: list[tuple[int, int, float, float, float]] = []
     for point in sorted((p for p in series.points if p["nats"] is not None), key=lambda p: p["length"]):
         reached = bins[-1][1] if bins else 0
@@ -140,7 +140,7 @@ _DRAWN: dict[str, tuple[Callable[[Analysis], list[Cell]], tuple[float, float]]] 
 
 
 def line_panels(found: Analysis) -> list[Cell]:
-    """A panel for each training length that curves share, twice where the close lines would fall together."""
+    """A panel for each training length that curves share; twice if close lines would coincide."""
     shared, homes = homes_of([s.train_length for s in found.series])
     if not shared:
         shared = [max(s.train_length for s in found.series)]
@@ -178,7 +178,7 @@ def line_panels(found: Analysis) -> list[Cell]:
 def close_lines(lines: Sequence[Line], length: int) -> list[Line]:
     """Lines for a close-up; those that leave it have no intervals there, which would hide the others.
 
-    Empty where no line is near the best one at all lengths.
+    Empty if no line is near the best one at all lengths.
     """
     near = {
         id(line): [v for x, v in zip(line.x, line.y, strict=True) if x <= length] or line.y[:1] for line in lines
@@ -219,7 +219,7 @@ def _lines(view: str, series: Series, guest: bool) -> list[Line]:
 
 
 def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
-    """Interval of the difference from the trained length, around the point; nothing where there is none."""
+    """Interval of the difference from the trained length, around the point; only the point if there is none."""
     known = point.get("difference", point if "offset" in point or "distance" in point else None)
     if known is None or known["low"] is None:
         return point["nats"], point["nats"]
@@ -230,7 +230,7 @@ def _interval(point: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def analysis_page(found: Analysis) -> list[Block]:
-    """The page of a view: what it shows, from where, and its table."""
+    """The page of a view: what it shows, the source of its numbers, and its table."""
     kinds = {"decomposition": _decomposition, "windows": _windows, "attention": _attention}
     page: list[Block] = [f"## {VIEWS[found.view].title}", f"{VIEWS[found.view].note} {found.provenance}."]
     if not found.same_text:
@@ -241,7 +241,7 @@ def analysis_page(found: Analysis) -> list[Block]:
 
 
 def _grid(found: Analysis) -> Table:
-    """A row per curve (and mode), a column per length, context or offset."""
+    """One row per curve (and mode), one column per length, context or offset."""
     reasons: list[str] = []
     cells: dict[tuple[str, ...], dict[int, str]] = {}
     for series in found.series:
@@ -287,7 +287,7 @@ def _cell(view: str, series: Series, point: Mapping[str, Any], reasons: list[str
 
 
 def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:
-    """Last positions of doublings and the mean of the bins up to there, weighted by their width."""
+    """Last position of each doubling -> mean of the bins in it, weighted by their width."""
     found: dict[int, list[tuple[float, float]]] = {}
     for first, last, nats in zip(curve["first"], curve["last"], curve["nats"], strict=True):
         end = 1 << max(0, math.ceil(math.log2(last)))
@@ -296,7 +296,7 @@ def _octaves(curve: Mapping[str, list[float]]) -> dict[int, str]:
 
 
 def _windows(found: Analysis) -> Table:
-    """A row per layer and head."""
+    """One row per layer and head."""
     points = [(series, point) for series in found.series for point in series.points]
     shares = next((list(point["windows"]) for _, point in points if "windows" in point), [])
 
@@ -320,15 +320,15 @@ def _decomposition(found: Analysis) -> Table:
 
 
 def _attention(found: Analysis) -> Table:
-    """How far heads look, how widely, and how many rest on the first token."""
+    """Mean distance and entropy of the attention weights, and how many heads rest on the first token."""
 
     def row(point: Mapping[str, Any]) -> list[str]:
         values = [[head[key] for head in point["heads"]] for key in ("distance", "entropy", "first")]
         return [*(f"{min(v):.3g}, {median(v):.3g}, {max(v):.3g}" for v in values), f"{point['sink_rate']:.2f}"]
 
     note = (
-        "Least, median and greatest of the heads of the first seed. Sink rate: heads, of all seeds, that give the "
-        "first token more than 0.3 of their weight. Queries of the second half of each window."
+        "Minimum, median and maximum over the heads of the first seed. Sink rate: share of heads, over all seeds, "
+        "that give the first token more than 0.3 of their weight. Queries of the second half of each window."
     )
     table = _by_point(found, ["mean distance", "entropy in nats", "weight of first token", "sink rate"], row)
     return replace(table, notes=[note, *table.notes])
@@ -337,7 +337,7 @@ def _attention(found: Analysis) -> Table:
 def _by_point(
     found: Analysis, head: list[str], row: Callable[[Mapping[str, Any]], list[str]], at: str = "length"
 ) -> Table:
-    """A row for each curve and point; where the point has no value, the reason."""
+    """One row for each curve and point; for a point without a value, the reason."""
     reasons: list[str] = []
     body = []
     for series in found.series:

@@ -1,4 +1,4 @@
-"""Charts of views that are no lines: bars of the decomposition, documents, windows of heads, maps of attention."""
+"""Charts of views other than lines: bars of the decomposition, documents, windows of heads, attention maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TERM_COLORS = {"early_tokens": "#56B4E9", "positions_beyond": "#CC79A7", "keys_beyond": "#E69F00"}
 SHARE_COLORS = {"2^-25": "#0072B2", "1e-3": "#E69F00", "1e-2": "#CC79A7"}
-"""By lost share of attention."""
+"""Colours by lost share of attention."""
 
 
 def decomposition_panel(axis: Axes, series: Series) -> None:
@@ -34,7 +34,7 @@ def decomposition_panel(axis: Axes, series: Series) -> None:
         x = [k + (index - 1) * 0.26 for k in places]
         axis.bar(x, [p[name]["nats"] for p in points], width=0.24, color=color, zorder=2, label=TERM_NAMES[name])
         _whiskers(axis, x, [p[name] for p in points])
-    # Beside the bars: on the middle one it would hide that one's interval.
+    # Beside the bars: on the middle bar it would hide that bar's interval.
     beside = [k + 0.47 for k in places]
     _whiskers(axis, beside, [p["total"] for p in points])
     total = [p["total"]["nats"] for p in points]
@@ -57,7 +57,7 @@ def _whiskers(axis: Axes, x: Sequence[float], terms: Sequence[Mapping[str, float
 
 
 def documents_panel(axis: Axes, series: Series) -> None:
-    """Each document's mean loss at the longest length against that at the trained length."""
+    """Each document's mean loss at the longest length against its loss at the trained length."""
     dress(axis, f"{series.name}, L = {series.train_length}", look(series.position).color)
     known = [p for p in series.points if p["nats"] is not None]
     base = next((p for p in known if p["length"] == series.train_length), None)
@@ -106,7 +106,7 @@ def windows_panel(axis: Axes, series: Series, layer: int | None) -> None:
 
 
 def heat_map(axis: Axes, series: Series, point: Mapping[str, Any] | None) -> None:
-    """Heads down, distances across, the mean weight of a key there as colour, on a log scale."""
+    """One row per head, one column per distance, the mean weight of a key there as colour on a log scale."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter
 
@@ -130,7 +130,7 @@ def heat_map(axis: Axes, series: Series, point: Mapping[str, Any] | None) -> Non
 
 
 def weight_lines(axis: Axes, series: Series, points: Sequence[Mapping[str, Any]]) -> None:
-    """The same as a line for each head, at the longest length and (dashed) at the training length."""
+    """The mean weights as a line for each head, at the longest length and (dashed) at the training length."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     dress(axis, f"{series.name}, all heads", look(series.position).color)
@@ -152,5 +152,5 @@ def weight_lines(axis: Axes, series: Series, points: Sequence[Mapping[str, Any]]
 
 
 def _plain(value: float, _: object) -> str:
-    """A tick in plain text: mathematical markup is switched off in all figures."""
+    """A tick label in plain text, because mathematical markup is switched off in all figures."""
     return f"{value:g}"

@@ -1,8 +1,8 @@
 """What the evaluator asks of a task: sequences, which of their targets count, and what its result is called.
 
-A task numbers its targets 0, 1, ... and hands them out in batches, so that the scorer can check that each is
-scored exactly once, whatever the batches look like. Targets that are judged together (a document of a text, the
-answer of an item) have consecutive numbers.
+A task numbers its targets 0, 1, ... and gives them out in batches of any shape; by the numbers the scorer checks
+that each is scored exactly once. Targets that are judged together (a document of a text, the answer of an item)
+have consecutive numbers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from alibi_lm.distributed import World
 
 @dataclass
 class TaskConfig:
-    """What a run is trained on; this one: its text, and nothing else. The class of a task is a subclass."""
+    """What a run is trained on: here its text alone. Tasks have subclasses of this class."""
 
     name: str = "text"
 
     added_tokens: ClassVar[int] = 0
-    """Tokens that a model has beyond those of its text."""
+    """Tokens that a model has besides those of its text."""
 
     def width(self, length: int) -> int:
-        """Most input tokens of a training sequence of this length."""
+        """Largest number of input tokens in a training sequence of this length."""
         return length
 
 
@@ -39,8 +39,8 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64, on the CPU.
         target_ids: (B, T) int64; target t follows input t.
-        numbers: (B, T') int64: numbers of the last T' targets of each row, -1 for one that does not count; targets
-            before them are context only.
+        numbers: (B, T') int64: numbers of the last T' targets of each row, -1 for one that does not count. Earlier
+            targets are context only.
     """
 
     input_ids: Tensor
@@ -63,9 +63,9 @@ class Task(ABC):
         mode: how targets get their context, see `ResultRow.mode`.
         stride: in sliding mode, else None.
         split: `validation` or `test`.
-        corpus: 12 hex digits that stand for the text or for what the items are drawn from.
-        words: of the text, as people count them; None where that means nothing.
-        bytes: of the text, likewise.
+        corpus: 12 hex digits, a hash of the text or of what the items are drawn from.
+        words: number of words of the text, separated by white space; None if that means nothing.
+        bytes: number of bytes of the text, likewise.
     """
 
     name: str
@@ -80,10 +80,10 @@ class Task(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """What targets and inputs depend on, beside the length; stored results are known by it."""
+        """What targets and inputs depend on besides the length; part of the key of stored results."""
 
     def width(self, length: int) -> int:
-        """Most input tokens of a sequence at an inference length, which a task may count in units of its own."""
+        """Largest number of input tokens at an inference length, which a task may count in its own units."""
         return length
 
     @abstractmethod
@@ -100,14 +100,14 @@ class Task(ABC):
 
         Args:
             length: the inference length.
-            tokens_per_forward: tokens of a batch; one sequence at least.
+            tokens_per_forward: tokens per batch; at least one sequence.
             world: the processes that share the work.
         """
 
     def parts(self, length: int) -> dict[str, np.ndarray]:
-        """Groups that are also told apart, by name: (n,) int64 indices into `groups`; empty for most tasks."""
+        """Subsets of groups that are also reported, by name: (n,) int64 indices into `groups`; mostly none."""
         return {}
 
     def refuses(self, length: int) -> str:
-        """Why there is nothing to measure at this length; empty where there is."""
+        """Why there is nothing to measure at this length; empty if there is something."""
         return ""

@@ -6,8 +6,9 @@ arXiv 2410.02140, and its code (github.com/lacoco-lab/length_generalization); af
 
     <bos> input <sep> answer <eos>
 
-The loss is that of the answer and `<eos>`, and an item is right where all of these are. A length is the number of
-input symbols: uniform from the least to L in training, (n - L, n] in a test at n > L, and never below the least.
+The loss is that of the answer and `<eos>`, and an item is right if all of these are. A length is the number of
+input symbols. In training it is uniform from the shortest to L; in a test at n > L, in (n - L, n], but never below
+the shortest.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class BoardTask(Synthetic):
         return FIRST + self.alphabet
 
     def answer(self, length: int) -> int:
-        """Most symbols of an answer."""
+        """Largest number of symbols in an answer."""
         return 1
 
     def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +58,7 @@ class BoardTask(Synthetic):
 
 
 def bits(draw: np.random.Generator, length: int, tie: bool = False) -> np.ndarray:
-    """Shuffled bits of which the number of ones is uniform from 0 to length, but for a tie: (length,)."""
+    """Shuffled bits, (length,); the number of ones is uniform from 0 to length, without ties unless `tie`."""
     while True:
         ones = int(draw.integers(length + 1))
         if tie or 2 * ones != length:
@@ -66,7 +67,7 @@ def bits(draw: np.random.Generator, length: int, tie: bool = False) -> np.ndarra
 
 @dataclass
 class BinMajority(BoardTask):
-    """Which of two symbols is there more often? The number of ones is uniform, and there is no tie."""
+    """Which of two symbols occurs more often? The number of ones is uniform, without ties."""
 
     name: str = "bin_majority"
     chance: ClassVar[float] = 0.5
@@ -78,7 +79,7 @@ class BinMajority(BoardTask):
 
 @dataclass
 class Majority(BoardTask):
-    """Which of 26 letters is there most often? Letters are uniform; inputs with two such letters are redrawn."""
+    """Which of 26 letters occurs most often? Letters are uniform; inputs with two such letters are redrawn."""
 
     name: str = "majority"
     alphabet: ClassVar[int] = 26
@@ -96,7 +97,7 @@ class Majority(BoardTask):
 class InterleavedMajority(BoardTask):
     """Three bit strings of equal length take turns; the answer is the more frequent bit of each.
 
-    A length that is no multiple of 3 is rounded down.
+    A length that is not a multiple of 3 is rounded down.
     """
 
     name: str = "interleaved_majority"
@@ -113,11 +114,11 @@ class InterleavedMajority(BoardTask):
 
 @dataclass
 class UniqueCopy(BoardTask):
-    """Say the input again, n different symbols: each has one successor, which is found by looking it up."""
+    """Repeat the input, n different symbols: each has one successor, which can be looked up in the input."""
 
     name: str = "unique_copy"
     symbols: int = 150
-    """Different symbols; as many as the longest input has at least."""
+    """Number of different symbols, at least as many as in the longest input."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,7 +143,7 @@ class UniqueCopy(BoardTask):
 
 @dataclass
 class Sort(UniqueCopy):
-    """Say n different numbers again in ascending order."""
+    """Repeat n different numbers in ascending order."""
 
     name: str = "sort"
 
@@ -153,7 +154,7 @@ class Sort(UniqueCopy):
 
 @dataclass
 class RepeatCopy(BoardTask):
-    """Say the input again, n uniform bits: what follows a symbol depends on where it stands."""
+    """Repeat the input, n uniform bits: what follows a symbol depends on its position."""
 
     name: str = "repeat_copy"
 
@@ -167,7 +168,7 @@ class RepeatCopy(BoardTask):
 
 @dataclass
 class Parity(BoardTask):
-    """Is the number of ones even or odd? It is uniform from 0 to n."""
+    """Is the number of ones even or odd? That number is uniform from 0 to n."""
 
     name: str = "parity"
     least: ClassVar[int] = 0
@@ -183,7 +184,7 @@ class Parity(BoardTask):
 class Addition(BoardTask):
     """The sum of two binary numbers, most significant bit first: `101+11=` has a length of 7.
 
-    Neither number has leading zeros, and how the digits are shared between them is uniform.
+    Neither number has leading zeros, and the split of the digits between them is uniform.
     """
 
     name: str = "addition"

@@ -1,12 +1,12 @@
-"""Tasks made of items: drawn from a seed and a number, for training and for test alike.
+"""Tasks made of items that are drawn from a seed and a number, in training and in tests.
 
-An item is a sequence of its own. The loss and the score count its answer alone, and an item is right where the
-model's first choice is right at every target of the answer. That is the same as asking whether greedy decoding
-gives the answer: each target is predicted after the right ones before it.
+Each item is one sequence. The loss and the score count only its answer, and an item is right if the model's
+first choice is right at every target of the answer. This is equivalent to greedy decoding giving the answer,
+because each target is predicted after the right ones before it.
 
-    training item i        generator of (seed of the run, i)
-    validation item i      generator of a seed of its own and i; lengths as in training
-    test item i            likewise; lengths beyond those of the training, the same items for every run
+    training item i        generator of (the run's seed, i)
+    validation item i      generator of (a separate seed, i); lengths as in training
+    test item i            likewise; lengths beyond those of training, the same items for every run
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from alibi_lm.settings import require, setting
 from alibi_lm.tasks.base import Batch, Task, TaskConfig
 
 TRAINING, HELD_OUT = 0, {"validation": 1, "test": 2}
-"""First number of every generator's seed: no test item comes from the stream of a training."""
+"""First number of every generator's seed, so that no test item comes from a training stream."""
 
 
 class Item(NamedTuple):
@@ -44,16 +44,16 @@ class Item(NamedTuple):
 class Synthetic(TaskConfig, ABC):
     """A task whose items are drawn, with its settings; its `name` is its entry in the config group `task`.
 
-    Lengths are in the task's own measure, which its class names: symbols of the input, or tokens of the sequence.
+    Lengths are in the task's own unit, which its class names: symbols of the input, or tokens of the sequence.
     """
 
     name: str = ""
     validation_items: int = 500
-    """Items of a validation, of lengths as in training."""
+    """Items per validation, of lengths as in training."""
     stop_when_solved: bool = True
-    """End the training when every item of a validation is right."""
+    """End training when every item of a validation is right."""
     items: int = setting(2000, counts="no")
-    """Items of a test at each length."""
+    """Items per test at each length."""
 
     least: ClassVar[int] = 1
     """Shortest length."""
@@ -74,29 +74,29 @@ class Synthetic(TaskConfig, ABC):
 
     @abstractmethod
     def width(self, length: int) -> int:
-        """Most input tokens of an item of a length."""
+        """Largest number of input tokens in an item of this length."""
 
     @abstractmethod
     def lengths(self, length: int, train_length: int | None) -> Sequence[int]:
-        """Lengths that items are drawn from: of training and validation (None), or of a test at `length`."""
+        """Lengths that items are drawn from: in training and validation (None), or in a test at `length`."""
 
     @abstractmethod
     def item(self, draw: np.random.Generator, length: int) -> Item:
         """Draw an item of exactly this length."""
 
     def refuses(self, length: int) -> str:
-        """Why there are no items of this length; empty where there are."""
+        """Why there are no items of this length; empty if there are."""
         return f"{self.name} needs a length of {self.least} or more" if length < self.least else ""
 
     def draw(self, seed: Sequence[int], length: int, train_length: int | None = None) -> Item:
-        """Item of a generator's seed, at one of the `lengths`."""
+        """The item of a generator's seed, with one of the `lengths`."""
         draw = np.random.default_rng(seed)
         lengths = self.lengths(length, train_length)
         return self.item(draw, int(lengths[int(draw.integers(len(lengths)))]))
 
 
 def answered(question: np.ndarray, answer: np.ndarray) -> Item:
-    """The item of a question and its answer, of which the answer counts: two (length,) int64 vectors."""
+    """The item of a question and its answer, (length,) int64 each; only the answer counts."""
     tokens = np.concatenate([question, answer]).astype(np.int64)
     counted = np.zeros(len(tokens) - 1, dtype=bool)
     counted[len(question) - 1 :] = True
@@ -104,7 +104,7 @@ def answered(question: np.ndarray, answer: np.ndarray) -> Item:
 
 
 def stack(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of items, filled up with zeros that do not count: ids, ids and bool, each (B, longest)."""
+    """A batch of items, padded with zeros that do not count: input ids, target ids (int64), bool; (B, longest)."""
     shape = len(items), max(len(item.input_ids) for item in items)
     both, counted = np.zeros((2, *shape), dtype=np.int64), np.zeros(shape, dtype=bool)
     for row, item in enumerate(items):
@@ -114,7 +114,7 @@ def stack(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ItemBatches:
-    """Training batches of a task: batch n holds items n rows to (n + 1) rows - 1 of the seed."""
+    """Training batches of a task: batch n holds items n * rows to (n + 1) * rows - 1 of the seed."""
 
     def __init__(self, task: Synthetic, length: int, rows: int, seed: int) -> None:
         self.task, self.length, self.rows, self.seed = task, length, rows, seed
@@ -133,7 +133,7 @@ class ItemBatches:
 
 
 class Items(Task):
-    """A list of items at each length, as the scorer sees it. A subclass makes the list (`draw`)."""
+    """A list of items at each length, as a task for the scorer. A subclass makes the list (`draw`)."""
 
     metrics = ("accuracy",)
     mode = "items"
@@ -146,7 +146,7 @@ class Items(Task):
         """All items at a length."""
 
     def items(self, length: int) -> list[Item]:
-        """The same; those of the last length asked for are kept."""
+        """The same; the items of the last length asked for are cached."""
         if self._kept[0] != length:
             self._kept = length, self.draw(length)
         return self._kept[1]
@@ -174,7 +174,7 @@ class Items(Task):
 
 
 class ItemTask(Items):
-    """Items that are drawn: those of a validation, or of a test.
+    """The items of a validation or of a test.
 
     Args:
         task: its settings.

@@ -1,15 +1,15 @@
-"""Needles in text: a fact that stands once in a long text, and a question for it at the end.
+"""Needles in text: a fact that occurs once in a long text, and a question about it at the end.
 
-`needle` is for language models that are trained here, however small: a share of their training sequences holds
-one, in tokens of its own. It is made after the single needle of RULER (Hsieh et al. 2024, arXiv 2404.06654) and
-the passkey task, which both need a model that can answer a question in words.
+`needle` is for language models that are trained here, even small ones: a share of their training sequences holds
+a needle, in special tokens. It follows the single needle of RULER (Hsieh et al. 2024, arXiv 2404.06654) and the
+passkey task, which both need a model that can answer a question in words.
 
     text ... <key> k1 k2 <is> v1 v2 v3 v4 ... text <ask> k1 k2 <is> v1 v2 v3 v4
 
 `passkey` asks in words, as Mohtashami and Jaggi (2023, arXiv 2305.16300) and YaRN (Peng et al. 2023, arXiv
 2309.00071) do; it needs a model that has learned to answer.
 
-A length is the number of input tokens. An item is right where all of its answer is the model's first choice.
+A length is the number of input tokens. An item is right if its whole answer is the model's first choice.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from alibi_lm.tasks.items import HELD_OUT, Item, Items
 
 SYMBOLS, VALUES = 10, 4
 KEY, IS, ASK = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2
-"""Ids of the needle's tokens, after the ten symbols, counted from the end of the text's vocabulary."""
+"""Ids of the needle's other tokens, after the ten symbols; ids count from the end of the text's vocabulary."""
 FRAME = 2 * (4 + VALUES)
 """Tokens of needle and question with its answer."""
 DEPTHS = 11
 """Places of the needle, from the beginning (0) to the end of the text (1)."""
 NEEDLES = 3
-"""First number of the seeds of needles in training."""
+"""First number in the seed of each training needle."""
 
 
 @dataclass
 class NeedleConfig(TaskConfig):
-    """A language model some of whose training sequences hold a needle."""
+    """Language modelling in which some training sequences hold a needle."""
 
     name: str = "needle"
     share: float = 0.05
-    """Of the training sequences, in (0, 1]."""
+    """Share of the training sequences that hold a needle, in (0, 1]."""
     draws: int = setting(20, counts="no")
-    """Items of a test at each depth and length."""
+    """Items per test at each depth and length."""
 
     added_tokens: ClassVar[int] = SYMBOLS + 3
 
@@ -57,7 +57,7 @@ class NeedleConfig(TaskConfig):
 
 
 def refuses(length: int) -> str:
-    """Why a sequence cannot hold a needle; empty where it can."""
+    """Why a sequence of this length cannot hold a needle; empty if it can."""
     return f"a needle and its question need {FRAME + 1} tokens or more" if length <= FRAME else ""
 
 
@@ -65,10 +65,10 @@ def with_needle(text: np.ndarray, first: int, depth: float, draw: np.random.Gene
     """Put a needle into a text and the question after it.
 
     Args:
-        text: (n,) integers; its last tokens make room.
+        text: (n,) integers; its last tokens are dropped to make room.
         first: id of the first symbol.
-        depth: 0 (the needle begins the sequence) to 1 (it stands before the question).
-        draw: of key and values.
+        depth: 0 (the needle begins the sequence) to 1 (it comes right before the question).
+        draw: generator of key and values.
 
     Returns:
         (n,) int64.
@@ -153,13 +153,13 @@ class NeedleTask(Items):
 
 
 class PasskeyTask(Items):
-    """A number among repeated sentences, and the question for it: for models that can answer in words.
+    """A number among repeated sentences, and a question about it: for models that can answer in words.
 
-    Twenty items a length, each at a random depth; the number is uniform in 1 to 50,000 and told twice.
+    Twenty items per length, each at a random depth; the number is uniform in 1 to 50,000 and stated twice.
 
     Args:
-        tokenizer: of the model.
-        split: named in rows; the items are the same for both.
+        tokenizer: the model's.
+        split: name of the split in rows; the items are the same for both splits.
     """
 
     name = "passkey"

@@ -15,15 +15,15 @@ from alibi_lm.settings import require
 from alibi_lm.tasks.items import Item, Synthetic
 
 GAP_POWER = 0.01
-"""Of the power law of the gaps between the pairs and their queries."""
+"""Exponent of the power law of the gaps between the pairs and their queries."""
 
 
 @dataclass
 class OverTokens(Synthetic):
-    """Items whose length is their number of tokens, all of them equally long."""
+    """Items whose length is their number of tokens; all items at a length are equally long."""
 
     vocabulary: int = 16
-    """Tokens that items are made of."""
+    """Number of different tokens."""
 
     @property
     def vocab_size(self) -> int:
@@ -40,19 +40,19 @@ class OverTokens(Synthetic):
 class MQAR(OverTokens):
     """Multi-query associative recall: n pairs of a key and a value, then each key again somewhere in filler.
 
-    The keys are different, and so are the values. Slots of two tokens follow the pairs; n of them hold a key each,
-    chosen without replacement with probability proportional to a g^(a - 1) at the g-th slot, a = 0.01. The target
-    at the key is its value. All other tokens there are uniform over the vocabulary.
+    All keys differ, and so do all values. Slots of two tokens follow the pairs; n of them hold a key each, chosen
+    without replacement with probability proportional to a g^(a - 1) at the g-th slot, a = 0.01. The target at the
+    key is its value. All other tokens there are uniform over the vocabulary.
 
     Source: Arora et al. (2023), "Zoology", arXiv 2312.04927, and its code (github.com/HazyResearch/zoology).
-    Every query is judged by itself, as there.
+    Every query is judged separately, as there.
     """
 
     name: str = "mqar"
     vocabulary: int = 8192
-    """Tokens: keys in the lower half, values in the upper."""
+    """Number of different tokens: keys in the lower half, values in the upper."""
     pairs: int = 8
-    """Pairs of a sequence."""
+    """Key-value pairs per sequence."""
     by_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class MQAR(OverTokens):
         values = half + draw.choice(self.vocabulary - half, pairs, replace=False)
         slots = (length - 2 * pairs) // 2
         weights = GAP_POWER * np.arange(1, slots + 1) ** (GAP_POWER - 1)
-        # The first of exponential clocks with these rates: the same as drawing without replacement.
+        # The n smallest of exponential variables with these rates: equal to drawing without replacement.
         places = 2 * pairs + 2 * np.argsort(draw.exponential(size=slots) / weights)[:pairs]
         tokens = draw.integers(self.vocabulary, size=length + 1)
         tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, values
@@ -104,14 +104,14 @@ class MQARExtrapolate(MQAR):
 
     def draw(self, seed: Sequence[int], length: int, train_length: int | None = None) -> Item:
         draw = np.random.default_rng(seed)
-        # Half the length goes with half the pairs, so `item`, which knows the length alone, is not asked.
+        # Half the length goes with half the pairs, so `item`, which knows only the length, cannot be used.
         short = train_length is None and bool(draw.integers(2))
         return self.recall(draw, length // 2 if short else length, self.pairs // 2 if short else self.pairs)
 
 
 @dataclass
 class Induction(OverTokens):
-    """Induction: a sign stands once in uniform tokens, and again at the end; what followed it is the answer.
+    """Induction: a special token occurs in uniform tokens and again at the end; what followed it is the answer.
 
     Source: Fu et al. (2023), "Hungry Hungry Hippos", arXiv 2212.14052, section 3.1, with the settings of Gu and
     Dao (2023), arXiv 2312.00752, section 4.1.2: 16 tokens, trained at 256, tested at multiples of it.
@@ -119,14 +119,14 @@ class Induction(OverTokens):
 
     name: str = "induction"
     vocabulary: int = 16
-    """Tokens, the sign (0) among them."""
+    """Number of different tokens, including the special one (0)."""
     least: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             self.vocabulary >= 3,
-            f"task.vocabulary = {self.vocabulary}. Use at least 3: the sign and two answers.",
+            f"task.vocabulary = {self.vocabulary}. Use at least 3: the special one and two answers.",
         )
 
     def item(self, draw: np.random.Generator, length: int) -> Item:

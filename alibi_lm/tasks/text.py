@@ -22,7 +22,7 @@ class TextTask(Task):
         start_id: input in front of the first target.
         stride: targets scored per window in sliding mode; None: nonoverlapping windows.
         documents: (D,) int64, where documents start; None: the stream is one document.
-        sha256: of the tokens; empty: they are hashed.
+        sha256: hash of the tokens; empty: computed here.
     """
 
     tokens: np.ndarray
@@ -65,7 +65,7 @@ class TextTask(Task):
         windows = scoring_windows(len(self.tokens), length, self.stride)
         share = shard(len(windows[0]), world or World())
         starts, scored, ends = (part[share.start : share.stop] for part in windows)
-        # Windows of one shape (tokens, and how many of them are context only) go together.
+        # Windows of one shape (number of tokens, and how many are context only) are batched together.
         shapes = np.stack([ends - starts, scored - starts], axis=1)
         borders = np.flatnonzero((shapes[1:] != shapes[:-1]).any(axis=1)) + 1
         for group in np.split(np.arange(len(starts)), borders):
@@ -82,7 +82,7 @@ class TextTask(Task):
             starts: (windows,) integers, first target of each window.
             width: tokens of a window.
             score_from: targets before this column are context only.
-            tokens_per_forward: tokens of a batch; one window at least.
+            tokens_per_forward: tokens per batch; at least one window.
 
         Raises:
             ValueError: a window that leaves the stream.

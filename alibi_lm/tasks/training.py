@@ -20,7 +20,7 @@ from alibi_lm.tasks.text import TextTask
 
 
 class Batches(Protocol):
-    """Training batches, each a function of the seed and the step alone."""
+    """Training batches, each a function of seed and step only."""
 
     def batch(self, step: int, rows: slice = ...) -> tuple[Tensor, ...]:
         """Inputs and targets, (B, T) int64 each, and, where only some targets count, which: (B, T) bool."""
@@ -36,13 +36,13 @@ class TrainingData:
     """What a run learns from.
 
     Attributes:
-        name: for people.
-        vocab_size: of the model.
-        manifest: of corpus.json; its digests are part of the run's identity.
-        tokenizer: of a text, else None.
-        hash: of everything, for checkpoints.
-        train_hash: of what is trained on, for finished.json.
-        validation: scored at the training length.
+        name: description for the user.
+        vocab_size: number of tokens of the model.
+        manifest: contents of corpus.json; its digests are part of the run's identity.
+        tokenizer: that of a text; None for a task.
+        hash: hash of all data, for checkpoints.
+        train_hash: hash of the data to train on, for finished.json.
+        validation: the task to score at the training length.
         make_batches: (rows, seed) -> batches.
     """
 

@@ -1,4 +1,4 @@
-"""Which backend a model gets, what it is told where that one cannot be had, and how a new scheme is judged."""
+"""Which backend a model gets, the message if that one is not available, and how a new scheme is judged."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_no_kernel_is_one_line_that_says_why_and_what_follows(machine, caplog):
     ("name", "scheme", "missing", "message"),
     [
         ("fused", None, "", "attention = 'fused'. Allowed: auto, eager, sdpa, native, flex."),
-        ("native", None, "no compiler", "attention = native, but its kernel cannot be had here: no compiler."),
+        ("native", None, "no compiler", "attention = native, but its kernel is not available here: no compiler."),
         (
             "native",
             Curved(SHAPE),

@@ -281,7 +281,7 @@ DAMAGES = (
 def test_damage_is_an_error_that_says_what_to_delete(name, damage, config):
     corpus = prepare(config, WordConfig())
     damage(corpus.folder / name)
-    with pytest.raises(ValueError, match=r"Delete .*wikitext103-\S+ to prepare it anew") as error:
+    with pytest.raises(ValueError, match=r"Delete .*wikitext103-\S+ to prepare it again") as error:
         prepare(config, WordConfig())
     shutil.rmtree(str(error.value).split("Delete ")[1].split(" to prepare")[0])
     verify(prepare(config, WordConfig()))

@@ -229,7 +229,7 @@ def test_a_server_that_never_answers_is_given_up_soon(port, preparing, tmp_path)
 def test_a_hub_without_the_text_is_reported(port, preparing, tmp_path):
     with serving(Hub(port, "another-config", {"train": TRAIN}, tmp_path)):
         message, _ = preparing(tmp_path / "streams")
-    assert_helpful(message, "could not be had from the hub")
+    assert_helpful(message, "could not be loaded from the hub")
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def raw(content, name="bad.txt"):
         (lambda folder: None, {}, ["there is no such text", ".jsonl"]),
         (raw(b""), {"split_by": "none"}, ["there is no text for the train split"]),
         (raw(b" \n \n"), {"split_by": "none"}, ["there is no text for the train split"]),
-        (raw(b"text\0\1\2"), {"split_by": "none"}, ["bad.txt", "zero bytes"]),
+        (raw(b"text\0\1\2"), {"split_by": "none"}, ["bad.txt", "NUL bytes"]),
         (raw("caf\u00e9\n".encode("latin1")), {"split_by": "none"}, ["bad.txt, line 1", "not UTF-8", "iconv"]),
         (raw(b"one file\n"), {}, ["no text for the", "data.split_by=file"]),
         (raw(b"one file\n"), {"split_by": "file"}, ["none of its 1 files", "three files"]),
@@ -143,7 +143,7 @@ def raw(content, name="bad.txt"):
         (raw(b'{"body": "x"}\n', "bad.jsonl"), {"split_by": "none"}, ["data.column = text", "line 1", "body"]),
         (raw(b'{"text": 5}\n', "bad.jsonl"), {"split_by": "none"}, ["data.column = text", "line 1"]),
         (raw(b"[1]\n", "bad.jsonl"), {"split_by": "none"}, ["no fields at all"]),
-        (raw(b"no table", "bad.parquet"), {"split_by": "none"}, ["bad.parquet is no .parquet file"]),
+        (raw(b"no table", "bad.parquet"), {"split_by": "none"}, ["bad.parquet is not a .parquet file"]),
         (lambda folder: write(folder, "parquet"), {"column": "id"}, ["data.column = id", "id, text"]),
         (lambda folder: write(folder, "parquet"), {"column": "body"}, ["data.column = body", "id, text"]),
     ],
@@ -201,5 +201,5 @@ def test_a_set_in_the_form_of_the_hub(tmp_path, monkeypatch):
     for more in ({}, {"max_tokens": 50}):
         with pytest.raises(ValueError, match=r"data.column = body.*id, text"):
             texts(hub(folder, tmp_path, column="body", **more), "train")
-    with pytest.raises(ValueError, match=r"data.repo = nobody/nothing could not be had: HF_HUB_OFFLINE"):
+    with pytest.raises(ValueError, match=r"data.repo = nobody/nothing could not be loaded: HF_HUB_OFFLINE"):
         texts(hub("nobody/nothing", tmp_path), "train")

@@ -213,7 +213,7 @@ def test_a_file_of_the_users_own_is_checked_where_it_lies(tmp_path, capsys):
     [
         ({"position": "alibbi"}, "position = alibbi. Allowed here: none, sinusoidal"),
         ({}, "Which scheme.*position= one of none, sinusoidal"),
-        ({"scheme_file": "nowhere.py"}, r"scheme_file = nowhere\.py is no file"),
+        ({"scheme_file": "nowhere.py"}, r"scheme_file = nowhere\.py is not a file"),
         ({"scheme_file": "empty.py"}, "holds no config of a scheme"),
         ({"scheme_file": "broken.py"}, "cannot be loaded: NameError"),
         ({"position": "alibi", "settings": {"slope": 1}}, "do not fit alibi"),

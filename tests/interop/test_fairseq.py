@@ -182,7 +182,7 @@ def test_other_folders_are_never_touched(make):
     folder = make.folder / "run"
     folder.mkdir()
     (folder / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="holds something else than an imported run"):
+    with pytest.raises(ValueError, match="holds something other than an imported run"):
         run_import(path, make, overwrite=True)
     assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
 
@@ -253,8 +253,8 @@ NAME = "decoder.layers.1.fc1.weight"
             lambda c: c["model"].update({"decoder.adaptive_softmax.tail.0.0.weight": torch.zeros(24, 6)}),
             r"tail\.0\.0\.weight and .*embeddings\.1\.1\.weight differ",
         ),
-        (lambda c: c.pop("model"), "no fairseq checkpoint"),
-        (lambda c: c.update(model={"weights": [1, 2]}), "no fairseq checkpoint"),
+        (lambda c: c.pop("model"), "not a fairseq checkpoint"),
+        (lambda c: c.update(model={"weights": [1, 2]}), "not a fairseq checkpoint"),
         (lambda c: c.update(cfg=None), "holds no model settings"),
         (lambda c: c["cfg"]["model"].pop("decoder_layers"), "does not say decoder_layers"),
     ],
@@ -320,13 +320,13 @@ def array_of(*state):
         (lambda mkdir: np.array([(1, 2)], dtype="i4,i4"), r"object of class numpy dtype 'V8'"),
         (lambda mkdir: np.datetime64(1, "s"), r"object of class numpy dtype 'M8'"),
         (lambda mkdir: scalar(np.dtype("f8"), mkdir), r"object of class posix\.mkdir"),
-        (lambda mkdir: scalar(np.dtype("f8"), b"short"), "no readable torch checkpoint"),
-        (lambda mkdir: scalar(np.dtype("f8"), [1]), "no readable torch checkpoint"),
-        (lambda mkdir: scalar("f8", bytes(8)), "no readable torch checkpoint"),
-        (lambda mkdir: array_of(1, (1 << 40,), np.dtype("f8"), False, bytes(8)), "no readable torch checkpoint"),
-        (lambda mkdir: array_of(1, (2,), np.dtype("f8"), False, [1.0, 2.0]), "no readable torch checkpoint"),
+        (lambda mkdir: scalar(np.dtype("f8"), b"short"), "a readable torch checkpoint"),
+        (lambda mkdir: scalar(np.dtype("f8"), [1]), "a readable torch checkpoint"),
+        (lambda mkdir: scalar("f8", bytes(8)), "a readable torch checkpoint"),
+        (lambda mkdir: array_of(1, (1 << 40,), np.dtype("f8"), False, bytes(8)), "a readable torch checkpoint"),
+        (lambda mkdir: array_of(1, (2,), np.dtype("f8"), False, [1.0, 2.0]), "a readable torch checkpoint"),
         (lambda mkdir: Call(np.load, "weights.npy"), r"object of class numpy"),
-        (lambda mkdir: Call(bytes, 1 << 50), "no readable torch checkpoint"),
+        (lambda mkdir: Call(bytes, 1 << 50), "a readable torch checkpoint"),
         (lambda mkdir: Call(np.dtype, mkdir), r"object of class posix\.mkdir"),
         (lambda mkdir: Path("x"), r"object of class pathlib"),
     ],
@@ -346,7 +346,7 @@ def test_nothing_in_a_checkpoint_is_executed(make, forge, message, zip_format):
 def test_files_that_are_no_checkpoints(make, content):
     path, _, _ = make()
     path.write_bytes(path.read_bytes()[:-3000] if content is None else content)
-    with pytest.raises(ValueError, match=r"no readable torch checkpoint .*Is it complete|no fairseq checkpoint"):
+    with pytest.raises(ValueError, match=r"a readable torch checkpoint .*Is it complete|a fairseq checkpoint"):
         run_import(path, make)
 
 
@@ -375,7 +375,7 @@ def test_the_script_imports(make, capsys):
         ({}, "error: dictionary = b: there is no such file. Give the dict.txt of the checkpoint's data.\n"),
         ({"position": "rotary"}, "error: position = 'rotary'. Allowed: alibi, sinusoidal."),
         ({"position": None}, "error: missing: position=..."),
-        ({"positions": "x"}, "error: 'positions=x' is no setting here."),
+        ({"positions": "x"}, "error: 'positions=x' is not a setting here."),
         ({"overwrite": "maybe"}, "error: overwrite = maybe. Use true or false."),
         ({"checkpoint": ""}, "error: checkpoint is empty."),
     ],

@@ -137,7 +137,7 @@ def test_what_it_refuses(run, tmp_path):
 
     with pytest.raises(ValueError, match="batch_size = auto"):
         RunLM(str(run), batch_size="auto", device="cpu")
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="not a run folder"):
         RunLM(str(shutil.copytree(run / "checkpoints", tmp_path / "x")), device="cpu")
     with pytest.raises(ValueError, match="The continuation 's' of 'one two' has no token of its own"):
         RunLM(str(run), device="cpu")._loglikelihood_tokens([(("one two", "s"), [3, 4], [])])

@@ -443,7 +443,7 @@ def test_sums_per_document_and_views_beside_the_results_are_read(tmp_path):
 def test_a_damaged_line_of_a_benchmark_is_named(tmp_path):
     path = tmp_path / "bench.jsonl"
     path.write_text('{"a": 1}\n\n[1]\n')
-    with pytest.raises(ValueError, match=r"bench\.jsonl, line 3 is no JSON object"):
+    with pytest.raises(ValueError, match=r"bench\.jsonl, line 3 is not a JSON object"):
         read_bench(path)
     assert read_bench(tmp_path / "none.jsonl") == []
 

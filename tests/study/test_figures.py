@@ -381,7 +381,7 @@ def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_tracebac
         ("experiment=nope", "make eval-extrapolation EXPERIMENT=nope"),
         ("folder=[odd", "[odd/results.jsonl does not exist"),
         ("paper=perhaps", "paper = perhaps. Use true or false"),
-        ("lenghts=3", "'lenghts=3' is no setting here"),
+        ("lenghts=3", "'lenghts=3' is not a setting here"),
         ("folder=.", "results.jsonl does not exist. Or give folder="),
         ("folder=base", "holds no row of a run"),
     ]:
