@@ -15,8 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from alibi_lm.files import write_text
-from alibi_lm.results.curves import VALIDATION, Curve, View, baselines, by_byte, curves, view_of, views
+from alibi_lm.results.curves import (
+    CACHE_SETTINGS,
+    VALIDATION,
+    Curve,
+    View,
+    baselines,
+    by_byte,
+    curves,
+    variant_of,
+    view_of,
+    views,
+)
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.results.statistics import accuracy_interval
 from alibi_lm.study.evidence import read_results
@@ -34,6 +47,8 @@ if TYPE_CHECKING:
 
 CLOSE_UP_FROM = 2.0
 """A close-up may be drawn if the highest perplexity in a panel is at least this times the lowest."""
+KEYS = "keys_held"
+"""Where a row of a stream says how many keys a head held at its end, on average."""
 COMPANY = 1.5
 """A close-up shows the curves whose best value up to the training length is at most this factor above the best."""
 
@@ -43,7 +58,8 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
 
     The first view (validation, nonoverlapping, where present) is `extrapolation.png` and `.svg`; each further
     one has its view in the name. `table.md` has them all. If models with different tokenizers read one text,
-    `bits_per_byte.png` and `.svg` show them on one axis.
+    `bits_per_byte.png` and `.svg` show them on one axis. If several models were streamed through caches that let
+    keys go, `memory.png` and `.svg` show perplexity against the keys held.
 
     Args:
         folder: holds `results.jsonl`.
@@ -73,6 +89,8 @@ def draw(folder: str | os.PathLike[str], with_paper: bool = False, strict: bool 
             figure = curve_figure(in_bytes, replace(view, metric="bits_per_byte"), words, left)
             written += save_both(figure, folder, name.replace("extrapolation", "bits_per_byte"))
     written += draw_tasks(folder, rows, words)
+    if memory := memory_figure(rows, words):
+        written += save_both(memory, folder, "memory")
     if stages := stages_of(rows, evidence.records, words):
         written += save_both(stage_figure(stages, provenance(rows, VALIDATION)), folder, "stages")
     table = folder / "table.md"
@@ -99,6 +117,33 @@ def stage_figure(stages: Sequence[tuple[int, Curve]], origin: str) -> Figure:
         panels.append(Panel(lines, f"tested at {factor} L", x_label, ratio, log_y=log_y, tick_points=True))
     remarks = ["Above 1: worse beyond the training length than at it. Dots: single seeds."]
     return build("Extrapolation by stage of training", grid(panels, 2), origin, remarks)
+
+
+def memory_figure(rows: Sequence[ResultRow], words: Mapping[str, str]) -> Figure | None:
+    """Perplexity of a whole split as one window against the keys held: a line per model, a point per cache.
+
+    None unless two models or more were streamed, and some cache let keys go.
+    """
+    view = next((view for view in views(rows) if view.mode == "stream"), None)
+    own = [row for row in rows if row.run and view_of(row) == view and row.loss is not None and KEYS in row.extra]
+    models: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for row in own:
+        cache = ", ".join(f"{k}={v}" for k, v in row.changes.items() if k in CACHE_SETTINGS) or "cache=full"
+        tested = {k: v for k, v in row.changes.items() if k not in CACHE_SETTINGS}
+        model = row.position, variant_of(replace(row, changes=tested), words)
+        models.setdefault(model, {}).setdefault(cache, []).append((row.extra[KEYS], row.loss or 0.0))
+    if view is None or len(models) < 2 or all(row.extra[KEYS] >= row.tokens for row in own):
+        return None
+    lines, keys_held = [], {}
+    for (position, variant), by_cache in models.items():
+        means = {cache: np.mean(runs, axis=0) for cache, runs in by_cache.items()}
+        keys_held |= {cache: keys for cache, (keys, _) in means.items()}
+        x, y = zip(*sorted((float(keys), math.exp(loss)) for keys, loss in means.values()), strict=True)
+        lines.append(Line(position, label(position), list(x), list(y), variant, stray=bool(variant)))
+    order = ", ".join(sorted(keys_held, key=lambda cache: keys_held[cache]))
+    panel = Panel(lines, x_label="keys held per head, log axis")
+    origin = f"{view.title}; {provenance(rows, view)}"
+    return build("Memory against perplexity", [[panel]], origin, [f"Each line, from left to right: {order}."])
 
 
 def curve_figure(

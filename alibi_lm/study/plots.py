@@ -233,7 +233,9 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
         pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
         axis.set_xlim(places[0] / pad, max([places[-1], *apart]) * pad)
-        ticks = places if panel.tick_points else length_ticks(places[0], places[-1], trained or places[0])
+        # Lengths are whole; keys held are means, which need rounder ticks.
+        anchor = trained or (places[0] if places[0] == int(places[0]) else 1)
+        ticks = places if panel.tick_points else length_ticks(places[0], places[-1], anchor)
         ticks = [*ticks, *apart]
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())

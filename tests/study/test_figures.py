@@ -13,7 +13,15 @@ from alibi_lm.results.rows import write_rows
 from alibi_lm.study import fairness, plots
 from alibi_lm.study.analysis import Analysis, Series, read_analysis
 from alibi_lm.study.evidence import Evidence
-from alibi_lm.study.figures import close_up, curve_figure, curve_panels, draw, missing, split_into_panels
+from alibi_lm.study.figures import (
+    close_up,
+    curve_figure,
+    curve_panels,
+    draw,
+    memory_figure,
+    missing,
+    split_into_panels,
+)
 from alibi_lm.study.pages import markdown
 from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of, spread
 from alibi_lm.study.records import find_records
@@ -46,6 +54,27 @@ def test_draw_writes_a_figure_per_view_and_the_same_bytes_again(tmp_path):
     draw(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in names} == first
     assert {entry.name for entry in tmp_path.iterdir()} == names | {"results.jsonl"}
+
+
+def test_memory_is_drawn_against_perplexity_if_caches_let_keys_go():
+    def streamed(seed, cache, keys, perplexity, **changes):
+        cached = {"mode": "stream", "changes": {"cache": cache}, "extra": {"keys_held": keys}}
+        return row("alibi", 10_000, perplexity, seed=seed, **cached, **changes)
+
+    own = [
+        streamed(s, cache, keys * s, 20.0) for s in (1, 3) for cache, keys in (("proved", 300), ("certified", 50))
+    ]
+    other = streamed(1, "proved", 700, 19.0, suffix="_c0ffee00")
+    words = {row.run: "" for row in own} | {other.run: "last_exponent 6"}
+    assert memory_figure(own, words) is None  # a single model
+    full = [streamed(1, "full", 10_000, 20.0), streamed(1, "full", 10_000, 19.0, suffix="_c0ffee00")]
+    assert memory_figure(full, words) is None and memory_figure([row()], {}) is None
+
+    (axis,) = (figure := memory_figure([*own, other], words)).axes
+    points = {tuple(line.get_xdata()): list(line.get_ydata()) for line in axis.lines if len(line.get_xdata())}
+    assert points[100, 600] == pytest.approx([20.0, 20.0]) and points[700,] == pytest.approx([19.0])
+    assert "Each line, from left to right: cache=certified, cache=proved." in texts(figure)
+    assert "last_exponent 6" in texts(figure)
 
 
 def test_lines_hold_the_rows_values(tmp_path):
