@@ -237,6 +237,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
             "train_length": config.train_length,
             "position": config.position.name,
             "num_parameters": model.num_parameters(),
+            "position_parameters": model.position_parameters(),
             "validation_loss": progress.validation_loss,
             "best_validation_loss": progress.best_validation_loss,
             "corpus": data.train_hash,

@@ -65,7 +65,6 @@ def card(folder: Path, run: PlannedRun) -> dict[str, Any]:
     settings, length = run.config.position, run.config.train_length
     model = load_run(folder)
     scheme = model.schemes[0]
-    parameters = sum(p.numel() for own in model.schemes for p in own.parameters())
     positions = scheme.training_positions(torch.Generator(), length)
     drawn = [] if positions is None else ["positions, drawn in training"]
     cost = {"train": seconds_per_token(model, length, True)}
@@ -76,7 +75,7 @@ def card(folder: Path, run: PlannedRun) -> dict[str, Any]:
         "position": settings.name,
         **told(sys.modules[type(settings).__module__].__doc__ or "", inspect.getdoc(type(settings)) or ""),
         "acts_on": [words for hook, words in HOOKS.items() if scheme.defines(hook)] + drawn,
-        "parameters": parameters,
+        "parameters": model.position_parameters(),
         "receptive_field": receptive_field(scheme, length),
         "seconds_per_token": cost,
     }

@@ -410,6 +410,10 @@ class TransformerLM(nn.Module):
         """Number of trained parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters())
 
+    def position_parameters(self) -> int:
+        """Number of trained parameters that belong to the position scheme alone."""
+        return sum(p.numel() for scheme in self.schemes for p in scheme.parameters())
+
 
 def _ends(positions: Tensor, length: int, start: int) -> tuple[int, int]:
     """First and last of given positions; only on a CPU are all of them checked."""

@@ -32,6 +32,8 @@ FLAT = 1.01
 """A scheme is said to extrapolate if its perplexity at 8 L over that at L is at most this."""
 STANDINGS = {"HOLDS": "extrapolates", "NOT SETTLED": "not settled", "FAILS": "does not", "NOT RUN": "ends at L"}
 """Verdict on "at 8 L it is at most 1% worse than at L" -> its words on the page, in the page's order."""
+COLORS = 64
+"""Of each picture: they are many, in the page and beside it."""
 NEAR_BEST = 0.01
 """A context is long enough if its perplexity is at most this share above the best one's."""
 
@@ -82,12 +84,12 @@ def write_atlas(folder: Path, target: Path) -> list[Path]:
     remark = "Perplexity by inference length, the same axes in all; number: that at 8 L over that at L."
     cells: list[Cell] = [_panel(entry, entries) for entry in entries]
     origin = provenance(evidence.rows, VALIDATION)
-    save(build("Who extrapolates", grid(cells, 3), origin, [remark], size=(2.6, 1.6)), target / "all.png")
+    save(build("Who extrapolates", grid(cells, 3), origin, [remark], size=(2.6, 1.6)), target / "all.png", COLORS)
     blocks = [*_front(entries, evidence, target / "all.png")]
     for entry in entries:
         words = f"{entry.curve.position}_{entry.curve.variant}".rstrip("_")
         path = target / f"{''.join(c if c.isalnum() else '_' for c in words)}.png"
-        save(card_figure(entry, entries), path)
+        save(card_figure(entry, entries), path, COLORS)
         blocks += _card(entry, path)
     page, text = target / "index.html", target / "README.md"
     write_text(page, html_page("Atlas of position schemes", blocks))

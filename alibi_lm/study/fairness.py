@@ -16,7 +16,8 @@ from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.records import RunRecord, shortened, show
 
 SMALL_PARAMETERS = 0.05
-"""A scheme may add this share of parameters (a table of positions, a bias per head); more is a difference."""
+"""More is a difference. Those of the scheme itself do not count where the run says how many they are; older runs
+may have this share of them (a table of positions, a bias per head)."""
 SMALL_TOKENS = 0.005
 """Steps are cut to whole sequences, so tokens seen may differ a little between training lengths."""
 
@@ -106,11 +107,11 @@ def _of_records(records: Sequence[RunRecord]) -> Iterator[Facts]:
         for key in sorted({key for values in settings.values() for key in values}):
             if key.partition(".")[0] not in ("position", "train_length", "seed"):  # what is compared
                 yield key, [(name, show(own.get(key, "unset"))) for name, own in settings.items()], matters
-    for key, what, small in (
-        ("num_parameters", "parameters", SMALL_PARAMETERS),
-        ("tokens_seen", "tokens seen in training", SMALL_TOKENS),
+    for what, small, counted in (
+        ("parameters", SMALL_PARAMETERS, {record.name: record.parameters for record in records}),
+        ("tokens seen in training", SMALL_TOKENS, {r.name: r.finished.get("tokens_seen") for r in records}),
     ):
-        counts = {record.name: int(record.finished[key]) for record in records if record.finished.get(key)}
+        counts = {name: int(count) for name, count in counted.items() if count}
         matters = max(counts.values(), default=0) > min(counts.values(), default=0) * (1 + small)
         yield what, [(name, f"{count:,}") for name, count in counts.items()], matters
     texts = [(r.name, shortened(r.training_text)) for r in records if r.finished and r.training_text]
