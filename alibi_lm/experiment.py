@@ -257,7 +257,7 @@ def reproduce(experiment: str, overrides: list[str]) -> int:
 
 
 def study(experiment: str, overrides: list[str]) -> int:
-    """All of an experiment: runs, curves, `measurements`, claims, comparison with the paper, report, publication.
+    """Do all of an experiment: runs, curves, `measurements`, claims, the paper's numbers, report, publication.
 
     What is done is skipped, so the command can be repeated until everything is done. A step that fails does not
     stop the others.

@@ -64,7 +64,7 @@ def stage_table(stages: Sequence[tuple[int, Curve]]) -> Table:
     for factor, curve in stages:
         cells = [f"{curve.value(step):.3f}" if step in curve.losses else "-" for step in steps]
         body.append([label(curve.position, curve.variant), str(curve.train_length), f"{factor} L", *cells])
-    notes = ["Perplexity over that at the training length, both of the checkpoint after so many steps."]
+    notes = ["Perplexity over that at the training length, both of the checkpoint at that step."]
     return Table(["scheme", "trained at", "tested at", *(f"step {step}" for step in steps)], body, 3, notes)
 
 
