@@ -25,7 +25,7 @@ from tqdm import tqdm
 from alibi_lm import distributed, runs, runtime
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, to_dict
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score
 from alibi_lm.model.compiled import CompiledNats

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from alibi_lm import runtime
 from alibi_lm.config import TrainConfig
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, PlannedRun, open_run, plan, raise_failures

@@ -17,8 +17,9 @@ import torch
 from alibi_lm import runtime
 from alibi_lm.checkpoint import CheckpointError
 from alibi_lm.config import EvaluationConfig, TrainConfig, load_config
-from alibi_lm.data.corpus import Corpus, prepare
+from alibi_lm.data.corpus import Corpus
 from alibi_lm.data.hub_tokenizer import HubTokenizer
+from alibi_lm.data.prepare import prepare
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.passes import Passes

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alibi_lm import runtime
 from alibi_lm.config import load_config
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.files import write_text
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import POLICIES, open_cache
