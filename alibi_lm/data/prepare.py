@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from alibi_lm.data import text as texts
+from alibi_lm.data import wikitext
 from alibi_lm.data.config import DataConfig
 from alibi_lm.data.corpus import (
     FORMAT,
@@ -33,7 +33,8 @@ from alibi_lm.data.corpus import (
     stream_dtype,
     stream_files,
 )
-from alibi_lm.data.text import SPLITS, Passage, Source
+from alibi_lm.data.own_text import FileSource, HubTextSource
+from alibi_lm.data.text import SPLITS, Passage, Source, StandardLibrarySource
 from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer, TokenizerConfig
 from alibi_lm.files import fingerprint, sha256_of, whole_file, write_json
 from alibi_lm.settings import require
@@ -85,17 +86,16 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         ValueError: `data.path` cannot be a folder, or the standard library has no sources.
     """
-    if config.name == "python_stdlib":
-        return texts.StandardLibrarySource()
-    if config.name in ("text", "hub"):
-        from alibi_lm.data.own_text import FileSource, HubTextSource
-
-        return FileSource(config) if config.name == "text" else HubTextSource(config)
+    match config.name:
+        case "python_stdlib":
+            return StandardLibrarySource()
+        case "text":
+            return FileSource(config)
+        case "hub":
+            return HubTextSource(config)
     if config.path is not None:
-        return texts.FolderSource(config.name, config.path)
-    from alibi_lm.data.hub import HubSource
-
-    return HubSource(config.name)
+        return wikitext.FolderSource(config.name, config.path)
+    return wikitext.HubSource(config.name)
 
 
 # --- the folder of a source -----------------------------------------------------------------------
@@ -227,11 +227,11 @@ class _SourceFolder:
         if index["texts"].get(split, entry["text_sha256"]) != entry["text_sha256"]:
             raise stale(f"the {split} text has changed since its source was first prepared", self.folder)
         entry["source"] = record
-        entry["identity"] = texts.identify(self.source.name, split, entry, index["texts"])
+        entry["identity"] = wikitext.identify(self.source.name, split, entry, index["texts"])
         labels = [k for k, v in index["tokenizers"].items() if v["sha256"] == tokenizer.hash]
         if split == "train":
             for label in labels:
-                texts.check_vocabulary(entry["identity"], label, tokenizer.vocab_size)
+                wikitext.check_vocabulary(entry["identity"], label, tokenizer.vocab_size)
         tokenizer.save(folder / "tokenizer.json")
         manifest = read_manifest(folder) or {
             "format": FORMAT,
@@ -256,7 +256,7 @@ def _description(identity: dict[str, Any], splits: dict[str, Any]) -> str:
     if "title" in identity:
         return str(identity["title"])
     other = [split for split, entry in splits.items() if str(entry.get("identity")).startswith("not")]
-    return texts.TITLES[identity["name"]] + (f" (not the original: {', '.join(other)})" if other else "")
+    return wikitext.TITLES[identity["name"]] + (f" (not the original: {', '.join(other)})" if other else "")
 
 
 @contextmanager
