@@ -33,7 +33,7 @@ from alibi_lm.attention import ATTENTION
 from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
 from alibi_lm.data.tokenizers import Tokenizer
-from alibi_lm.files import read_json, read_json_if_whole, write_json, write_text
+from alibi_lm.files import read_json, read_json_if_whole, short_digest, write_json, write_text
 from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, identifying, require
@@ -200,7 +200,7 @@ def _text_hash(path: Path) -> str | None:
         parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
     except (FileNotFoundError, KeyError, TypeError):
         return None
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return short_digest(*parts)
 
 
 def own_metrics(folder: Path, latest: Checkpoint) -> int:

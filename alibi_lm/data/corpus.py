@@ -15,7 +15,6 @@ of the source's files; `verify` reads everything.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from alibi_lm import files
 from alibi_lm.data.text import SPLITS, Source
 from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer
-from alibi_lm.files import fingerprint, sha256_of
+from alibi_lm.files import fingerprint, sha256_of, short_digest
 from alibi_lm.settings import require
 
 FORMAT = 1
@@ -95,7 +94,7 @@ class Corpus:
         The training text shows in it only through the tokenizer; `split(name).hash` tells each text exactly.
         """
         texts = self.manifest["texts"]
-        return short(self.tokenizer.hash, *(texts.get(split, "") for split in ("validation", "test")))
+        return short_digest(self.tokenizer.hash, *(texts.get(split, "") for split in ("validation", "test")))
 
     @property
     def name(self) -> str:
@@ -171,7 +170,7 @@ def _open_stream(folder: Path, split: str, entry: dict[str, Any], tokenizer: Tex
         bytes=entry["bytes"],
         sha256=entry["sha256"],
         text_sha256=entry["text_sha256"],
-        hash=short(tokenizer.hash, entry["text_sha256"]),
+        hash=short_digest(tokenizer.hash, entry["text_sha256"]),
     )
 
 
@@ -269,8 +268,3 @@ def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
 def stale(problem: str, folder: Path) -> ValueError:
     """The error for something that is not as it was when it was prepared."""
     return ValueError(f"{problem}. Delete {folder} to prepare it anew.")
-
-
-def short(*parts: str) -> str:
-    """12 hex digits that stand for these strings."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -28,7 +28,6 @@ from alibi_lm.data.corpus import (
     open_corpus,
     read_json,
     read_manifest,
-    short,
     stale,
     stream_dtype,
     stream_files,
@@ -36,7 +35,7 @@ from alibi_lm.data.corpus import (
 from alibi_lm.data.own_text import FileSource, HubTextSource
 from alibi_lm.data.text import SPLITS, Passage, Source, StandardLibrarySource
 from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer, TokenizerConfig
-from alibi_lm.files import fingerprint, sha256_of, whole_file, write_json
+from alibi_lm.files import fingerprint, sha256_of, short_digest, whole_file, write_json
 from alibi_lm.settings import require
 
 ONE_DOCUMENT = "1 document: no intervals, which need two or more."
@@ -107,7 +106,9 @@ class _SourceFolder:
     def __init__(self, cache: Path, source: Source) -> None:
         self.source, self.identity = source, source.identity()
         version = f"-{self.identity['python']}" if "python" in self.identity else ""
-        self.folder = cache / f"{source.name}{version}-{short(json.dumps(self.identity, sort_keys=True))[:8]}"
+        self.folder = (
+            cache / f"{source.name}{version}-{short_digest(json.dumps(self.identity, sort_keys=True))[:8]}"
+        )
         self.path = self.folder / "source.json"
 
     def open(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> Corpus | None:
