@@ -11,10 +11,11 @@ from pathlib import Path
 from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
 from alibi_lm.data.tokenizers import LINE_END_ID, UNKNOWN_ID, Tokenizer
+from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.bound import LOST_SHARE
 from alibi_lm.model.generate import Sampling, generate
 from alibi_lm.model.streaming import POLICIES, open_cache
-from alibi_lm.runs import finished, load_run, run_tokenizer
+from alibi_lm.runs import finished
 from alibi_lm.settings import require
 
 BEYOND = ("continue", "stop")

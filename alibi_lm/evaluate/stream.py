@@ -23,10 +23,10 @@ from alibi_lm import runtime
 from alibi_lm.config import load_config
 from alibi_lm.data.prepare import prepare
 from alibi_lm.files import write_text
+from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import POLICIES, open_cache
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.runs import load_run, run_tokenizer
 from alibi_lm.settings import require
 
 CHUNK = 2048
