@@ -161,19 +161,16 @@ def require_own_files(folder: Path, checkpoint: Checkpoint | None) -> None:
             f"{foreign[0]} belongs to another run, {other}, than the rest of {folder}: {itself}. {PUT_BACK}"
         )
 
-    facts = [
-        ("position", config.position.name, config_path, done.get("position"), done_path),
-        ("train_length", config.train_length, config_path, done.get("train_length"), done_path),
-        (
-            *("best validation loss", best.get("validation_loss"), best_path),
-            done.get("best_validation_loss"),
-            done_path,
-        ),
-        ("training text", _text_hash(corpus_path), corpus_path, done.get("corpus"), done_path),
+    same = [  # what finished.json says under this name, and another file as well
+        ("position", "position", config.position.name, config_path),
+        ("train_length", "train_length", config.train_length, config_path),
+        ("best validation loss", "best_validation_loss", best.get("validation_loss"), best_path),
+        ("training text", "corpus", _text_hash(corpus_path), corpus_path),
     ]
     if checkpoint is not None and done.get("steps") == checkpoint.step:
-        for key in ("validation_loss", "best_validation_loss", "tokens_seen"):
-            facts.append((key, state.get(key), state_path, done.get(key), done_path))
+        names = ("validation_loss", "best_validation_loss", "tokens_seen")
+        same += [(name, name, state.get(name), state_path) for name in names]
+    facts = [(what, here, where, done.get(name), done_path) for what, name, here, where in same]
     if checkpoint is not None and best.get("step") == checkpoint.step == state.get("best_step"):
         saved = state.get("best_validation_loss")
         facts.append(("best validation loss", saved, state_path, best.get("validation_loss"), best_path))
@@ -188,10 +185,9 @@ def _text_hash(path: Path) -> str | None:
     """What finished.json calls `corpus`: tokenizer and training text."""
     try:
         manifest = read_json(path)
-        parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
+        return short_digest(manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"])
     except (FileNotFoundError, KeyError, TypeError):
         return None
-    return short_digest(*parts)
 
 
 def own_metrics(folder: Path, latest: Checkpoint) -> int:

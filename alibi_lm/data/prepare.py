@@ -106,9 +106,8 @@ class _SourceFolder:
     def __init__(self, cache: Path, source: Source) -> None:
         self.source, self.identity = source, source.identity()
         version = f"-{self.identity['python']}" if "python" in self.identity else ""
-        self.folder = (
-            cache / f"{source.name}{version}-{short_digest(json.dumps(self.identity, sort_keys=True))[:8]}"
-        )
+        digest = short_digest(json.dumps(self.identity, sort_keys=True))
+        self.folder = cache / f"{source.name}{version}-{digest[:8]}"
         self.path = self.folder / "source.json"
 
     def open(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> Corpus | None:
