@@ -96,7 +96,7 @@ class FileSource(DocumentSource):
 
     def __init__(self, data: DataConfig) -> None:
         assert data.path is not None
-        root = Path(data.path).expanduser().absolute()
+        self.path = root = Path(data.path).expanduser().absolute()
         super().__init__(data, root.name, f"data.path = {data.path}")
         self.root = root if root.is_dir() else root.parent
         if root.is_dir():
@@ -122,7 +122,7 @@ class FileSource(DocumentSource):
         return any(part.lower() in SPLIT_NAMES[split] for part in (*parts[:-1], stem))
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {"path": str(Path(str(self.data.path)).expanduser().absolute())}
+        return super().identity() | {"path": str(self.path)}
 
     def _files(self, split: str) -> list[Path]:
         if self.split_by == "given":
@@ -152,13 +152,12 @@ class FileSource(DocumentSource):
 
     def documents(self, split: str) -> Iterable[str]:
         for path in self._files(split):
-            for text in READERS.get(path.suffix, _read_text)(path, self.data.column):
-                if (path.suffix in READERS and path.suffix != ".txt") or self.split_by != "hash":
+            read = READERS.get(path.suffix, _read_text)
+            for text in read(path, self.data.column):
+                if read is _read_text and self.split_by == "hash":
+                    yield from (block.text for block in passages_of(text, HASHED_LINES))
+                else:
                     yield text
-                    continue
-                lines = text.removesuffix("\n").split("\n")
-                for start in range(0, len(lines), HASHED_LINES):
-                    yield "\n".join(lines[start : start + HASHED_LINES]) + "\n"
 
     def record(self, split: str) -> dict[str, Any]:
         files = self._files(split)

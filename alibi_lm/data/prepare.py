@@ -332,16 +332,14 @@ def encode_split(source: Source, split: str, tokenizer: TextTokenizer, folder: P
 
 def _whole(passages: Iterator[Passage]) -> Iterator[Passage]:
     """Documents in one piece each, up to BATCH_CHARACTERS."""
-    joined: Passage | None = None
-    size = 0
+    joined, size = Passage([], True), 0
     for passage in passages:
-        if joined is None or passage.starts_document or size >= BATCH_CHARACTERS:
-            if joined is not None:
-                yield joined
+        if joined.lines and (passage.starts_document or size >= BATCH_CHARACTERS):
+            yield joined
             joined, size = Passage([], passage.starts_document), 0
         joined.lines.extend(passage.lines)
         size += passage.characters
-    if joined is not None:
+    if joined.lines:
         yield joined
 
 

@@ -43,11 +43,11 @@ class Passage(NamedTuple):
         return sum(map(len, self.lines)) + len(self.lines)
 
 
-def passages_of(document: str) -> Iterator[Passage]:
+def passages_of(document: str, most_lines: int = PASSAGE_LINES) -> Iterator[Passage]:
     """A whole document in passages; a last line without a line end gets one."""
     lines = document.removesuffix("\n").split("\n")
-    for start in range(0, len(lines), PASSAGE_LINES):
-        yield Passage(lines[start : start + PASSAGE_LINES], start == 0)
+    for start in range(0, len(lines), most_lines):
+        yield Passage(lines[start : start + most_lines], start == 0)
 
 
 class Source(ABC):
