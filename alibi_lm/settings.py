@@ -18,7 +18,9 @@ Counts = Literal["run", "rounding", "label", "no"]
 run is called (`label`), or nothing (`no`)."""
 
 LARGEST = {"seed": 2**63 - 1, "threads": 1024, "vocab_size": 2**24, "num_layers": 10_000}
-"""The largest values of whole numbers, by the last part of the setting's name; all others end at 2^31 - 1."""
+"""The largest values of whole numbers, by the last part of the setting's name; all others end at 2^31 - 1.
+
+No machine has cores for so many threads, and torch crashes when it is asked for very many."""
 
 C = TypeVar("C")
 
