@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from alibi_lm.settings import require, setting
 
 NAMES = ("python_stdlib", "wikitext2", "wikitext103", "text", "hub")
+USERS: dict[str, tuple[str, ...]] = dict.fromkeys(("repo", "config"), ("hub",))
+USERS |= dict.fromkeys(("column", "split_by", "max_tokens"), ("text", "hub"))
+"""The texts that a setting is for, where it is not for all."""
 SPLIT_BY = ("auto", "given", "file", "hash", "none")
 
 
@@ -45,15 +48,11 @@ class DataConfig:
             self.path is None or bool(self.path.strip()),
             "data.path is empty. Give a folder of text, or leave it out.",
         )
-        own = ("text", "hub")
-        for setting_name, default, users in (
-            ("repo", None, ("hub",)), ("config", None, ("hub",)), ("column", "text", own),
-            ("split_by", "auto", own), ("max_tokens", None, own),
-        ):  # fmt: skip
-            value = getattr(self, setting_name)
+        for field in fields(self):
+            users, value = USERS.get(field.name, NAMES), getattr(self, field.name)
             require(
-                value == default or self.name in users,
-                f"data.{setting_name} = {value} has no effect with data={self.name}. It belongs to data="
+                value == field.default or self.name in users,
+                f"data.{field.name} = {value} has no effect with data={self.name}. It belongs to data="
                 f"{' and data='.join(users)}.",
             )
         require(self.name != "text" or self.path is not None, "data=text needs data.path=<file, folder or glob>.")
