@@ -63,11 +63,12 @@ class EvaluationConfig:
             f"mode = {self.mode} with stride = {self.stride}. Sliding windows need a stride, nonoverlapping "
             "ones have none.",
         )
-        for length in self.lengths if self.stride is not None else []:
-            require(
-                1 <= self.stride <= length,  # type: ignore[operator]
-                f"stride = {self.stride} at inference length {length}. Allowed: 1 to {length}.",
-            )
+        if self.stride is not None:
+            for length in self.lengths:
+                require(
+                    1 <= self.stride <= length,
+                    f"stride = {self.stride} at inference length {length}. Allowed: 1 to {length}.",
+                )
         require(self.tokens_per_forward >= 1, f"tokens_per_forward = {self.tokens_per_forward}. Use >= 1.")
 
 

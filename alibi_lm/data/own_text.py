@@ -220,20 +220,14 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names or not _is_text(file.schema_arrow.field(column).type):
-                raise _no_column(str(path), column, names)
+            schema, texts = file.schema_arrow, (pyarrow.string(), pyarrow.large_string())
+            if column not in schema.names or schema.field(column).type not in texts:
+                raise _no_column(str(path), column, schema.names)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except pyarrow.ArrowInvalid as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"{path} is no .parquet file, or a damaged one ({line}). Get it anew.") from None
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow
-
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
 def _no_column(where: str, column: str, names: Iterable[str]) -> ValueError:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,8 @@ def prepare(
         ValueError: text missing, empty, damaged or changed since it was prepared; prepared files truncated,
             changed or of another tokenizer. The message says what to do or delete.
     """
+    from filelock import FileLock
+
     for split in splits:
         require(split in SPLITS, f"split = {split!r}. Allowed: {', '.join(SPLITS)}.")
     source = open_source(data)
@@ -67,15 +68,14 @@ def prepare(
         home = _SourceFolder(Path(data.cache_dir).expanduser(), source)
         corpus = home.open(tokenizer, splits)
         if corpus is None:
-            with _locked(home.folder):
-                home.build(tokenizer, splits)
-                corpus = home.open(tokenizer, splits)
+            home.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(home.folder / ".lock"):
+                corpus = home.build(tokenizer, splits)
     except (OSError, RuntimeError) as error:  # RuntimeError: no locks on this file system, ~ of an unknown user
         raise ValueError(
             f"data.cache_dir = {data.cache_dir}: the streams could not be prepared there ({error}). The folder "
             "must be writable and have room, the text readable."
         ) from error
-    assert corpus is not None
     return corpus
 
 
@@ -113,7 +113,7 @@ class _SourceFolder:
     def open(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> Corpus | None:
         """The corpus if all of it is there and unchanged, None if something has yet to be made."""
         tokenizer = self._find(wanted, self._index())
-        entries = {} if tokenizer is None else self._entries(tokenizer)
+        entries = self._entries(tokenizer)
         if tokenizer is None or any(split not in entries for split in splits):
             return None
         for split in splits:
@@ -122,13 +122,13 @@ class _SourceFolder:
         corpus.source = self.source
         return corpus
 
-    def build(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> None:
-        """Make what is missing, under the lock; other processes may have made a part meanwhile."""
+    def build(self, wanted: TokenizerConfig | TextTokenizer, splits: Sequence[str]) -> Corpus:
+        """Make what is missing, under the lock, and open it; other processes may have made a part meanwhile."""
         index = self._index()
         tokenizer = self._find(wanted, index)
         if isinstance(wanted, TokenizerConfig) and tokenizer is None:
             self.source.require("train", f"tokenizer={wanted.name} is built from the training text")
-        entries = {} if tokenizer is None else self._entries(tokenizer)
+        entries = self._entries(tokenizer)
         missing = [split for split in splits if split not in entries]
         for split in missing:
             self.source.require(split)
@@ -140,13 +140,17 @@ class _SourceFolder:
         assert tokenizer is not None
         for split in missing:
             self._encode(split, tokenizer, index)
+        corpus = self.open(wanted, splits)
+        assert corpus is not None
+        return corpus
 
     def _streams(self, tokenizer: TextTokenizer) -> Path:
         return self.folder / f"tokens-{tokenizer.hash[:12]}"
 
-    def _entries(self, tokenizer: TextTokenizer) -> dict[str, Any]:
-        """The finished splits of a tokenizer."""
-        return (read_manifest(self._streams(tokenizer)) or {"splits": {}})["splits"]
+    def _entries(self, tokenizer: TextTokenizer | None) -> dict[str, Any]:
+        """The finished splits of a tokenizer; None has none."""
+        manifest = None if tokenizer is None else read_manifest(self._streams(tokenizer))
+        return {} if manifest is None else manifest["splits"]
 
     def _index(self) -> dict[str, Any]:
         """The content of source.json; empty where nothing was prepared."""
@@ -257,15 +261,6 @@ def _description(identity: dict[str, Any], splits: dict[str, Any]) -> str:
         return str(identity["title"])
     other = [split for split, entry in splits.items() if str(entry.get("identity")).startswith("not")]
     return wikitext.TITLES[identity["name"]] + (f" (not the original: {', '.join(other)})" if other else "")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        yield
 
 
 # --- encoding: one pass over the text, bounded memory ----------------------------------------------
