@@ -21,7 +21,7 @@ from alibi_lm.files import read_json
 from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.runs import CHECKPOINTS, CORPUS_FILE, require_own_files, short_hash
-from alibi_lm.settings import identifying, require
+from alibi_lm.settings import identifying, require, require_one_of
 
 COMPOSED = ("query_scale.", "training_positions.", "positions_until")
 """Settings of a model beside its scheme that its scores depend on, where they are not as they were before."""
@@ -109,7 +109,7 @@ def load_run(
         inference_length is None or (whole and inference_length >= 1),
         f"inference_length = {inference_length!r}. Use a whole number >= 1.",
     )
-    require(attention in ATTENTION, f"attention = {attention!r}. Allowed: {', '.join(ATTENTION)}.")
+    require_one_of("attention", attention, ATTENTION)
     where = runtime.existing_device(device)
     precision = runtime.resolve_precision(where, precision)
     trained = load_config(folder)

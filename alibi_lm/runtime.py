@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from alibi_lm.settings import LARGEST, require
+from alibi_lm.settings import LARGEST, require, require_one_of
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -47,7 +47,7 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
         most = LARGEST["threads"]
         require(1 <= threads <= most, f"threads = {threads}. Use 1 to {most}, or null.")
         torch.set_num_threads(threads)
-    require(device in DEVICES, f"device = {device!r}. Allowed: {', '.join(DEVICES)}.")
+    require_one_of("device", device, DEVICES)
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     require(
@@ -123,7 +123,7 @@ def resolve_precision(device: torch.device, precision: str) -> str:
     Raises:
         ValueError: unknown precision.
     """
-    require(precision in PRECISIONS, f"precision = {precision!r}. Allowed: {', '.join(PRECISIONS)}.")
+    require_one_of("precision", precision, PRECISIONS)
     if precision == "auto":
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return precision

@@ -10,7 +10,7 @@ import json
 import textwrap
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Counts = Literal["run", "rounding", "label", "no"]
@@ -77,6 +77,16 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise ValueError(message)
+
+
+def require_one_of(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Refuse a setting whose value is none of those allowed."""
+    require(value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+
+
+def require_at_least(name: str, value: float | None, least: int) -> None:
+    """Refuse a whole number that is too small; None is for a setting that may be left out."""
+    require(value is None or value >= least, f"{name} = {value}. Use a whole number >= {least}.")
 
 
 def listing(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from alibi_lm.files import write_text
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_one_of
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
@@ -57,7 +57,7 @@ class WandbConfig:
     """Tags of the run, each 1 to 64 characters."""
 
     def __post_init__(self) -> None:
-        require(self.mode in WANDB_MODES, f"tracking.mode = {self.mode!r}. Allowed: {', '.join(WANDB_MODES)}.")
+        require_one_of("tracking.mode", self.mode, WANDB_MODES)
         require(
             1 <= len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project),
             f"tracking.project = {self.project!r}. Use 1 to 128 characters, none of them / \\ # ? % or :",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require, require_at_least, require_one_of, setting
 
 NAMES = ("python_stdlib", "wikitext2", "wikitext103", "text", "hub")
 USERS: dict[str, tuple[str, ...]] = dict.fromkeys(("repo", "config"), ("hub",))
@@ -37,8 +37,8 @@ class DataConfig:
     """text, hub: read no more than about this many tokens, counted as 4 bytes each; the hub's text is streamed."""
 
     def __post_init__(self) -> None:
-        require(self.name in NAMES, f"data.name = {self.name!r}. Allowed: {', '.join(NAMES)}.")
-        require(self.split_by in SPLIT_BY, f"data.split_by = {self.split_by!r}. Allowed: {', '.join(SPLIT_BY)}.")
+        require_one_of("data.name", self.name, NAMES)
+        require_one_of("data.split_by", self.split_by, SPLIT_BY)
         require(
             self.path is None or self.name not in ("python_stdlib", "hub"),
             f"data.path = {self.path} has no effect with data={self.name}. Leave data.path out, or use data=text, "
@@ -57,10 +57,7 @@ class DataConfig:
             )
         require(self.name != "text" or self.path is not None, "data=text needs data.path=<file, folder or glob>.")
         require(self.name != "hub" or self.repo is not None, "data=hub needs data.repo=<owner>/<name>.")
-        require(
-            self.max_tokens is None or self.max_tokens >= 1,
-            f"data.max_tokens = {self.max_tokens}. Use a whole number >= 1.",
-        )
+        require_at_least("data.max_tokens", self.max_tokens, 1)
         require(
             bool(self.cache_dir.strip()),
             "data.cache_dir is empty. Give a folder for the prepared streams, such as `data`.",

@@ -35,7 +35,7 @@ from alibi_lm.data.own_text import FileSource, HubTextSource
 from alibi_lm.data.text import SPLITS, Passage, Source, StandardLibrarySource
 from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer, TokenizerConfig
 from alibi_lm.files import fingerprint, sha256_of, short_digest, whole_file, write_json
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_one_of
 
 ONE_DOCUMENT = "1 document: no intervals, which need two or more."
 BATCH_CHARACTERS = 2_000_000
@@ -62,7 +62,7 @@ def prepare(
     from filelock import FileLock
 
     for split in splits:
-        require(split in SPLITS, f"split = {split!r}. Allowed: {', '.join(SPLITS)}.")
+        require_one_of("split", split, SPLITS)
     source = open_source(data)
     try:
         home = _SourceFolder(Path(data.cache_dir).expanduser(), source)

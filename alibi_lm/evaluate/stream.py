@@ -27,7 +27,7 @@ from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import POLICIES, open_cache
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least, require_one_of
 
 CHUNK = 2048
 """Tokens of a pass."""
@@ -110,11 +110,11 @@ class LongStreamConfig:
     """Folder of stream.jsonl (a row per block) and stream.md, replaced if they are there; null: only print."""
 
     def __post_init__(self) -> None:
-        require(self.cache in POLICIES, f"cache = {self.cache!r}. Allowed: {', '.join(POLICIES)}.")
+        require_one_of("cache", self.cache, POLICIES)
         splits = ("train", "validation", "test")
-        require(self.split in splits, f"split = {self.split!r}. Allowed: {', '.join(splits)}.")
+        require_one_of("split", self.split, splits)
         for name in ("tokens", "every"):
-            require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}. Use a whole number >= 1.")
+            require_at_least(name, getattr(self, name), 1)
 
 
 def long_stream(config: LongStreamConfig) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.model.window_cache import WindowCache
 from alibi_lm.positions import PositionScheme
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_one_of
 
 POLICIES = ("full", "proved", "certified", "window")
 
@@ -113,7 +113,7 @@ def open_cache(
     Raises:
         ValueError: a policy that does not fit the scheme, and why, or a setting out of range.
     """
-    require(policy in POLICIES, f"cache = {policy!r}. Allowed: {', '.join(POLICIES)}.")
+    require_one_of("cache", policy, POLICIES)
     require(
         (window is not None) == (policy == "window"),
         f"window = {window} with cache={policy}. "

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from alibi_lm.positions.alibi import alibi_slopes
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require_one_of, setting
 
 STARTS = ("code", "readme")
 
@@ -50,7 +50,7 @@ class BamConfig:
     """The older form of the authors' code: the scale is raised to the power too."""
 
     def __post_init__(self) -> None:
-        require(self.start in STARTS, f"position.start = {self.start!r}. Allowed: {', '.join(STARTS)}.")
+        require_one_of("position.start", self.start, STARTS)
 
     def build(self, shape: PositionShape) -> Bam:
         return Bam(self, shape)

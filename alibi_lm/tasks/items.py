@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alibi_lm.distributed import World
 from alibi_lm.files import short_digest
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require_at_least, setting
 from alibi_lm.tasks.base import Batch, Task, TaskConfig
 
 TRAINING, HELD_OUT = 0, {"validation": 1, "test": 2}
@@ -65,7 +65,7 @@ class Synthetic(TaskConfig, ABC):
     def __post_init__(self) -> None:
         for name in ("validation_items", "items"):
             value = getattr(self, name)
-            require(value >= 1, f"task.{name} = {value}. Use a whole number >= 1.")
+            require_at_least(f"task.{name}", value, 1)
 
     @property
     @abstractmethod

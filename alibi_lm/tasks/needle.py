@@ -24,7 +24,7 @@ from torch import Tensor
 from alibi_lm.data.tokenizers import TextTokenizer
 from alibi_lm.data.windows import TrainingBatches
 from alibi_lm.files import short_digest
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require, require_at_least, setting
 from alibi_lm.tasks.base import TaskConfig
 from alibi_lm.tasks.items import HELD_OUT, Item, Items
 
@@ -53,7 +53,7 @@ class NeedleConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, f"task.share = {self.share}. Use a number above 0, up to 1.")
-        require(self.draws >= 1, f"task.draws = {self.draws}. Use a whole number >= 1.")
+        require_at_least("task.draws", self.draws, 1)
 
 
 def refuses(length: int) -> str:
