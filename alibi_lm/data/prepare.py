@@ -37,7 +37,6 @@ from alibi_lm.data.tokenizers import TextTokenizer, Tokenizer, TokenizerConfig
 from alibi_lm.files import fingerprint, sha256_of, short_digest, whole_file, write_json
 from alibi_lm.settings import require, require_one_of
 
-ONE_DOCUMENT = "1 document: no intervals, which need two or more."
 BATCH_CHARACTERS = 2_000_000
 """Text encoded at once: enough to keep all cores busy, little enough to stay below some 200 MB."""
 
@@ -309,12 +308,13 @@ def encode_split(source: Source, split: str, tokenizer: TextTokenizer, folder: P
         write(end)
     with whole_file(documents_path) as file:
         np.save(file, np.array(documents, dtype=np.int64))
+    alone = "1 document: no intervals, which need two or more."
     return {
         "file": path.name,
         "dtype": dtype.str,
         **counts,
         "documents": len(documents),
-        "remark": None if len(documents) > 1 else f"{ONE_DOCUMENT} {source.borders}",
+        "remark": None if len(documents) > 1 else f"{alone} {source.borders}",
         "unknown": unknown,
         "sha256": digest.hexdigest(),
         "fingerprint": fingerprint(path),
