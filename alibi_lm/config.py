@@ -28,7 +28,7 @@ from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runtime import DEVICES, PRECISIONS
-from alibi_lm.settings import check_values, require, setting
+from alibi_lm.settings import check_values, require, require_at_least, require_one_of, setting
 from alibi_lm.tasks import TASKS
 from alibi_lm.tasks.base import TaskConfig
 from alibi_lm.tracking import TRACKING
@@ -54,8 +54,8 @@ class EvaluationConfig:
     """Tokens per forward pass, at every length."""
 
     def __post_init__(self) -> None:
-        require(self.mode in MODES, f"mode = {self.mode!r}. Allowed: {', '.join(MODES)}.")
-        require(self.split in SPLITS, f"split = {self.split!r}. Allowed: {', '.join(SPLITS)}.")
+        require_one_of("mode", self.mode, MODES)
+        require_one_of("split", self.split, SPLITS)
         for length in self.lengths:
             require(length >= 1, f"lengths = {self.lengths}. Inference lengths are whole numbers >= 1.")
         require(
@@ -63,11 +63,12 @@ class EvaluationConfig:
             f"mode = {self.mode} with stride = {self.stride}. Sliding windows need a stride, nonoverlapping "
             "ones have none.",
         )
-        for length in self.lengths if self.stride is not None else []:
-            require(
-                1 <= self.stride <= length,  # type: ignore[operator]
-                f"stride = {self.stride} at inference length {length}. Allowed: 1 to {length}.",
-            )
+        if self.stride is not None:
+            for length in self.lengths:
+                require(
+                    1 <= self.stride <= length,
+                    f"stride = {self.stride} at inference length {length}. Allowed: 1 to {length}.",
+                )
         require(self.tokens_per_forward >= 1, f"tokens_per_forward = {self.tokens_per_forward}. Use >= 1.")
 
 
@@ -142,12 +143,12 @@ class TrainConfig:
             "train_length", "steps", "tokens_per_step", "batch_multiple", "log_every", "validate_every",
             "checkpoint_every", "keep_last",
         ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}. Use a whole number >= 1.")
+            require_at_least(name, getattr(self, name), 1)
         for name in ("seed", "clip_norm", "keep_every", "positions_fade"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}. Use a number >= 0.")
         for name, allowed in (("device", DEVICES), ("precision", PRECISIONS)):
             value = getattr(self, name)
-            require(value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+            require_one_of(name, value, allowed)
         require(
             self.rows_per_step >= 1,
             f"tokens_per_step = {self.tokens_per_step} holds no {self.batch_multiple} sequences of "
@@ -312,7 +313,7 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
             require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
             if registry := GROUPS.get(group):
                 name = str(chosen.get("name"))  # type: ignore[union-attr]
-                require(name in registry, f"{group}.name = {name!r}. Allowed: {', '.join(registry)}.")
+                require_one_of(f"{group}.name", name, registry)
                 root[group] = OmegaConf.structured(registry[name])
         config: TrainConfig = OmegaConf.to_object(OmegaConf.merge(root, settings))  # type: ignore[assignment]
     except (OmegaConfBaseException, AttributeError, TypeError) as error:

@@ -140,7 +140,8 @@ def _named(name: str, overrides: list[str]) -> list[str]:
 
 def prepare_corpus(config: TrainConfig) -> None:
     """Prepare the corpus, verify every hash, and print what was found; nothing where a run has a task instead."""
-    from alibi_lm.data.corpus import prepare, report, verify
+    from alibi_lm.data.corpus import report, verify
+    from alibi_lm.data.prepare import prepare
 
     if isinstance(config.task, Synthetic):
         return

@@ -86,6 +86,11 @@ def read_json_if_whole(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def short_digest(*texts: str) -> str:
+    """A hash, 12 hex digits, of these texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a whole file."""
     with path.open("rb") as file:

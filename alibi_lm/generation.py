@@ -11,11 +11,12 @@ from pathlib import Path
 from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
 from alibi_lm.data.tokenizers import LINE_END_ID, UNKNOWN_ID, Tokenizer
+from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.bound import LOST_SHARE
 from alibi_lm.model.generate import Sampling, generate
 from alibi_lm.model.streaming import POLICIES, open_cache
-from alibi_lm.runs import finished, load_run, run_tokenizer
-from alibi_lm.settings import require
+from alibi_lm.runs import finished
+from alibi_lm.settings import require, require_at_least, require_one_of
 
 BEYOND = ("continue", "stop")
 
@@ -74,13 +75,13 @@ class GenerateConfig:
         )
         for name, allowed in (("cache", POLICIES), ("beyond", BEYOND), ("attention", ATTENTION)):
             value = getattr(self, name)
-            require(value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+            require_one_of(name, value, allowed)
         require(
             self.beyond == "continue" or self.cache == "certified",
             f"beyond = {self.beyond} with cache={self.cache}. It belongs to cache=certified.",
         )
-        require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}. Use a whole number >= 1.")
-        require(self.seed >= 0, f"seed = {self.seed}. Use a whole number >= 0.")
+        require_at_least("max_tokens", self.max_tokens, 1)
+        require_at_least("seed", self.seed, 0)
         require(all(self.stop), f"stop = {self.stop} holds an empty string. Leave it out.")
         self.sampling()
 

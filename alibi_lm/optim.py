@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least
 
 
 @dataclass
@@ -264,4 +264,4 @@ def _check_lr(lr: float) -> None:
 
 
 def _check_warmup(steps: int) -> None:
-    require(steps >= 0, f"schedule.warmup_steps = {steps}. Use a whole number >= 0.")
+    require_at_least("schedule.warmup_steps", steps, 0)

@@ -1,4 +1,4 @@
-"""The run folder: its name, identity, records, lock and marks, and the model that was trained in it.
+"""The run folder: its name, identity, records, lock and marks.
 
     outputs/<experiment>/runs/<position>_L<train_length>_s<seed>[_<hash of the settings that differ>]/
 
@@ -15,7 +15,6 @@ import dataclasses
 import glob
 import hashlib
 import json
-import numbers
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,18 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from alibi_lm import runtime
-from alibi_lm.attention import ATTENTION
-from alibi_lm.checkpoint import BEST_FILE, Checkpoint, CheckpointStore
+from alibi_lm.checkpoint import BEST_FILE, Checkpoint
 from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
-from alibi_lm.data.tokenizers import Tokenizer
-from alibi_lm.files import read_json, read_json_if_whole, write_json, write_text
-from alibi_lm.model.query_scale import QUERY_SCALES
+from alibi_lm.files import read_json, read_json_if_whole, short_digest, write_json, write_text
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, identifying, require
 from alibi_lm.tasks.training import TrainingData
@@ -46,8 +39,6 @@ CORPUS_FILE, CHECKPOINTS, LOCK_FILE = "corpus.json", "checkpoints", ".lock"
 FINISHED_FILE, FAILED_FILE = "finished.json", "failed.json"
 LOCK_WAIT_SECONDS = 1.0
 """A status query holds the lock for an instant; a run that starts in that instant waits it out."""
-COMPOSED = ("query_scale.", "training_positions.", "positions_until")
-"""Settings besides the scheme that a model's scores depend on; part of its identity unless at their defaults."""
 PUT_BACK = "Put the run's own file back, or train it again with overwrite=true."
 
 
@@ -170,19 +161,16 @@ def require_own_files(folder: Path, checkpoint: Checkpoint | None) -> None:
             f"{foreign[0]} belongs to another run, {other}, than the rest of {folder}: {itself}. {PUT_BACK}"
         )
 
-    facts = [
-        ("position", config.position.name, config_path, done.get("position"), done_path),
-        ("train_length", config.train_length, config_path, done.get("train_length"), done_path),
-        (
-            *("best validation loss", best.get("validation_loss"), best_path),
-            done.get("best_validation_loss"),
-            done_path,
-        ),
-        ("training text", _text_hash(corpus_path), corpus_path, done.get("corpus"), done_path),
+    same = [  # what finished.json says under this name, and another file as well
+        ("position", "position", config.position.name, config_path),
+        ("train_length", "train_length", config.train_length, config_path),
+        ("best validation loss", "best_validation_loss", best.get("validation_loss"), best_path),
+        ("training text", "corpus", _text_hash(corpus_path), corpus_path),
     ]
     if checkpoint is not None and done.get("steps") == checkpoint.step:
-        for key in ("validation_loss", "best_validation_loss", "tokens_seen"):
-            facts.append((key, state.get(key), state_path, done.get(key), done_path))
+        names = ("validation_loss", "best_validation_loss", "tokens_seen")
+        same += [(name, name, state.get(name), state_path) for name in names]
+    facts = [(what, here, where, done.get(name), done_path) for what, name, here, where in same]
     if checkpoint is not None and best.get("step") == checkpoint.step == state.get("best_step"):
         saved = state.get("best_validation_loss")
         facts.append(("best validation loss", saved, state_path, best.get("validation_loss"), best_path))
@@ -197,10 +185,9 @@ def _text_hash(path: Path) -> str | None:
     """The value that finished.json has as `corpus`: a hash of tokenizer and training text."""
     try:
         manifest = read_json(path)
-        parts = manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"]
+        return short_digest(manifest["tokenizer"]["sha256"], manifest["splits"]["train"]["text_sha256"])
     except (FileNotFoundError, KeyError, TypeError):
         return None
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def own_metrics(folder: Path, latest: Checkpoint) -> int:
@@ -397,159 +384,3 @@ def is_locked(folder: Path) -> bool:
         return True
     except OSError:  # we may not write here, so we cannot disturb another process
         return False
-
-
-# --- the model of a run --------------------------------------------------------------------------
-
-
-def build_model(
-    config: TrainConfig, vocab_size: int, attention: str | None = None, context_length: int | None = None
-) -> TransformerLM:
-    """Build the model of a config, freshly initialised from torch's global generator.
-
-    Args:
-        config: the run's.
-        vocab_size: words of its tokenizer.
-        attention: backend to use instead of the config's.
-        context_length: longest sequence to be served; None: train_length.
-    """
-    backend, train_length = attention or config.attention.name, config.task.width(config.train_length)
-    model = TransformerLM(
-        config.model, config.position, backend, vocab_size, train_length, context_length,
-        config.query_scale, config.training_positions,
-    )  # fmt: skip
-    if config.positions_fade:
-        model.set_strength(0.5)  # refused where the scheme cannot fade
-    model.set_strength(config.position_strength(0))
-    return model
-
-
-def run_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that a run was trained with.
-
-    Raises:
-        ValueError: it is missing, or another one is in its place.
-    """
-    path = folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(path)
-    record = folder / CORPUS_FILE
-    if record.is_file():
-        trained_with = (read_json(record).get("tokenizer") or {}).get("sha256")
-        require(
-            tokenizer.hash == trained_with,
-            f"{path} is not the tokenizer that the run was trained with ({str(trained_with)[:12]} by corpus.json, "
-            f"{tokenizer.hash[:12]} now). Put the right one back, or train the run again.",
-        )
-    return tokenizer
-
-
-def load_run(
-    folder: str | Path,
-    inference_length: int | None = None,
-    checkpoint: str = "best",
-    attention: str = "auto",
-    device: str | torch.device = "cpu",
-    position: dict[str, Any] | None = None,
-    precision: str = "float32",
-    query_scale: dict[str, Any] | None = None,
-) -> TransformerLM:
-    """Load a trained model in evaluation mode.
-
-    The checkpoint is read and checked once; `model.serve(length)` prepares the model for other lengths.
-
-    Args:
-        folder: the run folder.
-        inference_length: longest sequence it will be given, >= 1; schemes with automatic scaling depend on it.
-            None: the training length.
-        checkpoint: `best` (lowest validation loss), `last` or `step:<number>`.
-        attention: name of a backend; backends differ only by float32 rounding.
-        device: where to put the model: cpu, cuda or cuda:<index>.
-        position: settings of the scheme to change for this test, e.g. {"scaling": "yarn"}.
-        precision: dtype of scoring: float32, bfloat16, or auto (bfloat16 on GPUs that have it).
-        query_scale: settings of the query scale to change for this test; a `name` replaces the scale by another,
-            e.g. {"name": "log_n"}, whose parameters then have their initial values.
-
-    Returns:
-        The model, with `label` (the folder's name), `identity` (what its scores depend on) and `precision`.
-
-    Raises:
-        ValueError: an argument out of range, not a run folder, no whole checkpoint, files of another run, or
-            weights that do not fit the config.
-    """
-    require(isinstance(folder, str | Path), f"folder = {folder!r}. Give the path of a run folder.")
-    require(isinstance(checkpoint, str), f"checkpoint = {checkpoint!r}. Use best, last or step:<number>.")
-    folder = Path(folder)
-    whole = isinstance(inference_length, numbers.Integral) and not isinstance(inference_length, bool)
-    require(
-        inference_length is None or (whole and inference_length >= 1),
-        f"inference_length = {inference_length!r}. Use a whole number >= 1.",
-    )
-    require(attention in ATTENTION, f"attention = {attention!r}. Allowed: {', '.join(ATTENTION)}.")
-    where = runtime.existing_device(device)
-    precision = runtime.resolve_precision(where, precision)
-    config = load_config(folder)
-    if position:
-        own = config.position.name
-        name = position.get("name", own) if isinstance(position, Mapping) else None
-        require(
-            name == own,
-            f"position = {position}. The run was trained with position={own}; another scheme is another model. "
-            'Give settings of its own scheme as a mapping, such as {"scaling": "yarn"} for rotary.',
-        )
-        _refuse_starts("position", config.position, position)
-        config = dataclasses.replace(config, position=_changed("position", config.position, position))
-    trained_scale = config.query_scale
-    if query_scale:
-        name = query_scale.get("name", trained_scale.name) if isinstance(query_scale, Mapping) else None
-        require(
-            name in QUERY_SCALES,
-            f"query_scale = {query_scale}. Give settings as a mapping; names: {', '.join(QUERY_SCALES)}.",
-        )
-        same = name == trained_scale.name
-        if same:
-            _refuse_starts("query_scale", trained_scale, query_scale)
-        scale = _changed("query_scale", trained_scale if same else QUERY_SCALES[str(name)](), query_scale)
-        config = dataclasses.replace(config, query_scale=scale)
-    found = CheckpointStore(folder / CHECKPOINTS).get(checkpoint)
-    require_own_files(folder, found)
-    as_trained = dataclasses.replace(config, query_scale=trained_scale)
-    model = build_model(as_trained, int(found.state["vocab_size"]), attention, inference_length)
-    found.load_into(model)
-    model.set_strength(config.position_strength(found.step))
-    if query_scale:
-        trained = model.query_scale.state_dict()
-        model.set_query_scale(config.query_scale)
-        if config.query_scale.name == trained_scale.name:
-            model.query_scale.load_state_dict(trained)
-    settings = {
-        "weights": found.weights_sha256,
-        "model": dataclasses.asdict(config.model),
-        "position": identifying(config.position),
-        "train_length": config.train_length,
-        "backend": model.backend.name,
-        "precision": precision,
-    }
-    later = {name: value for name, value in identifying(config).items() if name.startswith(COMPOSED)}
-    if later:
-        settings |= later | {"strength": model.strength}
-    model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)
-    model.precision = precision
-    return model.to(where).eval()
-
-
-def _refuse_starts(group: str, own: Any, changes: Mapping[str, Any]) -> None:
-    """Refuse changes of what a trained model no longer depends on: the config's `starts`, if it names any."""
-    for name in getattr(own, "starts", ()):
-        require(
-            name not in changes or changes[name] == getattr(own, name),
-            f"{group}.{name} = {changes.get(name)} changes nothing in a run that is trained: {group}={own.name} "
-            "goes by it in training alone. Leave it out.",
-        )
-
-
-def _changed(group: str, own: Any, changes: Mapping[str, Any]) -> Any:
-    """The config of a group with some settings changed."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(own), changes))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{group} = {changes} does not fit {group}={own.name}: {error}") from error

@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 
-from alibi_lm.settings import require
+from alibi_lm.settings import LARGEST, require, require_one_of
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
-MAX_THREADS = 1024
-"""More than any machine has cores; torch crashes when it is asked for very many."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt (malloc.h)."""
 
@@ -46,9 +44,10 @@ def start(device: str = "auto", local_rank: int = 0, threads: int | None = None)
     torch.set_flush_denormal(True)
     _keep_freed_memory()
     if threads is not None:
-        require(1 <= threads <= MAX_THREADS, f"threads = {threads}. Use 1 to {MAX_THREADS}, or null.")
+        most = LARGEST["threads"]
+        require(1 <= threads <= most, f"threads = {threads}. Use 1 to {most}, or null.")
         torch.set_num_threads(threads)
-    require(device in DEVICES, f"device = {device!r}. Allowed: {', '.join(DEVICES)}.")
+    require_one_of("device", device, DEVICES)
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     require(
@@ -124,7 +123,7 @@ def resolve_precision(device: torch.device, precision: str) -> str:
     Raises:
         ValueError: unknown precision.
     """
-    require(precision in PRECISIONS, f"precision = {precision!r}. Allowed: {', '.join(PRECISIONS)}.")
+    require_one_of("precision", precision, PRECISIONS)
     if precision == "auto":
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return precision

@@ -10,7 +10,7 @@ import json
 import textwrap
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Counts = Literal["run", "rounding", "label", "no"]
@@ -18,7 +18,9 @@ Counts = Literal["run", "rounding", "label", "no"]
 name (`label`), or nothing (`no`)."""
 
 LARGEST = {"seed": 2**63 - 1, "threads": 1024, "vocab_size": 2**24, "num_layers": 10_000}
-"""The largest values of whole numbers, by the last part of the setting's name; all others end at 2^31 - 1."""
+"""The largest values of whole numbers, by the last part of the setting's name; all others end at 2^31 - 1.
+
+No machine has cores for so many threads, and torch crashes when it is asked for very many."""
 
 C = TypeVar("C")
 
@@ -75,6 +77,16 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise ValueError(message)
+
+
+def require_one_of(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Refuse a setting whose value is none of those allowed."""
+    require(value in allowed, f"{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+
+
+def require_at_least(name: str, value: float | None, least: int) -> None:
+    """Refuse a whole number that is too small; None is for a setting that may be left out."""
+    require(value is None or value >= least, f"{name} = {value}. Use a whole number >= {least}.")
 
 
 def listing(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from alibi_lm.files import write_text
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_one_of
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
@@ -57,7 +57,7 @@ class WandbConfig:
     """Tags of the run, each 1 to 64 characters."""
 
     def __post_init__(self) -> None:
-        require(self.mode in WANDB_MODES, f"tracking.mode = {self.mode!r}. Allowed: {', '.join(WANDB_MODES)}.")
+        require_one_of("tracking.mode", self.mode, WANDB_MODES)
         require(
             1 <= len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project),
             f"tracking.project = {self.project!r}. Use 1 to 128 characters, none of them / \\ # ? % or :",
@@ -140,7 +140,8 @@ def open_tracker(
     """
     if isinstance(config, JsonlConfig) or config.mode == "disabled":
         return _JsonlTracker(run_folder, resume_step, kept_rows)
-    return _WandbTracker(config, run_folder, run_name, group, settings, resume_step, kept_rows)
+    shown = {"name": run_name, "group": config.group or group, "config": dict(settings)}
+    return _WandbTracker(config, shown, run_folder, resume_step, kept_rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -203,10 +204,8 @@ class _WandbTracker(_JsonlTracker):
     def __init__(
         self,
         config: WandbConfig,
+        shown: Mapping[str, Any],
         run_folder: Path,
-        run_name: str,
-        group: str,
-        settings: Mapping[str, Any],
         resume_step: int,
         kept_rows: int | None,
     ):
@@ -224,12 +223,10 @@ class _WandbTracker(_JsonlTracker):
             self._run = wandb.init(
                 dir=folder,
                 id=_wandb_id(folder),
-                name=run_name,
                 project=config.project,
                 entity=config.entity,
-                group=config.group or group,
                 tags=list(config.tags),
-                config=dict(settings),
+                **shown,
                 mode=config.mode,  # type: ignore[arg-type]
                 # Offline runs cannot ask the server what it has; wandb warns when told to resume.
                 resume="allow" if config.mode == "online" else None,

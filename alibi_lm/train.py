@@ -25,13 +25,14 @@ from tqdm import tqdm
 from alibi_lm import distributed, runs, runtime
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import CONFIG_FILE, TrainConfig, to_dict
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.distributed import StopSignals, World
 from alibi_lm.evaluate.score import Stopped, mean_nats, score
+from alibi_lm.load import build_model, load_run
 from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.optim import build_optimizer
-from alibi_lm.runs import CHECKPOINTS, build_model, finished, load_run, run_lock
+from alibi_lm.runs import CHECKPOINTS, finished, run_lock
 from alibi_lm.settings import require
 from alibi_lm.tasks.items import Synthetic
 from alibi_lm.tasks.training import Batches, TrainingData, of_task, of_text

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from alibi_lm import runtime
 from alibi_lm.files import write_text
+from alibi_lm.load import load_run
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import open_cache
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
-from alibi_lm.runs import load_run
 from alibi_lm.settings import require
 from benchmarks.peers import HUGGING_FACE, hugging_face_model
 

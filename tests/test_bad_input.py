@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 from alibi_lm import load_run
 from alibi_lm.checkpoint import record_hash
 from alibi_lm.config import from_dict, load_config
-from alibi_lm.data.corpus import open_corpus, prepare
+from alibi_lm.data.corpus import open_corpus
+from alibi_lm.data.prepare import prepare
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.sweep import evaluate

@@ -13,8 +13,8 @@ from alibi_lm.config import GROUPS, EvaluationConfig, TrainConfig, from_dict, lo
 from alibi_lm.data.config import DataConfig
 from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.experiment import compose, planned_runs, run_folder
+from alibi_lm.load import build_model
 from alibi_lm.model.transformer import ModelConfig
-from alibi_lm.runs import build_model
 from alibi_lm.settings import counting, described
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

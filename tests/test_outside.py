@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from alibi_lm.files import read_json, write_json
+from alibi_lm.load import load_run
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.runs import load_run
 from tests.conftest import Command
 
 Build = Callable[..., TransformerLM]

@@ -7,7 +7,7 @@ import torch
 
 from alibi_lm.config import TrainConfig
 from alibi_lm.experiment import compose
-from alibi_lm.runs import build_model
+from alibi_lm.load import build_model
 
 LENGTHS = [64, 128, 256, 512, 1024, 1536, 2048, 3072]
 WORDS = 267_744

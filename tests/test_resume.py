@@ -26,7 +26,7 @@ import pytest
 
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.config import TrainConfig
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.evaluate.score import Scored
 from alibi_lm.experiment import compose
 from alibi_lm.positions import POSITIONS

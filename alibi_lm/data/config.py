@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require, require_at_least, require_one_of, setting
 
 NAMES = ("python_stdlib", "wikitext2", "wikitext103", "text", "hub")
+USERS: dict[str, tuple[str, ...]] = dict.fromkeys(("repo", "config"), ("hub",))
+USERS |= dict.fromkeys(("column", "split_by", "max_tokens"), ("text", "hub"))
+"""The texts that a setting is for, where it is not for all."""
 SPLIT_BY = ("auto", "given", "file", "hash", "none")
 
 
@@ -34,8 +37,8 @@ class DataConfig:
     """text, hub: read at most about this many tokens, counted as 4 bytes each; the hub's text is streamed."""
 
     def __post_init__(self) -> None:
-        require(self.name in NAMES, f"data.name = {self.name!r}. Allowed: {', '.join(NAMES)}.")
-        require(self.split_by in SPLIT_BY, f"data.split_by = {self.split_by!r}. Allowed: {', '.join(SPLIT_BY)}.")
+        require_one_of("data.name", self.name, NAMES)
+        require_one_of("data.split_by", self.split_by, SPLIT_BY)
         require(
             self.path is None or self.name not in ("python_stdlib", "hub"),
             f"data.path = {self.path} has no effect with data={self.name}. Leave data.path out, or use data=text, "
@@ -45,23 +48,16 @@ class DataConfig:
             self.path is None or bool(self.path.strip()),
             "data.path is empty. Give a folder of text, or leave it out.",
         )
-        own = ("text", "hub")
-        for setting_name, default, users in (
-            ("repo", None, ("hub",)), ("config", None, ("hub",)), ("column", "text", own),
-            ("split_by", "auto", own), ("max_tokens", None, own),
-        ):  # fmt: skip
-            value = getattr(self, setting_name)
+        for field in fields(self):
+            users, value = USERS.get(field.name, NAMES), getattr(self, field.name)
             require(
-                value == default or self.name in users,
-                f"data.{setting_name} = {value} has no effect with data={self.name}. It belongs to data="
+                value == field.default or self.name in users,
+                f"data.{field.name} = {value} has no effect with data={self.name}. It belongs to data="
                 f"{' and data='.join(users)}.",
             )
         require(self.name != "text" or self.path is not None, "data=text needs data.path=<file, folder or glob>.")
         require(self.name != "hub" or self.repo is not None, "data=hub needs data.repo=<owner>/<name>.")
-        require(
-            self.max_tokens is None or self.max_tokens >= 1,
-            f"data.max_tokens = {self.max_tokens}. Use a whole number >= 1.",
-        )
+        require_at_least("data.max_tokens", self.max_tokens, 1)
         require(
             bool(self.cache_dir.strip()),
             "data.cache_dir is empty. Give a folder for the prepared streams, such as `data`.",

@@ -18,80 +18,18 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from alibi_lm.data.text import BYTE_ORDER_MARK, WIKITEXT_BORDERS, Passage, Source, heading_style, wikitext_passages
-
 REPOSITORY = "Salesforce/wikitext"
-HUB_CONFIGS = {"wikitext2": "wikitext-2-v1", "wikitext103": "wikitext-103-v1"}
 PROBE_SECONDS = 5.0
 T = TypeVar("T")
 
 
-class HubSource(Source):
-    """WikiText from the Hugging Face hub, through `datasets` and its cache."""
-
-    borders = WIKITEXT_BORDERS
-
-    def __init__(self, name: str) -> None:
-        self.name, self.config = name, HUB_CONFIGS[name]
-        self._splits: dict[str, Any] = {}
-
-    def identity(self) -> dict[str, Any]:
-        return {"kind": "hub", "name": self.name, "repository": REPOSITORY, "config": self.config}
-
-    def require(self, split: str, reason: str = "") -> None:
-        if split not in self._splits:
-            rows = load_split(self.config, split)
-            if "text" not in rows.column_names:
-                reason = f"its rows have no `text` column, only {', '.join(rows.column_names)}"
-                raise _unavailable(REPOSITORY, self.config, reason)
-            if len(rows) == 0:
-                raise ValueError(f"data={self.name}: the hub's {split} split of {REPOSITORY} is empty.")
-            self._splits[split] = rows
-
-    def passages(self, split: str) -> Iterator[Passage]:
-        self.require(split)
-        return wikitext_passages(self._lines(split), heading_style(self._lines(split)))
-
-    def _lines(self, split: str) -> Iterator[str]:
-        """Text lines without line ends, as in the original `.tokens` files.
-
-        The hub stores a blank line as an empty row, while the files have a line of one space; the space is put
-        back, so that both give the same bytes and the same hash.
-        """
-        mark = BYTE_ORDER_MARK
-        for batch in self._splits[split].iter(batch_size=1000):
-            for row in batch["text"]:
-                yield row.removeprefix(mark).removesuffix("\n") or " "
-                mark = ""
-
-    def record(self, split: str) -> dict[str, Any]:
-        from huggingface_hub import constants
-
-        self.require(split)
-        info = self._splits[split].info
-        checksums = info.download_checksums or {}
-        return {
-            "endpoint": constants.ENDPOINT,
-            "repository": REPOSITORY,
-            "config": info.config_name,
-            "rows": len(self._splits[split]),
-            "downloaded": {url: (value or {}).get("num_bytes") for url, value in checksums.items()},
-        }
-
-    def check(self, split: str, record: dict[str, Any], full: bool = False) -> str | None:
-        return None  # a prepared stream is used without the hub, so that it also serves offline
-
-    def size(self, split: str) -> int | None:
-        return None
-
-
-def load_split(config: str | None, split: str, repository: str = REPOSITORY) -> Any:
+def load_split(repository: str, config: str | None, split: str) -> Any:
     """One split as a `datasets.Dataset`, memory-mapped from the cache.
 
     Args:
-        config: the repository's subset, such as `wikitext-103-v1`; None: its only one.
-        split: the split's name there.
         repository: name on the hub, or a folder with the same layout.
+        config: its subset, such as `wikitext-103-v1`; None: its only one.
+        split: the split's name there.
 
     Raises:
         ValueError: the text is neither cached nor available; the message says what to do instead.
@@ -99,6 +37,12 @@ def load_split(config: str | None, split: str, repository: str = REPOSITORY) -> 
     import datasets
 
     return _loaded(repository, config, lambda: datasets.load_dataset(repository, config, split=split), split)
+
+
+def texts(rows: Any, column: str) -> Iterator[str]:
+    """The texts in a column of a `datasets.Dataset`, a piece of the table at a time; "" for a missing one."""
+    for batch in rows.iter(batch_size=1000):
+        yield from (text or "" for text in batch[column])
 
 
 def split_names(repository: str, config: str | None) -> list[str]:
@@ -154,7 +98,7 @@ def _loaded(repository: str, config: str | None, load: Callable[[], T], split: s
     except Exception as error:  # kinds differ by version; all except disk errors mean "not in the cache"
         not_cached = error
     if Path(repository).is_dir():
-        raise _unavailable(repository, config, _first_line(not_cached)) from not_cached
+        raise unavailable(repository, config, _first_line(not_cached)) from not_cached
     blocked = _disk_error(not_cached)
     if blocked is not None:
         folder = datasets.config.HF_DATASETS_CACHE
@@ -162,18 +106,18 @@ def _loaded(repository: str, config: str | None, load: Callable[[], T], split: s
             return cast(T, _read_without_lock(Path(folder), repository, config, split))
         except Exception:
             reason = f"its cache {folder} cannot be used ({blocked}); make it writable or set HF_DATASETS_CACHE"
-            raise _unavailable(repository, config, reason) from not_cached
+            raise unavailable(repository, config, reason) from not_cached
     if offline:
         reason = "HF_HUB_OFFLINE is set and the text is not in the cache"
-        raise _unavailable(repository, config, reason) from not_cached
+        raise unavailable(repository, config, reason) from not_cached
     obstacle = _obstacle(constants.ENDPOINT)
     if obstacle:
-        raise _unavailable(repository, config, obstacle) from not_cached
+        raise unavailable(repository, config, obstacle) from not_cached
     try:
         return load()
     except Exception as error:  # download, format and disk errors of four libraries
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise _unavailable(repository, config, reason) from error
+        raise unavailable(repository, config, reason) from error
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
@@ -246,7 +190,8 @@ def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _unavailable(repository: str, config: str | None, reason: str) -> ValueError:
+def unavailable(repository: str, config: str | None, reason: str) -> ValueError:
+    """The error for a text that could not be had, with what to do instead."""
     if repository != REPOSITORY:
         name = repository + (f" {config}" if config else "")
         return ValueError(

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from alibi_lm.data import hub
 from alibi_lm.data.config import DataConfig
 from alibi_lm.data.text import BYTE_ORDER_MARK, SPLITS, Passage, Source, passages_of, split_of_file
 from alibi_lm.files import fingerprint
@@ -46,21 +47,26 @@ class DocumentSource(Source):
     Args:
         data: the settings.
         title: the text in a few words.
+        place: the setting that names the text, for messages.
     """
 
     borders = "A document is a file, a line of a .jsonl file, or a row of a table."
 
-    def __init__(self, data: DataConfig, title: str) -> None:
-        self.data, self.name, self.title = data, data.name, title
+    def __init__(self, data: DataConfig, title: str, place: str) -> None:
+        self.data, self.name, self.title, self.place = data, data.name, title, place
+
+    @abstractmethod
+    def require_files(self, split: str) -> None:
+        """Raise ValueError unless there is something to read."""
 
     @abstractmethod
     def documents(self, split: str) -> Iterable[str]:
         """The documents of a split, up to `data.max_tokens`; with split_by=hash, all documents."""
 
     @property
-    @abstractmethod
     def split_by(self) -> str:
-        """`data.split_by`, with `auto` resolved."""
+        """What deals documents to the splits."""
+        return self.data.split_by
 
     def identity(self) -> dict[str, Any]:
         settings = {"column": self.data.column, "split_by": self.split_by, "max_tokens": self.data.max_tokens}
@@ -84,23 +90,14 @@ class DocumentSource(Source):
             advice = "Give more text, or data.split_by=file, given or none." if self.split_by == "hash" else ""
             raise ValueError(f"{self.place}: there is no text for the {split} split{why}. {advice}".strip())
 
-    @property
-    @abstractmethod
-    def place(self) -> str:
-        """The setting that names the text, for messages."""
-
-    @abstractmethod
-    def require_files(self, split: str) -> None:
-        """Raise ValueError unless there is something to read."""
-
 
 class FileSource(DocumentSource):
     """Text files in a folder or matching a glob, or a single file."""
 
     def __init__(self, data: DataConfig) -> None:
         assert data.path is not None
-        root = Path(data.path).expanduser().absolute()
-        super().__init__(data, root.name)
+        self.path = root = Path(data.path).expanduser().absolute()
+        super().__init__(data, root.name, f"data.path = {data.path}")
         self.root = root if root.is_dir() else root.parent
         if root.is_dir():
             found = [p for p in root.rglob("*") if p.suffix in READERS]
@@ -108,10 +105,6 @@ class FileSource(DocumentSource):
             found = [root] if root.is_file() else [Path(p) for p in glob.glob(str(root), recursive=True)]
         self.files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
         self.given = {split: [p for p in self.files if self._named(p, split)] for split in SPLITS}
-
-    @property
-    def place(self) -> str:
-        return f"data.path = {self.data.path}"
 
     @property
     def split_by(self) -> str:
@@ -129,7 +122,7 @@ class FileSource(DocumentSource):
         return any(part.lower() in SPLIT_NAMES[split] for part in (*parts[:-1], stem))
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {"path": str(Path(str(self.data.path)).expanduser().absolute())}
+        return super().identity() | {"path": str(self.path)}
 
     def _files(self, split: str) -> list[Path]:
         if self.split_by == "given":
@@ -159,13 +152,12 @@ class FileSource(DocumentSource):
 
     def documents(self, split: str) -> Iterable[str]:
         for path in self._files(split):
-            for text in READERS.get(path.suffix, _read_text)(path, self.data.column):
-                if (path.suffix in READERS and path.suffix != ".txt") or self.split_by != "hash":
+            read = READERS.get(path.suffix, _read_text)
+            for text in read(path, self.data.column):
+                if read is _read_text and self.split_by == "hash":
+                    yield from (block.text for block in passages_of(text, HASHED_LINES))
+                else:
                     yield text
-                    continue
-                lines = text.removesuffix("\n").split("\n")
-                for start in range(0, len(lines), HASHED_LINES):
-                    yield "\n".join(lines[start : start + HASHED_LINES]) + "\n"
 
     def record(self, split: str) -> dict[str, Any]:
         files = self._files(split)
@@ -228,20 +220,14 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names or not _is_text(file.schema_arrow.field(column).type):
-                raise _no_column(str(path), column, names)
+            schema, texts = file.schema_arrow, (pyarrow.string(), pyarrow.large_string())
+            if column not in schema.names or schema.field(column).type not in texts:
+                raise _no_column(str(path), column, schema.names)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except pyarrow.ArrowInvalid as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a .parquet file, or a damaged one ({line}). Get it anew.") from None
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow
-
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
 def _no_column(where: str, column: str, names: Iterable[str]) -> ValueError:
@@ -270,85 +256,49 @@ class HubTextSource(DocumentSource):
 
     def __init__(self, data: DataConfig) -> None:
         title = str(data.repo) + (f" {data.config}" if data.config else "")
-        super().__init__(data, title)
-        self._rows: dict[str, Any] = {}
+        super().__init__(data, title, f"data.repo = {title}")
         self._names: list[str] | None = None
-
-    @property
-    def place(self) -> str:
-        return f"data.repo = {self.title}"
-
-    @property
-    def split_by(self) -> str:
-        return self.data.split_by
+        self._rows: dict[str, Any] = {}
+        """What was read of the set's own splits: a `datasets.Dataset`, or a list of texts."""
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"repository": self.data.repo, "config": self.data.config}
 
-    def passages(self, split: str) -> Iterator[Passage]:
-        self.require_files(split)
-        return super().passages(split)
-
-    def _own(self, split: str) -> str | None:
-        """The dataset's own name of a split; None if it has none."""
-        from alibi_lm.data.hub import split_names
-
-        if self._names is None:
-            self._names = split_names(str(self.data.repo), self.data.config)
-        return next((name for name in SPLIT_NAMES[split] if name in (self._names or [])), None)
-
     def require_files(self, split: str) -> None:
-        from alibi_lm.data.hub import load_split, stream_split
+        self._load(split)
 
-        require(self.split_by != "file", f"data.split_by = file with {self.place}. Use given, hash or none.")
-        own = self._own(split)
-        if self.split_by in ("hash", "none"):
-            own = self._own("train") or next(iter(self._names or []), None)
-        require(
-            own is not None,
-            f"{self.place} has no {split} split; it has {', '.join(self._names or [])}. Use data.split_by=hash, "
-            "which divides its documents among the three splits.",
-        )
-        if split in self._rows:
-            return
-        if shared := next((rows for rows in self._rows.values() if rows.name == own), None):
-            self._rows[split] = shared
-            return
+    def _load(self, split: str) -> Any:
+        """The rows that the documents of a split are among."""
         repo, config, column = str(self.data.repo), self.data.config, self.data.column
-        if self.data.max_tokens is None:
-            rows = load_split(config, str(own), repo)
-            if column not in rows.column_names:
-                raise _no_column(self.place, column, rows.column_names)
-            self._rows[split] = _Rows(str(own), rows, column)
-        else:
-            texts, names = stream_split(repo, config, str(own), column, self.data.max_tokens * BYTES_PER_TOKEN)
-            if texts is None:
+        require(self.split_by != "file", f"data.split_by = file with {self.place}. Use given, hash or none.")
+        if self._names is None:
+            self._names = hub.split_names(repo, config)
+        dealt = self.split_by in ("hash", "none")
+        allowed = SPLIT_NAMES["train" if dealt else split]
+        own = next((name for name in allowed if name in self._names), None)
+        if own is None and dealt:
+            own = next(iter(self._names), None)
+        if own is None:
+            raise ValueError(
+                f"{self.place} has no {split} split; it has {', '.join(self._names)}. Use data.split_by=hash, "
+                "which divides its documents among the three splits."
+            )
+        if own not in self._rows:
+            if self.data.max_tokens is None:
+                found = hub.load_split(repo, config, own)
+                names, known = found.column_names, column in found.column_names
+            else:
+                most = self.data.max_tokens * BYTES_PER_TOKEN
+                found, names = hub.stream_split(repo, config, own, column, most)
+                known = found is not None
+            if not known:
                 raise _no_column(self.place, column, names)
-            self._rows[split] = _Rows(str(own), texts, None)
+            self._rows[own] = found
+        return self._rows[own]
 
     def documents(self, split: str) -> Iterable[str]:
-        return iter(self._rows[split])
+        rows = self._load(split)
+        return rows if isinstance(rows, list) else hub.texts(rows, self.data.column)
 
     def record(self, split: str) -> dict[str, Any]:
-        self.require_files(split)
-        return {"repository": self.data.repo, "config": self.data.config, "rows": len(self._rows[split].rows)}
-
-    def check(self, split: str, record: dict[str, Any], full: bool = False) -> str | None:
-        return None  # a prepared stream is used without the hub, so that it also serves offline
-
-    def size(self, split: str) -> int | None:
-        return None
-
-
-class _Rows:
-    """The documents of one of the dataset's own splits."""
-
-    def __init__(self, name: str, rows: Any, column: str | None) -> None:
-        self.name, self.rows, self.column = name, rows, column
-
-    def __iter__(self) -> Iterator[str]:
-        if self.column is None:
-            yield from self.rows
-            return
-        for batch in self.rows.iter(batch_size=256):
-            yield from (text or "" for text in batch[self.column])
+        return {"repository": self.data.repo, "config": self.data.config, "rows": len(self._load(split))}

@@ -70,7 +70,7 @@ class TokenizerConfig:
     @property
     def label(self) -> str:
         """Name of the tokenizer's file, from its kind and settings, such as `word8` or `bpe4096`."""
-        raise NotImplementedError
+        return self.name
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """Build the tokenizer from the training text, given in pieces that end with a line end."""
@@ -153,10 +153,6 @@ class BytesConfig(TokenizerConfig):
     """The 256 bytes and `<|endoftext|>`: BPE without merges. Byte b has id b + 1."""
 
     name: str = "bytes"
-
-    @property
-    def label(self) -> str:
-        return "bytes"
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         from tokenizers import Tokenizer as Backend

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alibi_lm.settings import require_at_least
+
 
 def cut_windows(tokens: np.ndarray, start_id: int, starts: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
     """Windows of a stream: each target with the token before it as input.
@@ -104,8 +106,7 @@ def scoring_windows(num_tokens: int, length: int, stride: int | None) -> tuple[n
     Raises:
         ValueError: length or stride out of range.
     """
-    if length < 1:
-        raise ValueError(f"inference length = {length}. Use a whole number >= 1.")
+    require_at_least("inference length", length, 1)
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride = {stride} at inference length {length}. Allowed: 1 to {length}.")

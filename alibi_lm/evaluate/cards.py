@@ -20,9 +20,9 @@ from alibi_lm import runtime
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.plan import PlannedRun, plan
 from alibi_lm.files import write_json
+from alibi_lm.load import load_run
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.positions import PositionScheme
-from alibi_lm.runs import load_run
 
 HOOKS = {
     "add_to_embeddings": "word embeddings",

@@ -27,16 +27,17 @@ from tqdm import tqdm
 
 from alibi_lm import runtime
 from alibi_lm.config import TrainConfig
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import EXPECTED, PlannedRun, open_run, plan, raise_failures
 from alibi_lm.evaluate.rows import common_fields, measure
 from alibi_lm.evaluate.store import Stored
+from alibi_lm.load import run_tokenizer
 from alibi_lm.positions import POSITIONS
 from alibi_lm.results.curves import CHECKPOINT
 from alibi_lm.results.rows import ResultRow, locked, read_rows, write_rows
-from alibi_lm.runs import experiment_folder, run_tokenizer
+from alibi_lm.runs import experiment_folder
 from alibi_lm.settings import require
 from alibi_lm.tasks.base import Task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from alibi_lm.data.config import DataConfig
 from alibi_lm.model.streaming import POLICIES
 from alibi_lm.runs import experiment_folder
 from alibi_lm.runtime import DEVICES, PRECISIONS
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least, require_one_of
 
 STREAM = "stream"
 """The mode that reads the whole split as one window."""
@@ -175,7 +175,7 @@ class EvaluateConfig:
     """Where results go; null: outputs/<experiment>/extrapolation (curve) or outputs/<experiment>/analysis."""
 
     def __post_init__(self) -> None:
-        choices: dict[str, Iterable[str]] = {
+        choices: dict[str, Collection[str]] = {
             "view": ("curve", *VIEWS, "all"),
             "attention": ATTENTION,
             "device": DEVICES,
@@ -187,13 +187,13 @@ class EvaluateConfig:
         for name, value in vars(self).items():
             least = 0 if name in ("offsets", "sinks") else 1
             if value is not None and name in choices:
-                require(value in choices[name], f"{name} = {value!r}. Allowed: {', '.join(choices[name])}.")
+                require_one_of(name, value, choices[name])
             elif isinstance(value, str):
                 require(
                     bool(value.strip()), f"{name} is empty. Give a value, or leave {name} out for the default."
                 )
             elif isinstance(value, int) and not isinstance(value, bool):
-                require(value >= least, f"{name} = {value}. Use a whole number >= {least}.")
+                require_at_least(name, value, least)
             elif isinstance(value, list):
                 require(bool(value), f"{name} = []. Name some, quoted: '{name}=[64,128]'.")
                 require(min(value) >= least, f"{name} = {value}. Use whole numbers >= {least}.")

@@ -17,28 +17,21 @@ import torch
 from alibi_lm import runtime
 from alibi_lm.checkpoint import CheckpointError
 from alibi_lm.config import EvaluationConfig, TrainConfig, load_config
-from alibi_lm.data.corpus import Corpus, prepare
+from alibi_lm.data.corpus import Corpus
 from alibi_lm.data.hub_tokenizer import HubTokenizer
+from alibi_lm.data.prepare import prepare
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.score import mean_nats
 from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
+from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.hub_folder import PREFIX, HubFolder, open_hub_folder
 from alibi_lm.model.huggingface import HuggingFaceLM, load_huggingface
 from alibi_lm.model.interface import LanguageModel
 from alibi_lm.positions.base import NoneConfig
-from alibi_lm.runs import (
-    CORPUS_FILE,
-    experiment_folder,
-    finished,
-    folder_identity,
-    load_run,
-    run_folders,
-    run_tokenizer,
-    short_hash,
-)
+from alibi_lm.runs import CORPUS_FILE, experiment_folder, finished, folder_identity, run_folders, short_hash
 from alibi_lm.settings import require
 from alibi_lm.tasks.base import Task
 from alibi_lm.tasks.items import ItemTask, Synthetic

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alibi_lm import runtime
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.evaluate.config import STREAM, EvaluateConfig
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.plan import OpenRun

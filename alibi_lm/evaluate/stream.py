@@ -21,13 +21,13 @@ from torch import Tensor
 
 from alibi_lm import runtime
 from alibi_lm.config import load_config
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.files import write_text
+from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import POLICIES, open_cache
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.runs import load_run, run_tokenizer
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least, require_one_of
 
 CHUNK = 2048
 """Tokens per forward pass."""
@@ -110,11 +110,11 @@ class LongStreamConfig:
     """Folder of stream.jsonl (a row per block) and stream.md, replaced if they exist; null: only print."""
 
     def __post_init__(self) -> None:
-        require(self.cache in POLICIES, f"cache = {self.cache!r}. Allowed: {', '.join(POLICIES)}.")
+        require_one_of("cache", self.cache, POLICIES)
         splits = ("train", "validation", "test")
-        require(self.split in splits, f"split = {self.split!r}. Allowed: {', '.join(splits)}.")
+        require_one_of("split", self.split, splits)
         for name in ("tokens", "every"):
-            require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}. Use a whole number >= 1.")
+            require_at_least(name, getattr(self, name), 1)
 
 
 def long_stream(config: LongStreamConfig) -> Iterator[dict[str, Any]]:

@@ -162,8 +162,8 @@ def analyse(config: EvaluateConfig) -> Iterator[Path]:
             try:
                 found.append(_series(config, name, opened, group))
             except EXPECTED as error:  # of view=all the others can still be had
-                for run in opened:
-                    failures.setdefault(run.plan.name, error)
+                for lost in opened:
+                    failures.setdefault(lost.plan.name, error)
     finish(series.get("self_longppl", []))
     for name, found in series.items():
         if found:

@@ -16,19 +16,18 @@ import math
 import pickle
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
 from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.config import TrainConfig
+from alibi_lm.config import CONFIG_FILE, TrainConfig, to_yaml
 from alibi_lm.data.config import DataConfig
 from alibi_lm.data.tokenizers import Tokenizer, WordConfig
 from alibi_lm.files import sha256_of, write_json, write_text
@@ -92,7 +91,7 @@ def import_fairseq(config: ImportConfig) -> Path:
     own = {"run": run_identity(run, {}), "run_name": folder.name}
     delete_run(folder)
     with run_lock(folder):
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(run))))
+        write_text(folder / CONFIG_FILE, to_yaml(run))
         write_json(folder / "environment.json", runtime.environment(torch.device("cpu")))
         tokenizer.save(folder / "tokenizer.json")
         store = CheckpointStore(folder / "checkpoints")

@@ -31,8 +31,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alibi_lm.config import from_dict, load_config
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import write_json
+from alibi_lm.load import build_model, load_run
 from alibi_lm.model.cache import KeyValueCache
-from alibi_lm.runs import build_model, load_run
 from alibi_lm.settings import require
 
 NOT_EXPORTED = ("data", "study", "measurements", "output_dir", "tracking", "evaluation")

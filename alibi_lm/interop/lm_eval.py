@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from alibi_lm import runtime
 from alibi_lm.data.tokenizers import Tokenizer
+from alibi_lm.load import load_run
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.runs import load_run
 from alibi_lm.settings import require
 from alibi_lm.tasks.text import TextTask
 

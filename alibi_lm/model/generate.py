@@ -15,7 +15,7 @@ from alibi_lm import runtime
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.interface import check_ids
 from alibi_lm.model.transformer import TransformerLM
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least
 
 PREFILL = 2048
 """Tokens of a prompt that are processed in one pass."""
@@ -38,7 +38,7 @@ class Sampling:
             0 <= self.temperature < float("inf"),
             f"temperature = {self.temperature}. Use 0 (always the most probable token) or more.",
         )
-        require(self.top_k is None or self.top_k >= 1, f"top_k = {self.top_k}. Use a whole number >= 1.")
+        require_at_least("top_k", self.top_k, 1)
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p = {self.top_p}. Use a number above 0, up to 1.")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
@@ -116,7 +116,7 @@ def generate_batch(
     Raises:
         ValueError: see `generate`.
     """
-    require(max_tokens >= 1, f"max_tokens = {max_tokens}. Use a whole number >= 1.")
+    require_at_least("max_tokens", max_tokens, 1)
     require(bool(prompts), "There is no prompt. Give at least one.")
     rows = [torch.as_tensor(ids, dtype=torch.int64).view(1, -1) for ids in prompts]
     limit = model.max_length

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least, require_one_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 INITIALISATIONS = ("scaled", "fairseq")
@@ -71,7 +71,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "model_dim", "num_heads", "ffn_dim"):
-            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}. Use a whole number >= 1.")
+            require_at_least(f"model.{name}", getattr(self, name), 1)
         require(
             self.model_dim % self.num_heads == 0,
             f"model.num_heads = {self.num_heads} does not divide model.model_dim = {self.model_dim}. "
@@ -79,7 +79,7 @@ class ModelConfig:
         )
         for name, allowed in (("activation", ACTIVATIONS), ("initialisation", INITIALISATIONS)):
             value = getattr(self, name)
-            require(value in allowed, f"model.{name} = {value!r}. Allowed: {', '.join(allowed)}.")
+            require_one_of(f"model.{name}", value, allowed)
         for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name} = {getattr(self, name)}. Allowed: [0, 1).")
         cutoffs = self.adaptive_cutoffs

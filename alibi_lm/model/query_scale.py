@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm.positions import PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least
 
 
 class QueryScale(nn.Module):
@@ -123,7 +123,7 @@ class Llama4Config(ScaledConfig):
 
     def __post_init__(self) -> None:
         floor = self.floor_scale
-        require(floor is None or floor >= 1, f"query_scale.floor_scale = {floor}. Use a whole number >= 1.")
+        require_at_least("query_scale.floor_scale", floor, 1)
 
     def common(self, visible: Tensor, train_length: int) -> Tensor:
         steps = visible // (self.floor_scale or train_length)

@@ -18,12 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alibi_lm.model.bound import LARGEST_WINDOW, LOST_SHARE, BiasTail, excess_from_weights
+from alibi_lm.model.bound import LARGEST_WINDOW, LOST_SHARE, Bias, BiasTail, excess_from_weights
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.model.window_cache import WindowCache
 from alibi_lm.positions import PositionScheme
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_one_of
 
 POLICIES = ("full", "proved", "certified", "window")
 
@@ -56,11 +56,12 @@ def bias_tails(model: TransformerLM) -> list[BiasTail]:
     """
     reason = no_bound(model.active_schemes[0])
     require(not reason, reason)
-    device = model.device  # of the parameters that the bias is made from
-    tails = [
-        BiasTail(lambda distance, scheme=scheme: scheme.distance_bias(distance.to(device)))
-        for scheme in model.active_schemes
-    ]
+
+    def bias_of(scheme: PositionScheme) -> Bias:
+        device = model.device  # of the parameters that the bias is made from
+        return lambda distance: scheme.distance_bias(distance.to(device))
+
+    tails = [BiasTail(bias_of(scheme)) for scheme in model.active_schemes]
     return tails * (len(model.layers) // len(tails))
 
 
@@ -117,7 +118,7 @@ def open_cache(
     Raises:
         ValueError: a policy that does not fit the scheme, with the reason, or a setting out of range.
     """
-    require(policy in POLICIES, f"cache = {policy!r}. Allowed: {', '.join(POLICIES)}.")
+    require_one_of("cache", policy, POLICIES)
     require(
         (window is not None) == (policy == "window"),
         f"window = {window} with cache={policy}. "

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from alibi_lm.positions.alibi import alibi_slopes
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require_one_of, setting
 
 STARTS = ("code", "readme")
 
@@ -54,7 +54,7 @@ class BamConfig:
     """Settings that a trained run no longer depends on."""
 
     def __post_init__(self) -> None:
-        require(self.start in STARTS, f"position.start = {self.start!r}. Allowed: {', '.join(STARTS)}.")
+        require_one_of("position.start", self.start, STARTS)
 
     def build(self, shape: PositionShape) -> Bam:
         return Bam(self, shape)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require_at_least, setting
 
 
 @dataclass
@@ -44,9 +44,7 @@ class CopeConfig:
     """Give the gates separate keys, projected from the layer's input."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_positions >= 2, f"position.num_positions = {self.num_positions}. Use a whole number >= 2."
-        )
+        require_at_least("position.num_positions", self.num_positions, 2)
 
     def build(self, shape: PositionShape) -> Cope:
         return Cope(self, shape)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from alibi_lm.positions.alibi import AlibiConfig
 from alibi_lm.positions.base import PositionScheme, PositionShape
 from alibi_lm.positions.kerple import KerpleLogConfig
-from alibi_lm.settings import require
+from alibi_lm.settings import require_one_of
 
 BASES: dict[str, type] = {"kerple_log": KerpleLogConfig, "alibi": AlibiConfig}
 HIDDEN = 32
@@ -41,7 +41,7 @@ class DapeConfig:
     """Scheme of the bias: kerple_log or alibi."""
 
     def __post_init__(self) -> None:
-        require(self.base in BASES, f"position.base = {self.base!r}. Allowed: {', '.join(BASES)}.")
+        require_one_of("position.base", self.base, BASES)
 
     def build(self, shape: PositionShape) -> Dape:
         return Dape(self, shape)

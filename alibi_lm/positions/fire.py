@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape, distances
-from alibi_lm.settings import require
+from alibi_lm.settings import require_at_least, require_one_of
 
 THRESHOLDS = {"arithmetic": 512, "dape": 256}
 EPSILON = 1e-6
@@ -43,11 +43,8 @@ class FireConfig:
     """Width of the network's hidden layer, >= 1."""
 
     def __post_init__(self) -> None:
-        require(
-            self.reading in THRESHOLDS,
-            f"position.reading = {self.reading!r}. Allowed: {', '.join(THRESHOLDS)}.",
-        )
-        require(self.hidden >= 1, f"position.hidden = {self.hidden}. Use a whole number >= 1.")
+        require_one_of("position.reading", self.reading, THRESHOLDS)
+        require_at_least("position.hidden", self.hidden, 1)
 
     def build(self, shape: PositionShape) -> Fire:
         return Fire(self, shape)

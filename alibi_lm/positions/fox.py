@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_one_of
 
 GATES = ("input", "bias", "fixed")
 
@@ -58,7 +58,7 @@ class FoxConfig:
     """Settings that a trained run no longer depends on."""
 
     def __post_init__(self) -> None:
-        require(self.gates in GATES, f"position.gates = {self.gates!r}. Allowed: {', '.join(GATES)}.")
+        require_one_of("position.gates", self.gates, GATES)
         require(
             0 < self.shortest <= (self.longest or math.inf),
             f"position.shortest = {self.shortest}, longest = {self.longest}. Use 0 < shortest <= longest.",

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require, setting
+from alibi_lm.settings import require, require_one_of, setting
 
 SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn", "part_ntk", "llama3")
 RAMPS = ("index", "exact", "turns")
@@ -71,11 +71,8 @@ class RotaryConfig:
         require(self.theta > 1, f"position.theta = {self.theta}. Use a number above 1 (10000 in the paper).")
         for name in ("rotated_share", "frequency_share"):
             require(0 < getattr(self, name) <= 1, f"position.{name} = {getattr(self, name)}. Allowed: (0, 1].")
-        require(
-            self.scaling in SCALINGS,
-            f"position.scaling = {self.scaling!r}. Allowed: {', '.join(SCALINGS)}.",
-        )
-        require(self.ramp in RAMPS, f"position.ramp = {self.ramp!r}. Allowed: {', '.join(RAMPS)}.")
+        require_one_of("position.scaling", self.scaling, SCALINGS)
+        require_one_of("position.ramp", self.ramp, RAMPS)
         require(
             self.factor is None or self.factor >= 1,
             f"position.factor = {self.factor}. Use a number >= 1, or null for context / train length.",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alibi_lm.positions.base import PositionScheme, PositionShape
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_one_of
 
 VARIANTS = ("fairseq", "vaswani")
 
@@ -35,10 +35,7 @@ class SinusoidalConfig:
     """`fairseq` (halves, from position 2, divisor half - 1; the paper's) or `vaswani` (interleaved, from 0)."""
 
     def __post_init__(self) -> None:
-        require(
-            self.variant in VARIANTS,
-            f"position.variant = {self.variant!r}. Allowed: {', '.join(VARIANTS)}.",
-        )
+        require_one_of("position.variant", self.variant, VARIANTS)
 
     def build(self, shape: PositionShape) -> Sinusoidal:
         return Sinusoidal(self, shape)

@@ -134,7 +134,8 @@ def memory_figure(rows: Sequence[ResultRow], words: Mapping[str, str]) -> Figure
         models.setdefault(model, {}).setdefault(cache, []).append((row.extra[KEYS], row.loss or 0.0))
     if view is None or len(models) < 2 or all(row.extra[KEYS] >= row.tokens for row in own):
         return None
-    lines, keys_held = [], {}
+    lines: list[Line] = []
+    keys_held: dict[str, float] = {}
     for (position, variant), by_cache in models.items():
         means = {cache: np.mean(runs, axis=0) for cache, runs in by_cache.items()}
         keys_held |= {cache: keys for cache, (keys, _) in means.items()}

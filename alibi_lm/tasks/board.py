@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from alibi_lm.settings import require
+from alibi_lm.settings import require_at_least
 from alibi_lm.tasks.items import Item, Synthetic, answered
 
 BOS, SEP, EOS, FIRST = 0, 1, 2, 3
@@ -122,7 +122,7 @@ class UniqueCopy(BoardTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.symbols >= 2, f"task.symbols = {self.symbols}. Use a whole number >= 2.")
+        require_at_least("task.symbols", self.symbols, 2)
 
     @property
     def vocab_size(self) -> int:

@@ -11,7 +11,6 @@ because each target is predicted after the right ones before it.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 from alibi_lm.distributed import World
-from alibi_lm.settings import require, setting
+from alibi_lm.files import short_digest
+from alibi_lm.settings import require_at_least, setting
 from alibi_lm.tasks.base import Batch, Task, TaskConfig
 
 TRAINING, HELD_OUT = 0, {"validation": 1, "test": 2}
@@ -65,7 +65,7 @@ class Synthetic(TaskConfig, ABC):
     def __post_init__(self) -> None:
         for name in ("validation_items", "items"):
             value = getattr(self, name)
-            require(value >= 1, f"task.{name} = {value}. Use a whole number >= 1.")
+            require_at_least(f"task.{name}", value, 1)
 
     @property
     @abstractmethod
@@ -186,7 +186,7 @@ class ItemTask(Items):
         self.task, self.train_length, self.split, self.name = task, train_length, split, task.name
         self.by_target = task.by_target
         self.count = task.items if split == "test" else task.validation_items
-        self.corpus = hashlib.sha256(self.identity.encode()).hexdigest()[:12]
+        self.corpus = short_digest(self.identity)
 
     @property
     def identity(self) -> str:

@@ -14,7 +14,6 @@ A length is the number of input tokens. An item is right if its whole answer is 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from alibi_lm.data.tokenizers import TextTokenizer
 from alibi_lm.data.windows import TrainingBatches
-from alibi_lm.settings import require, setting
+from alibi_lm.files import short_digest
+from alibi_lm.settings import require, require_at_least, setting
 from alibi_lm.tasks.base import TaskConfig
 from alibi_lm.tasks.items import HELD_OUT, Item, Items
 
@@ -53,7 +53,7 @@ class NeedleConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, f"task.share = {self.share}. Use a number above 0, up to 1.")
-        require(self.draws >= 1, f"task.draws = {self.draws}. Use a whole number >= 1.")
+        require_at_least("task.draws", self.draws, 1)
 
 
 def refuses(length: int) -> str:
@@ -171,7 +171,7 @@ class PasskeyTask(Items):
 
     def __init__(self, tokenizer: TextTokenizer, split: str) -> None:
         self.tokenizer, self.split = tokenizer, split
-        self.corpus = hashlib.sha256(self.identity.encode()).hexdigest()[:12]
+        self.corpus = short_digest(self.identity)
         texts = [self.BEFORE, self.FILLER, self.FACT.format(number=50_000), self.QUESTION, " 50000"]
         encoded = tokenizer.encode_batch(texts)
         self.sizes = [len(ids) for ids in encoded]

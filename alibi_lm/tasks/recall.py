@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least
 from alibi_lm.tasks.items import Item, Synthetic
 
 GAP_POWER = 0.01
@@ -57,7 +57,7 @@ class MQAR(OverTokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.pairs >= 1, f"task.pairs = {self.pairs}. Use a whole number >= 1.")
+        require_at_least("task.pairs", self.pairs, 1)
         require(
             self.vocabulary >= 2 * self.pairs + 2,
             f"task.vocabulary = {self.vocabulary} has no {self.pairs} different keys and values. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import Tensor
 from alibi_lm.data.corpus import Corpus
 from alibi_lm.data.tokenizers import TextTokenizer
 from alibi_lm.data.windows import TrainingBatches
+from alibi_lm.files import short_digest
 from alibi_lm.settings import require
 from alibi_lm.tasks.base import Task, TaskConfig
 from alibi_lm.tasks.items import ItemBatches, ItemTask, Synthetic
@@ -97,7 +97,7 @@ def of_task(task: Synthetic, length: int) -> TrainingData:
     why = task.refuses(length)
     require(not why, f"train_length = {length} with task={task.name}: {why}. Use another train_length or task.")
     validation = ItemTask(task, length, "validation")
-    digest = hashlib.sha256(validation.identity.encode()).hexdigest()[:12]
+    digest = short_digest(validation.identity)
     manifest = {"description": f"items of {task.name}", "task": validation.identity}
     return TrainingData(
         f"items of {task.name}",

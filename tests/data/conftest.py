@@ -3,7 +3,7 @@
 import pytest
 
 from alibi_lm.data.config import DataConfig
-from alibi_lm.data.text import TOKENS_FILES
+from alibi_lm.data.wikitext import TOKENS_FILES
 
 TRAIN = """\
  \n\

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from alibi_lm import files
-from alibi_lm.data import corpus as module
+from alibi_lm.data import prepare as module
 from alibi_lm.data.config import DataConfig
-from alibi_lm.data.corpus import open_corpus, prepare, report, verify
+from alibi_lm.data.corpus import open_corpus, report, verify
+from alibi_lm.data.prepare import prepare
 from alibi_lm.data.text import SPLITS
 from alibi_lm.data.tokenizers import BPEConfig, Tokenizer, TokenizerConfig, WordConfig
 
@@ -349,10 +350,10 @@ def test_an_interruption_at_any_file_leaves_nothing_half_done(config, tmp_path):
 
 PROCESS = """\
 import sys, time
-from alibi_lm.data import corpus
+from alibi_lm.data import prepare
 from alibi_lm.data.config import DataConfig
 from alibi_lm.data.tokenizers import Tokenizer, WordConfig
-encode_split, encode_batch, made = corpus.encode_split, Tokenizer.encode_batch, []
+encode_split, encode_batch, made = prepare.encode_split, Tokenizer.encode_batch, []
 def counted(source, split, *rest):
     made.append(split)
     return encode_split(source, split, *rest)
@@ -361,10 +362,10 @@ def slow(self, texts):
         print("encoding", flush=True)
         time.sleep(float(sys.argv[3]))
     return encode_batch(self, texts)
-corpus.encode_split, Tokenizer.encode_batch = counted, slow
+prepare.encode_split, Tokenizer.encode_batch = counted, slow
 if sys.argv[4] == "wait":
     sys.stdin.readline()
-prepared = corpus.prepare(DataConfig("wikitext103", sys.argv[1], sys.argv[2]), WordConfig())
+prepared = prepare.prepare(DataConfig("wikitext103", sys.argv[1], sys.argv[2]), WordConfig())
 print(len(made), prepared.hash)
 """
 

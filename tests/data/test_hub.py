@@ -25,7 +25,7 @@ DRIVER = """\
 import json, os, sys, time
 import datasets
 from huggingface_hub import constants
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.data.config import DataConfig
 from alibi_lm.data.tokenizers import WordConfig
 for line in sys.stdin:

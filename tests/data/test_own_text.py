@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from alibi_lm.data.config import DataConfig
-from alibi_lm.data.corpus import open_source, prepare
 from alibi_lm.data.own_text import HASHED_LINES
+from alibi_lm.data.prepare import open_source, prepare
 from alibi_lm.data.text import SPLITS
 from alibi_lm.data.tokenizers import BPEConfig, BytesConfig, WordConfig
 

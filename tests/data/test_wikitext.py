@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from alibi_lm.data.text import (
+from alibi_lm.data.text import PASSAGE_LINES
+from alibi_lm.data.wikitext import (
     ORIGINALS,
-    PASSAGE_LINES,
     FolderSource,
     check_vocabulary,
     heading_style,

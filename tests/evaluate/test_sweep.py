@@ -242,7 +242,7 @@ def test_weights_that_lack_the_recorded_validation_loss_are_refused_before_a_row
     for path in (folder / "finished.json", folder / "checkpoints" / "best.json"):
         content = json.loads(path.read_text()) | {"best_validation_loss": done["best_validation_loss"]}
         path.write_text(json.dumps(content))
-    monkeypatch.setattr("alibi_lm.runs.require_own_files", lambda *_: None)
+    monkeypatch.setattr("alibi_lm.load.require_own_files", lambda *_: None)
     with pytest.raises(ValueError, match=r"recorded \d.*not the weights of this run"):
         rows_of(runs=str(folder))
     assert not (place / "extrapolation" / "results.jsonl").exists()

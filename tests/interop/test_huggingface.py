@@ -10,8 +10,8 @@ from alibi_lm.evaluate.config import EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.sweep import evaluate
 from alibi_lm.experiment import compose
 from alibi_lm.interop.huggingface import ExportConfig, export_huggingface
+from alibi_lm.load import load_run
 from alibi_lm.model.cache import KeyValueCache
-from alibi_lm.runs import load_run
 from alibi_lm.train import train
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

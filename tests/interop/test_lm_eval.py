@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alibi_lm.data.config import DataConfig
-from alibi_lm.data.corpus import prepare
+from alibi_lm.data.prepare import prepare
 from alibi_lm.evaluate.score import score_tokens
 from alibi_lm.experiment import compose
 from alibi_lm.train import train

@@ -11,10 +11,10 @@ from alibi_lm import load_run
 from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.experiment import compose, run_folder
 from alibi_lm.files import read_json
+from alibi_lm.load import build_model
 from alibi_lm.model.training_positions import PlainConfig, RandomisedConfig
 from alibi_lm.model.transformer import KeyValueCache, TransformerLM
 from alibi_lm.positions import POSITIONS
-from alibi_lm.runs import build_model
 from alibi_lm.tracking import read_metrics
 from alibi_lm.train import train
 
