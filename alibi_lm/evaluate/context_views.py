@@ -196,14 +196,19 @@ class Looks(AttentionBackend):
                 )
                 out, added = weights.to(v.dtype) @ v[:, :, :end], scheme.value_bias(weights, rows, keys)
                 outs.append(out if added is None else out + added.to(v.dtype))
-                self._note(weights.double(), rows, keys)
+                self._note(weights.double(), start)
             self.layer += 1
             return torch.cat(outs, dim=2)
 
         return attend
 
-    def _note(self, weights: Tensor, rows: Tensor, keys: Tensor) -> None:
-        """Add the weights (B, H, rows, keys) of some queries to the layer's sums."""
+    def _note(self, weights: Tensor, start: int) -> None:
+        """Add the weights (B, H, rows, keys) of some queries, from number `start` on, to the layer's sums.
+
+        Distances are in tokens: those of positions are others where positions are drawn.
+        """
+        rows, keys = (torch.arange(n, device=weights.device) for n in weights.shape[2:])
+        rows = rows + start
         late = rows >= self.length // 2
         weights, rows = weights[:, :, late], rows[late]
         if self.layer == len(self.layers):

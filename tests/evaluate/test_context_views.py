@@ -8,6 +8,9 @@ from toy_models import Toy
 from alibi_lm.evaluate import context_views, views
 from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.store import TokenStore
+from alibi_lm.model.training_positions import RandomisedConfig
+from alibi_lm.model.transformer import TransformerLM
+from alibi_lm.positions import POSITIONS
 from alibi_lm.tasks.text import TextTask
 
 
@@ -121,6 +124,21 @@ def test_where_heads_look_is_what_the_weights_say(tiny_model, monkeypatch, posit
     falls = np.diff([head["weights"] for head in point["heads"]], axis=1) < 0
     assert numbers["falling"] == pytest.approx(falls.mean()) and numbers["sink_rate"] == point["sink_rate"]
     assert [point["nearest"][0], point["farthest"][-1]] == [0, 23]
+
+
+def test_drawn_positions_leave_distances_in_tokens(tiny_model, tiny_config):
+    """Without a scheme positions change no weight, so neither may they change where heads look."""
+    model = tiny_model("none", attention="sdpa", train_length=8, vocab_size=500)
+    drawn = TransformerLM(
+        tiny_config, POSITIONS["none"](), "sdpa", 500, 8, training_positions=RandomisedConfig(num_positions=900)
+    )
+    drawn.load_state_dict(model.state_dict())
+    text = TextTask(np.random.default_rng(1).integers(1, 500, 24), 0)
+    plain, other = (
+        context_views.attention(views.Group("none", 8, [Passes(one, text)]), [8, 24], 1)
+        for one in (model, drawn.eval())
+    )
+    assert other == plain
 
 
 def test_a_scheme_without_such_positions_is_told(tiny_model, text):
