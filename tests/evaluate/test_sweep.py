@@ -289,7 +289,7 @@ def test_two_folders_of_one_name_are_refused_naming_both(place, tmp_path, scored
     shutil.copytree(place / "runs" / "alibi_L8_s1", tmp_path / "expA" / "runs" / "alibi_L8_s1")
     for action in (evaluate, analyse):
         view = "curve" if action is evaluate else "position"
-        with pytest.raises(ValueError, match="expA/runs/alibi_L8_s1 and expB/runs/alibi_L8_s1 have one name"):
+        with pytest.raises(ValueError, match="expA/runs/alibi_L8_s1 and expB/runs/alibi_L8_s1 have the same name"):
             list(action(settings(runs="exp*/runs/*", view=view)))
     assert scored == []
 

@@ -22,8 +22,9 @@ from alibi_lm.study.figures import (
     missing,
     split_into_panels,
 )
+from alibi_lm.study.labels import spread
 from alibi_lm.study.pages import markdown
-from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of, spread
+from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of
 from alibi_lm.study.records import find_records
 from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import LOOKS, look
