@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -98,11 +99,13 @@ class FileSource(DocumentSource):
         assert data.path is not None
         self.path = root = Path(data.path).expanduser().absolute()
         super().__init__(data, root.name, f"data.path = {data.path}")
-        self.root = root if root.is_dir() else root.parent
         if root.is_dir():
-            found = [p for p in root.rglob("*") if p.suffix in READERS]
+            self.root, found = root, [p for p in root.rglob("*") if p.suffix in READERS]
+        elif root.is_file():
+            self.root, found = root.parent, [root]
         else:
-            found = [root] if root.is_file() else [Path(p) for p in glob.glob(str(root), recursive=True)]
+            plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parts[:-1])
+            self.root, found = Path(*plain), [Path(p) for p in glob.glob(str(root), recursive=True)]
         self.files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
         self.given = {split: [p for p in self.files if self._named(p, split)] for split in SPLITS}
 
@@ -114,10 +117,7 @@ class FileSource(DocumentSource):
 
     def _named(self, path: Path, split: str) -> bool:
         """Whether the folder or the name of a file says that it belongs to a split."""
-        try:
-            parts = path.relative_to(self.root).parts
-        except ValueError:  # a glob that leaves the folder it begins in
-            parts = path.parts[-2:]
+        parts = path.relative_to(self.root).parts
         stem = parts[-1].replace("_", "-").replace(".", "-").split("-")[0]
         return any(part.lower() in SPLIT_NAMES[split] for part in (*parts[:-1], stem))
 

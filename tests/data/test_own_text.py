@@ -76,6 +76,18 @@ def test_given_splits_by_folder_and_by_file_name(tmp_path):
     assert open_source(settings(write(tmp_path / "c", "txt"), tmp_path)).split_by == "hash"
 
 
+@pytest.mark.parametrize("pattern", ["*/*.txt", "[ab]/../*/*.txt", "**/*.txt"])
+def test_files_of_a_glob_over_folders_are_split(pattern, tmp_path):
+    for folder in "ab":
+        write(tmp_path / "text" / folder, "txt", DOCUMENTS[:3], name=folder)
+    for folder in ("a/train", "a/dev"):
+        write(tmp_path / "named" / folder, "txt", DOCUMENTS[:2])
+    config = settings(tmp_path / "text" / pattern, tmp_path, split_by="file")
+    parts = [texts(config, split) for split in SPLITS]
+    assert {text for part in parts for text in part} == set(DOCUMENTS[:3]) and all(parts)
+    assert open_source(settings(tmp_path / "named" / "**" / "*.txt", tmp_path)).split_by == "given"
+
+
 def test_a_long_file_is_dealt_in_blocks_of_lines(tmp_path):
     lines = [f"line {k}" for k in range(150 * HASHED_LINES)]
     (tmp_path / "long.txt").write_text("\n".join(lines))
