@@ -127,6 +127,7 @@ def test_a_file_of_the_users_own_is_an_entry(tmp_path, monkeypatch):
             compose(["position=mine"])
 
 
+@pytest.mark.slow
 def test_the_atlas_has_every_scheme_with_three_seeds():
     runs = planned_runs("atlas", [])
     assert len(runs) == 3 * len(GROUPS["position"])

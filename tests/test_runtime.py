@@ -39,6 +39,7 @@ print([faults() for _ in range(8)][-1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_a_step_uses_the_memory_of_the_step_before_unless_the_environment_says_otherwise():
     def page_faults(**variables: str) -> int:
