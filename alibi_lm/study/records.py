@@ -7,15 +7,26 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alibi_lm.files import read_json
 from alibi_lm.results.curves import by_name
 from alibi_lm.results.rows import ResultRow
 
+if TYPE_CHECKING:
+    from alibi_lm.config import TrainConfig
+
 TEXT = "training text"
 NAMED = ("position.name", "train_length", "seed")
 """Settings that identify a curve or its seeds."""
+WITHOUT = {
+    "query_scale.name": "none",
+    "training_positions.name": "plain",
+    "positions_until": None,
+    "positions_fade": 0,
+}
+"""What combines with every scheme, where it is not used; where it is, the label of a curve always says so."""
+COMBINED = tuple(name.partition(".")[0] for name in WITHOUT)
 RUN_FILES = ("config.yaml", "environment.json", "corpus.json", "finished.json")
 
 
@@ -106,8 +117,21 @@ def read_record(folder: Path, name: str) -> RunRecord:
 
         with contextlib.suppress(ValueError):  # written by another version
             own = load_config(folder)
-            settings, rounding, readable = counting(own, "run"), counting(own, "rounding"), True
+            settings, rounding, readable = _counting(own), counting(own, "rounding"), True
     return RunRecord(name, folder, config, settings, rounding, readable, *values[1:])
+
+
+def _counting(config: TrainConfig) -> dict[str, Any]:
+    """The settings that results depend on, without defaults of what combines with every scheme."""
+    from alibi_lm.settings import counting
+
+    usual = {
+        f"{group}.{name}": value
+        for group in ("query_scale", "training_positions")
+        for name, value in vars(type(getattr(config, group))()).items()
+        if name != "name"
+    }
+    return {k: v for k, v in counting(config, "run").items() if k not in usual or v != usual[k]}
 
 
 def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict[str, str]:
@@ -134,7 +158,9 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
     found: dict[str, str] = {}
     for members in groups.values():
         facts = {
-            record.name: {k: v for k, v in record.settings.items() if k not in NAMED}
+            record.name: {
+                k: v for k, v in record.settings.items() if k not in NAMED and (k, v) not in WITHOUT.items()
+            }
             | {TEXT: record.training_text}
             for record in members
         }
@@ -142,9 +168,9 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
         for run, known in facts.items():
             kinds.setdefault(repr(sorted(known.items())), []).append(run)
         own = min(kinds.values(), key=lambda k: (not any(by_name(first[r]) == "" for r in k), -len(k), k[0]))
-        base = facts[own[0]]
+        base = {key: value for key, value in facts[own[0]].items() if not key.startswith(COMBINED)}
         keys = sorted({key for known in facts.values() for key in known})
-        varying = [key for key in keys if len({repr(known.get(key)) for known in facts.values()}) > 1]
+        varying = [key for key in keys if len({repr(known.get(key)) for known in [base, *facts.values()]}) > 1]
         trained_on = list(dict.fromkeys([base[TEXT], *(facts[runs[0]][TEXT] for runs in kinds.values())]))
         for runs in kinds.values():
             known = dict(facts[runs[0]])

@@ -188,6 +188,17 @@ def test_seeds_of_one_recipe_share_its_words_and_others_differ_in_words(tmp_path
     assert found["alibi_L64_s1_bbbbbbbb"] == "clip_norm 0, activation=relu, lr 0.002"
 
 
+def test_what_combines_with_a_scheme_is_told_also_where_all_runs_have_it(tmp_path):
+    for name in ("alibi_L64_s1", "alibi_L64_s2", "t5_L64_s1"):
+        write_run(tmp_path / "runs", name, real_config(name.split("_")[0], query_scale={"name": "log_n"}))
+    write_run(tmp_path / "runs", "rotary_L64_s1", real_config("rotary", query_scale={"name": "none"}))
+    write_run(tmp_path / "runs", "none_L64_s1", real_config("none", positions_until=300))
+    rows = [row(), row(seed=2), row("t5"), row("rotary"), row("none")]
+    words = recipes(rows, find_records(rows, tmp_path / "extrapolation"))
+    assert words["alibi_L64_s1"] == words["alibi_L64_s2"] == words["t5_L64_s1"] == "query_scale=log_n"
+    assert words["rotary_L64_s1"] == "" and words["none_L64_s1"] == "positions_until 300"
+
+
 def test_another_training_text_is_another_recipe(tmp_path):
     for name, corpus in (("alibi_L64_s1", "c0ffee"), ("alibi_L64_s2", "c0ffee"), ("alibi_L64_s3", "facade")):
         write_run(tmp_path / "runs", name, real_config("alibi", seed=int(name[-1])), {"corpus": corpus})
