@@ -113,6 +113,8 @@ def _of_records(records: Sequence[RunRecord]) -> Iterator[Facts]:
     ):
         counts = {name: int(count) for name, count in counted.items() if count}
         matters = max(counts.values(), default=0) > min(counts.values(), default=0) * (1 + small)
+        # A run that ends when its task is solved sees as many tokens as it needs: a result, no difference.
+        matters &= what == "parameters" or not any(r.config.get("task.stop_when_solved") for r in known)
         yield what, [(name, f"{count:,}") for name, count in counts.items()], matters
     texts = [(r.name, shortened(r.training_text)) for r in records if r.finished and r.training_text]
     yield "training text (hash)", texts, True

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from study_rows import real_config, row, write_run
+from study_rows import accuracy, real_config, row, write_run
 
 from alibi_lm.study import fairness
 from alibi_lm.study.records import find_records, recipes
@@ -101,6 +101,18 @@ def test_each_difference_is_listed_with_its_runs(found, change, what, matters):
     (item,) = found(**change)
     assert (item.what, item.matters) == (what, matters)
     assert item.sentence.startswith(what + ": ") and "t5_L64_s1" in item.sentence
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_run_that_ends_when_its_task_is_solved_is_not_unfair(stops, tmp_path):
+    task = {"name": "sort", "stop_when_solved": stops}
+    for position, tokens in (("alibi", 2_000_000), ("t5", 1_000_000)):
+        write_run(tmp_path, f"{position}_L64_s1", real_config(position, task=task), {"tokens_seen": tokens})
+    rows = [
+        accuracy(position, 64, 0.9, folder=str(tmp_path / f"{position}_L64_s1")) for position in ("alibi", "t5")
+    ]
+    (item,) = [d for d in differences(rows, tmp_path / "extrapolation") if "tokens seen" in d.what]
+    assert item.matters != stops
 
 
 def test_parameters_of_the_scheme_itself_are_no_difference(found, tmp_path):
