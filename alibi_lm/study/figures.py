@@ -216,7 +216,9 @@ def curve_panels(
     panel = functools.partial(Panel, lines, trained=train_length, y_label=y_label, dotted=published)
     if metric == "accuracy":
         x_label = "length in the task's own measure, log axis"
-        return [panel(trained, limits=(-0.03, 1.03), levels=dict(base), x_label=x_label), None]
+        # Tasks are asked at few lengths, which need not be powers of two apart.
+        ticks = len(every) <= 9
+        return [panel(trained, limits=(-0.03, 1.03), levels=dict(base), x_label=x_label, tick_points=ticks), None]
     log_y = _range(drawn) > CLOSE_UP_FROM and metric == "perplexity"
     whole = panel(trained + (", whole range" if close else ""), log_y=log_y)
     whole = replace(whole, levels={name: value for name, value in base.items() if fits(whole, value)})
