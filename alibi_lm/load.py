@@ -21,10 +21,7 @@ from alibi_lm.files import read_json
 from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.runs import CHECKPOINTS, CORPUS_FILE, require_own_files, short_hash
-from alibi_lm.settings import identifying, require, require_one_of
-
-COMPOSED = ("query_scale.", "training_positions.", "positions_until")
-"""Settings besides the scheme that a model's scores depend on; part of its identity unless at their defaults."""
+from alibi_lm.settings import COMBINED, identifying, require, require_one_of
 
 
 def build_model(
@@ -133,7 +130,7 @@ def load_run(
         "backend": model.backend.name,
         "precision": precision,
     }
-    later = {name: value for name, value in identifying(config).items() if name.startswith(COMPOSED)}
+    later = {name: value for name, value in identifying(config).items() if name.startswith(COMBINED)}
     if later:
         settings |= later | {"strength": model.strength}
     model.label, model.identity = folder.resolve().name, short_hash(settings, digits=12)

@@ -42,6 +42,10 @@ def setting(
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
+COMBINED = ("query_scale.", "training_positions.", "positions_until")
+"""How settings begin that combine with every scheme; a model's scores depend on them unless at their defaults."""
+
+
 def counting(config: Any, *kinds: Counts) -> dict[str, Any]:
     """The settings of a config that count as one of `kinds`, by dotted name (`optimizer.lr`)."""
     return {name: value for name, value, kind in _walk(config, "", None) if kind in kinds}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from alibi_lm.files import read_json
 from alibi_lm.results.curves import by_name
 from alibi_lm.results.rows import ResultRow
+from alibi_lm.settings import COMBINED, counting
 
 if TYPE_CHECKING:
     from alibi_lm.config import TrainConfig
@@ -19,14 +20,8 @@ if TYPE_CHECKING:
 TEXT = "training text"
 NAMED = ("position.name", "train_length", "seed")
 """Settings that identify a curve or its seeds."""
-WITHOUT = {
-    "query_scale.name": "none",
-    "training_positions.name": "plain",
-    "positions_until": None,
-    "positions_fade": 0,
-}
+WITHOUT = {"query_scale.name": "none", "training_positions.name": "plain", "positions_until": None}
 """What combines with every scheme, where it is not used; where it is, the label of a curve always says so."""
-COMBINED = tuple(name.partition(".")[0] for name in WITHOUT)
 RUN_FILES = ("config.yaml", "environment.json", "corpus.json", "finished.json")
 
 
@@ -113,7 +108,6 @@ def read_record(folder: Path, name: str) -> RunRecord:
     settings, rounding, readable = {}, {}, not config
     if config:
         from alibi_lm.config import load_config
-        from alibi_lm.settings import counting
 
         with contextlib.suppress(ValueError):  # written by another version
             own = load_config(folder)
@@ -123,8 +117,6 @@ def read_record(folder: Path, name: str) -> RunRecord:
 
 def _counting(config: TrainConfig) -> dict[str, Any]:
     """The settings that results depend on, without defaults of what combines with every scheme."""
-    from alibi_lm.settings import counting
-
     usual = {
         f"{group}.{name}": value
         for group in ("query_scale", "training_positions")
