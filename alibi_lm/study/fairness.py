@@ -7,6 +7,7 @@ difference is listed; those that can change a result are marked on figures. Each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +108,14 @@ def _of_records(records: Sequence[RunRecord]) -> Iterator[Facts]:
         for key in sorted({key for values in settings.values() for key in values}):
             if key.partition(".")[0] not in ("position", "train_length", "seed"):  # what is compared
                 yield key, [(name, show(own.get(key, "unset"))) for name, own in settings.items()], matters
+    # A run that ends when its task is solved sees as many tokens as it needs: a result, no difference.
+    most = math.inf if any(r.config.get("task.stop_when_solved") for r in known) else SMALL_TOKENS
     for what, small, counted in (
-        ("parameters", SMALL_PARAMETERS, {record.name: record.parameters for record in records}),
-        ("tokens seen in training", SMALL_TOKENS, {r.name: r.finished.get("tokens_seen") for r in records}),
+        ("parameters", SMALL_PARAMETERS, {r.name: r.parameters for r in records}),
+        ("tokens seen in training", most, {r.name: r.finished.get("tokens_seen") for r in records}),
     ):
         counts = {name: int(count) for name, count in counted.items() if count}
         matters = max(counts.values(), default=0) > min(counts.values(), default=0) * (1 + small)
-        # A run that ends when its task is solved sees as many tokens as it needs: a result, no difference.
-        matters &= what == "parameters" or not any(r.config.get("task.stop_when_solved") for r in known)
         yield what, [(name, f"{count:,}") for name, count in counts.items()], matters
     texts = [(r.name, shortened(r.training_text)) for r in records if r.finished and r.training_text]
     yield "training text (hash)", texts, True
