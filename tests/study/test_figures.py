@@ -459,3 +459,9 @@ def test_looks_are_distinct():
     assert len({(item.color, item.marker) for item in LOOKS.values()}) == len(LOOKS)
     assert len({item.name for item in LOOKS.values()}) == len(LOOKS)
     assert look("brand_new") == look("brand_new") and look("brand_new").color != look("another_new").color
+
+
+def test_a_task_has_ticks_where_it_was_asked():
+    rows = [accuracy("alibi", n, value) for n, value in ((50, 1.0), (100, 0.9), (150, 0.8))]
+    axis = curve_figure(rows, View("validation", "items", None, "copy", "accuracy")).axes[0]
+    assert list(axis.get_xticks()) == [50, 100, 150]
