@@ -102,13 +102,13 @@ def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus
     if config.wheels:
         wheels = ["-d", str(folder / "wheels"), *config.wheels]
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *wheels], check=True)
-    todo = {path.name: overrides for path, (overrides, _) in runs.items() if status(path) != "finished"}
+    unfinished = {path.name: overrides for path, (overrides, _) in runs.items() if status(path) != "finished"}
     shared = [o for o in config.overrides if o.startswith(("device=", "threads="))]
     kit = {"experiment": config.experiment, "commit": git("rev-parse", "HEAD").decode().strip()}
-    write_json(folder / "kit.json", kit | {"shared": shared, "runs": todo})
+    write_json(folder / "kit.json", kit | {"shared": shared, "runs": unfinished})
     write_text(folder / "start.sh", START.replace("WHEELS", shlex.join(config.wheels)))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {len(todo)} runs, {size / 2**20:.0f} MiB. There: sh start.sh")
+    print(f"{folder}: {len(unfinished)} runs, {size / 2**20:.0f} MiB. There: sh start.sh")
 
 
 def work(config: OfflineConfig) -> int:
