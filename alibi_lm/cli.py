@@ -8,11 +8,12 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from alibi_lm.config import register, spelled, to_config
 from alibi_lm.settings import describe_error, parse, usage
@@ -57,26 +58,33 @@ def _main(text: Callable[[], str], work: Callable[[list[str]], int | None]) -> C
 
     def main(arguments: Sequence[str] | None = None) -> None:
         given = list(sys.argv[1:] if arguments is None else arguments)
-        asked = any(a in ("-h", "--help") for a in given)
-        sys.exit(_run(lambda: print(text()) if asked else work(given)))
+        sys.exit(_run(lambda: print(text()) if _asks_for_help(given) else work(given)))
 
     return main
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(a in ("-h", "--help") for a in arguments)
 
 
 def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], Callable[..., None]]:
     """Decorate a script's main function: Hydra composes a `config` from configs/`name`.yaml, also in multiruns.
 
     In a multirun a failing job does not stop the others; failed jobs are listed at the end, and the status is 1.
+    `-h` prints the script's docstring, the config groups and all settings, as the other arguments choose them.
     """
-    register(Path(name).name, config)
+    root, name = CONFIGS / Path(name).parent, Path(name).name
+    register(name, config)
 
     def decorate(task: Callable[[C], Any]) -> Callable[..., None]:
         def main() -> None:
             import hydra
 
-            sys.argv[1:] = spelled(sys.argv[1:], config)
-            root = CONFIGS / Path(name).parent
-            run = hydra.main(version_base="1.3", config_path=str(root), config_name=Path(name).name)
+            given = sys.argv[1:] = spelled(sys.argv[1:], config)
+            if _asks_for_help(given):
+                about = sys.modules[task.__module__].__doc__ or ""
+                sys.exit(_run(lambda: print(_composed_usage(root, name, given, about))))
+            run = hydra.main(version_base="1.3", config_path=str(root), config_name=name)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `_run`, which makes messages of them
             status = _run(run(_job(task)))
             sys.exit(_tell_failures(sys.argv[1:]) or status)
@@ -84,6 +92,28 @@ def hydra_command(config: type[C], name: str) -> Callable[[Callable[[C], Any]], 
         return main
 
     return decorate
+
+
+def _composed_usage(root: Path, name: str, arguments: Sequence[str], about: str) -> str:
+    """The help text of a Hydra command; settings have the values that the overrides among the arguments give."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(str(root), version_base="1.3"):
+        composed = compose(name, [a for a in arguments if not a.startswith("-")], return_hydra_config=True)
+        with open_dict(composed):
+            chosen = {g: c for g, c in composed.pop("hydra").runtime.choices.items() if "/" not in g}
+        loader = GlobalHydra.instance().config_loader()
+        choices = {group: loader.get_group_options(group) for group in chosen}
+    lines = [about.strip(), "", "Config groups, as group=choice; a choice has its own settings:"]
+    for group, choice in reversed(chosen.items()):
+        lines.append(f"  {group}={choice or 'null'}")
+        lines += textwrap.wrap(", ".join(choices[group]), 100, initial_indent="      ", subsequent_indent="      ")
+    lines += [
+        "",
+        "Flags of Hydra: -m for several runs, --cfg job for the config as YAML, --hydra-help for all of them.",
+    ]
+    return usage(to_config(composed), "\n".join(lines))
 
 
 def _run(work: Callable[[], int | None]) -> int:

@@ -186,37 +186,42 @@ def _type_of(config: Any, name: str) -> tuple[Any, bool]:
     return kind, optional
 
 
-def described(config: type) -> Iterator[tuple[str, Any, str]]:
-    """Name, default and description of each setting; the description is the string below the field."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
+def described(config: Any) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and description of each setting of a config, or of a config class with its defaults.
+
+    The description is the string below the field.
+    """
+    kind = config if isinstance(config, type) else type(config)
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     texts: dict[str, str] = {}
     for node, after in itertools.pairwise(body):
         value = after.value if isinstance(after, ast.Expr) else None
         if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Constant):
             texts[node.target.id] = " ".join(str(value.value).split())  # type: ignore[union-attr]
-    for base in reversed(config.__mro__[1:-1]):
+    for base in reversed(kind.__mro__[1:-1]):
         for name, _, text in described(base) if dataclasses.is_dataclass(base) else ():
             texts.setdefault(name, text)
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        yield field.name, default, texts.get(field.name, "")
+        yield field.name, default if config is kind else getattr(config, field.name), texts.get(field.name, "")
 
 
-def usage(config: type, description: str) -> str:
-    """A help text: the description, then each setting with its default and what it means."""
+def usage(config: Any, description: str) -> str:
+    """A help text: the description, then each setting of a config or config class, its value and what it means."""
     return "\n".join([description.strip(), "", "Settings, as name=value:", *_usage(config, "")])
 
 
-def _usage(config: type, prefix: str) -> Iterator[str]:
-    for name, default, text in described(config):
-        if dataclasses.is_dataclass(default):
-            yield from _usage(type(default), f"{prefix}{name}.")
+def _usage(config: Any, prefix: str) -> Iterator[str]:
+    for name, value, text in described(config):
+        if dataclasses.is_dataclass(value):
+            yield from _usage(value, f"{prefix}{name}.")
+        if dataclasses.is_dataclass(value) or (prefix and name == "name"):  # a group is chosen by group=name
             continue
-        shown = default
-        if default is dataclasses.MISSING or default == "???":  # the second is omegaconf.MISSING
+        shown = value
+        if value is dataclasses.MISSING or value == "???":  # the second is omegaconf.MISSING
             shown = "..."
-        elif default is None or isinstance(default, bool):
-            shown = json.dumps(default)
+        elif value is None or isinstance(value, bool):
+            shown = json.dumps(value)
         yield f"  {prefix}{name}={shown}"
         yield from textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from omegaconf import MISSING
 
-from alibi_lm.cli import command, experiment_command
+from alibi_lm.cli import command, experiment_command, hydra_command
+from alibi_lm.config import TrainConfig
 from alibi_lm.settings import parse, require, usage
 
 
@@ -171,3 +172,16 @@ def test_help_of_a_command_on_an_experiment_leaves_out_what_only_its_caller_need
     printed = capsys.readouterr().out
     assert end.value.code == 0 and "Exit status" not in printed
     assert printed.startswith("Do it all.\n\nTwice, if asked.\n\nSettings, as name=value:\n  experiment=quick\n")
+
+
+def test_help_of_a_hydra_command_describes_the_chosen_scheme_with_the_experiments_values(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "experiment=needle", "position=fox", "-h"])
+    with pytest.raises(SystemExit) as end:
+        hydra_command(TrainConfig, "train")(lambda config: pytest.fail("help only"))()
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and printed.startswith("`cli.command`")  # this module's docstring
+    assert "  position=fox\n      alibi, bam," in printed and "  task=needle\n" in printed
+    assert "  position.gates=input\n      input, bias or fixed.\n" in printed and "position.name" not in printed
+    assert "  steps=2000\n      Optimizer steps.\n" in printed
