@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import queue
 import shlex
@@ -261,11 +262,11 @@ def study(experiment: str, overrides: list[str]) -> int:
     """Do all of an experiment: runs, curves, `measurements`, claims, the paper's numbers, report, publication.
 
     What is done is skipped, so the command can be repeated until everything is done. A step that fails does not
-    stop the others.
+    stop the others. Analyses that follow each other run side by side, as many as runs in training.
 
     Args:
         experiment: its name.
-        overrides: of training; `device=` and `threads=` hold for the measurements too.
+        overrides: of training; `device=`, `threads=` and `runs_at_once=` hold for the measurements too.
 
     Returns:
         Exit status: 0 if every step went well.
@@ -276,33 +277,45 @@ def study(experiment: str, overrides: list[str]) -> int:
     from alibi_lm.study import commands
 
     shared = [*_named("device", overrides), *_named("threads", overrides)]
-    lines = compose([f"experiment={experiment}", *_named("measurements", overrides)]).measurements
+    own = [*shared, *_named("runs_at_once", overrides), *_named("measurements", overrides)]
+    config = compose([f"experiment={experiment}", *own])
+    lines, at_once = config.measurements, _at_once(config, len(config.measurements))
     bench = "outputs/bench/results.jsonl" if any(line.startswith("bench") for line in lines) else None
     steps: list[tuple[str, Work]] = [
         (shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)),
-        *((line, measurement(experiment, line, shared)) for line in lines),
+        *((line, measurement(experiment, line, shared, at_once)) for line in lines),
         ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
         ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
         ("report", partial(commands.report, commands.ReportConfig(experiment))),
         ("publish", partial(commands.publish_results, commands.PublishConfig(experiment, bench=bench))),
     ]
+
+    def do(step: tuple[str, Work]) -> int:
+        print(f"\n== {step[0]}", flush=True)
+        return _step(step[1])
+
     lost = []
-    for name, work in steps:
-        print(f"\n== {name}", flush=True)
-        if _step(work):
-            lost.append(name)
+    for analyses, group in itertools.groupby(steps, key=lambda step: step[0].startswith("analyse ")):
+        together = list(group)
+        if analyses and at_once > 1:
+            with ThreadPoolExecutor(at_once) as pool:
+                done = list(pool.map(do, together))
+        else:
+            done = list(map(do, together))
+        lost += [name for (name, _), failed in zip(together, done, strict=True) if failed]
     if lost:
         print(f"{len(lost)} of {len(steps)} steps failed: {'; '.join(lost)}", file=sys.stderr)
     return int(bool(lost))
 
 
-def measurement(experiment: str, line: str, shared: list[str]) -> Work:
+def measurement(experiment: str, line: str, shared: list[str], at_once: int = 1) -> Work:
     """One of an experiment's `measurements` as work to do; its settings are checked at once.
 
     Args:
         experiment: its name.
         line: evaluate, analyse or bench, and settings of that command; or cards, and those of evaluate.
         shared: further settings.
+        at_once: how many analyses go side by side; each has a process of its own if it is more than one.
 
     Raises:
         ValueError: another command, or settings that it does not know.
@@ -318,7 +331,10 @@ def measurement(experiment: str, line: str, shared: list[str]) -> Work:
         f"measurements: {line!r} begins with {name!r}. Allowed: evaluate, analyse, bench, cards and settings.",
     )
     kind = "evaluate" if name == "cards" else name
-    config = compose([f"experiment={experiment}", *arguments, *shared], f"evaluation/{kind}", EvaluateConfig)
+    settings = [f"experiment={experiment}", *arguments, *shared]
+    config = compose(settings, f"evaluation/{kind}", EvaluateConfig)
+    if name == "analyse" and at_once > 1:
+        return partial(_child, name, [*settings, f"threads={config.threads or 1}"])
     return partial(allowed[name], config)
 
 

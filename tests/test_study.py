@@ -11,6 +11,7 @@ import pytest
 
 from alibi_lm import experiment
 from alibi_lm.experiment import compose, measurement, study
+from alibi_lm.study import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -73,6 +74,32 @@ def test_one_bad_run_takes_no_other_with_it(tmp_path, write_text, command, monke
             ("none", 32),
         ]
         assert (output / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_analyses_that_follow_each_other_run_side_by_side(monkeypatch, capsys):
+    """Each waits for the other, then one fails; what follows runs alone and afterwards."""
+    both, began = threading.Barrier(2, timeout=30), []
+
+    def run(line, check, env):
+        began.append(line[2:])
+        if "view=last" in line or "view=position" in line:
+            both.wait()
+        return SimpleNamespace(returncode=int("view=last" in line))
+
+    monkeypatch.setattr(experiment, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(experiment, "reproduce", lambda name, overrides: 0)
+    for step in ("claims", "compare_paper", "report", "publish_results"):
+        monkeypatch.setattr(commands, step, lambda config: None)
+    lines = ["analyse view=last", "analyse view=position", "bench lengths=[16]", "analyse view=documents"]
+    assert study("smoke", ["device=cpu", "runs_at_once=2", f"measurements={json.dumps(lines)}"]) == 1
+    assert [next(a for a in line if a[:4] in ("view", "leng")) for line in began[2:]] == [
+        "lengths=[16]",
+        "view=documents",
+    ]
+    assert all(
+        {"experiment=smoke", "device=cpu", "threads=1"} <= set(line) for line in began if "view" in str(line)
+    )
+    assert "1 of 9 steps failed: analyse view=last" in capsys.readouterr().err
 
 
 @pytest.mark.slow

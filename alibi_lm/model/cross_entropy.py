@@ -24,7 +24,7 @@ HALF = (torch.bfloat16, torch.float16)
 CHUNK_ELEMENTS = 1 << 23
 """Scores per chunk: 32 MiB of float32, which fit a CPU's last-level cache and a GPU's L2."""
 FEWEST_ROWS = 512
-"""Smallest number of rows per chunk: with 256 the loss takes 1.12 times as long in training, with 64 1.68 times."""
+"""Smallest number of rows per chunk: with 256 the loss takes 1.12 times as long to train, with 64 1.68 times."""
 KEPT_ELEMENTS = 1 << 28
 """Number of probabilities that a CPU keeps for the backward pass: 1 GiB of float32."""
 KEPT_SHARE = 0.1
