@@ -78,7 +78,7 @@ report: $(STAMP)  ## write one HTML file of the experiment's results
 publish: $(STAMP)  ## copy the experiment's results to docs/results, without weights
 	$(BIN)/python scripts/publish.py experiment=$(EXPERIMENT) $(ARGS)
 
-atlas: $(STAMP)  ## study every position scheme with three seeds (an hour or two on 2 cores); write docs/atlas
+atlas: $(STAMP)  ## study every position scheme with three seeds (an hour on 2 cores); write docs/atlas
 	$(BIN)/python scripts/study.py experiment=atlas $(ARGS)
 	$(BIN)/python scripts/atlas.py folder=docs/results/atlas
 
