@@ -49,7 +49,8 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
 
     Raises:
         ValueError: see `plan`.
-        FailedRuns: at the end, where some of several runs could not be evaluated.
+        FailedRuns: at the end, where some of several runs could not be evaluated; with several processes the first
+            failure of an opened run ends the work instead.
     """
     require(
         config.view == "curve", f"view = {config.view} is a view of scripts/analyse.py. Use that, or view=curve."
@@ -82,6 +83,10 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                 for length in run.settings.lengths:
                     yield from measure(passes, length, output, **common)
         except EXPECTED as error:
+            if (
+                world.world_size > 1
+            ):  # the other processes may wait for this one, and would not hear of its next run
+                raise
             failures[run.name] = error
     if world.is_main and results.exists():
         write_csv(config.output / "results.csv", upsert_rows(results, []))

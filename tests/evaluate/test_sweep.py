@@ -12,6 +12,7 @@ import alibi_lm.evaluate.passes as passes_module
 import alibi_lm.evaluate.sweep as sweep_module
 from alibi_lm import checkpoint
 from alibi_lm.attention import chosen_backend
+from alibi_lm.distributed import World
 from alibi_lm.evaluate import plan
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.plan import FailedRuns
@@ -232,6 +233,14 @@ def test_a_bad_run_stops_no_other_and_is_told_of_at_the_end(place, harm):
     with pytest.raises(ValueError) as alone:
         rows_of(runs=str(place / "runs" / "alibi_L8_s1"))
     assert not isinstance(alone.value, FailedRuns)
+
+
+def test_of_several_processes_one_that_cannot_go_on_ends_the_work(place):
+    """It must not turn to its next run: the others wait for it in this one."""
+    swap(place / "runs" / "alibi_L8_s1")
+    with pytest.raises(ValueError) as alone:
+        list(evaluate(settings(lengths=[4]), World(rank=0, world_size=2)))
+    assert not isinstance(alone.value, FailedRuns) and not (place / "extrapolation" / "results.jsonl").exists()
 
 
 def test_weights_that_lack_the_recorded_validation_loss_are_refused_before_a_row_is_written(place, monkeypatch):
