@@ -83,9 +83,7 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                 for length in run.settings.lengths:
                     yield from measure(passes, length, output, **common)
         except EXPECTED as error:
-            if (
-                world.world_size > 1
-            ):  # the other processes may wait for this one, and would not hear of its next run
+            if world.world_size > 1:  # the other processes may wait for this one in this run
                 raise
             failures[run.name] = error
     if world.is_main and results.exists():
