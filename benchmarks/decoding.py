@@ -8,7 +8,6 @@ only the forward step that `generate` calls for each token is measured, not the 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -32,6 +31,7 @@ from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
 from alibi_lm.settings import require
 from benchmarks.peers import HUGGING_FACE, hugging_face_model
+from benchmarks.report import grid_markdown, write
 
 OURS = {
     "ALiBi, full": ("alibi", "full"),
@@ -83,7 +83,6 @@ def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
     Existing files are replaced, not extended: only rows of one call can be compared.
     """
     folder, rows = Path(config.output_dir), []
-    folder.mkdir(parents=True, exist_ok=True)
     machine = runtime.environment(torch.device("cpu"))
     for context in config.contexts:
         for subject in config.subjects:
@@ -99,7 +98,7 @@ def measure_decoding(config: DecodingConfig) -> list[dict[str, Any]]:
                     row = {"subject": subject, "context": context, "reason": f"{type(error).__name__}: {error}"}
             rows.append(row | {"machine": machine})
             print(_line(row), flush=True)
-            write_text(folder / "decoding.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+            write(folder / "decoding.jsonl", rows)
         write_text(folder / "decoding.md", table(rows))
         draw(rows, folder / "decoding.png")
     return rows
@@ -221,20 +220,13 @@ def _line(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per subject, a column per context; median (95th percentile) and the size of the cache."""
     contexts = sorted({row["context"] for row in rows})
-    lines = ["| milliseconds per token; cache | " + " | ".join(f"{c:,}" for c in contexts) + " |"]
-    lines.append("| --- |" + " --: |" * len(contexts))
-    for subject in dict.fromkeys(row["subject"] for row in rows):
-        own = {row["context"]: row for row in rows if row["subject"] == subject}
-        cells = []
-        for context in contexts:
-            row = own.get(context, {"reason": ""})
-            cells.append(
-                "-"
-                if "reason" in row
-                else f"{row['median_ms']:.2f} ({row['p95_ms']:.2f}); {row['cache_bytes'] / 2**20:.1f} MiB"
-            )
-        lines.append(f"| {subject} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        cell = "-"
+        if "reason" not in row:
+            cell = f"{row['median_ms']:.2f} ({row['p95_ms']:.2f}); {row['cache_bytes'] / 2**20:.1f} MiB"
+        cells.setdefault(row["subject"], {})[row["context"]] = cell
+    return grid_markdown("milliseconds per token; cache", [f"{c:,}" for c in contexts], cells, contexts)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

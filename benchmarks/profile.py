@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.report import grid_markdown
 from benchmarks.subjects import Subject, Task, words
 
 PARTS: Mapping[str, str] = {
@@ -56,8 +57,6 @@ def _part(event: Any) -> str:
 
 def profile_table(shares: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown, one column per subject."""
-    parts = list(dict.fromkeys(part for share in shares.values() for part in share))
-    lines = [f"| part of the step | {' | '.join(shares)} |", f"| --- |{' --: |' * len(shares)}"]
-    for part in parts:
-        lines.append(f"| {part} | {' | '.join(f'{share.get(part, 0):.0%}' for share in shares.values())} |")
-    return "\n".join(lines)
+    parts = dict.fromkeys(part for share in shares.values() for part in share)
+    body = {part: {name: f"{share.get(part, 0):.0%}" for name, share in shares.items()} for part in parts}
+    return grid_markdown("part of the step", list(shares), body, list(shares))

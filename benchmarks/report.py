@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alibi_lm import runtime
 from alibi_lm.files import write_text
+from alibi_lm.study.pages import Table, markdown
 from benchmarks.measure import PAIRS, Contest, ratio
 from benchmarks.subjects import OURS, Kind, Setup, flops_per_token, label
 
@@ -164,7 +165,9 @@ def ratios_markdown(measured: Sequence[dict[str, Any]]) -> str:
         for title, field in titles.items():
             cell = _number(row, field, ".2f") + (" (not settled)" if _open(row, title) else "")
             body.setdefault(label(row), {})[field, row["length"]] = cell
-    return _markdown("implementation", [title for title, *_ in columns], body, [column[1:] for column in columns])
+    return grid_markdown(
+        "implementation", [title for title, *_ in columns], body, [column[1:] for column in columns]
+    )
 
 
 def speedups_markdown(measured: Sequence[dict[str, Any]]) -> str:
@@ -178,13 +181,17 @@ def speedups_markdown(measured: Sequence[dict[str, Any]]) -> str:
             for kind in KINDS
         ]
         body.setdefault(label(row), {})[row["length"]] = " / ".join(cells)
-    return _markdown("our ALiBi, times as fast as", [f"{n:,}" for n in lengths], body, lengths) if others else ""
+    return (
+        grid_markdown("our ALiBi, times as fast as", [f"{n:,}" for n in lengths], body, lengths) if others else ""
+    )
 
 
-def _markdown(first: str, titles: list[str], body: dict[str, dict[Any, str]], keys: Sequence[Any]) -> str:
-    lines = [f"| {first} | {' | '.join(titles)} |", f"| --- |{' --: |' * len(titles)}"]
-    lines += [f"| {name} | {' | '.join(cells.get(key, '-') for key in keys)} |" for name, cells in body.items()]
-    return "\n".join(lines)
+def grid_markdown(
+    first: str, titles: list[str], body: Mapping[str, Mapping[Any, str]], keys: Sequence[Any]
+) -> str:
+    """A row per name, a column per key with its title; `-` where there is no cell."""
+    cells = [[name, *(known.get(key, "-") for key in keys)] for name, known in body.items()]
+    return markdown([Table([first, *titles], cells)])
 
 
 def _open(row: dict[str, Any], kind: str, over: str = "") -> bool:

@@ -125,7 +125,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     if config.show is not None:
         known = report.read(Path(config.show))
         parts = (report.table(known), report.ratios_markdown(known), report.speedups_markdown(known))
-        print("\n".join(f"{part}\n" for part in parts if part), end="")
+        print("\n\n".join(part.rstrip() for part in parts if part))
         return known
     device = runtime.start(config.device, threads=config.threads)
     on_gpu = device.type == "cuda"
