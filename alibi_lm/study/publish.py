@@ -17,6 +17,8 @@ from alibi_lm.study.records import RUN_FILES, find_records
 from alibi_lm.study.view_figures import draw_analysis
 
 RESULT_FILES = (DOCUMENTS_FILE, "claims.md", "paper.md", "cards.json")
+FIGURES = ("extrapolation*", "bits_per_byte*", "tasks", "depths", "memory", "stages")
+"""Names of all pictures that `draw` may have written for earlier results."""
 LARGEST = 16 * 2**20
 """Size in bytes of the largest file that may be published."""
 
@@ -75,8 +77,9 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
             path.with_suffix(".svg").unlink()  # the PNG is enough
         for part in ("runs", "analysis"):
             shutil.rmtree(target / part, ignore_errors=True)
-        for old in target.glob("extrapolation*.*g"):
-            old.unlink()
+        for figure in FIGURES:
+            for old in target.glob(f"{figure}.*g"):
+                old.unlink()
         written = sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
         for name in written:
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,9 @@ def test_a_publication_draws_the_same_figure_and_leaves_weights_and_paths_behind
     # A second one replaces the first, and keeps what no publication wrote.
     (target / "README.md").write_text("mine")
     (target / "runs" / "gone_L64_s1").mkdir()
+    gone = [target / f"{name}.{kind}" for name in ("extrapolation_test", "stages") for kind in ("png", "svg")]
+    for picture in gone:
+        picture.write_text("of rows that are no longer there")
     results = experiment / "results.jsonl"
     results.write_text(results.read_text().replace("abc1234", "def5678"))
     (run / "environment.json").write_text(json.dumps({"commit": "abc", "dirty": True}))
@@ -55,6 +58,7 @@ def test_a_publication_draws_the_same_figure_and_leaves_weights_and_paths_behind
     assert done.returncode == 0 and done.stdout.startswith("docs/results/mine: "), done.stderr
     assert done.stderr == "note: alibi_L64_s1 was trained by uncommitted code\n"
     assert (target / "README.md").read_text() == "mine" and not (target / "runs" / "gone_L64_s1").exists()
+    assert not any(picture.exists() for picture in gone)
     assert {row.commit for row in read_rows(target / "results.jsonl")} == {"def5678"}
     assert [p.name for p in target.parent.iterdir() if p.name.startswith(".")] == []
 
