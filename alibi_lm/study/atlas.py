@@ -15,6 +15,7 @@ from typing import Any
 from alibi_lm.files import read_json, write_text
 from alibi_lm.results.curves import VALIDATION, Curve, curves, point_of, view_of
 from alibi_lm.results.rows import ResultRow
+from alibi_lm.settings import require
 from alibi_lm.study.analysis import VIEWS, Series
 from alibi_lm.study.compare import Measured, answer_at, judge, measure, sample
 from alibi_lm.study.evidence import Evidence, read_evidence
@@ -74,7 +75,7 @@ def write_atlas(folder: Path, target: Path) -> list[Path]:
         target: created if missing; pictures of schemes that no longer exist are removed.
 
     Raises:
-        ValueError: no or damaged results, or no cards.
+        ValueError: no or damaged results, none of validation in nonoverlapping windows, or no cards.
     """
     evidence = read_evidence(folder)
     entries = entries_of(evidence, read_cards(folder / "cards.json"))
@@ -115,6 +116,9 @@ def entries_of(evidence: Evidence, cards: Sequence[Mapping[str, Any]]) -> list[E
     """The schemes at the most frequent training length; those that extrapolate first, by perplexity at 8 L."""
     rows = [row for row in evidence.rows if row.run is not None and view_of(row) == VALIDATION and not row.changes]
     found = [curve for curve in curves(rows, VALIDATION, evidence.words) if curve.losses]
+    require(
+        bool(found), f"the results have no value for {VALIDATION.title}, which the atlas shows. Use make atlas."
+    )
     length = Counter(curve.train_length for curve in found).most_common(1)[0][0]
     found = [curve for curve in found if curve.train_length == length]
     of = {c.position: [row for row in rows if row.run in c.seeds] for c in found if not c.variant}

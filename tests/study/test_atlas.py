@@ -89,7 +89,11 @@ def test_the_page_needs_nothing_else_and_says_all_in_both_forms(folder):
     assert "3 to no limit by head" in page
 
 
-def test_without_cards_it_says_how_to_have_them(folder):
+def test_what_it_cannot_be_made_of_is_told(folder):
+    write_rows(folder / "results.jsonl", curve("alibi", {64: 20.0}, split="test"))
+    arguments = (f"folder={folder}", f"target={folder / 'atlas'}")
+    done = run_script("atlas.py", *arguments)
+    assert done.returncode == 1 and "no value for validation, nonoverlapping windows" in done.stderr
     (folder / "cards.json").unlink()
-    done = run_script("atlas.py", f"folder={folder}", f"target={folder / 'atlas'}")
+    done = run_script("atlas.py", *arguments)
     assert done.returncode == 1 and "cards.json does not exist. `make atlas` writes it" in done.stderr
