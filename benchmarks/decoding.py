@@ -29,7 +29,7 @@ from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import open_cache
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least
 from benchmarks.peers import HUGGING_FACE, hugging_face_model
 from benchmarks.report import grid_markdown, write
 
@@ -73,7 +73,7 @@ class DecodingConfig:
         require(
             all(s in known for s in self.subjects), f"subjects = {self.subjects}. Allowed: {', '.join(known)}."
         )
-        require(self.steps >= 2, f"steps = {self.steps}. Use a whole number >= 2.")
+        require_at_least("steps", self.steps, 2)
         require(all(c >= 1 for c in self.contexts), f"contexts = {self.contexts}. Use whole numbers >= 1.")
 
 

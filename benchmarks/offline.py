@@ -29,7 +29,7 @@ from typing import Any
 
 from alibi_lm.files import read_json, write_json, write_text
 from alibi_lm.runs import status
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least, require_one_of
 
 ROOT = Path(__file__).resolve().parents[1]
 START = """#!/bin/sh
@@ -70,9 +70,9 @@ class OfflineConfig:
     """work: settings of the benchmark, such as 'lengths=[512] seconds=60'; null: no benchmark."""
 
     def __post_init__(self) -> None:
-        require(self.do in ("pack", "work", "collect"), f"do = {self.do!r}. Allowed: pack, work, collect.")
+        require_one_of("do", self.do, ("pack", "work", "collect"))
         require(self.seconds > 0, f"seconds = {self.seconds}. Use a number > 0.")
-        require(self.trainers >= 1, f"trainers = {self.trainers}. Use a whole number >= 1.")
+        require_at_least("trainers", self.trainers, 1)
 
 
 def pack(config: OfflineConfig, planned_runs: Callable[..., Any], prepare_corpus: Callable[..., None]) -> None:

@@ -18,7 +18,7 @@ from alibi_lm.attention import ATTENTION
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runtime import DEVICES, PRECISIONS
-from alibi_lm.settings import require
+from alibi_lm.settings import require, require_at_least, require_one_of
 from benchmarks import report
 from benchmarks.measure import PAIRS, Contest, measure
 from benchmarks.peers import PeerProcess
@@ -75,7 +75,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         names = ["auto", *sorted(path.stem for path in MODELS.glob("*.yaml"))]
-        require(self.model in names, f"model = {self.model!r}. Allowed: {', '.join(names)}.")
+        require_one_of("model", self.model, names)
         for setting, allowed in (("positions", POSITIONS), ("backends", ATTENTION)):
             chosen = getattr(self, setting)
             require(bool(chosen), f"{setting} = []. Name at least one of {', '.join(allowed)}.")
@@ -85,13 +85,10 @@ class BenchConfig:
         for length in [*(self.lengths or []), *(self.eval_lengths or [])]:
             require(2 <= length <= 1 << 20, f"lengths hold {length}. Use whole numbers from 2 to 1048576.")
         for setting, least in (("tokens", 2), ("vocab_size", 8), ("threads", 1)):
-            value = getattr(self, setting)
-            require(
-                value is None or value >= least, f"{setting} = {value}. Use a whole number >= {least}, or null."
-            )
-        require(self.device in DEVICES, f"device = {self.device!r}. Allowed: {', '.join(DEVICES)}.")
-        require(self.precision in PRECISIONS, f"precision = {self.precision!r}. Allowed: {', '.join(PRECISIONS)}.")
-        require(self.clock in ("wall", "cpu"), f"clock = {self.clock!r}. Allowed: wall, cpu.")
+            require_at_least(setting, getattr(self, setting), least)
+        require_one_of("device", self.device, DEVICES)
+        require_one_of("precision", self.precision, PRECISIONS)
+        require_one_of("clock", self.clock, ("wall", "cpu"))
         require(
             self.clock == "wall" or (self.threads == 1 and self.device != "cuda"),
             f"clock = cpu with threads = {self.threads}. CPU time gives the speed of one thread: use threads=1.",
