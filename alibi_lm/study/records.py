@@ -86,11 +86,6 @@ def find_records(rows: Iterable[ResultRow], folder: str | os.PathLike[str]) -> d
     for run, folders in sorted(places.items()):
         place = next((p for p in folders if any((p / file).is_file() for file in RUN_FILES)), None)
         records[run] = RunRecord(run) if place is None else read_record(place, run)
-    # Runs that do not say themselves how many parameters their scheme has, as its card says.
-    told = {card["position"]: card["parameters"] for card in _read(base / "cards.json").get("cards", ())}
-    for run, record in records.items():
-        if (own := told.get(record.config.get("position.name"))) is not None and record.finished:
-            records[run] = replace(record, finished={"position_parameters": own} | record.finished)
     if not all(record.readable for record in records.values()):
         # One was written by another version: it is unknown which of its settings count, so all are compared.
         records = {run: replace(record, settings=record.config, rounding={}) for run, record in records.items()}

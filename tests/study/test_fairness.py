@@ -1,7 +1,5 @@
 """Every difference other than the scheme is found, and what the scheme itself brings is not held against it."""
 
-import json
-
 import pytest
 from study_rows import accuracy, real_config, row, write_run
 
@@ -115,18 +113,11 @@ def test_a_run_that_ends_when_its_task_is_solved_is_not_unfair(stops, tmp_path):
     assert item.matters != stops
 
 
-def test_parameters_of_the_scheme_itself_are_no_difference(found, tmp_path):
+def test_parameters_of_the_scheme_itself_are_no_difference(found):
     own = dict(num_parameters=1_100_000, position_parameters=100_000)
     assert not found(finished=own)
     (item,) = found(finished=own | {"position_parameters": 30_000})
     assert item.matters and item.sentence == "parameters: 1,000,000 in 3 runs; 1,070,000 in t5_L64_s1"
-    # An older run does not say so itself, but a card of its scheme may.
-    (item,) = found(finished={"num_parameters": 1_100_000})
-    assert item.matters
-    cards = {"cards": [{"position": "t5", "parameters": 100_000}]}
-    (tmp_path / "extrapolation").mkdir()
-    (tmp_path / "extrapolation" / "cards.json").write_text(json.dumps(cards))
-    assert not found(finished={"num_parameters": 1_100_000})
 
 
 def test_views_measured_at_different_times_are_no_difference(tmp_path):
