@@ -8,6 +8,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +65,21 @@ def accuracy(position, length, value, items=200, **changes):
     task = dict(task="copy", metric="accuracy", mode="items", nats=None, perplexity=None, word_perplexity=None)
     reason = None if value is not None else "positions end at 64"
     return replace(row(position, length, **changes), **task, value=value, n=items, reason=reason)
+
+
+def scored(position, losses, seeds=(1, 2, 3), spread=0.003, **changes):
+    """Rows and sums per document of runs with these mean losses by length; documents differ more than schemes."""
+    rng = np.random.default_rng(sum(map(ord, position)))
+    tokens = np.full(40, TOKENS // 40)
+    hard = np.random.default_rng(7).normal(0, 0.5, 40)
+    rows, documents = [], {}
+    for length, loss in losses.items():
+        for seed in seeds:
+            sums = (loss + hard + rng.normal(0, spread) + rng.normal(0, 0.01, 40)) * tokens
+            made = row(position, length, math.exp(sums.sum() / TOKENS), seed=seed, **changes)
+            rows.append(made)
+            documents[made.key] = DocumentSums(made.key, sums, tokens)
+    return rows, documents
 
 
 def unigram(perplexity=500.0, **changes):

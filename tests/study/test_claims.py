@@ -1,24 +1,21 @@
 """Claims can hold and can fail: on the paper's own tables, on made-up rows, and with too few seeds."""
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from study_rows import TOKENS, accuracy, curve, paper_rows, row, run_script, study, write_run
+from study_rows import TOKENS, accuracy, curve, paper_rows, row, run_script, scored, study, write_run
 
-from alibi_lm.files import write_json
-from alibi_lm.results.documents import DocumentSums, upsert_documents
+from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import write_rows
 from alibi_lm.study.analysis import Analysis, Series
 from alibi_lm.study.claims import judge_claim
 from alibi_lm.study.compare import Measured, judge, measure, overall, power_note, sample
-from alibi_lm.study.evidence import Evidence, read_bench, read_evidence
+from alibi_lm.study.evidence import Evidence, read_bench
 from alibi_lm.study.paper_claims import Claim, Side, paper_claims
 from alibi_lm.study.records import RunRecord, find_records
-from alibi_lm.study.report import write_report
 
 ALL = {claim.id: claim for claims in paper_claims().values() for claim in claims}
 BOUND = math.log(1.01)
@@ -128,24 +125,14 @@ def test_the_t_interval_is_the_textbooks():
 
 
 def test_document_sums_are_used_where_they_are_at_hand():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(100, 300, 40)
-    tokens[-1] += TOKENS - tokens.sum()
-    rows, sums = [], {}
-    for position, shift in (("alibi", 0.0), ("sinusoidal", 0.2)):
-        rates = 3 + shift + rng.normal(0, 0.01, (3, 40))
-        for seed, rate in enumerate(rates, start=1):
-            nats = rate * tokens
-            made = row(position, seed=seed, perplexity=math.exp(nats.sum() / TOKENS))
-            rows.append(made)
-            sums[made.key] = DocumentSums(made.key, nats, tokens)
-    claim = AT_EQUAL_LENGTH
-    found = judge_claim(claim, evidence(rows, documents=sums))
+    (alibi, first), (sinusoidal, second) = scored("alibi", {64: 3.0}), scored("sinusoidal", {64: 3.2})
+    rows, sums = [*alibi, *sinusoidal], first | second
+    found = judge_claim(AT_EQUAL_LENGTH, evidence(rows, documents=sums))
     assert found.verdict == "HOLDS" and "3 seeds and 40 documents" in found.instances[0].numbers
-    one = [r for r in rows if r.seed == 1]
-    single = judge_claim(claim, evidence(one, documents=sums))
+    one = evidence([r for r in rows if r.seed == 1], documents=sums)
+    single = judge_claim(AT_EQUAL_LENGTH, one)
     assert single.verdict == "NOT SETTLED" and "40 documents, one seed" in single.instances[0].numbers
-    assert judge_claim(claim, evidence(one, documents=sums), min_seeds=1).verdict == "HOLDS"
+    assert judge_claim(AT_EQUAL_LENGTH, one, min_seeds=1).verdict == "HOLDS"
 
 
 def test_bounds_are_strict_about_the_interval_and_one_seed_must_clear_a_margin():
@@ -419,25 +406,6 @@ def test_a_result_without_intervals_says_why():
     whole = {r.key: DocumentSums(r.key, np.array([r.nats]), np.array([TOKENS])) for r in rows}
     (one,) = judge_claim(AT_EQUAL_LENGTH, evidence(rows, documents=whole)).instances
     assert "the text is one document" in one.numbers
-
-
-def test_sums_per_document_and_views_beside_the_results_are_read(tmp_path):
-    folder = tmp_path / "mine" / "extrapolation"
-    rows = [row for row in study(folder, seeds=(1, 2)) if row.nats and row.run]
-    halves = [DocumentSums(r.key, np.array([r.nats / 2] * 2), np.array([TOKENS // 2] * 2)) for r in rows]
-    upsert_documents(folder / "documents.jsonl", halves)
-    (tmp_path / "mine" / "analysis").mkdir()
-    part = {"nats": 0.0, "low": -0.001, "high": 0.001}
-    points = [{"length": 128} | dict.fromkeys(("early_tokens", "positions_beyond", "keys_beyond", "total"), part)]
-    series = vars(Series("alibi", 64, ["alibi_L64_s1"], points, "c0ffee", TOKENS, 2))
-    content = vars(decomposition()) | {"series": [series]}
-    write_json(tmp_path / "mine" / "analysis" / "decomposition.json", content)
-    found = read_evidence(folder)
-    assert set(found.analyses) == {"decomposition"} and len(found.documents) == len(halves)
-    assert judge_claim(ALL["alibi_uses_no_keys_beyond"], found).verdict == "HOLDS"
-    # The report once left out the decomposition: what HOLDS in claims.md was NOT RUN there.
-    shown = re.sub("<[^>]*>", " ", write_report(folder).read_text())
-    assert re.search("HOLDS +Keys further than L change ALiBi", shown)
 
 
 def test_a_damaged_line_of_a_benchmark_is_named(tmp_path):

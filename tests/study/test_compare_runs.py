@@ -1,34 +1,16 @@
 """Comparing runs answers yes, no or not settled, and refuses to compare what is not comparable."""
 
-import math
-
 import numpy as np
 import pytest
-from study_rows import TOKENS, accuracy, row, run_script, write_run
+from study_rows import accuracy, row, run_script, scored, write_run
 
 from alibi_lm.results.curves import View
-from alibi_lm.results.documents import DocumentSums, upsert_documents
+from alibi_lm.results.documents import upsert_documents
 from alibi_lm.results.rows import write_rows
 from alibi_lm.results.statistics import paired_difference
 from alibi_lm.study.compare import answer_at, common_lengths, is_better, select, title
 
 PLAIN = View("validation", "nonoverlapping")
-DOCUMENTS = 40
-
-
-def scored(position, losses, seeds=(1, 2, 3), spread=0.003, **changes):
-    """Rows and document sums of runs with these mean losses by length."""
-    rng = np.random.default_rng(sum(map(ord, position)))
-    tokens = np.full(DOCUMENTS, TOKENS // DOCUMENTS)
-    hard = np.random.default_rng(7).normal(0, 0.5, DOCUMENTS)  # documents differ far more than schemes
-    rows, documents = [], {}
-    for length, loss in losses.items():
-        for seed in seeds:
-            sums = (loss + hard + rng.normal(0, spread) + rng.normal(0, 0.01, DOCUMENTS)) * tokens
-            made = row(position, length, math.exp(sums.sum() / TOKENS), seed=seed, **changes)
-            rows.append(made)
-            documents[made.key] = DocumentSums(made.key, sums, tokens)
-    return rows, documents
 
 
 def compared(losses_a, losses_b, **changes):

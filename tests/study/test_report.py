@@ -15,7 +15,6 @@ from alibi_lm.results.rows import write_rows
 from alibi_lm.study.analysis import Analysis, Series
 from alibi_lm.study.claims import judge_claims
 from alibi_lm.study.evidence import read_evidence
-from alibi_lm.study.report import write_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 CONFIG = "position: {name: alibi}\noptimizer: {lr: 0.002}\nseed: SEED\nnote: '</td><script>alert(1)</script>'\n"
@@ -57,6 +56,7 @@ def report(tmp_path_factory):
     folder = root / "outputs" / "mine" / "extrapolation"
     rows = study(folder, seeds=(1, 2))
     rows += curve("alibi", {64: 18.0, 128: 17.9}, mode="sliding", stride=1)
+    rows += curve("alibi", {9000: 17.5}, mode="stream")
     write_rows(folder / "results.jsonl", rows)
     for name in sorted({row.run for row in rows if row.run}):
         config = CONFIG.replace("SEED", name[-1])
@@ -113,6 +113,7 @@ def test_it_has_tables_claims_fairness_configs_and_environments(report):
         "The runs differ in more than the scheme. optimizer.lr: 0.002 in 7 runs; 0.005 in learned_L64_s2",
         "sinusoidal 64 seeds 1, 2 22.84 (1.10) 20.81 40.60 (1.95) 162.40 (7.80)",
         "[1] positions end at 64",
+        "Validation, the whole split as one window",
         "HOLDS Sinusoidal positions are worse at 2L than at L.",
         "The same in all runs",
         "environment: commit abc1234",
@@ -123,6 +124,7 @@ def test_it_has_tables_claims_fairness_configs_and_environments(report):
 
 
 def test_it_judges_claims_as_the_evidence_says(report):
+    """It once left out the decomposition: what holds in claims.md was not run here."""
     path, page = report
     judged = [one for group in judge_claims(read_evidence(path.parent)).values() for one in group]
     assert {one.claim.id: one.verdict for one in judged}["alibi_uses_no_keys_beyond"] == "HOLDS"
@@ -182,10 +184,3 @@ def test_a_browser_shows_every_figure(report, tmp_path):
     bands = 1 + int((np.diff(rows) > 150).sum())
     assert bands == len(report[1].all("figure")) - 1  # the picture of the analysis is none
     assert (pixels < 0.5).all(2).sum() > 20_000  # text is there
-
-
-def test_a_streamed_split_has_its_table_and_shares_the_figure(tmp_path):
-    rows = curve("alibi", {64: 18.0, 128: 17.9}) + curve("alibi", {9000: 17.5}, mode="stream")
-    write_rows(tmp_path / "results.jsonl", rows)
-    page = Page(write_report(tmp_path).read_text())
-    assert len(page.all("img")) == 1 and "the whole split as one window" in page.text
