@@ -18,7 +18,7 @@ import torch
 from alibi_lm.attention import chosen_backend
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.settings import parse
-from benchmarks import report
+from benchmarks import decoding, report
 from benchmarks.measure import PAIRS, Contest, measure, ratio
 from benchmarks.peers import PeerProcess, peers
 from benchmarks.run import BenchConfig, bench
@@ -351,6 +351,20 @@ def test_a_profile_gives_each_part_its_share(capsys, backend):
     shares = {part.strip("| "): int(share.strip(" |%")) for part, share in (line.split(" | ") for line in lines)}
     assert {"loss", "attention", "linear layers", "optimizer, clipping"} < set(shares)
     assert 97 <= sum(shares.values()) <= 103 and list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+def test_decoding_is_measured_after_a_cache_of_random_keys():
+    config = decoding.DecodingConfig(steps=2, layers=1, model_dim=32, heads=2, vocab_size=50, threads=1)
+    rows = [decoding._measure(config, "ALiBi, full", context) for context in (64, 1024)]
+    for row in rows:
+        tokens = row["context"] + decoding.WARM_UP + config.steps
+        assert row["cache_bytes"] == 2 * 4 * config.model_dim * tokens and 0 < row["median_ms"] <= row["p95_ms"]
+    refused = {"subject": "BLOOM", "context": 1024, "reason": "transformers is not installed"}
+    lines = decoding.table([*rows, refused]).splitlines()
+    assert lines[0] == "| milliseconds per token; cache | 64 | 1,024 |" and lines[3] == "| BLOOM | - | - |"
+    assert lines[2].endswith("; 0.3 MiB |") and lines[2].startswith(
+        f"| ALiBi, full | {rows[0]['median_ms']:.2f} ("
+    )
 
 
 @pytest.mark.slow
