@@ -23,7 +23,7 @@ from alibi_lm.evaluate.changes import ChangesConfig
 from alibi_lm.evaluate.config import EvaluateConfig
 from alibi_lm.runs import Status, differing_settings, experiment_folder, failed, run_name, short_hash, status
 from alibi_lm.runtime import allowed_cores
-from alibi_lm.settings import describe_error, require
+from alibi_lm.settings import describe_error, parse, require
 from alibi_lm.tasks.items import Synthetic
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
@@ -322,6 +322,10 @@ def measurement(experiment: str, line: str, shared: list[str], at_once: int = 1)
     """
     name, *arguments = shlex.split(line) or [""]
     if name == "bench":
+        sys.path.append(str(ROOT))  # the benchmark is not part of the package
+        from benchmarks.run import BenchConfig
+
+        parse(BenchConfig, [*arguments, *shared])
         return partial(_child, name, [*arguments, *shared])
     from alibi_lm.evaluate.cards import write_cards
 

@@ -30,6 +30,7 @@ def test_every_measurement_is_a_command_with_settings_that_it_knows(name):
         ("['frobnicate split=test']", "Allowed: evaluate, analyse, bench"),
         ("['analyse view=position','']", "''"),
         ("['evaluate split=test','evaluate lengths=[0]']", "lengths"),
+        ("['bench lenghts=[16]']", "lenghts"),
     ],
 )
 def test_a_wrong_measurement_is_refused_before_any_work(tmp_path, monkeypatch, measurements, words):
