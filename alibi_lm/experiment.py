@@ -284,9 +284,9 @@ def study(experiment: str, overrides: list[str]) -> int:
     steps: list[tuple[str, Work]] = [
         (shlex.join(["reproduce", *overrides]), partial(reproduce, experiment, overrides)),
         *((line, measurement(experiment, line, shared, at_once)) for line in lines),
-        ("claims", partial(commands.claims, commands.ClaimsConfig(experiment))),
+        ("claims", partial(commands.claims, commands.StudyConfig(experiment))),
         ("compare_paper", partial(commands.compare_paper, commands.ComparePaperConfig(experiment))),
-        ("report", partial(commands.report, commands.ReportConfig(experiment))),
+        ("report", partial(commands.report, commands.StudyConfig(experiment))),
         ("publish", partial(commands.publish_results, commands.PublishConfig(experiment, bench=bench))),
     ]
 

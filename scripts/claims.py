@@ -1,11 +1,11 @@
 """The paper's claims against an experiment's results: python scripts/claims.py experiment=quick."""
 
 from alibi_lm.cli import command
-from alibi_lm.study.commands import ClaimsConfig, claims
+from alibi_lm.study.commands import StudyConfig, claims
 
 
-@command(ClaimsConfig)
-def main(config: ClaimsConfig) -> None:
+@command(StudyConfig)
+def main(config: StudyConfig) -> None:
     claims(config)
 
 

@@ -1,11 +1,11 @@
 """One self-contained HTML file of an experiment's results: python scripts/report.py experiment=quick."""
 
 from alibi_lm.cli import command
-from alibi_lm.study.commands import ReportConfig, report
+from alibi_lm.study.commands import StudyConfig, report
 
 
-@command(ReportConfig)
-def main(config: ReportConfig) -> None:
+@command(StudyConfig)
+def main(config: StudyConfig) -> None:
     report(config)
 
 

@@ -63,33 +63,25 @@ Found = tuple[str, Sample | Measured, Sample | None]
 """One case of a claim: its words, and what both sides measured (or the finished interval)."""
 
 
-def judge_claims(evidence: Evidence, min_seeds: int | None = None) -> dict[str, list[Judged]]:
-    """Judge every claim of the paper: title of a group -> its claims.
-
-    `min_seeds` overrides the number that each claim needs; with 1, comparisons of single runs get a verdict, which
-    is then about these runs, not about the schemes.
-    """
-    return {
-        title: [judge_claim(claim, evidence, min_seeds) for claim in group]
-        for title, group in paper_claims().items()
-    }
+def judge_claims(evidence: Evidence) -> dict[str, list[Judged]]:
+    """Judge every claim of the paper: title of a group -> its claims."""
+    return {title: [judge_claim(claim, evidence) for claim in group] for title, group in paper_claims().items()}
 
 
-def judge_claim(claim: Claim, evidence: Evidence, min_seeds: int | None = None) -> Judged:
-    """Judge one claim; arguments as in `judge_claims`."""
+def judge_claim(claim: Claim, evidence: Evidence) -> Judged:
+    """Judge one claim."""
     if claim.measure is not None:
         return _judge_speed(claim, evidence.bench)
     if claim.equal_time:
-        return _judge_equal_time(claim, evidence, claim.seeds_needed if min_seeds is None else min_seeds)
+        return _judge_equal_time(claim, evidence)
     parts = claim.parts or (claim,)
     found = {part.id: _find(part, evidence) for part in parts}
     count = sum(len(ones) for ones, _ in found.values())
     instances, given = [], []
     for part in parts:
-        needed = part.seeds_needed if min_seeds is None else min_seeds
         for what, left, right in found[part.id][0]:
             name = f"{part.id}, {what}" if claim.parts else what
-            instances.append(_instance(part, (name, left, right), count, needed))
+            instances.append(_instance(part, (name, left, right), count))
             given += [part.id] if part.given and instances[-1].verdict != "HOLDS" else []
     verdict = overall([one.verdict for one in instances])
     if claim.parts:
@@ -122,8 +114,8 @@ def _find(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
     return found, missing
 
 
-def _instance(claim: Claim, found: Found, comparisons: int, needed: int) -> Instance:
-    what, left, right = found
+def _instance(claim: Claim, found: Found, comparisons: int) -> Instance:
+    (what, left, right), needed = found, claim.seeds_needed
     measured = left if isinstance(left, Measured) else measure(left, right, comparisons)
     verdict = judge(measured, claim.relation, claim.bound, needed)
     numbers = f"{measured.ratio} ({measured.over})" if measured.over else measured.ratio
@@ -330,7 +322,7 @@ def _change(series: Series, change: Mapping[str, Any]) -> Sample | Measured:
     return Measured(change["nats"], change["low"], change["high"], seeds, over)
 
 
-def _judge_equal_time(claim: Claim, evidence: Evidence, needed: int) -> Judged:
+def _judge_equal_time(claim: Claim, evidence: Evidence) -> Judged:
     """Left against right after equal training time, as in Table 11 of the paper; equal updates are Table 12.
 
     The benchmark says how many times as fast left trains. Left wins if it is better with no more time than right
@@ -357,7 +349,7 @@ def _judge_equal_time(claim: Claim, evidence: Evidence, needed: int) -> Judged:
             for what, one, other in found:
                 at = ["" if stage == 1 else f" after {stage:.0%} of its training" for stage in stages]
                 words = f"{left.position} at L/2{at[0]}, {faster:.3f} times as fast, {right.position}{at[1]}"
-                answers[wanted] = _instance(claim, (f"{what}, {words}", one, other), 1, needed)
+                answers[wanted] = _instance(claim, (f"{what}, {words}", one, other), 1)
         settled = [one for wanted, one in answers.items() if one.verdict == wanted]
         instances += settled[:1] or [replace(one, verdict="NOT SETTLED") for one in list(answers.values())[:1]]
     return Judged(claim, overall([i.verdict for i in instances]), instances, "" if instances else _some(reasons))

@@ -57,22 +57,11 @@ def figures(config: FiguresConfig) -> None:
         print(path)
 
 
-@dataclass
-class ClaimsConfig(StudyConfig):
-    """Settings of `scripts/claims.py`."""
-
-    bench: str | None = None
-    """Rows of the benchmark; null: those published with the results, else outputs/bench/results.jsonl."""
-    min_seeds: int = 0
-    """Number of seeds from which a claim gets a verdict; 0: the number that each claim needs."""
-
-
-def claims(config: ClaimsConfig) -> None:
+def claims(config: StudyConfig) -> None:
     """Print a line per claim and write claims.md; the exit status does not depend on the verdicts."""
-    require(config.min_seeds >= 0, f"min_seeds = {config.min_seeds}. Use 0 for each claim's own, or a number.")
     folder = config.results
-    evidence = read_evidence(folder, _path(config.bench))
-    judged = judge_claims(evidence, config.min_seeds or None)
+    evidence = read_evidence(folder)
+    judged = judge_claims(evidence)
     for results in judged.values():
         for item in results:
             print(item.line)
@@ -146,17 +135,9 @@ def compare_runs(config: CompareRunsConfig) -> None:
         print(f"NOT A FAIR COMPARISON: {item.sentence}")
 
 
-@dataclass
-class ReportConfig(StudyConfig):
-    """Settings of `scripts/report.py`."""
-
-    bench: str | None = None
-    """Rows of the benchmark; null: as in scripts/claims.py."""
-
-
-def report(config: ReportConfig) -> None:
+def report(config: StudyConfig) -> None:
     """Write report.html in the folder of the results and print its path."""
-    print(write_report(config.results, _path(config.bench)))
+    print(write_report(config.results))
 
 
 @dataclass
@@ -187,10 +168,6 @@ class PublishConfig(StudyConfig):
 def publish_results(config: PublishConfig) -> None:
     """Copy results without weights to a folder that can be committed, and print its size."""
     target = Path(config.target or Path("docs") / "results" / config.experiment)
-    written = publish(config.results, target, _path(config.bench))
+    written = publish(config.results, target, Path(config.bench) if config.bench else None)
     size = sum(path.stat().st_size for path in written)
     print(f"{target}: {len(written)} files, {size / 2**20:.1f} MiB")
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)

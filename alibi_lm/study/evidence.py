@@ -73,24 +73,21 @@ def read_results(folder: Path) -> Evidence:
     return Evidence(rows, find_records(rows, folder))
 
 
-def read_evidence(folder: Path, bench: Path | None = None) -> Evidence:
+def read_evidence(folder: Path) -> Evidence:
     """Everything available about the results of a folder, including sums per document, run folders and analyses.
 
-    Args:
-        folder: holds `results.jsonl`.
-        bench: rows of the benchmark; None: those published with the results, else the last ones measured here.
+    Rows of the benchmark are those published with the results, else the last ones measured here.
 
     Raises:
         ValueError: no results, or a damaged file.
     """
     results = read_results(folder)
     published = folder / "bench.jsonl"
-    last = Path("outputs") / "bench" / "results.jsonl"
-    chosen = bench or (published if published.is_file() else last)
+    bench = published if published.is_file() else Path("outputs") / "bench" / "results.jsonl"
     # Published results contain their analyses; those of an experiment are beside its results.
     places = [parent / "analysis" / f"{v}.json" for parent in (folder.parent, folder) for v in ANALYSES]
     analyses = {path.stem: read_analysis(path) for path in places if path.is_file()}
-    return replace(results, documents=read_documents(folder), bench=read_bench(chosen), analyses=analyses)
+    return replace(results, documents=read_documents(folder), bench=read_bench(bench), analyses=analyses)
 
 
 def read_bench(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -16,12 +16,8 @@ from alibi_lm.study.records import RunRecord, show
 from alibi_lm.study.tables import provenance, results_page
 
 
-def write_report(folder: Path, bench: Path | None = None) -> Path:
-    """Redraw the figures of a folder of results and write `report.html` beside them.
-
-    Args:
-        folder: holds `results.jsonl`.
-        bench: benchmark rows; None: as in `alibi_lm.study.evidence.read_evidence`.
+def write_report(folder: Path) -> Path:
+    """Redraw the figures of a folder that holds `results.jsonl`, and write `report.html` beside them.
 
     Returns:
         The report's path.
@@ -30,7 +26,7 @@ def write_report(folder: Path, bench: Path | None = None) -> Path:
         ValueError: no or damaged results, or a damaged file of a run.
     """
     drawn = draw(folder)
-    evidence = read_evidence(folder, bench)
+    evidence = read_evidence(folder)
     own = folder.name == "extrapolation"  # an experiment's folder; published results are all in one folder
     name = folder.parent.name if own else folder.name
     analyses = ((folder.parent if own else folder) / "analysis").glob("*.png")

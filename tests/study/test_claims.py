@@ -41,12 +41,18 @@ def evidence(rows, folder=Path("nowhere"), documents=None, bench=()):
     return Evidence(rows, find_records(rows, folder), documents or {}, bench)
 
 
-def test_verdicts_on_the_papers_own_tables():
+@pytest.fixture
+def one_seed_is_enough(monkeypatch):
+    """Verdicts are then about single runs, not about schemes."""
+    monkeypatch.setattr(Claim, "seeds_needed", 1)
+
+
+def test_verdicts_on_the_papers_own_tables(one_seed_is_enough):
     assert len(ALL) == sum(map(len, paper_claims().values())) and all(
         c.statement.endswith(".") and c.source for c in ALL.values()
     )
     rows = evidence(paper_rows())
-    found = {name: judge_claim(claim, rows, min_seeds=1) for name, claim in ALL.items()}
+    found = {name: judge_claim(claim, rows) for name, claim in ALL.items()}
     expected = dict.fromkeys(HOLD_ON_PAPER, "HOLDS") | dict.fromkeys(FAIL_ON_PAPER, "FAILS")
     expected |= dict.fromkeys(NO_ROWS, "NOT RUN")
     expected["alibi_beats_t5_at_512"] = "NOT SETTLED"  # 19.73 against 19.65 is less than lengths and borders move
@@ -89,7 +95,7 @@ def test_several_seeds_settle_a_comparison_either_way(alibi, sinusoidal, verdict
     assert judge_claim(AT_EQUAL_LENGTH, rows).verdict == verdict
 
 
-def test_every_claim_about_rows_fails_where_the_opposite_is_true():
+def test_every_claim_about_rows_fails_where_the_opposite_is_true(one_seed_is_enough):
     """The inverse of each of the paper's values turns every comparison round."""
     inverted = []
     for item in paper_rows():
@@ -100,7 +106,7 @@ def test_every_claim_about_rows_fails_where_the_opposite_is_true():
         inverted.append(item)
     rows = evidence(inverted)
     for name in HOLD_ON_PAPER - {"alibi_gain_vanishes_when_sliding", "alibi_flat_when_sliding"}:  # flat stays flat
-        assert judge_claim(ALL[name], rows, min_seeds=1).verdict != "HOLDS", name
+        assert judge_claim(ALL[name], rows).verdict != "HOLDS", name
 
 
 def test_a_claim_over_several_lengths_fails_where_one_fails():
@@ -124,7 +130,7 @@ def test_the_t_interval_is_the_textbooks():
     assert welch.over.startswith("3 and 3 seeds")
 
 
-def test_document_sums_are_used_where_they_are_at_hand():
+def test_document_sums_are_used_where_they_are_at_hand(monkeypatch):
     (alibi, first), (sinusoidal, second) = scored("alibi", {64: 3.0}), scored("sinusoidal", {64: 3.2})
     rows, sums = [*alibi, *sinusoidal], first | second
     found = judge_claim(AT_EQUAL_LENGTH, evidence(rows, documents=sums))
@@ -132,7 +138,8 @@ def test_document_sums_are_used_where_they_are_at_hand():
     one = evidence([r for r in rows if r.seed == 1], documents=sums)
     single = judge_claim(AT_EQUAL_LENGTH, one)
     assert single.verdict == "NOT SETTLED" and "40 documents, one seed" in single.instances[0].numbers
-    assert judge_claim(AT_EQUAL_LENGTH, one, min_seeds=1).verdict == "HOLDS"
+    monkeypatch.setattr(Claim, "seeds_needed", 1)
+    assert judge_claim(AT_EQUAL_LENGTH, one).verdict == "HOLDS"
 
 
 def test_bounds_are_strict_about_the_interval_and_one_seed_must_clear_a_margin():
