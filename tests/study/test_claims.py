@@ -63,14 +63,6 @@ def test_verdicts_on_the_papers_own_tables(one_seed_is_enough):
     assert all(item.note for item in found.values() if item.verdict == "NOT RUN")
 
 
-def test_one_seed_settles_nothing_between_schemes():
-    rows = evidence(paper_rows())
-    assert judge_claim(ALL["alibi_best_at_2L"], rows).verdict == "NOT SETTLED"
-    assert judge_claim(ALL["alibi_beats_sinusoidal_at_64_and_128"], rows).verdict == "NOT SETTLED"
-    # a scheme against itself is a statement about that run
-    assert judge_claim(ALL["sinusoidal_worse_at_2L"], rows).verdict == "HOLDS"
-
-
 def two_schemes(alibi, sinusoidal, length=64):
     rows = []
     for seed, (a, b) in enumerate(zip(alibi, sinusoidal, strict=True), start=1):
