@@ -1,4 +1,4 @@
-"""Our results beside the paper's numbers: python scripts/compare_paper.py experiment=quick [draw=true]."""
+"""Our results beside the paper's numbers: python scripts/compare_paper.py experiment=quick."""
 
 from alibi_lm.cli import command
 from alibi_lm.study.commands import ComparePaperConfig, compare_paper

@@ -78,8 +78,6 @@ class ComparePaperConfig(StudyConfig):
 
     near: float = 0.0
     """Relative difference allowed between an inference length of the paper and ours, 0 to 0.1."""
-    draw: bool = False
-    """Redraw the figures with the paper's curves as dotted lines."""
 
 
 def compare_paper(config: ComparePaperConfig) -> None:
@@ -89,8 +87,6 @@ def compare_paper(config: ComparePaperConfig) -> None:
     text = markdown(comparison_page(read_evidence(folder), config.near))
     write_text(folder / "paper.md", text)
     print(text)
-    for path in draw(folder, with_paper=True) if config.draw else []:
-        print(path)
 
 
 @dataclass

@@ -400,12 +400,16 @@ def test_the_papers_curve_is_dotted_beside_ours_on_request(tmp_path):
 
 
 def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_traceback(tmp_path):
-    study(tmp_path / "outputs" / "mine" / "extrapolation")
+    folder = tmp_path / "outputs" / "mine" / "extrapolation"
+    study(folder)
     (tmp_path / "base").mkdir()
     write_rows(tmp_path / "base" / "results.jsonl", [unigram()])
-    done = run_script("figures.py", "experiment=mine", cwd=tmp_path)
+    done = run_script("figures.py", "experiment=mine", "paper=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "outputs/mine/extrapolation/extrapolation.png"
+    drawn = (folder / "extrapolation.svg").read_bytes()
+    draw(folder)
+    assert (folder / "extrapolation.svg").read_bytes() != drawn, "the paper's curve is in it"
     for argument, message in [
         ("experiment=nope", "make eval-extrapolation EXPERIMENT=nope"),
         ("folder=[odd", "[odd/results.jsonl does not exist"),
