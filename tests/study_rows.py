@@ -12,6 +12,7 @@ import numpy as np
 
 from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, write_rows
+from alibi_lm.study.analysis import Analysis
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 10_000
@@ -80,6 +81,11 @@ def scored(position, losses, seeds=(1, 2, 3), spread=0.003, **changes):
             rows.append(made)
             documents[made.key] = DocumentSums(made.key, sums, tokens)
     return rows, documents
+
+
+def analysis(view, *series, split="validation"):
+    """A view as `analyse.py` writes it, of these curves."""
+    return Analysis(view, "mine", split, {"c0ffee": "a text"}, "abc1234", list(series))
 
 
 def unigram(perplexity=500.0, **changes):

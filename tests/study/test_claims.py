@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_rows import TOKENS, accuracy, curve, paper_rows, row, run_script, scored, study, write_run
+from study_rows import TOKENS, accuracy, analysis, curve, paper_rows, row, run_script, scored, study, write_run
 
 from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import write_rows
-from alibi_lm.study.analysis import Analysis, Series
+from alibi_lm.study.analysis import Series
 from alibi_lm.study.claims import judge_claim
 from alibi_lm.study.compare import Measured, judge, measure, overall, power_note, sample
 from alibi_lm.study.evidence import Evidence, read_bench
@@ -169,10 +169,6 @@ def test_speed_is_compared_at_equal_length():
     assert judge_claim(claim, evidence([], bench=peers)).verdict == "NOT RUN"
 
 
-def decomposition(*series, split="validation"):
-    return Analysis("decomposition", "quick", split, {"c0ffee": "text"}, "abc1234", list(series))
-
-
 def analysed(*found):
     return Evidence([], analyses={one.view: one for one in found})
 
@@ -201,12 +197,12 @@ def test_a_part_of_the_change_beyond_L_is_judged_by_the_decomposition(parts, ver
     claim = ALL["alibi_uses_no_keys_beyond"]
     other = taken_apart("rotary", {128: (0.3, 0.2, 0.4)})
     variant = taken_apart("alibi", {128: (0.3, 0.2, 0.4)}, variant="learned_slopes")
-    found = judge_claim(claim, analysed(decomposition(taken_apart("alibi", parts), other, variant)))
+    found = judge_claim(claim, analysed(analysis("decomposition", taken_apart("alibi", parts), other, variant)))
     assert found.verdict == verdict
     if verdict == "HOLDS":
         assert [i.what for i in found.instances] == ["L=64, from L to 128"]
         assert found.instances[0].numbers == "1.000 [0.991, 1.009] (2 seeds and 9 documents)"
-    on_test = decomposition(taken_apart("alibi", parts), split="test")
+    on_test = analysis("decomposition", taken_apart("alibi", parts), split="test")
     assert judge_claim(claim, analysed(on_test)).verdict == "NOT RUN"
 
 
@@ -226,12 +222,12 @@ def test_exact_context_stands_for_stride_1_and_seeds_count():
     claim = ALL["alibi_gain_vanishes_when_sliding"]
     for rates, verdict in (((0.001, 0.002, 0.0), "HOLDS"), ((-0.05, -0.051, -0.049), "FAILS")):
         series = exact_context("alibi", {64: (0.0, 0.0, 0.0), 128: rates})
-        found = judge_claim(claim, analysed(replace(decomposition(series), view="fixed")))
+        found = judge_claim(claim, analysed(analysis("fixed", series)))
         (one,) = found.instances
         assert found.verdict == verdict and one.what == "L=64, with 128 tokens of context over 64"
         assert one.numbers.startswith(f"{math.exp(np.mean(rates)):.3f} [") and "3 seeds" in one.numbers
     wild = exact_context("alibi", {64: (0.0, 0.0, 0.0), 128: (-0.2, 0.1, 0.0)})
-    (one,) = judge_claim(claim, analysed(replace(decomposition(wild), view="fixed"))).instances
+    (one,) = judge_claim(claim, analysed(analysis("fixed", wild))).instances
     assert one.verdict == "NOT SETTLED" and "would settle it" in one.numbers
 
 
@@ -556,7 +552,7 @@ def test_the_interval_of_a_difference_of_accuracies_is_over_seeds_and_items():
 
 
 def seen(view, points, position="alibi", runs=("a_s1", "a_s2", "a_s3")):
-    return replace(decomposition(Series(position, 64, list(runs), points, "c0ffee", 1000, 9)), view=view)
+    return analysis(view, Series(position, 64, list(runs), points, "c0ffee", 1000, 9))
 
 
 def by_run(values):

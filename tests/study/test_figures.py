@@ -6,12 +6,12 @@ import math
 from dataclasses import replace
 
 import pytest
-from study_rows import accuracy, curve, real_config, row, run_script, study, unigram, write_run
+from study_rows import accuracy, analysis, curve, real_config, row, run_script, study, unigram, write_run
 
 from alibi_lm.results.curves import Curve, View, by_byte, curves
 from alibi_lm.results.rows import write_rows
 from alibi_lm.study import fairness, plots
-from alibi_lm.study.analysis import Analysis, Series, read_analysis
+from alibi_lm.study.analysis import Series, read_analysis
 from alibi_lm.study.evidence import Evidence, read_results
 from alibi_lm.study.figures import (
     close_up,
@@ -229,10 +229,6 @@ def series(position, values, at="length", length=64, **changes):
         change = {"from": length, "nats": nats - base, "low": low - base, "high": high - base}
         points.append({at: x, "nats": nats, "low": low, "high": high, "difference": change, "targets": 100})
     return Series(position, length, [f"{position}_L{length}_s1"], points, "c0ffee", 1000, 9, **changes)
-
-
-def analysis(view, *members):
-    return Analysis(view, "mine", "validation", {"c0ffee": "a text"}, "abc1234", list(members))
 
 
 def test_intervals_are_whiskers_that_leave_the_curves_readable():

@@ -8,11 +8,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from study_rows import TOKENS, curve, run_script, study, unigram, write_run
+from study_rows import TOKENS, analysis, curve, run_script, study, unigram, write_run
 
 from alibi_lm.files import write_json
 from alibi_lm.results.rows import write_rows
-from alibi_lm.study.analysis import Analysis, Series
+from alibi_lm.study.analysis import Series
 from alibi_lm.study.claims import judge_claims
 from alibi_lm.study.evidence import read_evidence
 
@@ -68,8 +68,8 @@ def report(tmp_path_factory):
     (root / "outputs" / "mine" / "analysis" / "per_position.png").write_bytes(b"picture")
     part = {"nats": 0.0, "low": -0.001, "high": 0.001}
     points = [{"length": 128} | dict.fromkeys(("early_tokens", "positions_beyond", "keys_beyond", "total"), part)]
-    parts = [vars(Series("alibi", 64, ["alibi_L64_s1"], points, "c0ffee", TOKENS, 2))]
-    content = vars(Analysis("decomposition", "mine", "validation", {"c0ffee": "text"}, None, parts))
+    parts = vars(Series("alibi", 64, ["alibi_L64_s1"], points, "c0ffee", TOKENS, 2))
+    content = vars(analysis("decomposition", parts))
     write_json(root / "outputs" / "mine" / "analysis" / "decomposition.json", content)
     (folder / "extrapolation_validation_sliding99.svg").write_text("<svg/>")  # left behind by earlier results
     done = run_script("report.py", "experiment=mine", cwd=root)
