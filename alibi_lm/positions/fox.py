@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact, per_head
 from alibi_lm.settings import require, require_one_of
 
 GATES = ("input", "bias", "fixed")
@@ -97,11 +97,10 @@ class GatedByInput(Fox):
         nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)
         nn.init.constant_(self.gate_bias, self.config.start_bias)
 
+    @exact
     def features(self, x: Tensor) -> Tensor:
         """Logarithms of the gates: (B, T, D) -> (B, T, H) float32 or better."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return F.logsigmoid(F.linear(x.to(dtype), self.weight.to(dtype), self.gate_bias.to(dtype)))
+        return F.logsigmoid(F.linear(x, self.weight.to(x.dtype), self.gate_bias.to(x.dtype)))
 
     def content_key_bias(self, x: Tensor | None, k_pos: Tensor) -> Tensor:
         assert x is not None
@@ -130,14 +129,14 @@ class GatedAlike(Fox):
     @torch.no_grad()
     def initialise(self) -> None:
         """ln(sigmoid(b)) = -1 / T where b = -ln(exp(1 / T) - 1)."""
-        if self.trained and not self.gate_bias.is_meta:
+        if self.trained:
             self.gate_bias.copy_(-torch.expm1(1 / self._times()).log())
 
     def _log_gates(self) -> Tensor:
         return F.logsigmoid(self.gate_bias.float()) if self.trained else self.fixed.float()
 
     def distance_bias(self, distance: Tensor) -> Tensor:
-        return self._log_gates().view(-1, *[1] * distance.dim()) * distance.float()
+        return per_head(self._log_gates(), distance) * distance.float()
 
     def key_bias(self, k_pos: Tensor) -> Tensor:
         """As in ALiBi, from the middle position."""

@@ -294,11 +294,26 @@ def test_bias_keeps_its_precision_in_a_half_precision_model(name, settings):
     reference.load_state_dict(scheme.state_dict())
     reference = reference.double()
     q_pos, k_pos = torch.tensor([0, 1, 700, 5801, 8191]), torch.arange(0, 8192, 7)
-    bias = scheme.bias(q_pos, k_pos)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        bias = scheme.bias(q_pos, k_pos)
     with InDouble():
         expected = reference.bias(q_pos, k_pos)
     assert bias.dtype == torch.float32 and expected.dtype == torch.float64
     torch.testing.assert_close(bias.double(), expected, rtol=1e-6, atol=0)
+
+
+@variants("content_bias", "content_key_bias", "scores")
+@torch.no_grad()
+def test_autocast_changes_no_bit_of_what_depends_on_content(name, settings):
+    scheme, x, positions, results = scheme_of(name, settings), torch.randn(1, 20, 24), torch.arange(20), []
+    q, k = torch.randn(2, 1, 3, 20, 8).bfloat16()
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            features = scheme.features(x) if scheme.cache_inputs else None
+            arguments = (q, k, features, positions, positions)
+            results.append([features, scheme.content_bias(*arguments), scheme.scores(*arguments)])
+    for plain, cast in zip(*results, strict=True):
+        assert (plain is cast is None) or (plain.dtype == cast.dtype == torch.float32 and torch.equal(plain, cast))
 
 
 @variants("scores", "value_bias")
