@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, per_head
 from alibi_lm.settings import require, setting
 
 
@@ -118,7 +118,7 @@ class Alibi(PositionScheme):
 
     def initialise(self) -> None:
         """Start learned slopes at the fixed ones."""
-        if self.learned and not self.log_slopes.is_meta:
+        if self.learned:
             with torch.no_grad():
                 self.log_slopes.copy_(torch.tensor(self.fixed).log())
 
@@ -129,8 +129,7 @@ class Alibi(PositionScheme):
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         """Exact for slopes that are powers of two and distances below 2^24."""
-        slopes = self.slopes_per_head()
-        return -slopes.view(-1, *[1] * distance.dim()) * distance.float()
+        return -per_head(self.slopes_per_head(), distance) * distance.float()
 
     def score_mod(self, q_pos: Tensor, k_pos: Tensor, span: int) -> Callable[..., Tensor]:
         """Computed from the positions, so that no table is read."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, wave_frequencies
 from alibi_lm.settings import require
 
 
@@ -49,8 +49,7 @@ class Pope(PositionScheme):
 
     def __init__(self, config: PopeConfig, shape: PositionShape) -> None:
         super().__init__(shape)
-        exponent = torch.arange(shape.head_dim, dtype=torch.float64, device="cpu") / shape.head_dim
-        self.register_exact("inv_freq", config.theta**-exponent)
+        self.register_exact("inv_freq", wave_frequencies(2 * shape.head_dim, config.theta))
         self.phase = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim))
         self.initialise()
 
