@@ -9,7 +9,7 @@ from torch.nn.attention import flex_attention
 from alibi_lm.attention.flex import BLOCK, LOST, near_blocks, tail_sums
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
-from .kernels import attend, draw, scheme_of
+from .kernels import attend, draw, scheme_of, weights
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,8 @@ def test_many_lengths_and_schemes_never_build_all_scores():
 def shares_left_out(q: torch.Tensor, k: torch.Tensor, line: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Share of each query's weights outside of the kept blocks, in float64: (B, H, T)."""
     tokens = q.shape[2]
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5 + line.double()[:, distance.clamp_min(0)]
-    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
     keys = kept.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :tokens, :tokens]
-    return weights.masked_fill(keys, 0).sum(-1)
+    return weights(q, k, line).masked_fill(keys, 0).sum(-1)
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(BLOCK, 1.0), (5 * BLOCK - 1, 0.1), (5 * BLOCK - 1, 3.0)])
