@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, per_head
+from alibi_lm.positions.base import PositionScheme, PositionShape, at_least_float32, per_head
 from alibi_lm.settings import require, setting
 
 
@@ -164,8 +164,6 @@ class HalfPrecisionAlibi(PositionScheme):
 
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """The difference that rounding and bias make to the exact score."""
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        if scores.dtype in (torch.bfloat16, torch.float16):
-            scores = scores.float()
+        scores = at_least_float32(q @ k.mT * q.shape[-1] ** -0.5)
         bias = (self.slopes[:, None, None] * (k_pos - k_pos[0]).float()).half()
         return (scores.half() + bias).to(scores.dtype) - scores

@@ -67,15 +67,14 @@ def exact(hook: Hook) -> Hook:
     @functools.wraps(hook)
     def run(scheme: PositionScheme, first: Tensor, *rest: Tensor | None) -> Any:
         with torch.autocast(first.device.type, enabled=False):
-            return hook(scheme, *(_at_least_float32(x) for x in (first, *rest)))
+            return hook(scheme, *(x if x is None else at_least_float32(x) for x in (first, *rest)))
 
     return cast(Hook, run)
 
 
-def _at_least_float32(x: Tensor | None) -> Tensor | None:
-    if x is None or not x.is_floating_point():
-        return x
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32; everything else, whole numbers too, as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class PositionScheme(nn.Module):
