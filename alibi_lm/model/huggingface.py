@@ -102,9 +102,8 @@ class HuggingFaceLM:
         window: int | None = None,
         hits: bool = False,
     ) -> Scores:
-        check_ids(self.vocab_size, input_ids, target_ids)
+        check_ids(self.vocab_size, input_ids, target_ids, score_from)
         width = input_ids.shape[1]
-        require(0 <= score_from < width, f"score_from = {score_from}. Allowed: 0 to {width - 1}.")
         for name, wanted in (("window", window), ("positions", positions)):
             require(wanted is None or not self.refuses(name), self.refuses(name))
         last = width - 1 if positions is None else int(positions[-1])

@@ -362,9 +362,7 @@ class TransformerLM(nn.Module):
         window: int | None = None,
         hits: bool = False,
     ) -> Scores:
-        check_ids(self.vocab_size, input_ids, target_ids)
-        width = input_ids.shape[1]
-        require(0 <= score_from < width, f"score_from = {score_from}. Allowed: 0 to {width - 1}.")
+        check_ids(self.vocab_size, input_ids, target_ids, score_from)
         with runtime.autocast(self.device, self.precision):
             hidden = self.hidden(input_ids, positions=positions, window=window)[:, score_from:]
             targets = target_ids[:, score_from:]
