@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from numbers import Integral
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm import runtime
-from alibi_lm.attention import Request, build_backend
+from alibi_lm.attention import Attend, Request, build_backend
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
 from alibi_lm.model.changed_bias import CONTENT_HOOKS, FadedBias, RowScaledBias, only_a_bias, scales_bias
 from alibi_lm.model.interface import Scores, check_ids
@@ -261,31 +262,25 @@ class TransformerLM(nn.Module):
     def _prepare(
         self, schemes: list[PositionScheme], positions: Tensor, request: Request | None, seen: int
     ) -> list[LayerPositions]:
-        """What the layers need in a pass: one entry for all, or one for each; `seen` tokens came before.
+        """What each layer needs in a pass; `seen` tokens came before.
 
         Without a request a cache attends by itself; it serves no query scale.
         """
-        scale, biases = self.query_scale, schemes
+        # Each of these lists has one entry for all layers, or one for each.
         tables = [scheme.tables(positions) for scheme in schemes]
-        if request is None:
-            return [LayerPositions(*pair, None) for pair in zip(schemes, tables, strict=True)]
-        visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
-        dtype = torch.promote_types(request.dtype, torch.float32)
-        factors = [factor.to(dtype) for factor in scale.factors(visible)]
-        if factors and scales_bias(scale.config, schemes[0]):
-            layers = range(max(len(schemes), len(factors)))
-            pairs = [(schemes[i % len(schemes)], factors[i % len(factors)]) for i in layers]
-            biases = [RowScaledBias(scheme, request.q_pos, factor) for scheme, factor in pairs]
-        attends = [self.backend.prepare(scheme, request) for scheme in biases]
-        return [
-            LayerPositions(
-                schemes[i % len(schemes)],
-                tables[i % len(tables)],
-                attends[i % len(attends)],
-                factors[i % len(factors)] if factors else None,
-            )
-            for i in range(max(len(attends), len(factors)))
-        ]
+        attends: list[Attend | None] = [None]
+        factors: list[Tensor | None] = [None]
+        if request is not None:
+            visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
+            dtype = torch.promote_types(request.dtype, torch.float32)
+            scales, biases = [factor.to(dtype) for factor in self.query_scale.factors(visible)], schemes
+            if scales and scales_bias(self.query_scale.config, schemes[0]):
+                count = range(max(len(schemes), len(scales)))
+                pairs = zip(count, cycle(schemes), cycle(scales), strict=False)
+                biases = [RowScaledBias(scheme, request.q_pos, factor) for _, scheme, factor in pairs]
+            attends, factors = [self.backend.prepare(scheme, request) for scheme in biases], [*scales] or [None]
+        columns = zip(self.layers, cycle(schemes), cycle(tables), cycle(attends), cycle(factors), strict=False)
+        return [LayerPositions(scheme, table, attend, factor) for _, scheme, table, attend, factor in columns]
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
         """Logits of the next token.
