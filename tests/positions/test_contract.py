@@ -7,11 +7,11 @@ import importlib
 
 import pytest
 import torch
-from in_double import InDouble
 
 from alibi_lm.attention import Backends
 from alibi_lm.attention.native import why_not
 from alibi_lm.attention.sdpa import SdpaAttention
+from alibi_lm.evaluate.conformance_checks import InDouble
 from alibi_lm.model.transformer import KeyValueCache
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
