@@ -163,6 +163,23 @@ def test_the_blocks_are_as_few_as_the_bound_allows():
     assert first == int((nearest_query - reach + 1) // BLOCK) > 0
 
 
+class Plateau(PositionScheme):
+    """A bias that falls from distance 200 on."""
+
+    def distance_bias(self, distance):
+        return -(distance - 200).clamp_min(0).float().expand(3, *distance.shape)
+
+
+@torch.no_grad()
+def test_blocks_are_skipped_by_distance_where_positions_begin_late(monkeypatch):
+    scheme, (q, k, v, _) = Plateau(PositionShape(24, 8, 3, 2, 64, 64)), draw(1, 3, 500, 8)
+    masks, run = [], flex_attention.flex_attention
+    monkeypatch.setattr(flex_attention, "flex_attention", lambda *a: masks.append(a[4]) or run(*a))
+    attend("flex", scheme, q, k, v, torch.arange(200, 700))
+    kept = masks[0].to_dense()[0].bool()
+    assert shares_left_out(q, k, scheme.distance_bias(torch.arange(500)), kept).max() < LOST
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, at their import
 @pytest.mark.parametrize("heads", [4, 8])
