@@ -95,8 +95,33 @@ def alibi_slopes(num_heads: int, last_exponent: float = 8.0) -> list[float]:
     return slopes + between[: num_heads - closest]
 
 
-class Alibi(PositionScheme):
-    """Linear biases with one slope per head."""
+class LinearBias(PositionScheme):
+    """Minus a slope per head times the distance, in each form that a backend may ask for."""
+
+    def slopes_per_head(self) -> Tensor:
+        """The slopes, (H,) float32."""
+        raise NotImplementedError
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        """Exact for slopes that are powers of two and distances below 2^24."""
+        return -per_head(self.slopes_per_head(), distance) * distance.float()
+
+    def score_mod(self, q_pos: Tensor, k_pos: Tensor, span: int) -> Callable[..., Tensor]:
+        """Computed from the positions, so that no table is read."""
+        slopes = self.slopes_per_head()
+        return lambda score, b, h, q, k: score - slopes[h] * (q_pos[q] - k_pos[k])
+
+    def key_bias(self, k_pos: Tensor) -> Tensor:
+        """-m (i - j) = m (j - c) + m (c - i), where the last term depends on the query only.
+
+        c is the middle position, for which the values, and the rounding of the scores that they are added to, are
+        smallest.
+        """
+        return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
+
+
+class Alibi(LinearBias):
+    """Linear biases with fixed or trained slopes."""
 
     slopes: Tensor
     divisor: float = 1.0
@@ -123,26 +148,8 @@ class Alibi(PositionScheme):
                 self.log_slopes.copy_(torch.tensor(self.fixed).log())
 
     def slopes_per_head(self) -> Tensor:
-        """The slopes, (H,) float32."""
         slopes = self.log_slopes.float().exp() if self.learned else self.slopes
         return slopes if self.divisor == 1 else slopes / self.divisor
-
-    def distance_bias(self, distance: Tensor) -> Tensor:
-        """Exact for slopes that are powers of two and distances below 2^24."""
-        return -per_head(self.slopes_per_head(), distance) * distance.float()
-
-    def score_mod(self, q_pos: Tensor, k_pos: Tensor, span: int) -> Callable[..., Tensor]:
-        """Computed from the positions, so that no table is read."""
-        slopes = self.slopes_per_head()
-        return lambda score, b, h, q, k: score - slopes[h] * (q_pos[q] - k_pos[k])
-
-    def key_bias(self, k_pos: Tensor) -> Tensor:
-        """-m (i - j) = m (j - c) + m (c - i), where the last term depends on the query only.
-
-        c is the middle position, for which the values, and the rounding of the scores that they are added to, are
-        smallest.
-        """
-        return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
 
 
 class HalfPrecisionAlibi(PositionScheme):

@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, exact, per_head
+from alibi_lm.positions.alibi import LinearBias
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact
 from alibi_lm.settings import require, require_one_of
 
 GATES = ("input", "bias", "fixed")
@@ -107,8 +108,8 @@ class GatedByInput(Fox):
         return -x.double().cumsum(1).mT
 
 
-class GatedAlike(Fox):
-    """The same gate for all tokens of a head."""
+class GatedAlike(Fox, LinearBias):
+    """The same gate for all tokens of a head: ALiBi with slopes -ln f."""
 
     fixed: Tensor
 
@@ -132,12 +133,5 @@ class GatedAlike(Fox):
         if self.trained:
             self.gate_bias.copy_(-torch.expm1(1 / self._times()).log())
 
-    def _log_gates(self) -> Tensor:
-        return F.logsigmoid(self.gate_bias.float()) if self.trained else self.fixed.float()
-
-    def distance_bias(self, distance: Tensor) -> Tensor:
-        return per_head(self._log_gates(), distance) * distance.float()
-
-    def key_bias(self, k_pos: Tensor) -> Tensor:
-        """As in ALiBi, from the middle position."""
-        return -self._log_gates()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
+    def slopes_per_head(self) -> Tensor:
+        return -(F.logsigmoid(self.gate_bias.float()) if self.trained else self.fixed.float())
