@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens now, S keys seen, D model dim, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle
 from numbers import Integral
@@ -303,12 +303,20 @@ class TransformerLM(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         return self(input_ids)
 
-    def nats(self, input_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None, **options: Any) -> Tensor:
+    def nats(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        counted: Tensor | None = None,
+        *,
+        hidden: Callable[..., Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Minus the natural logarithm of each target's probability, for training.
 
-        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. With
-        `counted`, (B, T) bool, only for those targets, (N,). In training mode a scheme that draws its positions
-        does so here, from torch's global generator.
+        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`, which
+        may be given compiled. With `counted`, (B, T) bool, only for those targets, (N,). In training mode a
+        scheme that draws its positions does so here, from torch's global generator.
 
         Raises:
             ValueError: inputs and targets of unequal shapes; see also `hidden`.
@@ -316,7 +324,7 @@ class TransformerLM(nn.Module):
         check_ids(None, input_ids, target_ids)
         if self.training and options.get("positions") is None:
             options["positions"] = self.training_positions(input_ids.shape[1])
-        return self.nats_of(self.hidden(input_ids, **options), target_ids, counted)
+        return self.nats_of((hidden or self.hidden)(input_ids, **options), target_ids, counted)
 
     def nats_of(self, hidden: Tensor, target_ids: Tensor, counted: Tensor | None = None) -> Tensor:
         """The same from hidden states: (B, T, D), (B, T) int64 -> (B, T), or (N,) with `counted`."""
