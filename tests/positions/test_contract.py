@@ -287,7 +287,8 @@ def test_weights_load_strictly_at_another_context_length(trained, tiny_model, na
 def test_bias_keeps_its_precision_in_a_half_precision_model(name, settings):
     """Parameters are rounded by the cast itself; the arithmetic on them must not be.
 
-    An `nn.Linear` computes in the dtype of its weights: use `functional.linear(x, weight.to(x.dtype), ...)`.
+    An `nn.Linear` computes in the dtype of its weights: use `functional.linear(x, weight.to(x.dtype), ...)`, in a
+    hook that is decorated with `exact`.
     """
     scheme = scheme_of(name, settings).bfloat16()
     reference = scheme_of(name, settings)
