@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alibi_lm.attention.base import Attend, AttentionBackend, Request, hidden_keys
-from alibi_lm.positions.base import PositionScheme
+from alibi_lm.positions.base import PositionScheme, at_least_float32
 
 
 class EagerAttention(AttentionBackend):
@@ -51,9 +50,7 @@ def attention_weights(
         hidden: (T, S) bool, true where a query must not see a key.
     """
     own_form = scheme.scores(q, k, x, q_pos, k_pos)
-    scores = q @ k.mT * q.shape[-1] ** -0.5 if own_form is None else own_form
-    if scores.dtype in (torch.bfloat16, torch.float16):
-        scores = scores.float()
+    scores = at_least_float32(q @ k.mT * q.shape[-1] ** -0.5 if own_form is None else own_form)
     for added in (bias, scheme.content_bias(q, k, x, q_pos, k_pos)):
         if added is not None:
             scores = scores + added

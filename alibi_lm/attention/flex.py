@@ -62,7 +62,7 @@ class FlexAttention(AttentionBackend):
         causal = self._block_mask(request)
         line = None
         if request.whole and not request.gaps and request.window is None and not scheme.defines("bias"):
-            line = scheme.distance_bias(request.k_pos)  # of distances 0, 1, ...
+            line = scheme.distance_bias(torch.arange(len(request.k_pos), device=request.k_pos.device))
         tail = None if line is None else tail_sums(line.detach())
 
         def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alibi_lm.positions.base import per_head
 from alibi_lm.settings import require
 
 LOST_SHARE = 2.0**-25
@@ -148,7 +149,7 @@ class BiasTail:
     def __init__(self, bias: Bias | Tensor) -> None:
         if isinstance(bias, Tensor):
             slopes = bias.detach().to("cpu", torch.float64)
-            function: Bias = lambda distance: -slopes.view(-1, *[1] * distance.dim()) * distance  # noqa: E731
+            function: Bias = lambda distance: -per_head(slopes, distance) * distance  # noqa: E731
         else:
             function = bias
         beyond = [DENSE]

@@ -18,7 +18,7 @@ from alibi_lm.positions import PositionScheme
 
 @dataclass(frozen=True)
 class LayerPositions:
-    """What one scheme contributes to a forward pass, computed once and used by every layer it serves."""
+    """What a scheme, and the query scale, contribute to a layer in a forward pass."""
 
     scheme: PositionScheme
     tables: tuple[Tensor, ...]
@@ -52,11 +52,6 @@ class KeyValueCache:
         self.lost_share: float | None = 0.0
         self._buffers: list[list[Tensor | None]] = []
         self._positions = torch.empty(0, dtype=torch.int64)
-
-    @property
-    def positions(self) -> Tensor | None:
-        """(S,) int64; None when empty."""
-        return self._positions[: self.tokens_seen] if self.tokens_seen else None
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,25 +25,14 @@ class CompiledNats:
         self.model = model
         self.hidden = torch.compile(model.hidden, dynamic=False)
 
-    def __call__(
-        self,
-        input_ids: Tensor,
-        target_ids: Tensor,
-        counted: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Minus the natural logarithm of each target's probability, as `model.nats`.
-
-        `positions` are those of `hidden`.
+    def __call__(self, *batch: Any, **options: Any) -> Tensor:
+        """Minus the natural logarithm of each target's probability; the arguments are those of `model.nats`.
 
         Raises:
             ValueError: compilation failed, most often because there is no C++ compiler.
         """
-        model = self.model
-        if model.training and positions is None:
-            positions = model.training_positions(input_ids.shape[1])
         try:
-            hidden = self.hidden(input_ids, positions)
+            return self.model.nats(*batch, hidden=self.hidden, **options)
         except Exception as error:
             # torch's compiler raises its own exception classes, whose names differ between versions.
             modules = [c.__module__ for c in type(error).__mro__]
@@ -56,4 +47,3 @@ class CompiledNats:
                 f"compile = true, but torch.compile failed here: {type(error).__name__}: {reason}\n"
                 f"{advice}, or use compile=false."
             ) from error
-        return model.nats_of(hidden, target_ids, counted)

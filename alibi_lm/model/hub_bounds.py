@@ -43,13 +43,13 @@ def head_bounds(model: HuggingFaceLM, length: int, lost_share: float = LOST_SHAR
         "is for BLOOM, MPT and Falcon with alibi, with precision=float32.",
     )
     slopes, layers = _PARTS[kind](model.model)
-    found = []
+    found, tail = [], BiasTail(slopes)
     for w_q, w_k, b_q, norm, scale in layers:
         shift = getattr(norm, "bias", None)
         excess = excess_from_weights(w_q, w_k, b_q, norm.weight, shift, len(slopes), scale=scale)
         if kind == "falcon":
             excess = excess + FALCON_ROUNDING * slopes * length
-        found.append(HeadBounds(excess, BiasTail(slopes).windows(excess, lost_share)))
+        found.append(HeadBounds(excess, tail.windows(excess, lost_share)))
     return found
 
 

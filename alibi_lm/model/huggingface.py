@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from alibi_lm.model.cross_entropy import chunk_rows
 from alibi_lm.model.hub_folder import HubFolder
 from alibi_lm.model.interface import Scores, check_ids
+from alibi_lm.positions.base import at_least_float32
 from alibi_lm.settings import require
 
 IMPLEMENTATIONS = {"auto": None, "eager": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
@@ -88,7 +89,7 @@ class HuggingFaceLM:
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
         check_ids(self.vocab_size, input_ids)
-        return _exact(self._logits(input_ids))
+        return at_least_float32(self._logits(input_ids))
 
     @torch.inference_mode()
     def score(
@@ -101,9 +102,8 @@ class HuggingFaceLM:
         window: int | None = None,
         hits: bool = False,
     ) -> Scores:
-        check_ids(self.vocab_size, input_ids, target_ids)
+        check_ids(self.vocab_size, input_ids, target_ids, score_from)
         width = input_ids.shape[1]
-        require(0 <= score_from < width, f"score_from = {score_from}. Allowed: 0 to {width - 1}.")
         for name, wanted in (("window", window), ("positions", positions)):
             require(wanted is None or not self.refuses(name), self.refuses(name))
         last = width - 1 if positions is None else int(positions[-1])
@@ -118,7 +118,7 @@ class HuggingFaceLM:
         # In chunks: the softmax of a large vocabulary needs several times the memory of the logits.
         rows = chunk_rows(self.vocab_size)
         for part, wanted_ids in zip(logits.flatten(0, 1).split(rows), targets.split(rows), strict=True):
-            nats.append(F.cross_entropy(_exact(part), wanted_ids, reduction="none"))
+            nats.append(F.cross_entropy(at_least_float32(part), wanted_ids, reduction="none"))
             if hits:
                 first.append(part.argmax(-1) == wanted_ids)
         shape = (len(input_ids), width - score_from)
@@ -288,7 +288,3 @@ def _limited(model: Any, window: int | None) -> Iterator[None]:
         yield
     finally:
         module.update(makers)
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

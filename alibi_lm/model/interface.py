@@ -86,16 +86,19 @@ class LanguageModel(Protocol):
         ...
 
 
-def check_ids(vocab_size: int | None, input_ids: Tensor, target_ids: Tensor | None = None) -> None:
+def check_ids(
+    vocab_size: int | None, input_ids: Tensor, target_ids: Tensor | None = None, score_from: int = 0
+) -> None:
     """Refuse tensors that are not token ids of a model.
 
     Args:
         vocab_size: V; None: the range of the ids is not checked, because that would stall a GPU in training.
         input_ids: (B, T) int64, at least one token, in [0, V).
         target_ids: the same, with the shape of input_ids.
+        score_from: the first column of targets that is scored, in [0, T).
 
     Raises:
-        ValueError: another shape or dtype, unequal shapes, or an id outside the vocabulary.
+        ValueError: another shape or dtype, unequal shapes, an id outside the vocabulary, or no such column.
     """
     for name, ids in (("input_ids", input_ids), ("target_ids", target_ids)):
         if ids is None:
@@ -117,6 +120,8 @@ def check_ids(vocab_size: int | None, input_ids: Tensor, target_ids: Tensor | No
             f"{name} holds {low if low < 0 else high}, and the vocabulary has {vocab_size} words. "
             f"Use ids from 0 to {vocab_size - 1}.",
         )
+    last = input_ids.shape[1] - 1
+    require(0 <= score_from <= last, f"score_from = {score_from}. Allowed: 0 to {last}.")
 
 
 def _kind(value: object) -> str:

@@ -108,7 +108,7 @@ class Part:
     at: Tensor
     """(T,) int64, their positions."""
     positions: list[LayerPositions]
-    """One entry per scheme; layer n uses entry n modulo their number."""
+    """One entry per layer."""
     cache: KeyValueCache | None
 
 
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _attend(self, q: Tensor, raw_k: Tensor, v: Tensor, x: Tensor, layer: int, part: Part) -> Tensor:
-        position = part.positions[layer % len(part.positions)]
+        position = part.positions[layer]
         q, k = position.scheme.transform_qk(q, raw_k, position.tables)
         if position.query_factor is not None:
             q = (q * position.query_factor[..., None]).to(k.dtype)

@@ -6,8 +6,9 @@ Shape letters: B batch, T tokens now, S keys seen, D model dim, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from numbers import Integral
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm import runtime
-from alibi_lm.attention import Request, build_backend
+from alibi_lm.attention import Attend, Request, build_backend
 from alibi_lm.model.cache import KeyValueCache, LayerPositions
 from alibi_lm.model.changed_bias import CONTENT_HOOKS, FadedBias, RowScaledBias, only_a_bias, scales_bias
 from alibi_lm.model.interface import Scores, check_ids
@@ -261,31 +262,25 @@ class TransformerLM(nn.Module):
     def _prepare(
         self, schemes: list[PositionScheme], positions: Tensor, request: Request | None, seen: int
     ) -> list[LayerPositions]:
-        """What the layers need in a pass: one entry for all, or one for each; `seen` tokens came before.
+        """What each layer needs in a pass; `seen` tokens came before.
 
         Without a request a cache attends by itself; it serves no query scale.
         """
-        scale, biases = self.query_scale, schemes
+        # Each of these lists has one entry for all layers, or one for each.
         tables = [scheme.tables(positions) for scheme in schemes]
-        if request is None:
-            return [LayerPositions(*pair, None) for pair in zip(schemes, tables, strict=True)]
-        visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
-        dtype = torch.promote_types(request.dtype, torch.float32)
-        factors = [factor.to(dtype) for factor in scale.factors(visible)]
-        if factors and scales_bias(scale.config, schemes[0]):
-            layers = range(max(len(schemes), len(factors)))
-            pairs = [(schemes[i % len(schemes)], factors[i % len(factors)]) for i in layers]
-            biases = [RowScaledBias(scheme, request.q_pos, factor) for scheme, factor in pairs]
-        attends = [self.backend.prepare(scheme, request) for scheme in biases]
-        return [
-            LayerPositions(
-                schemes[i % len(schemes)],
-                tables[i % len(tables)],
-                attends[i % len(attends)],
-                factors[i % len(factors)] if factors else None,
-            )
-            for i in range(max(len(attends), len(factors)))
-        ]
+        attends: list[Attend | None] = [None]
+        factors: list[Tensor | None] = [None]
+        if request is not None:
+            visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
+            dtype = torch.promote_types(request.dtype, torch.float32)
+            scales, biases = [factor.to(dtype) for factor in self.query_scale.factors(visible)], schemes
+            if scales and scales_bias(self.query_scale.config, schemes[0]):
+                count = range(max(len(schemes), len(scales)))
+                pairs = zip(count, cycle(schemes), cycle(scales), strict=False)
+                biases = [RowScaledBias(scheme, request.q_pos, factor) for _, scheme, factor in pairs]
+            attends, factors = [self.backend.prepare(scheme, request) for scheme in biases], [*scales] or [None]
+        columns = zip(self.layers, cycle(schemes), cycle(tables), cycle(attends), cycle(factors), strict=False)
+        return [LayerPositions(scheme, table, attend, factor) for _, scheme, table, attend, factor in columns]
 
     def forward(self, input_ids: Tensor, *, last: bool = False, **options: Any) -> Tensor:
         """Logits of the next token.
@@ -308,12 +303,20 @@ class TransformerLM(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         return self(input_ids)
 
-    def nats(self, input_ids: Tensor, target_ids: Tensor, counted: Tensor | None = None, **options: Any) -> Tensor:
+    def nats(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        counted: Tensor | None = None,
+        *,
+        hidden: Callable[..., Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Minus the natural logarithm of each target's probability, for training.
 
-        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`. With
-        `counted`, (B, T) bool, only for those targets, (N,). In training mode a scheme that draws its positions
-        does so here, from torch's global generator.
+        (B, T), (B, T) int64 -> (B, T) float32 (float64 in a float64 model); `options` are those of `hidden`, which
+        may be given compiled. With `counted`, (B, T) bool, only for those targets, (N,). In training mode a
+        scheme that draws its positions does so here, from torch's global generator.
 
         Raises:
             ValueError: inputs and targets of unequal shapes; see also `hidden`.
@@ -321,7 +324,7 @@ class TransformerLM(nn.Module):
         check_ids(None, input_ids, target_ids)
         if self.training and options.get("positions") is None:
             options["positions"] = self.training_positions(input_ids.shape[1])
-        return self.nats_of(self.hidden(input_ids, **options), target_ids, counted)
+        return self.nats_of((hidden or self.hidden)(input_ids, **options), target_ids, counted)
 
     def nats_of(self, hidden: Tensor, target_ids: Tensor, counted: Tensor | None = None) -> Tensor:
         """The same from hidden states: (B, T, D), (B, T) int64 -> (B, T), or (N,) with `counted`."""
@@ -362,9 +365,7 @@ class TransformerLM(nn.Module):
         window: int | None = None,
         hits: bool = False,
     ) -> Scores:
-        check_ids(self.vocab_size, input_ids, target_ids)
-        width = input_ids.shape[1]
-        require(0 <= score_from < width, f"score_from = {score_from}. Allowed: 0 to {width - 1}.")
+        check_ids(self.vocab_size, input_ids, target_ids, score_from)
         with runtime.autocast(self.device, self.precision):
             hidden = self.hidden(input_ids, positions=positions, window=window)[:, score_from:]
             targets = target_ids[:, score_from:]

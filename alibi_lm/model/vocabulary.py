@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.model.cross_entropy import HALF, chunk_rows, first_choices, linear_cross_entropy
+from alibi_lm.model.cross_entropy import chunk_rows, first_choices, linear_cross_entropy
+from alibi_lm.positions.base import at_least_float32
 
 
 class Vocabulary(nn.Module):
@@ -64,7 +65,7 @@ class Vocabulary(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits: (..., D) -> (..., V), float32 or better."""
-        return _exact(F.linear(hidden, self.output_table))
+        return at_least_float32(F.linear(hidden, self.output_table))
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Minus the natural logarithm of each target's probability, chunk by chunk.
@@ -177,10 +178,10 @@ class AdaptiveVocabulary(nn.Module):
         """Logits of the distribution, here its natural logarithms: (..., D) -> (..., V)."""
         hidden = self.dropout(hidden)
         head_size = self.bands[0][1]
-        head = _exact(F.linear(hidden, self._head_table())).log_softmax(dim=-1)
+        head = at_least_float32(F.linear(hidden, self._head_table())).log_softmax(dim=-1)
         parts = [head[..., :head_size]]
         for tail in range(1, len(self.bands)):
-            scores = _exact(F.linear(self._projected(hidden, tail), self.embeddings[tail]))
+            scores = at_least_float32(F.linear(self._projected(hidden, tail), self.embeddings[tail]))
             parts.append(head[..., head_size + tail - 1, None] + scores.log_softmax(dim=-1))
         return torch.cat(parts, dim=-1)
 
@@ -192,8 +193,3 @@ class AdaptiveVocabulary(nn.Module):
     def _projected(self, hidden: Tensor, tail: int) -> Tensor:
         """Hidden states in a tail's dimensions: (n, D) -> (n, D_i)."""
         return self.dropout(F.linear(hidden, self.projections[tail].t()))
-
-
-def _exact(logits: Tensor) -> Tensor:
-    """Half-precision logits as float32: the sum over the vocabulary must not be rounded to 8 or 11 bits."""
-    return logits.float() if logits.dtype in HALF else logits

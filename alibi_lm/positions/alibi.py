@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, at_least_float32, per_head
 from alibi_lm.settings import require, setting
 
 
@@ -95,8 +95,33 @@ def alibi_slopes(num_heads: int, last_exponent: float = 8.0) -> list[float]:
     return slopes + between[: num_heads - closest]
 
 
-class Alibi(PositionScheme):
-    """Linear biases with one slope per head."""
+class LinearBias(PositionScheme):
+    """Minus a slope per head times the distance, in each form that a backend may ask for."""
+
+    def slopes_per_head(self) -> Tensor:
+        """The slopes, (H,) float32."""
+        raise NotImplementedError
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        """Exact for slopes that are powers of two and distances below 2^24."""
+        return -per_head(self.slopes_per_head(), distance) * distance.float()
+
+    def score_mod(self, q_pos: Tensor, k_pos: Tensor, span: int) -> Callable[..., Tensor]:
+        """Computed from the positions, so that no table is read."""
+        slopes = self.slopes_per_head()
+        return lambda score, b, h, q, k: score - slopes[h] * (q_pos[q] - k_pos[k])
+
+    def key_bias(self, k_pos: Tensor) -> Tensor:
+        """-m (i - j) = m (j - c) + m (c - i), where the last term depends on the query only.
+
+        c is the middle position, for which the values, and the rounding of the scores that they are added to, are
+        smallest.
+        """
+        return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
+
+
+class Alibi(LinearBias):
+    """Linear biases with fixed or trained slopes."""
 
     slopes: Tensor
     divisor: float = 1.0
@@ -118,32 +143,13 @@ class Alibi(PositionScheme):
 
     def initialise(self) -> None:
         """Start learned slopes at the fixed ones."""
-        if self.learned and not self.log_slopes.is_meta:
+        if self.learned:
             with torch.no_grad():
                 self.log_slopes.copy_(torch.tensor(self.fixed).log())
 
     def slopes_per_head(self) -> Tensor:
-        """The slopes, (H,) float32."""
         slopes = self.log_slopes.float().exp() if self.learned else self.slopes
         return slopes if self.divisor == 1 else slopes / self.divisor
-
-    def distance_bias(self, distance: Tensor) -> Tensor:
-        """Exact for slopes that are powers of two and distances below 2^24."""
-        slopes = self.slopes_per_head()
-        return -slopes.view(-1, *[1] * distance.dim()) * distance.float()
-
-    def score_mod(self, q_pos: Tensor, k_pos: Tensor, span: int) -> Callable[..., Tensor]:
-        """Computed from the positions, so that no table is read."""
-        slopes = self.slopes_per_head()
-        return lambda score, b, h, q, k: score - slopes[h] * (q_pos[q] - k_pos[k])
-
-    def key_bias(self, k_pos: Tensor) -> Tensor:
-        """-m (i - j) = m (j - c) + m (c - i), where the last term depends on the query only.
-
-        c is the middle position, for which the values, and the rounding of the scores that they are added to, are
-        smallest.
-        """
-        return self.slopes_per_head()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
 
 
 class HalfPrecisionAlibi(PositionScheme):
@@ -165,8 +171,6 @@ class HalfPrecisionAlibi(PositionScheme):
 
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """The difference that rounding and bias make to the exact score."""
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        if scores.dtype in (torch.bfloat16, torch.float16):
-            scores = scores.float()
+        scores = at_least_float32(q @ k.mT * q.shape[-1] ** -0.5)
         bias = (self.slopes[:, None, None] * (k_pos - k_pos[0]).float()).half()
         return (scores.half() + bias).to(scores.dtype) - scores

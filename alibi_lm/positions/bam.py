@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from alibi_lm.positions.alibi import alibi_slopes
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, per_head
 from alibi_lm.settings import require_one_of, setting
 
 STARTS = ("code", "readme")
@@ -74,17 +74,15 @@ class Bam(PositionScheme):
     @torch.no_grad()
     def initialise(self) -> None:
         """Exponent 1, centre 0, and scales as `start` says."""
-        if not self.alpha.is_meta:
-            slopes = torch.tensor(alibi_slopes(self.shape.num_heads))
-            self.alpha.copy_(slopes.log() if self.from_logarithm else slopes)
+        slopes = torch.tensor(alibi_slopes(self.shape.num_heads))
+        self.alpha.copy_(slopes.log() if self.from_logarithm else slopes)
         nn.init.ones_(self.beta)
         if self.mu is not None:
             nn.init.zeros_(self.mu)
 
     def distance_bias(self, distance: Tensor) -> Tensor:
-        per_head = (-1, *[1] * distance.dim())
         far = distance.float()
         if self.mu is not None:
-            far = (far + 2 * self.mu.float().sinh().view(per_head)).abs()
-        scale, beta = self.alpha.float().exp().view(per_head), self.beta.float().view(per_head)
+            far = (far + 2 * per_head(self.mu.float().sinh(), distance)).abs()
+        scale, beta = (per_head(x, distance) for x in (self.alpha.float().exp(), self.beta.float()))
         return -((far * scale + 1e-5) ** beta) if self.scale_inside else -scale * (far + 1e-5) ** beta

@@ -22,12 +22,15 @@ Shape letters: B batch, T tokens now, S keys seen, H heads, D model dim, K head 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,33 @@ class NoneConfig:
         return PositionScheme(shape)
 
 
+def exact(hook: Hook) -> Hook:
+    """Decorate a hook that multiplies matrices, so that its arithmetic is float32 or better.
+
+    It runs without autocast, and half-precision arguments arrive as float32. Parameters keep the model's dtype:
+    convert them to that of an argument (`self.weight.to(x.dtype)`).
+    """
+
+    @functools.wraps(hook)
+    def run(scheme: PositionScheme, first: Tensor, *rest: Tensor | None) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return hook(scheme, *(x if x is None else at_least_float32(x) for x in (first, *rest)))
+
+    return cast(Hook, run)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32; everything else, whole numbers too, as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class PositionScheme(nn.Module):
     """A position scheme; every hook is a no-op until a subclass defines it.
 
     Hooks are pure functions of their arguments and the module's parameters. Their arithmetic is float32 or
     better for a model of any dtype; the attention backend casts once. So parameters are converted where they
-    are used (`weight.float()`): a layer such as `nn.Linear` would compute in the model's dtype.
+    are used (`weight.float()`): a layer such as `nn.Linear` would compute in the model's dtype. Hooks that
+    multiply matrices are decorated with `exact`.
     """
 
     max_position: int | None = None
@@ -263,3 +287,13 @@ class PositionScheme(nn.Module):
 def distances(q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """Distances from each query back to each key, 0 where the key lies ahead: (T,), (S,) int64 -> (T, S) int64."""
     return (q_pos[:, None] - k_pos[None, :]).clamp_min(0)
+
+
+def per_head(values: Tensor, distance: Tensor) -> Tensor:
+    """A number per head in a form that combines with distances of any shape: (H,) -> (H, 1, ..., 1)."""
+    return values.view(-1, *[1] * distance.dim())
+
+
+def wave_frequencies(width: int, base: float = 10000.0) -> Tensor:
+    """base^(-2c / width) for each pair c of `width` dimensions (Vaswani et al. 2017): (width / 2,) float64."""
+    return base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)

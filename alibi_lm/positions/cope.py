@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact
 from alibi_lm.settings import require_at_least, setting
 
 
@@ -70,24 +70,21 @@ class Cope(PositionScheme):
         if self.cache_inputs:
             nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)
 
+    @exact
     def features(self, x: Tensor) -> Tensor:
         """Keys of the gates, with `gate_keys`: (B, T, D) -> (B, T, H K) float32 or better."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+        return F.linear(x, self.weight.to(x.dtype))
 
+    @exact
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            if x is not None:
-                k = x.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
-            q, k, table = q.to(dtype), k.to(dtype), self.table.to(dtype)
-            counts = self.counts(q, k, q_pos, k_pos)
-            low = counts.floor().long()
-            high = counts.ceil().long()
-            terms = q @ table.T * self.scale
-            at_low, at_high = terms.gather(-1, low), terms.gather(-1, high)
-            return torch.lerp(at_low, at_high, counts - low)
+        if x is not None:
+            k = x.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+        counts = self.counts(q, k, q_pos, k_pos)
+        low = counts.floor().long()
+        high = counts.ceil().long()
+        terms = q @ self.table.to(q.dtype).T * self.scale
+        at_low, at_high = terms.gather(-1, low), terms.gather(-1, high)
+        return torch.lerp(at_low, at_high, counts - low)
 
     def counts(self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """The position of each key as the query counts it, the paper's p; `k` are the keys of the gates."""

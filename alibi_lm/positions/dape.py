@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_lm.positions.alibi import AlibiConfig
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact
 from alibi_lm.positions.kerple import KerpleLogConfig
 from alibi_lm.settings import require_one_of
 
@@ -68,13 +68,12 @@ class Dape(PositionScheme):
             for parameter in weights:
                 nn.init.uniform_(parameter, -bound, bound)
 
+    @exact
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         bias = self.base.bias(q_pos, k_pos)
         assert bias is not None
-        with torch.autocast(q.device.type, enabled=False):
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            scores = q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5
-            bias = bias.to(dtype).expand_as(scores)
-            w1, b1, w2, b2 = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
-            hidden = F.leaky_relu(F.linear(torch.cat([scores, bias], dim=1).movedim(1, -1), w1, b1))
-            return bias + F.linear(hidden, w2, b2).movedim(-1, 1)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        bias = bias.to(q.dtype).expand_as(scores)
+        w1, b1, w2, b2 = (p.to(q.dtype) for p in (self.w1, self.b1, self.w2, self.b2))
+        hidden = F.leaky_relu(F.linear(torch.cat([scores, bias], dim=1).movedim(1, -1), w1, b1))
+        return bias + F.linear(hidden, w2, b2).movedim(-1, 1)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.positions.base import PositionScheme, PositionShape, distances, exact
 from alibi_lm.settings import require_at_least, require_one_of
 
 THRESHOLDS = {"arithmetic": 512, "dape": 256}
@@ -74,6 +74,7 @@ class Fire(PositionScheme):
             for parameter in weights:
                 nn.init.uniform_(parameter, -bound, bound)
 
+    @exact
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         c = self.c.float()
         threshold = (self.multiplier.float() * self.start).abs()

@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.alibi import LinearBias
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact
 from alibi_lm.settings import require, require_one_of
 
 GATES = ("input", "bias", "fixed")
@@ -97,19 +98,18 @@ class GatedByInput(Fox):
         nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)
         nn.init.constant_(self.gate_bias, self.config.start_bias)
 
+    @exact
     def features(self, x: Tensor) -> Tensor:
         """Logarithms of the gates: (B, T, D) -> (B, T, H) float32 or better."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return F.logsigmoid(F.linear(x.to(dtype), self.weight.to(dtype), self.gate_bias.to(dtype)))
+        return F.logsigmoid(F.linear(x, self.weight.to(x.dtype), self.gate_bias.to(x.dtype)))
 
     def content_key_bias(self, x: Tensor | None, k_pos: Tensor) -> Tensor:
         assert x is not None
         return -x.double().cumsum(1).mT
 
 
-class GatedAlike(Fox):
-    """The same gate for all tokens of a head."""
+class GatedAlike(Fox, LinearBias):
+    """The same gate for all tokens of a head: ALiBi with slopes -ln f."""
 
     fixed: Tensor
 
@@ -130,15 +130,8 @@ class GatedAlike(Fox):
     @torch.no_grad()
     def initialise(self) -> None:
         """ln(sigmoid(b)) = -1 / T where b = -ln(exp(1 / T) - 1)."""
-        if self.trained and not self.gate_bias.is_meta:
+        if self.trained:
             self.gate_bias.copy_(-torch.expm1(1 / self._times()).log())
 
-    def _log_gates(self) -> Tensor:
-        return F.logsigmoid(self.gate_bias.float()) if self.trained else self.fixed.float()
-
-    def distance_bias(self, distance: Tensor) -> Tensor:
-        return self._log_gates().view(-1, *[1] * distance.dim()) * distance.float()
-
-    def key_bias(self, k_pos: Tensor) -> Tensor:
-        """As in ALiBi, from the middle position."""
-        return -self._log_gates()[:, None] * (k_pos - k_pos[len(k_pos) // 2]).float()
+    def slopes_per_head(self) -> Tensor:
+        return -(F.logsigmoid(self.gate_bias.float()) if self.trained else self.fixed.float())

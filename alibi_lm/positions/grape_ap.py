@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_lm.positions.alibi import alibi_slopes
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact
 from alibi_lm.settings import require
 
 
@@ -72,20 +72,19 @@ class GrapeAp(PositionScheme):
         """Normal, standard deviation model_dim^-0.5."""
         nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)
 
+    @exact
     def features(self, x: Tensor) -> Tensor:
         """The vectors p: (B, T, D) -> (B, T, H width)."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype))
 
+    @exact
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         assert x is not None
-        with torch.autocast(q.device.type, enabled=False):
-            p = x.unflatten(-1, (self.shape.num_heads, self.width)).transpose(1, 2)
-            cos, sin = (turn(k_pos.double())[:, None].to(p.dtype) for turn in (torch.cos, torch.sin))
-            first, second = F.rms_norm(p, (self.width,), eps=torch.finfo(p.dtype).eps).chunk(2, dim=-1)
-            turned = torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
-            queries = p[:, :, torch.searchsorted(k_pos, q_pos)]
-            gates = F.logsigmoid(queries @ turned.mT / self.width).masked_fill(k_pos > q_pos[:, None], 0.0)
-            summed = gates.flip(-1).cumsum(-1).flip(-1) - gates
-            return self.slopes.to(p.dtype)[:, None, None] * summed
+        p = x.unflatten(-1, (self.shape.num_heads, self.width)).transpose(1, 2)
+        cos, sin = (turn(k_pos.double())[:, None].to(p.dtype) for turn in (torch.cos, torch.sin))
+        first, second = F.rms_norm(p, (self.width,), eps=torch.finfo(p.dtype).eps).chunk(2, dim=-1)
+        turned = torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+        queries = p[:, :, torch.searchsorted(k_pos, q_pos)]
+        gates = F.logsigmoid(queries @ turned.mT / self.width).masked_fill(k_pos > q_pos[:, None], 0.0)
+        summed = gates.flip(-1).cumsum(-1).flip(-1) - gates
+        return self.slopes.to(p.dtype)[:, None, None] * summed

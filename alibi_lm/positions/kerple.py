@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.positions.base import PositionScheme, PositionShape, distances, exact, per_head
 from alibi_lm.settings import setting
 
 LEAST = 0.01
@@ -59,11 +59,6 @@ def held(parameter: Tensor, most: float | None = None) -> Tensor:
     """The parameter clamped to [LEAST, most], with the gradient of the unclamped one: (H,) -> (H,) float32."""
     value = parameter.float()
     return value.detach().clamp(LEAST, most) + (value - value.detach())
-
-
-def per_head(values: Tensor, distance: Tensor) -> Tensor:
-    """(H,) -> (H, 1, ..., 1), to be combined with distances."""
-    return values.view(-1, *[1] * distance.dim())
 
 
 def power(a: Tensor, p: Tensor, distance: Tensor) -> Tensor:
@@ -118,9 +113,8 @@ class WeightedKerplePower(KerplePower):
         self.wei_p = nn.Parameter(torch.empty(shape.num_heads))
         self.initialise()
 
+    @exact
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """The change of each score by the weight."""
-        with torch.autocast(q.device.type, enabled=False):
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            scores = q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5
-            return scores * power(self.wei_a, self.wei_p, distances(q_pos, k_pos)).expm1().to(dtype)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores * power(self.wei_a, self.wei_p, distances(q_pos, k_pos)).expm1().to(q.dtype)

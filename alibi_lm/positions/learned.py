@@ -42,7 +42,7 @@ class LearnedConfig:
         )
 
     def build(self, shape: PositionShape) -> Learned:
-        return Learned(shape, self)
+        return Learned(self, shape)
 
 
 class Learned(PositionScheme):
@@ -50,9 +50,8 @@ class Learned(PositionScheme):
 
     translation_invariant = False
 
-    def __init__(self, shape: PositionShape, config: LearnedConfig | None = None) -> None:
+    def __init__(self, config: LearnedConfig, shape: PositionShape) -> None:
         super().__init__(shape)
-        config = config or LearnedConfig()
         rows = config.rows or shape.train_length
         require(
             rows >= shape.train_length,

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact
 
 RANK, TAPS = 32, 3
 
@@ -67,12 +67,11 @@ class Path(PositionScheme):
         nn.init.uniform_(self.taps, -(TAPS**-0.5), TAPS**-0.5)
         nn.init.zeros_(self.start)
 
+    @exact
     def features(self, x: Tensor) -> Tensor:
         """Directions before the convolution, and logits of beta and of gates: (B, T, H K + H or 2 H)."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            directions = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-            return torch.cat([directions, F.linear(x, self.weight.to(x.dtype), self.start.to(x.dtype))], dim=-1)
+        directions = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return torch.cat([directions, F.linear(x, self.weight.to(x.dtype), self.start.to(x.dtype))], dim=-1)
 
     def reflections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Features of the keys -> w (B, H, S, K), beta (B, H, S), logarithms of gates (B, H, S) or None."""
@@ -83,20 +82,17 @@ class Path(PositionScheme):
         beta, *gate = numbers.mT.split(self.shape.num_heads, dim=1)
         return w, 2 * beta.sigmoid(), F.logsigmoid(gate[0]) if gate else None
 
+    @exact
     def scores(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         assert x is not None
-        with torch.autocast(q.device.type, enabled=False):
-            q, k = (t.to(torch.promote_types(q.dtype, torch.float32)) for t in (q, k))
-            w, beta, gate = self.reflections(x)
-            own = torch.searchsorted(k_pos, q_pos)
-            each = torch.arange(len(k_pos), device=q.device)
-            triangle = beta[..., None] * (w @ w.mT).tril(-1) + torch.eye(
-                len(k_pos), dtype=q.dtype, device=q.device
-            )
-            seen = (q @ w.mT).masked_fill(each > own[:, None], 0.0)
-            passed = torch.linalg.solve_triangular(triangle, seen, upper=False, left=False, unitriangular=True)
-            scores = q @ k.mT - (passed * beta[..., None, :]) @ (w @ k.mT).tril(-1)
-            if gate is not None:
-                total = gate.double().cumsum(-1)
-                scores = scores + (total[..., own, None] - total[..., None, :]).to(q.dtype)
-            return scores * q.shape[-1] ** -0.5
+        w, beta, gate = self.reflections(x)
+        own = torch.searchsorted(k_pos, q_pos)
+        each = torch.arange(len(k_pos), device=q.device)
+        triangle = beta[..., None] * (w @ w.mT).tril(-1) + torch.eye(len(k_pos), dtype=q.dtype, device=q.device)
+        seen = (q @ w.mT).masked_fill(each > own[:, None], 0.0)
+        passed = torch.linalg.solve_triangular(triangle, seen, upper=False, left=False, unitriangular=True)
+        scores = q @ k.mT - (passed * beta[..., None, :]) @ (w @ k.mT).tril(-1)
+        if gate is not None:
+            total = gate.double().cumsum(-1)
+            scores = scores + (total[..., own, None] - total[..., None, :]).to(q.dtype)
+        return scores * q.shape[-1] ** -0.5

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, at_least_float32, wave_frequencies
 from alibi_lm.settings import require
 
 
@@ -49,8 +49,7 @@ class Pope(PositionScheme):
 
     def __init__(self, config: PopeConfig, shape: PositionShape) -> None:
         super().__init__(shape)
-        exponent = torch.arange(shape.head_dim, dtype=torch.float64, device="cpu") / shape.head_dim
-        self.register_exact("inv_freq", config.theta**-exponent)
+        self.register_exact("inv_freq", wave_frequencies(2 * shape.head_dim, config.theta))
         self.phase = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim))
         self.initialise()
 
@@ -73,5 +72,5 @@ class Pope(PositionScheme):
 
 def polar(x: Tensor, cos: Tensor, sin: Tensor, factor: float = 1.0) -> Tensor:
     """Magnitudes softplus(x) at angles: (B, H, T, K), two of (T, K) or (H, T, K) -> (B, H, T, 2 K), dtype of x."""
-    magnitude = F.softplus(x.to(torch.promote_types(x.dtype, torch.float32))) * factor
+    magnitude = F.softplus(at_least_float32(x)) * factor
     return torch.cat([magnitude * cos, magnitude * sin], dim=-1).to(x.dtype)

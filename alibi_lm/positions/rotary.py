@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, wave_frequencies
 from alibi_lm.settings import require, require_one_of, setting
 
 SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn", "part_ntk", "llama3")
@@ -98,7 +98,7 @@ def frequencies(
     """Frequencies after a scaling: inv_freq (K/2,) float64, and the amplitude of queries and of keys."""
     index = torch.arange(head_dim / 2, dtype=torch.float64, device="cpu")
     stretched = theta * factor ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta
-    plain, ntk = (base ** -(2 * index / head_dim) for base in (theta, stretched))
+    plain, ntk = (wave_frequencies(head_dim, base) for base in (theta, stretched))
     if scaling in ("ntk", "dynamic"):
         return ntk, 1.0
     if scaling in ("none", "linear"):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, per_head, wave_frequencies
 from alibi_lm.settings import require
 
 
@@ -51,8 +51,7 @@ class Sandwich(PositionScheme):
 
     def __init__(self, config: SandwichConfig, shape: PositionShape) -> None:
         super().__init__(shape)
-        exponent = torch.arange(0, config.width, 2, dtype=torch.float64, device="cpu") / config.width
-        self.register_exact("inv_freq", 10000**-exponent)
+        self.register_exact("inv_freq", wave_frequencies(config.width))
         heads = torch.arange(1, shape.num_heads + 1, dtype=torch.float64, device="cpu")
         self.register_exact("scales", shape.num_heads / (8 * heads))
 
@@ -60,4 +59,4 @@ class Sandwich(PositionScheme):
         curve = torch.zeros(distance.shape, dtype=torch.float64, device=distance.device)
         for frequency in self.inv_freq:  # one by one: for a table of pairs, all at once need too much memory
             curve += (distance * frequency).cos()
-        return (self.scales.view(-1, *[1] * distance.dim()) * curve).float()
+        return (per_head(self.scales, distance) * curve).float()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.positions.base import PositionScheme, PositionShape, distances, exact
 from alibi_lm.settings import require
 
 
@@ -59,12 +59,11 @@ class Shaw(PositionScheme):
         for table in self.parameters():
             nn.init.uniform_(table, -bound, bound)
 
+    @exact
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            q = q.to(torch.promote_types(q.dtype, torch.float32))
-            of_distance = q @ self.table_k.to(q.dtype).T * q.shape[-1] ** -0.5
-            distance = distances(q_pos, k_pos).clamp_max(self.clip)
-            return of_distance.gather(-1, distance.expand(*q.shape[:2], -1, -1))
+        of_distance = q @ self.table_k.to(q.dtype).T * q.shape[-1] ** -0.5
+        distance = distances(q_pos, k_pos).clamp_max(self.clip)
+        return of_distance.gather(-1, distance.expand(*q.shape[:2], -1, -1))
 
 
 class ShawWithValues(Shaw):

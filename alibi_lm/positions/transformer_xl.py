@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, distances
+from alibi_lm.positions.base import PositionScheme, PositionShape, distances, exact, wave_frequencies
 from alibi_lm.settings import require
 
 
@@ -57,8 +57,7 @@ class TransformerXL(PositionScheme):
             f"model.model_dim = {width} with position=transformer_xl. Waves come in pairs: use an even number.",
         )
         self.clamp_distance = config.clamp_distance
-        exponent = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
-        self.register_exact("frequencies", 10000**-exponent)
+        self.register_exact("frequencies", wave_frequencies(width))
         self.w_r = nn.Parameter(torch.empty(heads * dim, width))
         self.u, self.v = nn.Parameter(torch.empty(heads, dim)), nn.Parameter(torch.empty(heads, dim))
         self.initialise()
@@ -69,14 +68,13 @@ class TransformerXL(PositionScheme):
         for vectors in (self.u, self.v):
             nn.init.normal_(vectors, std=0.02)
 
+    @exact
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            q, k, u, v = (t.to(dtype) for t in (q, k, self.u[:, None], self.v[:, None]))
-            distance = distances(q_pos, k_pos).clamp(0, self.clamp_distance)
-            # Each distance is projected once, then picked for the pairs that have it.
-            angles = torch.arange(int(distance.max()) + 1, device=q.device)[:, None] * self.frequencies
-            waves = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
-            projected = (waves @ self.w_r.to(dtype).T).unflatten(1, u.shape[::2]).permute(1, 2, 0)
-            of_distance = ((q + v) @ projected).gather(-1, distance.expand(*q.shape[:2], -1, -1))
-            return (of_distance + u @ k.mT) * q.shape[-1] ** -0.5
+        u, v = (t.to(q.dtype)[:, None] for t in (self.u, self.v))
+        distance = distances(q_pos, k_pos).clamp(0, self.clamp_distance)
+        # Each distance is projected once, then picked for the pairs that have it.
+        angles = torch.arange(int(distance.max()) + 1, device=q.device)[:, None] * self.frequencies
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1).to(q.dtype)
+        projected = (waves @ self.w_r.to(q.dtype).T).unflatten(1, u.shape[::2]).permute(1, 2, 0)
+        of_distance = ((q + v) @ projected).gather(-1, distance.expand(*q.shape[:2], -1, -1))
+        return (of_distance + u @ k.mT) * q.shape[-1] ** -0.5

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact
 
 BLOCK = 16
 """Number of queries that share a reference point."""
@@ -60,28 +60,25 @@ class Wall(PositionScheme):
         nn.init.normal_(self.weight, std=self.shape.model_dim**-0.5)
         nn.init.constant_(self.gate_bias, START)
 
+    @exact
     def features(self, x: Tensor) -> Tensor:
         """Logarithms of the gates: (B, T, D) -> (B, T, H K), or (B, T, H K + H) with scalar gates."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.logsigmoid(F.linear(x, self.weight.to(x.dtype), self.gate_bias.to(x.dtype)))
+        return F.logsigmoid(F.linear(x, self.weight.to(x.dtype), self.gate_bias.to(x.dtype)))
 
+    @exact
     def scores(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         assert x is not None
         own, heads = torch.searchsorted(k_pos, q_pos), self.shape.num_heads
-        with torch.autocast(q.device.type, enabled=False):
-            q, k = (t.to(torch.promote_types(q.dtype, torch.float32)) for t in (q, k))
-            total = x.double().cumsum(1)
-            of_key = total[..., : self.width].unflatten(-1, (heads, -1)).transpose(1, 2)
-            blocks = [
-                self._block(q[:, :, n : n + BLOCK], k, of_key, own[n : n + BLOCK])
-                for n in range(0, len(own), BLOCK)
-            ]
-            scores = torch.cat(blocks, dim=2) * q.shape[-1] ** -0.5
-            if total.shape[-1] > self.width:
-                scalar = total[..., self.width :].mT
-                scores = scores + (scalar[..., own, None] - scalar[..., None, :]).to(q.dtype)
-            return scores
+        total = x.double().cumsum(1)
+        of_key = total[..., : self.width].unflatten(-1, (heads, -1)).transpose(1, 2)
+        blocks = [
+            self._block(q[:, :, n : n + BLOCK], k, of_key, own[n : n + BLOCK]) for n in range(0, len(own), BLOCK)
+        ]
+        scores = torch.cat(blocks, dim=2) * q.shape[-1] ** -0.5
+        if total.shape[-1] > self.width:
+            scalar = total[..., self.width :].mT
+            scores = scores + (scalar[..., own, None] - scalar[..., None, :]).to(q.dtype)
+        return scores
 
     def _block(self, q: Tensor, k: Tensor, total: Tensor, own: Tensor) -> Tensor:
         """Products of up to BLOCK queries, whose own keys have indices `own`, with all keys; 0 for later keys."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alibi_lm.positions.base import PositionScheme, PositionShape
+from alibi_lm.positions.base import PositionScheme, PositionShape, wave_frequencies
 from alibi_lm.positions.rotary import rotate_pairs
 from alibi_lm.settings import require
 
@@ -68,9 +68,7 @@ class Xpos(PositionScheme):
             f"position=xpos with scale_base = {config.scale_base:g} and a sequence of {shape.context_length} "
             f"tokens: its factors leave the range of floats beyond {longest} tokens. Use shorter sequences.",
         )
-        self.register_exact(
-            "inv_freq", 10000 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        )
+        self.register_exact("inv_freq", wave_frequencies(dim))
         self.register_exact(
             "zeta", (torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") + 0.4 * dim) / (1.4 * dim)
         )

@@ -1,4 +1,6 @@
-"""What the tests of backends share: a scheme with parameters of some size, and a pass through a backend."""
+"""What the tests of backends share: a scheme with parameters of some size, a pass, and attention in float64."""
+
+import math
 
 import torch
 
@@ -41,6 +43,33 @@ def run(backend, scheme, length: int, dtype: torch.dtype, window: int | None = N
     leaves = [x.requires_grad_() for x in (q, k, v)] + list(scheme.parameters())
     out = attend(backend, scheme, q, k, v, window=window)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def weights(q, k, line=None, window=None, key_bias=None) -> torch.Tensor:
+    """The definition in float64: what the last T queries (B, H, T, K) give to all keys (B, H, S, K), (B, H, T, S).
+
+    line: (H, S), the bias of each distance; key_bias: (B, H, S).
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
+    if line is not None:
+        scores = scores + line.double()[:, distance.clamp_min(0)]
+    if key_bias is not None:
+        scores = scores + key_bias.double()[..., None, :]
+    return scores.masked_fill((distance < 0) | (distance >= (window or keys)), -math.inf).softmax(-1)
+
+
+def definition(q, k, v, grad, line=None, window=None, features=None) -> list[torch.Tensor]:
+    """Output and gradients of q, k, v and what is given of the bias by distance (H, T) and features (B, T, H).
+
+    The bias of a key is minus the sum of the features up to it. All in float64.
+    """
+    q, k, v, line, features = leaves = [
+        None if x is None else x.detach().double().requires_grad_() for x in (q, k, v, line, features)
+    ]
+    out = weights(q, k, line, window, None if features is None else -features.cumsum(1).mT) @ v
+    return [out.detach(), *torch.autograd.grad(out, [x for x in leaves if x is not None], grad.double())]
 
 
 def assert_within(actual: list[torch.Tensor], expected: list[torch.Tensor], budget: float) -> None:

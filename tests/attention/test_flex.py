@@ -9,7 +9,7 @@ from torch.nn.attention import flex_attention
 from alibi_lm.attention.flex import BLOCK, LOST, near_blocks, tail_sums
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
-from .kernels import attend, draw, scheme_of
+from .kernels import attend, draw, scheme_of, weights
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,8 @@ def test_many_lengths_and_schemes_never_build_all_scores():
 def shares_left_out(q: torch.Tensor, k: torch.Tensor, line: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Share of each query's weights outside of the kept blocks, in float64: (B, H, T)."""
     tokens = q.shape[2]
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5 + line.double()[:, distance.clamp_min(0)]
-    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
     keys = kept.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :tokens, :tokens]
-    return weights.masked_fill(keys, 0).sum(-1)
+    return weights(q, k, line).masked_fill(keys, 0).sum(-1)
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(BLOCK, 1.0), (5 * BLOCK - 1, 0.1), (5 * BLOCK - 1, 3.0)])
@@ -164,6 +161,23 @@ def test_the_blocks_are_as_few_as_the_bound_allows():
     reach = (2 * 6 / 2**0.5 - math.log(LOST) - math.log(1 - math.exp(-slope))) / slope
     nearest_query = 5 * BLOCK
     assert first == int((nearest_query - reach + 1) // BLOCK) > 0
+
+
+class Plateau(PositionScheme):
+    """A bias that falls from distance 200 on."""
+
+    def distance_bias(self, distance):
+        return -(distance - 200).clamp_min(0).float().expand(3, *distance.shape)
+
+
+@torch.no_grad()
+def test_blocks_are_skipped_by_distance_where_positions_begin_late(monkeypatch):
+    scheme, (q, k, v, _) = Plateau(PositionShape(24, 8, 3, 2, 64, 64)), draw(1, 3, 500, 8)
+    masks, run = [], flex_attention.flex_attention
+    monkeypatch.setattr(flex_attention, "flex_attention", lambda *a: masks.append(a[4]) or run(*a))
+    attend("flex", scheme, q, k, v, torch.arange(200, 700))
+    kept = masks[0].to_dense()[0].bool()
+    assert shares_left_out(q, k, scheme.distance_bias(torch.arange(500)), kept).max() < LOST
 
 
 @pytest.mark.slow

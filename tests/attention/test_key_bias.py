@@ -10,10 +10,11 @@ from alibi_lm.attention.native_library import ROWS
 from alibi_lm.attention.sdpa import SdpaAttention
 from alibi_lm.positions import PositionScheme, PositionShape
 
-from .kernels import assert_within, draw, request
+from .kernels import assert_within, definition, draw, request, weights
 
 needs_kernel = pytest.mark.skipif(bool(native.why_not()), reason=f"attention=native: {native.why_not()}")
 BUDGET = 3e-6
+LINE = -torch.tensor([[0.3], [0.01]]) * torch.arange(150)
 
 
 class Summed(PositionScheme):
@@ -29,7 +30,7 @@ class SummedWithSlopes(Summed):
     """The same and a bias by distance."""
 
     def distance_bias(self, distance):
-        return -torch.tensor([0.3, 0.01]).view(-1, *[1] * distance.dim()) * distance
+        return LINE[:, distance]
 
 
 def log_gates(batch: int, length: int, heads: int, kind: str) -> torch.Tensor:
@@ -39,19 +40,6 @@ def log_gates(batch: int, length: int, heads: int, kind: str) -> torch.Tensor:
     if kind == "reset":
         gates[:, length // 2] = -30.0
     return gates
-
-
-def definition(q, k, v, grad, x, window=None, line=None) -> list[torch.Tensor]:
-    """Output and gradients of q, k, v and the features, in float64."""
-    leaves = [t.detach().double().requires_grad_() for t in (q, k, v, x)]
-    length = q.shape[2]
-    total = leaves[3].cumsum(1).mT
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    scores = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5 + total[..., :, None] - total[..., None, :]
-    if line is not None:
-        scores = scores + line(distance.clamp_min(0)).double()
-    out = scores.masked_fill((distance < 0) | (distance >= (window or length)), -math.inf).softmax(-1) @ leaves[2]
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
 
 def run(backend, scheme_class, q, k, v, grad, x, window=None) -> list[torch.Tensor]:
@@ -66,16 +54,17 @@ def run(backend, scheme_class, q, k, v, grad, x, window=None) -> list[torch.Tens
 @pytest.mark.parametrize("kind", ["half", "open", "reset"])
 @pytest.mark.parametrize(("length", "window"), [(1, None), (48, None), (65, 7), (333, None), (333, 100)])
 def test_the_kernel_equals_the_definition(kind, length, window):
-    tensors = (*draw(2, 3, length, 8), log_gates(2, length, 3, kind))
-    assert_within(run(native.NativeAttention(), Summed, *tensors, window), definition(*tensors, window), BUDGET)
+    tensors, x = draw(2, 3, length, 8), log_gates(2, length, 3, kind)
+    expected = definition(*tensors, window=window, features=x)
+    assert_within(run(native.NativeAttention(), Summed, *tensors, x, window), expected, BUDGET)
 
 
 @needs_kernel
 def test_both_biases_at_once():
-    tensors = (*draw(2, 2, 150, 8), log_gates(2, 150, 2, "open"))
-    line = SummedWithSlopes(PositionShape(16, 8, 2, 1, 64, 64)).distance_bias
-    expected = definition(*tensors, line=line)
-    assert_within(run(native.NativeAttention(), SummedWithSlopes, *tensors), expected, BUDGET)
+    tensors, x = draw(2, 2, 150, 8), log_gates(2, 150, 2, "open")
+    *expected, _, of_gates = definition(*tensors, LINE[:, :150], features=x)
+    found = run(native.NativeAttention(), SummedWithSlopes, *tensors, x)
+    assert_within(found, [*expected, of_gates], BUDGET)
 
 
 @needs_kernel
@@ -87,15 +76,12 @@ def test_what_gates_have_shut_out_is_not_computed_and_weighs_nothing(size):
     key_bias = -x.double().cumsum(1).mT
     reach = native.forward(q, k, v, None, length, key_bias)[2]
     assert reach.min() < length // 2
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    scores = q.double() @ k.double().mT * 8**-0.5 + key_bias[..., None, :]
-    weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
     block = torch.arange(length) // ROWS
     first = block * ROWS - reach[:, :, block] + 1
-    assert (weights * (torch.arange(length) < first[..., None])).sum(-1).max() <= 2.0**-25
+    assert (weights(q, k, key_bias=key_bias) * (torch.arange(length) < first[..., None])).sum(-1).max() <= 2.0**-25
     # What is far from a reset is far from its gate: no float32 sum of all gates before would give this.
-    far = [*draw(1, 1, length, 8), torch.full((1, length, 1), -40.0)]
-    assert_within(run(native.NativeAttention(), Summed, *far), definition(*far), 3e-5)
+    far, x = draw(1, 1, length, 8), torch.full((1, length, 1), -40.0)
+    assert_within(run(native.NativeAttention(), Summed, *far, x), definition(*far, features=x), 3e-5)
 
 
 @needs_kernel
@@ -123,17 +109,17 @@ def test_columns_and_slices_equal_the_definition(route, dtype, budget):
     """
     q, k, v, grad = (t.to(dtype) for t in draw(2, 3, 200, 8))
     x = log_gates(2, 200, 3, "half")
-    assert_within(run(route, Summed, q, k, v, grad, x), definition(q, k, v, grad, x), budget)
+    assert_within(run(route, Summed, q, k, v, grad, x), definition(q, k, v, grad, features=x), budget)
 
 
 def test_the_dense_mask_serves_both_biases():
-    tensors = (*draw(2, 2, 100, 8), log_gates(2, 100, 2, "open"))
-    line = SummedWithSlopes(PositionShape(16, 8, 2, 1, 64, 64)).distance_bias
-    assert_within(run(SdpaAttention(short=0), SummedWithSlopes, *tensors), definition(*tensors, line=line), 1e-5)
+    tensors, x = draw(2, 2, 100, 8), log_gates(2, 100, 2, "open")
+    *expected, _, of_gates = definition(*tensors, LINE[:, :100], features=x)
+    found = run(SdpaAttention(short=0), SummedWithSlopes, *tensors, x)
+    assert_within(found, [*expected, of_gates], 1e-5)
 
 
 def test_flex_refuses_it_by_name():
-
     scheme = Summed(PositionShape(16, 8, 2, 1, 64, 64))
     assert Backends("flex", "mine").refuses_scheme(scheme) == (
         "attention=flex cannot run position=mine (its bias is made from content). Use attention=sdpa."

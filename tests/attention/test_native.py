@@ -12,7 +12,7 @@ from alibi_lm.attention.native_library import ROWS
 from alibi_lm.positions.alibi import alibi_slopes
 
 from . import kernels
-from .kernels import assert_within, draw, request, run, scheme_of
+from .kernels import assert_within, definition, draw, request, run, scheme_of
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f"attention=native: {native.why_not()}")
 BUDGET = 3e-6
@@ -21,18 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def alibi_bias(heads: int, length: int) -> torch.Tensor:
     return -torch.tensor(alibi_slopes(heads))[:, None] * torch.arange(length)
-
-
-def definition(q, k, v, grad, bias=None, window=None) -> list[torch.Tensor]:
-    """Output and gradients of q, k, v and the bias, in float64."""
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v, bias) if x is not None]
-    length = q.shape[2]
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    scores = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + leaves[3][:, distance.clamp_min(0)]
-    out = scores.masked_fill((distance < 0) | (distance >= (window or length)), -math.inf).softmax(-1) @ leaves[2]
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
 
 def attend(q, k, v, grad, bias=None, window=None) -> list[torch.Tensor]:
@@ -89,10 +77,8 @@ def test_what_lies_past_the_reach_weighs_less_than_float32_rounds_away(size, num
     bias = alibi_bias(num_heads, length)
     reach = native.forward(q, k, v, bias, length, None)[2]
     distance = torch.arange(length)[:, None] - torch.arange(length)
-    scores = q.double() @ k.double().mT * 8**-0.5 + bias.double()[:, distance.clamp_min(0)]
-    weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
     of_query = reach.repeat_interleave(ROWS, dim=2)[:, :, :length, None]
-    assert (weights * (distance >= of_query)).sum(-1).max() <= 2.0**-25
+    assert (kernels.weights(q, k, bias) * (distance >= of_query)).sum(-1).max() <= 2.0**-25
     assert reach.min() < length
 
 

@@ -183,16 +183,20 @@ def test_a_compiler_works_outside_of_the_cache(anew, fake_compiler):
 
 
 @needs_compiler
-def test_what_computes_something_else_is_refused(anew, tmp_path, monkeypatch):
-    text = native_library.SOURCE.read_text()
-    assert text.count("load(scores + j) + load(line + j)") == 1
-    wrong = tmp_path / "native.cpp"
-    wrong.write_text(text.replace("load(scores + j) + load(line + j)", "load(scores + j) - load(line + j)"))
-    monkeypatch.setattr(native_library, "SOURCE", wrong)
-    flags = native_library._flags()  # nobody waits for a good machine code here
-    monkeypatch.setattr(native_library, "_flags", lambda: [f.replace("-O3", "-O0") for f in flags])
-    assert "does not compute attention" in message_of_native()
-    assert backend("auto") == "sdpa"
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda q, k, v, bias, window, by_key: (q, k, v, None if bias is None else -bias, window, by_key),
+        lambda q, k, v, bias, window, by_key: (q, k, v, bias, 70, by_key),
+        lambda q, k, v, bias, window, by_key: (q, k, v, bias, window, None if by_key is None else -by_key),
+        lambda q, k, v, bias, window, by_key: (q, k, v.detach() + 0 * v, bias, window, by_key),
+    ],
+    ids=["sign of the bias", "no window", "sign of the bias per key", "no gradient of values"],
+)
+def test_what_computes_something_else_is_refused(monkeypatch, wrong):
+    attend = native.attend
+    monkeypatch.setattr(native, "attend", lambda *arguments: attend(*wrong(*arguments)))
+    assert native.why_not.__wrapped__() == "what was compiled does not compute attention"
 
 
 @needs_compiler

@@ -9,8 +9,7 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 from alibi_lm.attention.sdpa import SdpaAttention, key_bias_columns
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
@@ -68,19 +67,6 @@ def test_dropout_of_attention_weights(route, name):
         draws = torch.stack([attend(ROUTES[route], scheme, q, k, v, dropout=0.2) for _ in range(100)])
     assert (draws[0] - plain).abs().max() > 0.05
     assert (draws.mean(0) - plain).abs().mean() < 0.03
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of memory behind the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return result
 
 
 @pytest.mark.parametrize("name", ["none", "sinusoidal", "rotary", "alibi"])

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from in_double import InDouble
 
 from alibi_lm.attention import Request
 from alibi_lm.attention.eager import EagerAttention
+from alibi_lm.evaluate.conformance_checks import InDouble
 from alibi_lm.model.changed_bias import RowScaledBias
 from alibi_lm.model.query_scale import QUERY_SCALES
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_double import InDouble
 from torch import Tensor
 
 from alibi_lm.attention import Backends, Request
+from alibi_lm.evaluate.conformance_checks import InDouble
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 from alibi_lm.positions.kerple import held
 from alibi_lm.positions.rotary import frequencies

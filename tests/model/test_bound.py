@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alibi_lm.model import bound
-from alibi_lm.model.bound import BiasTail, excess_from_weights
+from alibi_lm.model.bound import BiasTail, bounds_from_weights
 from alibi_lm.model.streaming import bias_tails, open_cache, weight_excess, weight_windows
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
@@ -196,8 +196,10 @@ def test_a_bias_without_a_convergent_tail_is_refused(bias, words):
 def test_groups_of_query_heads_may_share_keys():
     w_q, w_k, rest = torch.randn(HEADS * HEAD_DIM, DIM), torch.randn(2 * HEAD_DIM, DIM), torch.randn(3, DIM)
     repeated = w_k.view(2, 1, HEAD_DIM, DIM).expand(-1, 2, -1, -1).reshape(-1, DIM)
-    found, expected = (excess_from_weights(w_q, w, *rest, HEADS) for w in (w_k, repeated))
-    torch.testing.assert_close(found, expected)
+    b_q, gain, shift = rest
+    found, expected = (bounds_from_weights(w_q, w, b_q, None, gain, shift, HEADS, SLOPES) for w in (w_k, repeated))
+    torch.testing.assert_close(found.excess, expected.excess)
+    assert torch.equal(found.windows, expected.windows) and found.windows.min() > 1
 
 
 @pytest.mark.parametrize(

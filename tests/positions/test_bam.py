@@ -35,8 +35,3 @@ def test_it_starts_as_alibi_or_as_the_readme_says():
     steep = BamConfig(start="readme").build(SHAPE).bias(positions, positions)
     for head, slope in zip(steep, alibi_slopes(3), strict=True):
         assert head[9, 2].item() == pytest.approx(-math.exp(slope) * 7, rel=1e-5)
-
-
-def test_an_unknown_start_is_refused():
-    with pytest.raises(ValueError, match=r"position\.start = 'paper'\. Allowed: code, readme\."):
-        BamConfig(start="paper")

@@ -1,6 +1,5 @@
 """DAPE against its network applied pair by pair in float64."""
 
-import pytest
 import torch
 
 from alibi_lm.positions.alibi import alibi_slopes
@@ -21,8 +20,3 @@ def test_bias_is_the_base_and_the_network_of_each_pair():
             inside = scheme.w1 @ torch.cat([z, b]) + scheme.b1
             inside = torch.where(inside > 0, inside, 0.01 * inside)
             torch.testing.assert_close(bias[0, :, i - 5, j], b + scheme.w2 @ inside + scheme.b2)
-
-
-def test_an_unknown_base_is_refused():
-    with pytest.raises(ValueError, match=r"position\.base = 'rotary'\. Allowed: kerple_log, alibi\."):
-        DapeConfig(base="rotary")

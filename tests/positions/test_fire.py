@@ -27,8 +27,3 @@ def test_bias_is_the_formula(reading, start):
             for h in range(3):
                 expected = sum(float(down[h, k]) * hidden[k] for k in range(5)) + float(added[h])
                 assert bias[h, t, j].item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_an_unknown_reading_is_refused():
-    with pytest.raises(ValueError, match=r"position\.reading = 'paper'\. Allowed: arithmetic, dape\."):
-        FireConfig(reading="paper")

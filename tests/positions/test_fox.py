@@ -73,16 +73,3 @@ def test_fixed_gates_are_not_trained_and_reach_from_the_shortest_to_the_longest(
     torch.testing.assert_close(scheme.distance_bias(distance).diagonal(), torch.full((3,), -1.0))
     trained = FoxConfig(gates="bias").build(SHAPE)
     assert trained.distance_bias(torch.tensor([64])).detach()[2].item() == pytest.approx(-1)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"gates": "none"}, "position.gates = 'none'. Allowed: input, bias, fixed."),
-        ({"shortest": 9.0, "longest": 3.0}, "position.shortest = 9.0, longest = 3.0."),
-    ],
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(ValueError) as caught:
-        FoxConfig(**settings)
-    assert message in str(caught.value)

@@ -30,10 +30,3 @@ def test_bias_is_a_row_of_gates():
                     product += sum(float(p[i, h, c + 2]) * turned[c].imag for c in range(2))
                     total += -math.log1p(math.exp(-product / 4))
                 assert bias[0, h, i - 7, j].item() == pytest.approx(slope * total, abs=1e-9)
-
-
-def test_an_odd_width_is_refused():
-    with pytest.raises(ValueError, match=r"position\.width = 3\."):
-        GrapeApConfig(width=3)
-    with pytest.raises(ValueError, match="model_dim / num_heads = 5 with position=grape_ap"):
-        GrapeApConfig().build(PositionShape(10, 5, 2, 2, 64, 64))

@@ -29,8 +29,3 @@ def test_scores_are_the_papers_sum_of_cosines():
                     angle = (i - j) * 100 ** (-c / 5) - phase
                     total += magnitude(q[0, h, i, c]) * magnitude(k[0, h, j, c]) * math.cos(angle)
                 assert scores[0, h, i, j].item() == pytest.approx(total / 5**0.5, abs=1e-5)
-
-
-def test_theta_is_checked():
-    with pytest.raises(ValueError, match=r"position\.theta = 1\.0"):
-        PopeConfig(theta=1.0)

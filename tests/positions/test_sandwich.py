@@ -1,6 +1,5 @@
 """Sandwich against inner products of sinusoidal embeddings in float64."""
 
-import pytest
 import torch
 
 from alibi_lm.positions.base import PositionShape
@@ -15,8 +14,3 @@ def test_bias_is_the_product_of_sinusoidal_embeddings():
     bias = scheme.bias(positions, positions).double()
     for head, scale in enumerate((3 / 8, 3 / 16, 3 / 24)):
         torch.testing.assert_close(bias[head].tril(), scale * (waves @ waves.T).tril(), rtol=1e-4, atol=1e-4)
-
-
-def test_an_odd_width_is_refused():
-    with pytest.raises(ValueError, match=r"position\.width = 33\."):
-        SandwichConfig(width=33)

@@ -5,12 +5,21 @@ import math
 import pytest
 import torch
 
+from alibi_lm.positions.bam import BamConfig
 from alibi_lm.positions.base import PositionShape
 from alibi_lm.positions.cope import CopeConfig
+from alibi_lm.positions.dape import DapeConfig
+from alibi_lm.positions.fire import FireConfig
+from alibi_lm.positions.fox import FoxConfig
+from alibi_lm.positions.grape_ap import GrapeApConfig
 from alibi_lm.positions.learned import LearnedConfig
+from alibi_lm.positions.pope import PopeConfig
 from alibi_lm.positions.rotary import RotaryConfig, rotate_pairs
+from alibi_lm.positions.sandwich import SandwichConfig
+from alibi_lm.positions.shaw import ShawConfig
 from alibi_lm.positions.sinusoidal import SinusoidalConfig
 from alibi_lm.positions.t5 import T5Config, t5_bucket
+from alibi_lm.positions.transformer_xl import TransformerXLConfig
 
 
 def shape(model_dim=32, num_heads=2, train_length=64, context_length=64) -> PositionShape:
@@ -241,6 +250,17 @@ def test_t5_default_max_distance_is_within_training():
         (lambda: SinusoidalConfig(variant="learned"), "variant = 'learned'"),
         (lambda: SinusoidalConfig().build(shape(33, 3)), "model_dim = 33 with position=sinusoidal"),
         (lambda: CopeConfig(num_positions=1), "position.num_positions = 1"),
+        (lambda: BamConfig(start="paper"), "position.start = 'paper'. Allowed: code, readme."),
+        (lambda: DapeConfig(base="rotary"), "position.base = 'rotary'. Allowed: kerple_log, alibi."),
+        (lambda: FireConfig(reading="paper"), "position.reading = 'paper'. Allowed: arithmetic, dape."),
+        (lambda: FoxConfig(gates="none"), "position.gates = 'none'. Allowed: input, bias, fixed."),
+        (lambda: FoxConfig(shortest=9.0, longest=3.0), "position.shortest = 9.0, longest = 3.0."),
+        (lambda: GrapeApConfig(width=3), "position.width = 3."),
+        (lambda: GrapeApConfig().build(shape(10)), "model_dim / num_heads = 5 with position=grape_ap"),
+        (lambda: PopeConfig(theta=1.0), "position.theta = 1.0"),
+        (lambda: SandwichConfig(width=33), "position.width = 33."),
+        (lambda: ShawConfig(clip=0), "position.clip = 0."),
+        (lambda: TransformerXLConfig(clamp_distance=0), "position.clamp_distance = 0."),
     ],
 )
 def test_settings_are_checked(build, message):

@@ -22,8 +22,3 @@ def test_output_is_the_papers(values):
             seen = [v[0, h, j] + (scheme.table_v[min(i - j, 4)] if values else 0) for j in range(i + 1)]
             weights = (keys @ q[0, h, i] / 8**0.5).softmax(0)
             torch.testing.assert_close(out[0, h, i], weights @ torch.stack(seen))
-
-
-def test_a_clip_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"position\.clip = 0\."):
-        ShawConfig(clip=0)

@@ -28,8 +28,3 @@ def test_scores_are_the_papers_four_terms(clamp):
                 query, key = q[0, h, i - 9], k[0, h, j]
                 terms = query @ key, query @ (w_r @ wave), u @ key, v @ (w_r @ wave)
                 assert scores[0, h, i - 9, j].item() == pytest.approx(sum(map(float, terms)) / 2, abs=1e-6)
-
-
-def test_a_clamp_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"position\.clamp_distance = 0\."):
-        TransformerXLConfig(clamp_distance=0)
