@@ -174,7 +174,7 @@ SETTINGS = [(one, "") for one in NAMED] + [
     ("train_length=[8]", "train_length"), ("train_length=null", "train_length"),
     ("train_length=64", "tokens_per_step = 32"), ("batch_multiple=5", "tokens_per_step = 32"),
     ("seed=one", "seed"), ("steps=1e9", "steps"), ("compile=maybe", "compile"), ("overwrite=perhaps", "overwrite"),
-    ("model.adaptive_cutoffs=[10];model.tied=false", "model.tied"), ("data.cache_dir=''", "data.cache_dir"),
+    ("model.adaptive_cutoffs=[10];model.tied=false", "model.tied"),
     ("position=rotary;position.scaling=magic", "magic"),
     ("tracking=wandb;tracking.project='a/b'", "tracking.project"),
     # An entry of a group is chosen by its name, not renamed.
@@ -182,8 +182,9 @@ SETTINGS = [(one, "") for one in NAMED] + [
     ("tokenizer.name=bpe", "Use tokenizer=bpe"), ("optimizer.name=nag", "Use optimizer=nag"),
     ("schedule.name=constant", "Use schedule=constant"), ("tracking.name=wandb", "Use tracking=wandb"),
     # Empty on purpose.
-    ("experiment=", "experiment"), ("output_dir=", "output_dir"), ("output_dir=''", "output_dir"),
-    ("data.path=", "data.path"), ("device=", "device"), ("tracking=wandb;tracking.group=''", "tracking.group"),
+    ("experiment=", "experiment"), ("output_dir=", "output_dir"), ("output_dir=''", "output_dir is empty"),
+    ("data.path=", "data.path"), ("data.path=' '", "data.path is empty"), ("device=", "device"),
+    ("data.cache_dir=''", "data.cache_dir is empty"), ("tracking=wandb;tracking.group=''", "tracking.group"),
     ("evaluation.lengths=64", "lengths"),
     ("evaluation.mode=sliding;evaluation.stride=64;evaluation.lengths=[8]", "stride = 64"),
     # Settings whose limits depend on each other, on the text or on the machine: refused when training begins.
