@@ -26,7 +26,6 @@ from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alibi_lm import load_run
 from alibi_lm.checkpoint import record_hash
 from alibi_lm.config import from_dict, load_config
 from alibi_lm.data.corpus import open_corpus
@@ -462,16 +461,15 @@ ACTIONS: dict[str, Callable[[Place], object]] = {
     "train": lambda place: place.train("output_dir=new"),
     "train again": lambda place: place.train(),
     "evaluate": lambda place: place.evaluate(),
-    "load": lambda place: load_run(place / "run"),
+}
+TABLES = {
+    "train": DATA,
+    "train again": {name: CONFIGS[name] for name in ("config with a Python object", "unknown setting")},
+    "evaluate": CONFIGS | RUNS | EVALUATED,
 }
 CASES = [
-    pytest.param(*case, action, id=f"{action}: {name}", marks=[pytest.mark.slow] if slow else [])
-    for action, table, slow in (
-        ("train", DATA, False),
-        ("evaluate", CONFIGS | RUNS | EVALUATED, False),
-        ("load", RUNS, True),
-        ("train again", CONFIGS, True),
-    )
+    pytest.param(*case, action, id=f"{action}: {name}")
+    for action, table in TABLES.items()
     for name, case in table.items()
 ]
 
