@@ -236,18 +236,18 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
     assert_same_run(folder, reference("alibi"))
 
 
-@pytest.mark.parametrize("moment", ["_self_check", "mark_finished"])
 def test_killed_after_the_last_step_of_a_run_that_was_better_before(
-    tmp_path: Path, run: Callable[..., int], corpus: list[str], moment: str
+    tmp_path: Path, run: Callable[..., int], corpus: list[str]
 ) -> None:
     overrides = [*SETTINGS, *corpus, "position=alibi", "optimizer.lr=1.0", "steps=8"]
-    straight, folder = tmp_path / "straight", tmp_path / "run"
+    straight = tmp_path / "straight"
     assert run(overrides, straight) == 0
     done = finished(straight)
     assert done is not None and done["best_validation_loss"] < done["validation_loss"]
-    assert run(overrides, folder, kill_at=(moment, 0)) == -signal.SIGKILL
-    assert run(overrides, folder) == 0
-    assert_same_run(folder, straight)
+    for moment in ("_self_check", "mark_finished"):
+        assert run(overrides, tmp_path / moment, kill_at=(moment, 0)) == -signal.SIGKILL
+        assert run(overrides, tmp_path / moment) == 0
+        assert_same_run(tmp_path / moment, straight)
 
 
 @pytest.mark.slow
@@ -431,27 +431,26 @@ def test_a_full_disk_at_the_start_names_the_folder(
     assert str(folder / "config.yaml") in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("split", "word", "what"),
-    [("train", "", "training text"), ("valid", "", "validation text"), ("train", " w1 ", "tokenizer")],
-)
 def test_a_run_is_not_continued_on_another_text(
-    tmp_path: Path, run: Callable[..., int], corpus: list[str], split: str, word: str, what: str
+    tmp_path: Path, run: Callable[..., int], corpus: list[str]
 ) -> None:
     """The text changed between a kill and the next start, and its token streams with it."""
-    text = Path(corpus[1].partition("=")[2])
-    mine = shutil.copytree(text, tmp_path / "text", ignore=shutil.ignore_patterns("cache"))
-    settings = [o for o in SETTINGS if not o.startswith("tokenizer.")]
-    overrides = [*settings, "data=wikitext2", "tokenizer=word", f"data.path={mine}", "position=alibi", "steps=4"]
-    folder = tmp_path / "run"
-    assert run([*overrides, f"data.cache_dir={tmp_path / 'a'}"], folder, kill_at=("_self_check", 0)) == -9
-    before = {name: (folder / name).read_bytes() for name in ("corpus.json", "tokenizer.json")}
-
-    file = mine / f"wiki.{split}.tokens"
-    lines = file.read_text().splitlines()[::-1]  # the same words, as often
-    file.write_text("\n".join(line.replace(word, " v1 ") if word else line for line in lines) + "\n")
     from alibi_lm.train import train
 
-    with pytest.raises(ValueError, match=f"holds a run with another {what} .*overwrite=true"):
-        train(composed(*overrides, f"data.cache_dir={tmp_path / 'b'}"), folder)
-    assert {name: (folder / name).read_bytes() for name in before} == before
+    text = Path(corpus[1].partition("=")[2])
+    settings = [o for o in SETTINGS if not o.startswith("tokenizer.")]
+    overrides = [*settings, "data=wikitext2", "tokenizer=word", "position=alibi", "steps=4"]
+    folder, own = tmp_path / "run", [f"data.path={text}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert run([*overrides, *own], folder, kill_at=("_self_check", 0)) == -signal.SIGKILL
+    before = {name: (folder / name).read_bytes() for name in ("corpus.json", "tokenizer.json")}
+    for split, word, what in (
+        ("train", "", "training text"), ("valid", "", "validation text"), ("train", " w1 ", "tokenizer")
+    ):  # fmt: skip
+        changed = shutil.copytree(text, tmp_path / what, ignore=shutil.ignore_patterns("cache"))
+        file = changed / f"wiki.{split}.tokens"
+        lines = file.read_text().splitlines()[::-1]  # the same words, as often
+        file.write_text("\n".join(line.replace(word, " v1 ") if word else line for line in lines) + "\n")
+        other = [f"data.path='{changed}'", f"data.cache_dir='{changed / 'cache'}'"]
+        with pytest.raises(ValueError, match=f"holds a run with another {what} .*overwrite=true"):
+            train(composed(*overrides, *other), folder)
+        assert {name: (folder / name).read_bytes() for name in before} == before
