@@ -175,10 +175,6 @@ class TrainConfig:
                 value is None or value >= 1,
                 f"{name} = {value}. Use a whole number >= 1, or null for {otherwise}.",
             )
-        require(
-            self.output_dir is None or bool(self.output_dir.strip()),
-            "output_dir is empty. Name a run folder, or leave it out for outputs/<experiment>/runs/<name>.",
-        )
 
     @property
     def rows_per_step(self) -> int:

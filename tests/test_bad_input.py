@@ -26,7 +26,6 @@ from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alibi_lm import load_run
 from alibi_lm.checkpoint import record_hash
 from alibi_lm.config import from_dict, load_config
 from alibi_lm.data.corpus import open_corpus
@@ -174,7 +173,7 @@ SETTINGS = [(one, "") for one in NAMED] + [
     ("train_length=[8]", "train_length"), ("train_length=null", "train_length"),
     ("train_length=64", "tokens_per_step = 32"), ("batch_multiple=5", "tokens_per_step = 32"),
     ("seed=one", "seed"), ("steps=1e9", "steps"), ("compile=maybe", "compile"), ("overwrite=perhaps", "overwrite"),
-    ("model.adaptive_cutoffs=[10];model.tied=false", "model.tied"), ("data.cache_dir=''", "data.cache_dir"),
+    ("model.adaptive_cutoffs=[10];model.tied=false", "model.tied"),
     ("position=rotary;position.scaling=magic", "magic"),
     ("tracking=wandb;tracking.project='a/b'", "tracking.project"),
     # An entry of a group is chosen by its name, not renamed.
@@ -182,8 +181,9 @@ SETTINGS = [(one, "") for one in NAMED] + [
     ("tokenizer.name=bpe", "Use tokenizer=bpe"), ("optimizer.name=nag", "Use optimizer=nag"),
     ("schedule.name=constant", "Use schedule=constant"), ("tracking.name=wandb", "Use tracking=wandb"),
     # Empty on purpose.
-    ("experiment=", "experiment"), ("output_dir=", "output_dir"), ("output_dir=''", "output_dir"),
-    ("data.path=", "data.path"), ("device=", "device"), ("tracking=wandb;tracking.group=''", "tracking.group"),
+    ("experiment=", "experiment"), ("output_dir=", "output_dir"), ("output_dir=''", "output_dir is empty"),
+    ("data.path=", "data.path"), ("data.path=' '", "data.path is empty"), ("device=", "device"),
+    ("data.cache_dir=''", "data.cache_dir is empty"), ("tracking=wandb;tracking.group=''", "tracking.group"),
     ("evaluation.lengths=64", "lengths"),
     ("evaluation.mode=sliding;evaluation.stride=64;evaluation.lengths=[8]", "stride = 64"),
     # Settings whose limits depend on each other, on the text or on the machine: refused when training begins.
@@ -378,28 +378,20 @@ WEIGHTS, STATE = "run/checkpoints/step-*/weights.safetensors", "run/checkpoints/
 PICKLE = pickle.dumps(_Trap())
 PYTHON_OBJECT = b"experiment: !!python/object/apply:os.mkdir [trapped]\n"
 
-# What is damaged, how, and what the message names.
+# What is damaged, how, and what the message names. tests/data and test_checkpoint.py damage files in more ways.
 DATA: dict[str, tuple[Damage, str]] = {
     "no training text": (text("train", None), "wiki.train.tokens"),
     "no validation text": (text("valid", None), "wiki.valid.tokens"),
     "empty training text": (text("train", b""), "wiki.train.tokens is empty"),
-    "empty validation text": (text("valid", b""), "wiki.valid.tokens is empty"),
     "training text without words": (text("train", b" \n\n \n"), "no words"),
     "training text of five tokens": (text("train", b"a b c d"), "train_length = 8"),
     "invalid UTF-8": (text("train", b"a b c\nd \xff\xfe e\n"), "line 2 is not UTF-8"),
-    "UTF-16": (text("valid", "a b c\n".encode("utf-16")), "wiki.valid.tokens"),
     "text changed after preparation": (file("text/wiki.valid.tokens", lambda b: b"new words\n"), "changed"),
-    "truncated token file": (file(TRAIN, lambda b: b[:-2]), "train.bin"),
     "token file of odd size": (file(TRAIN, lambda b: b[:-1]), "train.bin"),
-    "no token file": (file(TRAIN, lambda b: None), "train.bin"),
-    "altered token file": (file(VALIDATION, flip), "validation.bin"),
-    "altered document starts": (file("cache/*/tokens-*/train.documents.npy", flip), "train.documents.npy"),
     "pickled document starts": (pickled_array, "train.documents.npy"),
-    "manifest cut short": (file(MANIFEST, half), "manifest.json"),
     "manifest is a list": (file(MANIFEST, lambda b: b"[1, 2]"), "manifest.json"),
     "manifest not UTF-8": (file(MANIFEST, lambda b: b"\xff\xfe{}"), "manifest.json"),
     "manifest nested too deep": (file(MANIFEST, lambda b: b"[" * 200000), "manifest.json"),
-    "manifest of another format": (entries(MANIFEST, lambda m: m.update(format=99)), "manifest.json"),
     "manifest without splits": (entries(MANIFEST, lambda m: m.pop("splits")), "manifest.json"),
     "manifest without a count": (entries(MANIFEST, lambda m: m["splits"]["train"].pop("tokens")), "manifest.json"),
     "a word for a count": (
@@ -407,9 +399,7 @@ DATA: dict[str, tuple[Damage, str]] = {
         "manifest.json",
     ),
     "an object dtype": (entries(MANIFEST, lambda m: m["splits"]["train"].update(dtype="O")), "manifest.json"),
-    "source.json cut short": (file(SOURCE, half), "source.json"),
     "source.json without tokenizers": (entries(SOURCE, lambda m: m.pop("tokenizers")), "source.json"),
-    "altered vocabulary": (file("cache/*/word8.json", lambda b: b.replace(b'"cat"', b'"cow"')), "word8.json"),
     "streams of another tokenizer": (other_tokenizer, "another tokenizer"),
 }
 CONFIGS: dict[str, tuple[Damage, str]] = {
@@ -445,12 +435,8 @@ RUNS: dict[str, tuple[Damage, str]] = {
     ),
     "no checkpoints": (lambda p: shutil.rmtree(p / "run/checkpoints"), "checkpoint"),
     "checkpoints is a file": (other_kind("run/checkpoints"), "checkpoint"),
-    "empty weights": (file(WEIGHTS, lambda b: b""), "checkpoint"),
-    "weights cut short": (file(WEIGHTS, lambda b: b[:-8]), "checkpoint"),
     "weights altered": (file(WEIGHTS, flip), "checkpoint"),
     "a pickle as weights": (file(WEIGHTS, lambda b: PICKLE), "checkpoint"),
-    "state cut short": (file(STATE, lambda b: b[:-9]), "checkpoint"),
-    "state altered": (entries(STATE, lambda s: s.update(step=7)), "checkpoint"),
     "best.json cut short": (file(BEST, lambda b: b[:5]), "checkpoint = best"),
     "best.json names a place": (file(BEST, lambda b: b'{"step": "../../../text"}'), "checkpoint = best"),
     "best.json names no step": (file(BEST, lambda b: b'{"step": 99}'), "checkpoint = best"),
@@ -468,31 +454,22 @@ EVALUATED: dict[str, tuple[Damage, str]] = {
     "config is a folder": (other_kind(CONFIG), "config.yaml"),
     "no tokenizer": (file(TOKENIZER, lambda b: None), "tokenizer.json"),
     "empty tokenizer": (file(TOKENIZER, lambda b: b""), "tokenizer.json"),
-    "tokenizer is a list": (file(TOKENIZER, lambda b: b"[]"), "tokenizer.json"),
     "tokenizer is a pickle": (file(TOKENIZER, lambda b: PICKLE), "tokenizer.json"),
-    "tokenizer cut short": (file(TOKENIZER, lambda b: b[:-50]), "tokenizer.json"),
-    "tokenizer of another kind": (
-        entries(TOKENIZER, lambda t: t["model"].update(type="Unigram")),
-        "tokenizer.json",
-    ),
-    "tokenizer without <unk>": (file(TOKENIZER, lambda b: b.replace(b'"<unk>"', b'"<um>"')), "tokenizer.json"),
-    "ids with gaps": (entries(TOKENIZER, lambda t: t["model"]["vocab"].update(cat=900)), "tokenizer.json"),
     "more words than the model knows": (entries(TOKENIZER, more_words), "tokenizer.json"),
 }
 ACTIONS: dict[str, Callable[[Place], object]] = {
     "train": lambda place: place.train("output_dir=new"),
     "train again": lambda place: place.train(),
     "evaluate": lambda place: place.evaluate(),
-    "load": lambda place: load_run(place / "run"),
+}
+TABLES = {
+    "train": DATA,
+    "train again": {name: CONFIGS[name] for name in ("config with a Python object", "unknown setting")},
+    "evaluate": CONFIGS | RUNS | EVALUATED,
 }
 CASES = [
-    pytest.param(*case, action, id=f"{action}: {name}", marks=[pytest.mark.slow] if slow else [])
-    for action, table, slow in (
-        ("train", DATA, False),
-        ("evaluate", CONFIGS | RUNS | EVALUATED, False),
-        ("load", RUNS, True),
-        ("train again", CONFIGS, True),
-    )
+    pytest.param(*case, action, id=f"{action}: {name}")
+    for action, table in TABLES.items()
     for name, case in table.items()
 ]
 
@@ -551,10 +528,8 @@ def test_a_foreign_checkpoint_is_not_imported(place: Place, content: bytes) -> N
 
 COMMANDS: list[tuple[str, list[str], list[str]]] = [
     ("train.py", ["model.num_heads=3"], ["model.num_heads = 3", "does not divide"]),
-    ("train.py", ["train_length=eight"], ["train_length", "eight"]),
     ("train.py", ["seed"], ["seed", "name=value"]),
     ("train.py", ["--nonsense"], ["--nonsense"]),
-    ("train.py", ["data=wikitext2", "data.path=nowhere", "output_dir=new"], ["nowhere"]),
     ("train.py", ["position=rope"], ["rope", "alibi", "rotary"]),
     # Where Hydra's grammar bites, the message shows the quoting.
     ("train.py", ["data.path=/a=b"], ["""'data.path="/a=b"'"""]),
@@ -563,9 +538,7 @@ COMMANDS: list[tuple[str, list[str], list[str]]] = [
     ("train.py", ["position\uff1drotary"], ["name=value"]),  # a full-width sign
     ("evaluate.py", ["runs=~/x"], ["""'runs="~/x"'"""]),
     ("evaluate.py", ["runs=exp[12]/runs/*"], ["""'runs="exp[12]/runs/*"'"""]),
-    ("evaluate.py", ["runs=run", "lengths=[8]", "stride=99"], ["stride = 99"]),
     ("evaluate.py", ["runs=run", "lengths=[8,x]"], ["lengths"]),
-    ("evaluate.py", ["runs=run", "lengths=[]"], ["lengths"]),
     ("evaluate.py", ["runs=", "lengths=[8]"], ["runs is empty"]),
     ("evaluate.py", ["runs=run", "lengths=[8]", "+position.name=t5"], ["position.name = t5"]),
     ("analyse.py", ["runs=run", "contexts=[]", "view=fixed"], ["contexts"]),

@@ -1,9 +1,8 @@
 """Process groups: shares, sums and gradients of two processes against one."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,12 @@ from alibi_lm import distributed
 from alibi_lm.distributed import World, all_reduce_sum, barrier, gather_objects, shard
 
 ROOT = Path(__file__).resolve().parent.parent
-TWO_PROCESSES = """
+TWO_PROCESSES = (
+    f"""
 import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+"""
+    + """
 import torch
 from torch import nn
 from alibi_lm import distributed
@@ -61,6 +64,7 @@ for attempt in range(5):                                          # several runs
     distributed.stop()
 sys.stdout.write(f"rank {world.rank} done\\n")
 """
+)
 
 
 @pytest.fixture
@@ -113,13 +117,9 @@ def test_senseless_environments(
     assert "torchrun" in str(caught.value)
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path, command: Callable[..., Any]) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.split("\n"))[-2:] == ["rank 0 done", "rank 1 done"]
+    done = command(tmp_path, str(script))
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n"))[-2:] == ["rank 0 done", "rank 1 done"]

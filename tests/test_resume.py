@@ -1,21 +1,20 @@
 """A run that is killed with kill -9, at any moment and as often as you like, ends as if nothing had happened.
 
-The child wraps the calls at which the state of a run changes (steps, validation, rows of metrics, and every
-sync, rename and removal of a file) and sends itself SIGKILL before the n-th of them: nothing is cleaned up,
-and the moment does not depend on the speed of the machine. Other tests kill by the clock or ask to stop.
+The process (killed_driver.py) sends itself SIGKILL before the n-th call at which the state of a run changes:
+nothing is cleaned up, and the moment does not depend on the speed of the machine. Other tests kill by the clock
+or ask to stop.
 """
 
 import copy
 import functools
 import json
 import logging
-import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,6 @@ from alibi_lm.positions import POSITIONS
 from alibi_lm.runs import finished, status
 from alibi_lm.tracking import METRICS_FILE, read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 # Rows of metrics at other steps than checkpoints, three micro-batches a step, dropout of every kind.
 SETTINGS = [
     "experiment=smoke", "tokenizer.vocab_size=300", "tracking=jsonl", "device=cpu", "threads=1",
@@ -42,9 +40,7 @@ SETTINGS = [
     "model.num_layers=1", "model.model_dim=16", "model.num_heads=2", "model.ffn_dim=16", "model.dropout=0.1",
     "model.attention_dropout=0.1", "model.activation_dropout=0.1", "optimizer.lr=0.03", "schedule.warmup_steps=3",
 ]  # fmt: skip
-# A server that has imported everything forks the children, so a start costs milliseconds.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["alibi_lm.train", "torch._dynamo", "safetensors.torch", "filelock", "tokenizers"])
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -62,61 +58,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return overrides
 
 
-# --- children ------------------------------------------------------------------------------------
+# --- other processes -----------------------------------------------------------------------------
 
 
-def _count_calls(kill_at: int | tuple[str, int] | None) -> list[str]:
-    """Wraps what changes the state of a run; kills the process before a call.
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory: pytest.TempPathFactory, command: Run) -> Run:
+    """Do a job of killed_driver.py, given as the arguments of its `main`."""
+    job = tmp_path_factory.mktemp("jobs") / "job"
 
-    `kill_at` is how many calls have been made by then, of all or of the one named.
-    """
-    import torch
+    def do(**arguments: Any) -> subprocess.CompletedProcess[str]:
+        job.write_bytes(pickle.dumps(arguments))
+        return command(job.parent, "../tests/killed_driver.py", str(job))
 
-    import alibi_lm.runs
-    import alibi_lm.train
-
-    calls: list[str] = []
-
-    def watch(owner: Any, name: str) -> None:
-        function: Callable[..., Any] = getattr(owner, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if kill_at in (len(calls), (name, calls.count(name))):
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls.append(name)
-            return function(*args, **kwargs)
-
-        setattr(owner, name, call)
-
-    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
-        watch(os, name)
-    watch(torch.optim.AdamW, "step")
-    watch(torch.Tensor, "backward")
-    watch(alibi_lm.train, "validate")
-    watch(alibi_lm.train, "_self_check")
-    watch(alibi_lm.runs, "mark_finished")
-    return calls
+    return do
 
 
-def _child(config: TrainConfig, folder: Path, kill_at: int | tuple[str, int] | None) -> None:
-    from alibi_lm.train import train
-
-    calls = _count_calls(kill_at)
-    train(config, folder)
-    folder.with_suffix(".calls").write_text(json.dumps(calls))
-
-
-def run(
-    overrides: list[str], folder: Path, kill_at: int | tuple[str, int] | None = None, after: float | None = None
-) -> int | None:
-    """Trains in a child; returns its exit code, -9 after a kill."""
-    child = SERVER.Process(target=_child, args=(composed(*overrides), folder, kill_at))
-    child.start()
-    child.join(after)
-    if child.is_alive():
-        child.kill()
-        child.join()
-    return child.exitcode
+@pytest.fixture(scope="module")
+def run(drive: Run) -> Callable[..., int]:
+    """Train in another process: run(overrides, folder, kill_at=..., after=...) -> exit code, -9 after a kill."""
+    return lambda overrides, folder, **end: drive(config=composed(*overrides), folder=folder, **end).returncode
 
 
 @functools.cache
@@ -148,7 +108,9 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Callable[[str], Path]:
+def reference(
+    tmp_path_factory: pytest.TempPathFactory, corpus: list[str], run: Callable[..., int]
+) -> Callable[[str], Path]:
     """The uninterrupted run of a scheme, trained once."""
     made: dict[str, Path] = {}
 
@@ -165,7 +127,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Ca
 # --- kills ---------------------------------------------------------------------------------------
 
 
-def kill_and_finish(overrides: list[str], folder: Path, moments: list[int]) -> None:
+def kill_and_finish(run: Callable[..., int], overrides: list[str], folder: Path, moments: list[int]) -> None:
     """One kill at each moment (a count of calls since the start of the process), then to the end."""
     for moment in moments:
         if run(overrides, folder, kill_at=moment) == 0:
@@ -189,12 +151,17 @@ def test_the_reference_covers_what_it_should(reference: Callable[[str], Path]) -
 
 @pytest.mark.parametrize(("position", "seed"), [("alibi", 0), ("t5", 1)])
 def test_three_kills_in_a_row(
-    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], position: str, seed: int
+    tmp_path: Path,
+    run: Callable[..., int],
+    corpus: list[str],
+    reference: Callable[[str], Path],
+    position: str,
+    seed: int,
 ) -> None:
     overrides = [*SETTINGS, *corpus, f"position={position}"]
     total = len(calls_of(reference(position)))
     chance = random.Random(seed)
-    kill_and_finish(overrides, tmp_path / "run", [chance.randrange(total) for _ in range(3)])
+    kill_and_finish(run, overrides, tmp_path / "run", [chance.randrange(total) for _ in range(3)])
     assert_same_run(tmp_path / "run", reference(position))
 
 
@@ -202,18 +169,23 @@ def test_three_kills_in_a_row(
 @pytest.mark.parametrize("position", sorted(POSITIONS))
 @pytest.mark.parametrize("seed", range(5))
 def test_random_kills_with_every_scheme(
-    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], position: str, seed: int
+    tmp_path: Path,
+    run: Callable[..., int],
+    corpus: list[str],
+    reference: Callable[[str], Path],
+    position: str,
+    seed: int,
 ) -> None:
     overrides = [*SETTINGS, *corpus, f"position={position}"]
     total = len(calls_of(reference(position)))
     chance = random.Random(f"{position} {seed}")
-    kill_and_finish(overrides, tmp_path / "run", [chance.randrange(total) for _ in range(1 + seed)])
+    kill_and_finish(run, overrides, tmp_path / "run", [chance.randrange(total) for _ in range(1 + seed)])
     assert_same_run(tmp_path / "run", reference(position))
 
 
 @pytest.mark.slow
 def test_a_kill_before_every_single_call_from_the_last_steps_on(
-    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path]
+    tmp_path: Path, run: Callable[..., int], corpus: list[str], reference: Callable[[str], Path]
 ) -> None:
     """The last checkpoints, the last validation, the self-check and the mark of the end, call by call."""
     overrides = [*SETTINGS, *corpus, "position=alibi"]
@@ -221,7 +193,7 @@ def test_a_kill_before_every_single_call_from_the_last_steps_on(
     start = [number for number, name in enumerate(calls) if name == "step"][-3]
     for moment in range(start, len(calls)):
         folder = tmp_path / f"run{moment}"
-        kill_and_finish(overrides, folder, [moment])
+        kill_and_finish(run, overrides, folder, [moment])
         assert_same_run(folder, reference("alibi"))
         shutil.rmtree(folder)
 
@@ -229,7 +201,7 @@ def test_a_kill_before_every_single_call_from_the_last_steps_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_kills_by_the_clock(
-    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], seed: int
+    tmp_path: Path, run: Callable[..., int], corpus: list[str], reference: Callable[[str], Path], seed: int
 ) -> None:
     overrides = [*SETTINGS, *corpus, "position=rotary"]
     began = time.monotonic()
@@ -238,12 +210,16 @@ def test_kills_by_the_clock(
     chance = random.Random(seed)
     for _ in range(3):
         run(overrides, tmp_path / "run", after=chance.uniform(0, whole))
-    kill_and_finish(overrides, tmp_path / "run", [])
+    kill_and_finish(run, overrides, tmp_path / "run", [])
     assert_same_run(tmp_path / "run", reference("rotary"))
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
-    tmp_path: Path, corpus: list[str], reference: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    run: Callable[..., int],
+    corpus: list[str],
+    reference: Callable[[str], Path],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     overrides = [*SETTINGS, *corpus, "position=alibi"]
     folder = tmp_path / "run"
@@ -260,57 +236,49 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
     assert_same_run(folder, reference("alibi"))
 
 
-@pytest.mark.parametrize("moment", ["_self_check", "mark_finished"])
 def test_killed_after_the_last_step_of_a_run_that_was_better_before(
-    tmp_path: Path, corpus: list[str], moment: str
+    tmp_path: Path, run: Callable[..., int], corpus: list[str]
 ) -> None:
     overrides = [*SETTINGS, *corpus, "position=alibi", "optimizer.lr=1.0", "steps=8"]
-    straight, folder = tmp_path / "straight", tmp_path / "run"
+    straight = tmp_path / "straight"
     assert run(overrides, straight) == 0
     done = finished(straight)
     assert done is not None and done["best_validation_loss"] < done["validation_loss"]
-    assert run(overrides, folder, kill_at=(moment, 0)) == -signal.SIGKILL
-    assert run(overrides, folder) == 0
-    assert_same_run(folder, straight)
+    for moment in ("_self_check", "mark_finished"):
+        assert run(overrides, tmp_path / moment, kill_at=(moment, 0)) == -signal.SIGKILL
+        assert run(overrides, tmp_path / moment) == 0
+        assert_same_run(tmp_path / moment, straight)
 
 
 @pytest.mark.slow
-def test_kills_with_wandb(tmp_path: Path, corpus: list[str], reference: Callable[[str], Path]) -> None:
+def test_kills_with_wandb(
+    tmp_path: Path, run: Callable[..., int], corpus: list[str], reference: Callable[[str], Path]
+) -> None:
     overrides = [*SETTINGS, *corpus, "position=alibi", "tracking=wandb"]
     total = len(calls_of(reference("alibi")))
     chance = random.Random(5)
-    kill_and_finish(overrides, tmp_path / "run", [chance.randrange(total) for _ in range(3)])
+    kill_and_finish(run, overrides, tmp_path / "run", [chance.randrange(total) for _ in range(3)])
     assert_same_run(tmp_path / "run", reference("alibi"))
 
 
 # --- being asked to stop -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda s: s.name
-)
-def test_asked_to_stop(tmp_path: Path, corpus: list[str], stop: signal.Signals) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_asked_to_stop(
+    tmp_path: Path, corpus: list[str], drive: Run, reference: Callable[[str], Path], stop: signal.Signals
+) -> None:
     """SIGTERM (a cluster that takes the machine back) and Ctrl-C: saved, said so, resumed, the same in the end."""
-    overrides = [*SETTINGS, *corpus, "position=alibi", "steps=200", "validate_every=150", "checkpoint_every=90"]
-    folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, f"output_dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((folder / METRICS_FILE).exists() and rows(folder)) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(stop)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + stop, errors
-    last = CheckpointStore(folder / "checkpoints").get("last")
-    assert f"after step {last.step}; give the command again to resume" in output + errors
-    assert "Traceback" not in output + errors
-    assert status(folder) == "partial" and 0 < last.step < 200
-
+    overrides, folder = [*SETTINGS, *corpus, "position=alibi"], tmp_path / "run"
+    done = drive(script=[*overrides, f"output_dir={folder}"], kill_at=("step", 4), number=stop)
+    assert done.returncode == 128 + stop, done.stderr
+    assert "stopped by signal" in done.stderr and "after step 5; give the command again to resume" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert status(folder) == "partial" and CheckpointStore(folder / "checkpoints").get("last").step == 5
     # A checkpoint off the usual steps changes nothing in what follows.
-    assert run(overrides, folder) == 0
-    assert run(overrides, tmp_path / "uninterrupted") == 0
-    assert_same_run(folder, tmp_path / "uninterrupted")
+    done = drive(script=[*overrides, f"output_dir={folder}"])
+    assert done.returncode == 0 and "resumes at step 5 of 11" in done.stdout
+    assert_same_run(folder, reference("alibi"))
 
 
 @pytest.mark.parametrize("number", [1, 3, 4], ids=["a validation", "the last validation", "the self-check"])
@@ -463,27 +431,26 @@ def test_a_full_disk_at_the_start_names_the_folder(
     assert str(folder / "config.yaml") in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("split", "word", "what"),
-    [("train", "", "training text"), ("valid", "", "validation text"), ("train", " w1 ", "tokenizer")],
-)
 def test_a_run_is_not_continued_on_another_text(
-    tmp_path: Path, corpus: list[str], split: str, word: str, what: str
+    tmp_path: Path, run: Callable[..., int], corpus: list[str]
 ) -> None:
     """The text changed between a kill and the next start, and its token streams with it."""
-    text = Path(corpus[1].partition("=")[2])
-    mine = shutil.copytree(text, tmp_path / "text", ignore=shutil.ignore_patterns("cache"))
-    settings = [o for o in SETTINGS if not o.startswith("tokenizer.")]
-    overrides = [*settings, "data=wikitext2", "tokenizer=word", f"data.path={mine}", "position=alibi", "steps=4"]
-    folder = tmp_path / "run"
-    assert run([*overrides, f"data.cache_dir={tmp_path / 'a'}"], folder, kill_at=("_self_check", 0)) == -9
-    before = {name: (folder / name).read_bytes() for name in ("corpus.json", "tokenizer.json")}
-
-    file = mine / f"wiki.{split}.tokens"
-    lines = file.read_text().splitlines()[::-1]  # the same words, as often
-    file.write_text("\n".join(line.replace(word, " v1 ") if word else line for line in lines) + "\n")
     from alibi_lm.train import train
 
-    with pytest.raises(ValueError, match=f"holds a run with another {what} .*overwrite=true"):
-        train(composed(*overrides, f"data.cache_dir={tmp_path / 'b'}"), folder)
-    assert {name: (folder / name).read_bytes() for name in before} == before
+    text = Path(corpus[1].partition("=")[2])
+    settings = [o for o in SETTINGS if not o.startswith("tokenizer.")]
+    overrides = [*settings, "data=wikitext2", "tokenizer=word", "position=alibi", "steps=4"]
+    folder, own = tmp_path / "run", [f"data.path={text}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert run([*overrides, *own], folder, kill_at=("_self_check", 0)) == -signal.SIGKILL
+    before = {name: (folder / name).read_bytes() for name in ("corpus.json", "tokenizer.json")}
+    for split, word, what in (
+        ("train", "", "training text"), ("valid", "", "validation text"), ("train", " w1 ", "tokenizer")
+    ):  # fmt: skip
+        changed = shutil.copytree(text, tmp_path / what, ignore=shutil.ignore_patterns("cache"))
+        file = changed / f"wiki.{split}.tokens"
+        lines = file.read_text().splitlines()[::-1]  # the same words, as often
+        file.write_text("\n".join(line.replace(word, " v1 ") if word else line for line in lines) + "\n")
+        other = [f"data.path='{changed}'", f"data.cache_dir='{changed / 'cache'}'"]
+        with pytest.raises(ValueError, match=f"holds a run with another {what} .*overwrite=true"):
+            train(composed(*overrides, *other), folder)
+        assert {name: (folder / name).read_bytes() for name in before} == before

@@ -44,10 +44,6 @@ class DataConfig:
             f"data.path = {self.path} has no effect with data={self.name}. Leave data.path out, or use data=text, "
             "data=wikitext103 or data=wikitext2 with it.",
         )
-        require(
-            self.path is None or bool(self.path.strip()),
-            "data.path is empty. Give a folder of text, or leave it out.",
-        )
         for field in fields(self):
             users, value = USERS.get(field.name, NAMES), getattr(self, field.name)
             require(
@@ -58,7 +54,3 @@ class DataConfig:
         require(self.name != "text" or self.path is not None, "data=text needs data.path=<file, folder or glob>.")
         require(self.name != "hub" or self.repo is not None, "data=hub needs data.repo=<owner>/<name>.")
         require_at_least("data.max_tokens", self.max_tokens, 1)
-        require(
-            bool(self.cache_dir.strip()),
-            "data.cache_dir is empty. Give a folder for the prepared streams, such as `data`.",
-        )

@@ -28,7 +28,7 @@ from typing import Any
 from alibi_lm.data import hub
 from alibi_lm.data.config import DataConfig
 from alibi_lm.data.text import BYTE_ORDER_MARK, SPLITS, Passage, Source, passages_of, split_of_file
-from alibi_lm.files import fingerprint
+from alibi_lm.files import fingerprint, sha256_of
 from alibi_lm.settings import require
 
 SPLIT_NAMES = {
@@ -161,16 +161,23 @@ class FileSource(DocumentSource):
 
     def record(self, split: str) -> dict[str, Any]:
         files = self._files(split)
-        digest = hashlib.sha256()
-        for path in files:
-            digest.update(f"{path.name}\n{fingerprint(path)}\n".encode())
-        size = sum(path.stat().st_size for path in files)
-        return {"folder": str(self.root), "files": len(files), "bytes": size, "sha256": digest.hexdigest()}
+        size, digests = sum(path.stat().st_size for path in files), self._digest(split, fingerprint)
+        content = self._digest(split, sha256_of)
+        return {
+            "folder": str(self.root), "files": len(files), "bytes": size, "sha256": digests, "content": content
+        }  # fmt: skip
+
+    def _digest(self, split: str, digest: Callable[[Path], str]) -> str:
+        """A hash of the names and digests of a split's files."""
+        lines = [f"{path.name}\n{digest(path)}\n" for path in self._files(split)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def check(self, split: str, record: dict[str, Any], full: bool = False) -> str | None:
         if not self.files:
             return None
-        same = self.record(split)["sha256"] == record["sha256"]
+        same = self._digest(split, fingerprint) == record["sha256"]
+        if same and full and "content" in record:  # an earlier version did not note it
+            same = self._digest(split, sha256_of) == record["content"]
         return None if same else f"{self.place}: the {split} text has changed since it was prepared"
 
     def size(self, split: str) -> int | None:

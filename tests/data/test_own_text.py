@@ -7,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from alibi_lm import files
 from alibi_lm.data.config import DataConfig
+from alibi_lm.data.corpus import verify
 from alibi_lm.data.own_text import HASHED_LINES
 from alibi_lm.data.prepare import open_source, prepare
 from alibi_lm.data.text import SPLITS
@@ -118,6 +120,20 @@ def test_borders_hashes_and_budget(tmp_path):
     write(folder, "jsonl", [*DOCUMENTS[:-1], "changed\n"], column="body")
     with pytest.raises(ValueError, match="has changed since it was prepared"):
         prepare(config, BytesConfig(), ["validation"])
+
+
+def test_a_small_change_in_a_large_file_is_for_verify(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SAMPLES", 2)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 100)
+    config = settings(write(tmp_path / "text", "jsonl"), tmp_path, split_by="none")
+    path = tmp_path / "text" / "all.jsonl"
+    verify(prepare(config, BytesConfig(), ["validation"]))
+    path.write_text(path.read_text().replace("document 150", "document 051"))
+    again = prepare(config, BytesConfig(), ["validation"])  # the samples do not see it
+    with pytest.raises(ValueError, match="the validation text has changed since it was prepared"):
+        verify(again)
+    del again.manifest["splits"]["validation"]["source"]["content"]  # as an earlier version prepared it
+    verify(again)
 
 
 def test_bytes_come_back_whatever_they_are():

@@ -1,9 +1,8 @@
-"""Python's standard library as a text, and the settings of all texts."""
+"""Python's standard library as a text."""
 
 import pytest
 
 from alibi_lm.data import text
-from alibi_lm.data.config import DataConfig
 from alibi_lm.data.text import SPLITS, StandardLibrarySource, split_of_file
 
 
@@ -76,17 +75,3 @@ def test_what_is_no_working_code_is_left_out(tmp_path, monkeypatch):
     assert {name for split in SPLITS for name in source.files[split]} == set(taken)
     lines = {line for split in SPLITS for passage in source.passages(split) for line in passage.lines}
     assert "a = 7" in lines and "b = 1" in lines
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "ptb"}, r"data\.name = 'ptb'\. Allowed: python_stdlib, wikitext2, wikitext103"),
-        ({"path": "x"}, r"data\.path = x has no effect with data=python_stdlib"),
-        ({"name": "wikitext2", "path": " "}, r"data\.path is empty"),
-        ({"cache_dir": ""}, r"data\.cache_dir is empty"),
-    ],
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        DataConfig(**settings)
