@@ -402,8 +402,8 @@ def test_what_stops_the_compiler_is_named(
 
     failure = type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})
 
-    def compile(function: Any, **options: Any) -> Any:
-        def failing(*args: Any) -> Any:
+    def compile(function: Any, **settings: Any) -> Any:
+        def failing(*args: Any, **options: Any) -> Any:
             raise failure(reason)
 
         return failing
