@@ -233,11 +233,11 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
         return [], f"no {what}{settings}, {view.title}"
     found = curves(rows, view, evidence.words)
     if len(found) > 1:
-        # Runs with the experiment's own settings are meant, unless the claim names others.
+        # Runs with the experiment's own settings are meant. If the claim names others, there are none such here.
         variants = ", ".join(sorted(curve.variant or "as in the experiment" for curve in found))
         own = {run for curve in found if evidence.is_own(curve) for run in curve.seeds}
         rows = [row for row in rows if row.run in own]
-        if not rows or side.where:
+        if not rows:
             return [], f"several variants of {what}: {variants}"
     return rows, ""
 

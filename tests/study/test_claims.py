@@ -465,7 +465,7 @@ NEEDLE = {"task.name": "needle", "query_scale.name": "none"}
         (0.14, 20.0, "NOT SETTLED", "far needles, L=64, at 128"),
     ],
 )
-def test_retrieval_is_judged_by_far_needles_beside_the_perplexity(far, at_256, verdict, decisive):
+def test_retrieval_is_judged_by_far_needles_beside_the_perplexity(tmp_path, far, at_256, verdict, decisive):
     # At 128 = 2L the needle at depth 0.5 stands exactly L before the end, so it is not far; at 256 it is.
     rows = needle_rows("alibi", {64: (0.9, 0.9, 0.9), 128: (far, 0.95, 1.0), 256: (0.01, 0.02, 1.0)})
     rows += flat("alibi", {64: 20.0, 128: 20.1, 256: at_256})
@@ -476,6 +476,13 @@ def test_retrieval_is_judged_by_far_needles_beside_the_perplexity(far, at_256, v
     assert numbers["far needles, L=64, at 128"].startswith(f"+{far:.3f} [")
     assert numbers["far needles, L=64, at 256"].startswith("+0.015 [") and "200 items" in str(numbers)
     assert "3 seeds and 300 items" in numbers["needles at L, L=64, at 64"]
+    # Runs with other settings, on the same task, change nothing: the experiment's own are meant.
+    other = flat("alibi", {64: 40.0, 128: 60.0, 256: 90.0}, suffix="_0f3a9c21")
+    for run in {r.run for r in rows + other}:
+        scale = "ssmax" if "_0f" in run else "none"
+        write_run(tmp_path / "runs", run, f"task: {{name: needle}}\nquery_scale: {{name: {scale}}}")
+    mixed = judge_claim(ALL["retrieval_at_distance"], evidence(rows + other, tmp_path / "extrapolation"))
+    assert mixed.instances == found.instances
     rest = [r for r in rows if (r.task, r.inference_length) != ("needle", 64)]
     untrained = with_config(rest + needle_rows("alibi", {64: (0.1,) * 3}), lambda run: NEEDLE)
     nothing = judge_claim(ALL["retrieval_at_distance"], untrained)
