@@ -358,7 +358,8 @@ def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str =
         half = share_half_width(of_seeds, of_items, count, items, level)
         over = f"{count} seeds{', paired' if paired and right else ''}" if count > 1 else one
         spread = of_seeds * count, of_items, math.inf
-        ends = center - half, center + half
+        least = 0.0 if right is None else -1.0  # a share; a difference of two
+        ends = max(least, center - half), min(1.0, center + half)
         return Measured(center, *ends, count, f"{over} and {items} items", *spread, comparisons, left.metric)
     if count < 2:
         words = f"{one}; {why}" if why else one

@@ -171,6 +171,8 @@ def curve_figure(
         remarks.append("Ring: the length that a curve was trained at.")
     if any(line.apart for panel in panels for line in panel.lines):
         remarks.append("Star: the whole split as one window, each token with all before it.")
+    if view.metric == "accuracy":
+        remarks.append(of_accuracies(panels))
     shown = {name for panel in panels for name in panel.levels}
     remarks += [
         f"Out of range: {name} baseline, {value:.4g}." for name, value in base.items() if name not in shown
@@ -321,9 +323,8 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
             panel = curve_panels(own, length, baselines(rows, view))[0]
             assert panel is not None
             panels.append(replace(panel, title=f"{view.task.replace('_', ' ')}, {panel.title}"))
-        remark = "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
-        title, origin = "Accuracy by length, all tasks", _counts(rows, found)
-        drawn += save_both(build(title, grid(panels, 2), origin, [remark], [], (3.6, 2.9)), folder, "tasks")
+        title, origin, remarks = "Accuracy by length, all tasks", _counts(rows, found), [of_accuracies(panels)]
+        drawn += save_both(build(title, grid(panels, 2), origin, remarks, [], (3.6, 2.9)), folder, "tasks")
     if depths := _depth_panels(rows, found, words):
         origin = "items that are right in per cent, mean over seeds; " + _counts(rows, found)
         remark = "Above the white line needles stand further from the question than the training length."
@@ -332,6 +333,13 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
             build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0)), folder, "depths"
         )
     return drawn
+
+
+def of_accuracies(panels: Sequence[Panel]) -> str:
+    """What is drawn around the means, in words."""
+    if all(panel.crowded for panel in panels):
+        return "Dots: single seeds; 95% intervals over seeds and items are in table.md. All seeds count."
+    return "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
 
 
 def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, float]]) -> None:

@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ GRID, SOFT, RED = "#E4E4E4", "#777777", "#B00020"
 DOTS = 160
 """Resolution of PNG files, in dots per inch."""
 PAPER_DASHES = (1.0, 1.6)
+MOST_WHISKERS = 12
+"""With more lines than this in a panel, whiskers would hide them."""
 COINCIDE = 0.012
 """Lines closer than this share of a panel's height hide each other, so the lower one is drawn wider."""
 RC: dict[Any, Any] = {
@@ -89,10 +91,15 @@ class Panel:
     zero: bool = False
     """Changes relative to x = 0: both axes have a 0, and that of y is marked."""
 
+    @property
+    def crowded(self) -> bool:
+        """Whether too many lines have intervals for these to be drawn."""
+        return sum(bool(line.low) for line in self.lines) > MOST_WHISKERS
+
 
 def draw_panel(axis: Axes, panel: Panel) -> None:
     """Draw one chart into empty axes."""
-    lines = [line for line in panel.lines if line.x]
+    lines = [replace(line, low=[], high=[]) if panel.crowded else line for line in panel.lines if line.x]
     if not lines:
         say(axis, "no scheme here has a value")
         return
@@ -104,12 +111,13 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
     labels: list[Label] = []
     ordered = sorted(lines, key=lambda line: line.position == "alibi")  # ALiBi on top of the others
     spans = [line for line in ordered if line.low and not panel.band]
+    apart = beside(len(spans))
     for grey in panel.behind:
         axis.plot(grey.x, grey.y, color="#BBBBBB", linewidth=0.7, zorder=1)
     under = hidden_under(ordered, axis.get_ylim(), panel.log_y)
     step = min(1.0, 2 / max([*under, 1]))  # if many lines coincide, the lowest does not get too wide
     for line, wider in zip(ordered, (count * step for count in under), strict=True):
-        shift = (spans.index(line) - (len(spans) - 1) / 2) * 0.05 if line in spans else 0.0
+        shift = (spans.index(line) - (len(spans) - 1) / 2) * apart if line in spans else 0.0
         _draw(axis, panel, line, wider, 0.0 if panel.zero else shift)
         if line.name and axis.get_ylim()[0] <= line.y[-1] <= axis.get_ylim()[1]:
             labels.append(Label(line.x[-1], line.y[-1], line.name, look(line.position).color, line.note))
@@ -122,6 +130,11 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
     write_labels(axis, labels)
     axis.set_ylabel(panel.y_label + (", log axis" if panel.log_y else ""), fontsize=8.5)
     axis.set_xlabel(panel.x_label, fontsize=8.5, labelpad=1)
+
+
+def beside(count: int) -> float:
+    """How far lines with whiskers are shifted from each other, in octaves: all of them by 0.3 at most."""
+    return min(0.05, 0.3 / max(count, 1))
 
 
 def limits_of(panel: Panel, lines: Sequence[Line]) -> tuple[float, float]:
@@ -183,7 +196,8 @@ def _draw(axis: Axes, panel: Panel, line: Line, wider: float, shift: float) -> N
         **dashes,
     )
     if line.dots:
-        axis.plot(*zip(*line.dots, strict=True), ".", color=style.color, markersize=3, alpha=0.45, zorder=3)
+        dots = [(v * 2**shift, y) for v, y in line.dots]
+        axis.plot(*zip(*dots, strict=True), ".", color=style.color, markersize=3, alpha=0.45, zorder=3)
     if panel.band:
         axis.fill_between(x, line.low, line.high, color=style.color, alpha=0.16, linewidth=0, zorder=2)
     elif line.low:
@@ -231,9 +245,8 @@ def _x_axis(axis: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         ticks = places
     else:
         axis.set_xscale("log", base=2)
-        # Lines with whiskers are shifted apart.
-        beside = 0.0 if panel.band else 0.05 * sum(bool(line.low) for line in lines) / 2
-        pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + beside)
+        count = 0 if panel.band else sum(bool(line.low) for line in lines)
+        pad = 2 ** (max(0.03 * math.log2(places[-1] / places[0]), 0.06) + count * beside(count) / 2)
         axis.set_xlim(places[0] / pad, max([places[-1], *apart]) * pad)
         # Lengths are whole; keys held are means, which need rounder ticks.
         anchor = trained or (places[0] if places[0] == int(places[0]) else 1)
@@ -294,7 +307,7 @@ def _levels(axis: Axes, panel: Panel, labels: list[Label]) -> None:
 
 def fits(panel: Panel, value: float) -> bool:
     """Whether a horizontal line fits without squeezing the curves, as one far above them would."""
-    lines = [line for line in panel.lines if line.x]
+    lines = [replace(line, low=[], high=[]) if panel.crowded else line for line in panel.lines if line.x]
     if not lines:
         return False
     low, high = panel.limits or limits_of(panel, lines)

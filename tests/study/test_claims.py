@@ -551,7 +551,11 @@ def test_the_interval_of_a_difference_of_accuracies_is_over_seeds_and_items():
     assert 1.9 * error < found.high - found.estimate < 4.31 * error, "between z and t of 2 degrees of freedom"
     # seeds that agree exactly leave the items; items alone say nothing of another training run
     same = measure(made("none", (0.0, 0.0, 0.0)), None)
-    assert 0 < same.high < 0.02 and judge(same, "below", 0.15, 2) == "HOLDS"
+    assert same.low == 0 < same.high < 0.02 and judge(same, "below", 0.15, 2) == "HOLDS"
+    wide = [
+        measure(made("none", v), w) for v, w in (((0.1, 1.0, 0.9), None), ((0, 1, 0), made("alibi", (1, 0, 1))))
+    ]
+    assert [(w.low, w.high) for w in wide] == [(0, 1), (-1, 1)], "a share has a range"
     one = measure(made("none", x[:1]), made("alibi", y[:1]))
     assert one.seeds == 1 and judge(one, "above", 0.0, 2) == "NOT SETTLED"
     few = measure(made("none", x, items=20), made("alibi", y, items=20))

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from study_rows import accuracy, analysis, curve, real_config, row, run_script, study, unigram, write_run
 
 from alibi_lm.results.curves import Curve, View, by_byte, curves
@@ -20,11 +21,12 @@ from alibi_lm.study.figures import (
     draw,
     memory_figure,
     missing,
+    of_accuracies,
     split_into_panels,
 )
 from alibi_lm.study.labels import spread
 from alibi_lm.study.pages import markdown
-from alibi_lm.study.plots import Line, Panel, hidden_under, length_ticks, limits_of
+from alibi_lm.study.plots import MOST_WHISKERS, Line, Panel, draw_panel, hidden_under, length_ticks, limits_of
 from alibi_lm.study.records import find_records
 from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import LOOKS, look
@@ -241,6 +243,27 @@ def test_intervals_are_whiskers_that_leave_the_curves_readable():
     assert (high / low) < (max(values) / min(values)) ** 3.5  # e^9 would leave the curves a line at the bottom
     assert [line.low != [] for line in near.lines] == [True, False]  # what leaves the close-up hides nothing there
     assert near.limits[1] < 25
+
+
+def test_dots_stay_at_their_line_and_too_many_lines_have_no_whiskers():
+    def panel(count):
+        one = Line(
+            "alibi", "", [64.0, 128.0], [0.9, 0.5], low=[0.8, 0.4], high=[1.0, 0.6], dots=[(64, 0.8), (64, 1.0)]
+        )
+        return Panel([one] * count, y_label="accuracy")
+
+    for count in (MOST_WHISKERS, MOST_WHISKERS + 1):
+        axis = Figure().subplots()
+        draw_panel(axis, panel(count))
+        dots = [line.get_xdata() for line in axis.lines if line.get_marker() == "."]
+        curves = [line.get_xdata() for line in axis.lines if line.get_color() == look("alibi").color]
+        curves = [x for x in curves if len(x) == 2 and x[1] > 1.5 * x[0]]
+        assert len(curves) == len(dots) == count
+        assert all(own[0] == dot[0] == dot[1] for own, dot in zip(curves, dots, strict=True))
+        whiskers = len(axis.collections)
+        assert whiskers == (count if count <= MOST_WHISKERS else 0)
+        assert max(x[0] for x in curves) / min(x[0] for x in curves) < 2**0.3
+    assert "table.md" in of_accuracies([panel(MOST_WHISKERS + 1)]) and "Whiskers" in of_accuracies([panel(3)])
 
 
 def test_every_curve_has_its_own_panel_by_position():
