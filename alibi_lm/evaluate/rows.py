@@ -30,6 +30,9 @@ from alibi_lm.tasks.base import Task
 from alibi_lm.tasks.items import Items
 from alibi_lm.tasks.text import TextTask
 
+OF_TASK = ("mode", "stride", "split", "corpus", "words", "bytes")
+"""The fields that a row has from its task."""
+
 
 def measure(passes: Passes, length: int, output: Path | None = None, **common: Any) -> list[ResultRow]:
     """Measure one model at one inference length: a row for each metric of the task.
@@ -124,7 +127,7 @@ def keep(output: Path | None, rows: list[ResultRow], sums: list[DocumentSums] | 
 def _fields(passes: Passes, common: dict[str, Any]) -> dict[str, Any]:
     task, model = passes.task, passes.model
     fields = {"run": model.label, "train_length": model.train_length, "commit": runtime.code_version()[0]} | common
-    return fields | {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
+    return fields | {name: getattr(task, name) for name in OF_TASK}
 
 
 def perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
@@ -212,7 +215,7 @@ def baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
         counts += np.bincount(train[start : start + (1 << 24)], minlength=vocab_size)
     log_probs = np.log((counts + 1) / (counts.sum() + vocab_size))
     total = float(-(np.bincount(task.tokens, minlength=vocab_size) * log_probs).sum())
-    fields = {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
+    fields = {name: getattr(task, name) for name in OF_TASK}
     fields |= {"position": "unigram", "tokens": len(task.tokens), "commit": commit}
     return perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
 
