@@ -28,6 +28,10 @@ from typing import NamedTuple
 import numpy as np
 
 
+ANGLES = np.linspace(0, np.pi / 2, 25)
+"""Where the critical value is computed; in between it is interpolated."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate with the interval around it, in nats per token."""
@@ -133,38 +137,54 @@ def critical_value(share: np.ndarray, seed_df: np.ndarray, document_df: np.ndarr
         level: two-sided level, in (0, 1).
     """
     share, seed_df, document_df = np.broadcast_arrays(share, seed_df, document_df)
-    # Degrees of freedom are rounded down (to the safe side), so that few tables are needed.
-    pairs = np.stack([seed_df, document_df], -1)
-    pairs = np.where(pairs >= 1, np.floor(pairs), pairs)
     angle = np.arcsin(np.sqrt(share))
+    below = np.clip(np.searchsorted(ANGLES, angle, side="right") - 1, 0, len(ANGLES) - 2)
+    # Degrees of freedom are rounded down (to the safe side), so that few quantiles are needed.
+    cases = np.stack([below, *(np.where(df >= 1, np.floor(df), df) for df in (seed_df, document_df))], -1)
     value = np.empty(share.shape)
-    for pair in np.unique(pairs.reshape(-1, 2), axis=0):
-        chosen = (pairs == pair).all(-1)
-        angles, quantiles = _behrens_fisher(float(pair[0]), float(pair[1]), (1 + level) / 2)
-        value[chosen] = np.interp(angle[chosen], angles, quantiles)
+    for case in np.unique(cases.reshape(-1, 3), axis=0):
+        k, chosen = int(case[0]), (cases == case).all(-1)
+        ends = [_behrens_fisher(n, float(case[1]), float(case[2]), (1 + level) / 2) for n in (k, k + 1)]
+        value[chosen] = np.interp(angle[chosen], ANGLES[k : k + 2], ends)
     return value
 
 
-@lru_cache(maxsize=512)
-def _behrens_fisher(seed_df: float, document_df: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
-    """Angles (25,) from 0 to pi / 2 and the quantile of sin(angle) T_seed + cos(angle) T_document at each."""
+def _behrens_fisher(number: int, seed_df: float, document_df: float, upper: float) -> float:
+    """The quantile of sin(angle) T_seed + cos(angle) T_document at an angle, given by its number in ANGLES."""
     from scipy import stats
 
-    angles = np.linspace(0, np.pi / 2, 25)
     if seed_df > document_df:
-        swapped = _behrens_fisher(document_df, seed_df, upper)[1]
-        return angles, swapped[::-1]
+        return _behrens_fisher(len(ANGLES) - 1 - number, document_df, seed_df, upper)
+    if number == 0:
+        return float(stats.t.ppf(upper, document_df))
+    block, place = divmod(number - 1, 4)
+    return float(_four_quantiles(1 + 4 * block, seed_df, document_df, upper)[place])
+
+
+@lru_cache(maxsize=1 << 12)
+def _four_quantiles(first: int, seed_df: float, document_df: float, upper: float) -> np.ndarray:
+    """The quantiles at four neighbouring angles, (4,); seed_df <= document_df."""
+    from scipy import special, stats
+
     # Probability of a sum by quadrature over the part with the lighter tail, with the exact cdf of the other.
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    lighter = stats.t.ppf((nodes + 1) / 2, document_df)
-    sine, cosine = np.sin(angles[1:, None]), np.cos(angles[1:, None])
-    low = np.zeros(len(angles) - 1)
-    high = np.full_like(low, 2 * stats.t.ppf(upper, seed_df))
+    lighter, weights = _quadrature(document_df)
+    angles = ANGLES[first : first + 4, None]
+    sine, cosine = np.sin(angles), np.cos(angles)
+    low, high = np.zeros(4), np.full(4, 2 * stats.t.ppf(upper, seed_df))
     for _ in range(45):
         middle = (low + high) / 2
-        below = stats.t.cdf((middle[:, None] - cosine * lighter) / sine, seed_df) @ weights / 2
+        below = special.stdtr(seed_df, (middle[:, None] - cosine * lighter) / sine) @ weights / 2
         low, high = np.where(below < upper, middle, low), np.where(below < upper, high, middle)
-    return angles, np.concatenate([[stats.t.ppf(upper, document_df)], (low + high) / 2])
+    return (low + high) / 2
+
+
+@lru_cache(maxsize=512)
+def _quadrature(df: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values (200,) of a t variable and their weights (200,), which add up to 2."""
+    from scipy import stats
+
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    return stats.t.ppf((nodes + 1) / 2, df), weights
 
 
 def mean_nats_interval(nats: np.ndarray, tokens: np.ndarray, level: float = 0.95) -> Interval:
