@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 ANGLES = np.linspace(0, np.pi / 2, 25)
 """Where the critical value is computed; in between it is interpolated."""
 
@@ -187,6 +186,31 @@ def _quadrature(df: float) -> tuple[np.ndarray, np.ndarray]:
     return stats.t.ppf((nodes + 1) / 2, df), weights
 
 
+def half_width(
+    of_seeds: np.ndarray | float,
+    of_rest: np.ndarray | float,
+    seeds: int,
+    rest_df: np.ndarray | float,
+    level: float,
+) -> np.ndarray:
+    """Half width of the interval of a mean or a difference, from the parts of its squared error; any shape.
+
+    Args:
+        of_seeds: the seeds' part; 0 with one seed.
+        of_rest: the part of documents, or of items (`share_variance`); for a difference of shares the sum of both.
+        seeds: 1 or more; of a difference the smaller number on either side.
+        rest_df: degrees of freedom of that part.
+        level: in (0, 1).
+    """
+    from scipy import stats
+
+    variance = np.asarray(of_seeds + of_rest)
+    if seeds < 2:
+        return stats.t.ppf((1 + level) / 2, rest_df) * np.sqrt(variance)
+    share = np.divide(of_seeds, variance, out=np.ones_like(variance), where=variance > 0)
+    return critical_value(share, np.asarray(seeds - 1.0), np.asarray(rest_df), level) * np.sqrt(variance)
+
+
 def mean_nats_interval(nats: np.ndarray, tokens: np.ndarray, level: float = 0.95) -> Interval:
     """Mean nats per token over documents and seeds, each token with the same weight.
 
@@ -281,11 +305,8 @@ def seeds_to_settle(
 
     def enough(seeds: int) -> bool:
         variance = seed_variance / seeds + document_variance
-        if variance == 0:
-            return gap > 0
-        share = np.asarray(seed_variance / seeds / variance)
-        critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(document_df), level))
-        return bool(gap >= (critical + power) * np.sqrt(variance))
+        half = half_width(seed_variance / seeds, document_variance, seeds, document_df, level)
+        return bool(gap > 0 and gap >= half + power * np.sqrt(variance))
 
     high = 2
     while not enough(high):
@@ -328,7 +349,7 @@ def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float
     if len(shares) == 1:
         return wilson_interval(mean, items)
     of_seeds = float(np.var(shares, ddof=1)) / len(shares)
-    half = share_half_width(of_seeds, share_variance(mean, items), len(shares), items)
+    half = float(half_width(of_seeds, share_variance(mean, items), len(shares), items - 1.0, 0.95))
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -338,44 +359,21 @@ def share_variance(share: float, items: int) -> float:
     return share * (1 - share) / (items + 4)
 
 
-def share_half_width(of_seeds: float, of_items: float, seeds: int, items: int, level: float = 0.95) -> float:
-    """Half width of the interval of a mean share, or of a difference of two, from the parts of its squared error.
-
-    Args:
-        of_seeds: variance of the seeds' mean; 0 with one seed.
-        of_items: from `share_variance`; for a difference the sum of both.
-        seeds: 1 or more.
-        items: number of items per seed, 2 or more.
-        level: in (0, 1).
-    """
-    part, degrees = np.asarray(of_seeds / (of_seeds + of_items)), np.asarray(max(1.0, seeds - 1.0))
-    critical = float(critical_value(part, degrees, np.asarray(items - 1.0), level))
-    return critical * float(np.sqrt(of_seeds + of_items))
-
-
 def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, note: str) -> Interval:
     """The interval of parts of shape (); `seeds` is the smaller number on either side."""
-    from scipy import stats
-
     assert 0 < level < 1 and comparisons >= 1
+    one = seeds < 2  # the interval is then of this training run alone
+    of_seeds, of_documents = (0.0, parts.documents_seen) if one else (parts.seed, parts.document)
     each = 1 - (1 - level) / comparisons
-    if seeds < 2:
-        document = parts.documents_seen
-        variance = document
-        critical = float(stats.t.ppf((1 + each) / 2, parts.document_df))
-    else:
-        document = parts.document
-        variance = parts.seed + document
-        share = parts.seed / variance if variance > 0 else np.ones(())
-        critical = float(critical_value(share, np.asarray(seeds - 1.0), parts.document_df, each))
-    half, estimate = critical * float(np.sqrt(variance)), float(parts.estimate)
+    half = float(half_width(of_seeds, of_documents, seeds, parts.document_df, each))
+    estimate = float(parts.estimate)
     return Interval(
         estimate,
         estimate - half,
         estimate + half,
         note.removeprefix("; "),
         seed_variance=float(parts.seed) * seeds,
-        document_variance=float(document),
+        document_variance=float(of_documents),
         document_df=float(parts.document_df),
     )
 
