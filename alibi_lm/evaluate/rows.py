@@ -66,8 +66,7 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
         shares = {name: float(right[members].mean()) for name, members in task.parts(length).items()}
         own = extra | ({"by_part": shares} if shares else {})
         rows.append(ResultRow(**fields, extra=own, metric=metric, value=float(right.mean()), n=len(right)))
-    valued = [row for row in rows if row.metric == "perplexity" and row.nats is not None]
-    return keep(output, rows, [DocumentSums(r.key, *per_document_sums(scored.nats, groups)) for r in valued])
+    return keep(output, rows, scored.nats, groups)
 
 
 def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, **common: Any) -> list[ResultRow]:
@@ -105,21 +104,24 @@ def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, *
             parts.append(part)
             bar.update(len(part))
     nats = np.concatenate(parts)
-    total = float(nats.sum())
     fields |= {"peak_memory_bytes": runtime.peak_memory_bytes(model.device)}
     fields["tokens_per_second"] = length / (time.perf_counter() - begun)
     fields["extra"] |= {"keys_held": cache.keys_held, "lost_share": cache.lost_share}
-    row = perplexity_row(total, fields)
-    if row.nats is None:
-        return keep(output, [row])
-    return keep(output, [row], [DocumentSums(row.key, *per_document_sums(nats, text.groups(length)))])
+    return keep(output, [perplexity_row(float(nats.sum()), fields)], nats, text.groups(length))
 
 
-def keep(output: Path | None, rows: list[ResultRow], sums: list[DocumentSums] | None = None) -> list[ResultRow]:
-    """Add rows and their sums per document to the files of a folder; returns the rows."""
+def keep(
+    output: Path | None, rows: list[ResultRow], nats: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> list[ResultRow]:
+    """Add rows of one pass to the files of a folder, those of perplexity with their sums per document.
+
+    The sums are of `nats` (N,), None if no pass was made; documents start at `groups` (D,). Returns the rows.
+    """
     if output is not None:
         upsert_rows(output / "results.jsonl", rows)
-        if sums:
+        valued = [row for row in rows if row.metric == "perplexity" and row.nats is not None]
+        if nats is not None and groups is not None and valued:
+            sums = [DocumentSums(row.key, *per_document_sums(nats, groups)) for row in valued]
             upsert_documents(output / "documents.jsonl", sums)
     return rows
 
