@@ -51,11 +51,7 @@ class Policy:
     @property
     def changes(self) -> dict[str, Any]:
         """The fields that distinguish rows of one policy from those of another; none for a full cache."""
-        found: dict[str, Any] = {} if self.cache == "full" else {"cache": self.cache}
-        for name in ("lost_share", "window", "sinks"):
-            if getattr(self, name) is not None:
-                found[name] = getattr(self, name)
-        return found
+        return {name: value for name, value in vars(self).items() if value not in (None, "full")}
 
 
 @torch.inference_mode()
