@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from alibi_lm.files import write_text
-from alibi_lm.results.statistics import VarianceParts, critical_value, variance_parts
+from alibi_lm.results.statistics import half_width, variance_parts
 from alibi_lm.settings import require
 
 DOCUMENTS = 60
@@ -62,13 +62,6 @@ def draw_errors(
     return (document + seed + interaction * crossed) * tokens[:, None, :]
 
 
-def half_width(parts: VarianceParts, seeds: int, level: float) -> np.ndarray:
-    """Half widths (replicates,) as in `mean_nats_interval`; a fast test checks that the two agree."""
-    variance = parts.seed + parts.document
-    df = np.full(variance.shape, seeds - 1.0)
-    return critical_value(parts.seed / variance, df, parts.document_df, level) * np.sqrt(variance)
-
-
 def interval_coverage(
     replicates: int, seeds: int, noise: float, interaction: float, documents: str = "normal", runs: str = "normal"
 ) -> float:
@@ -76,7 +69,9 @@ def interval_coverage(
     rng = np.random.default_rng([seeds, int(10 * noise), int(10 * interaction)])
     tokens = draw_tokens(rng, replicates)
     parts = variance_parts(draw_errors(rng, tokens, seeds, noise, interaction, documents, runs), tokens)
-    return float((np.abs(parts.estimate) <= half_width(parts, seeds, 0.95)).mean())
+    return float(
+        (np.abs(parts.estimate) <= half_width(parts.seed, parts.document, seeds, parts.document_df, 0.95)).mean()
+    )
 
 
 def unpaired_coverage(replicates: int, seeds: tuple[int, int], noise: float) -> float:
@@ -87,7 +82,11 @@ def unpaired_coverage(replicates: int, seeds: tuple[int, int], noise: float) -> 
     a, b = (variance_parts(side, tokens) for side in sides)
     both = variance_parts((sides[0].mean(1) - sides[1].mean(1))[:, None], tokens)
     parts = both._replace(seed=a.seed + b.seed, interaction=a.interaction + b.interaction)
-    return float((np.abs(parts.estimate) <= half_width(parts, min(seeds), 0.95)).mean())
+    return float(
+        (
+            np.abs(parts.estimate) <= half_width(parts.seed, parts.document, min(seeds), parts.document_df, 0.95)
+        ).mean()
+    )
 
 
 def family_false_positives(
@@ -103,7 +102,9 @@ def family_false_positives(
         for _ in range(FAMILY):
             own = draw_errors(rng, tokens, seeds, noise, interaction, documents)
             parts = variance_parts(np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own, tokens)
-            found |= np.abs(parts.estimate) > half_width(parts, seeds, 1 - 0.05 / FAMILY)
+            found |= np.abs(parts.estimate) > half_width(
+                parts.seed, parts.document, seeds, parts.document_df, 1 - 0.05 / FAMILY
+            )
         wrong += int(found.sum())
     return wrong / replicates
 

@@ -13,6 +13,7 @@ from alibi_lm.attention import ATTENTION
 from alibi_lm.config import MODES, SPLITS, EvaluationConfig, TrainConfig
 from alibi_lm.data.config import DataConfig
 from alibi_lm.model.streaming import POLICIES
+from alibi_lm.results.curves import CACHE_SETTINGS
 from alibi_lm.runs import experiment_folder
 from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import require, require_at_least, require_one_of
@@ -35,10 +36,8 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "self_longppl": ("lengths", "short", "key_gain", "key_loss"),
 }
 """The views and the settings that each understands."""
-CURVE = ("lengths", "mode", "stride", "task", "tracking", "cache", "lost_share", "window", "sinks")
-"""The settings that `view=curve` understands."""
-STREAMED = ("cache", "lost_share", "window", "sinks")
-"""Those of them that belong to mode=stream."""
+CURVE = ("lengths", "mode", "stride", "task", "tracking", *CACHE_SETTINGS)
+"""The settings that `view=curve` understands; those of the cache belong to mode=stream."""
 OF_MODELS = ("model_config", "train_length", "trust_remote_code")
 """The settings that belong to model=hf:..."""
 
@@ -219,7 +218,7 @@ class EvaluateConfig:
                 why = "has no effect without model=hf:<folder or hub name>."
             elif users and name not in own:
                 why = f"has no effect with view={self.view}. It belongs to view={', '.join(users)}."
-            elif name in STREAMED and self.mode != STREAM:
+            elif name in CACHE_SETTINGS and self.mode != STREAM:
                 why = f"with mode={self.mode}. It belongs to mode={STREAM}."
             elif name in ("lengths", "stride") and self.mode == STREAM:
                 why = f"with mode={STREAM}, which has one window: the whole split. Leave {name} out."

@@ -30,6 +30,9 @@ from alibi_lm.tasks.base import Task
 from alibi_lm.tasks.items import Items
 from alibi_lm.tasks.text import TextTask
 
+OF_TASK = ("mode", "stride", "split", "corpus", "words", "bytes")
+"""The fields that a row has from its task."""
+
 
 def measure(passes: Passes, length: int, output: Path | None = None, **common: Any) -> list[ResultRow]:
     """Measure one model at one inference length: a row for each metric of the task.
@@ -63,8 +66,7 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
         shares = {name: float(right[members].mean()) for name, members in task.parts(length).items()}
         own = extra | ({"by_part": shares} if shares else {})
         rows.append(ResultRow(**fields, extra=own, metric=metric, value=float(right.mean()), n=len(right)))
-    valued = [row for row in rows if row.metric == "perplexity" and row.nats is not None]
-    return keep(output, rows, [DocumentSums(r.key, *per_document_sums(scored.nats, groups)) for r in valued])
+    return keep(output, rows, scored.nats, groups)
 
 
 def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, **common: Any) -> list[ResultRow]:
@@ -102,21 +104,24 @@ def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, *
             parts.append(part)
             bar.update(len(part))
     nats = np.concatenate(parts)
-    total = float(nats.sum())
     fields |= {"peak_memory_bytes": runtime.peak_memory_bytes(model.device)}
     fields["tokens_per_second"] = length / (time.perf_counter() - begun)
     fields["extra"] |= {"keys_held": cache.keys_held, "lost_share": cache.lost_share}
-    row = perplexity_row(total, fields)
-    if row.nats is None:
-        return keep(output, [row])
-    return keep(output, [row], [DocumentSums(row.key, *per_document_sums(nats, text.groups(length)))])
+    return keep(output, [perplexity_row(float(nats.sum()), fields)], nats, text.groups(length))
 
 
-def keep(output: Path | None, rows: list[ResultRow], sums: list[DocumentSums] | None = None) -> list[ResultRow]:
-    """Add rows and their sums per document to the files of a folder; returns the rows."""
+def keep(
+    output: Path | None, rows: list[ResultRow], nats: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> list[ResultRow]:
+    """Add rows of one pass to the files of a folder, those of perplexity with their sums per document.
+
+    The sums are of `nats` (N,), None if no pass was made; documents start at `groups` (D,). Returns the rows.
+    """
     if output is not None:
         upsert_rows(output / "results.jsonl", rows)
-        if sums:
+        valued = [row for row in rows if row.metric == "perplexity" and row.nats is not None]
+        if nats is not None and groups is not None and valued:
+            sums = [DocumentSums(row.key, *per_document_sums(nats, groups)) for row in valued]
             upsert_documents(output / "documents.jsonl", sums)
     return rows
 
@@ -124,7 +129,7 @@ def keep(output: Path | None, rows: list[ResultRow], sums: list[DocumentSums] | 
 def _fields(passes: Passes, common: dict[str, Any]) -> dict[str, Any]:
     task, model = passes.task, passes.model
     fields = {"run": model.label, "train_length": model.train_length, "commit": runtime.code_version()[0]} | common
-    return fields | {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
+    return fields | {name: getattr(task, name) for name in OF_TASK}
 
 
 def perplexity_row(total: float, fields: dict[str, Any]) -> ResultRow:
@@ -212,7 +217,7 @@ def baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
         counts += np.bincount(train[start : start + (1 << 24)], minlength=vocab_size)
     log_probs = np.log((counts + 1) / (counts.sum() + vocab_size))
     total = float(-(np.bincount(task.tokens, minlength=vocab_size) * log_probs).sum())
-    fields = {name: getattr(task, name) for name in ("mode", "stride", "split", "corpus", "words", "bytes")}
+    fields = {name: getattr(task, name) for name in OF_TASK}
     fields |= {"position": "unigram", "tokens": len(task.tokens), "commit": commit}
     return perplexity_row(total, fields | {"extra": {"corpus_name": opened.corpus.name}})
 

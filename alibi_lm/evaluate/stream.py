@@ -22,6 +22,7 @@ from torch import Tensor
 from alibi_lm import runtime
 from alibi_lm.config import load_config
 from alibi_lm.data.prepare import prepare
+from alibi_lm.data.text import SPLITS
 from alibi_lm.files import write_text
 from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.cache import KeyValueCache
@@ -50,11 +51,7 @@ class Policy:
     @property
     def changes(self) -> dict[str, Any]:
         """The fields that distinguish rows of one policy from those of another; none for a full cache."""
-        found: dict[str, Any] = {} if self.cache == "full" else {"cache": self.cache}
-        for name in ("lost_share", "window", "sinks"):
-            if getattr(self, name) is not None:
-                found[name] = getattr(self, name)
-        return found
+        return {name: value for name, value in vars(self).items() if value not in (None, "full")}
 
 
 @torch.inference_mode()
@@ -111,8 +108,7 @@ class LongStreamConfig:
 
     def __post_init__(self) -> None:
         require_one_of("cache", self.cache, POLICIES)
-        splits = ("train", "validation", "test")
-        require_one_of("split", self.split, splits)
+        require_one_of("split", self.split, SPLITS)
         for name in ("tokens", "every"):
             require_at_least(name, getattr(self, name), 1)
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from omegaconf import MISSING
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -184,9 +183,9 @@ AutoModelForCausalLM.register(RunConfig, RunForCausalLM, exist_ok=True)
 class ExportConfig:
     """Settings of scripts/export_huggingface.py."""
 
-    run: str = MISSING
+    run: str
     """A finished run folder."""
-    output_dir: str = MISSING
+    output_dir: str
     """Folder for the model, new or empty."""
     checkpoint: str = "best"
     """best (lowest validation loss), last, or step:<number> of a kept checkpoint."""

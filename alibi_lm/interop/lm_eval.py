@@ -23,7 +23,7 @@ from tqdm import tqdm
 from alibi_lm import runtime
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.load import load_run
-from alibi_lm.model.cache import KeyValueCache
+from alibi_lm.model.generate import Sampling, generate
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import require
 from alibi_lm.tasks.text import TextTask
@@ -132,7 +132,6 @@ class RunLM(TemplateLM):
             found.append(-float(nats.sum()))
         return found
 
-    @torch.inference_mode()
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The most probable next tokens, until a stop string, the end of the text or `max_gen_toks`.
 
@@ -154,16 +153,13 @@ class RunLM(TemplateLM):
         return found
 
     def _generate(self, ids: list[int], stops: list[str], most: int) -> str:
-        cache, new, text = KeyValueCache(), list[int](), ""
+        new, text = list[int](), ""
         self.model.serve(self.max_length)
-        step = torch.tensor([ids], device=self.model.device)
-        while len(new) < most:
-            id = int(self.model(step, cache=cache, last=True).argmax())
+        for id in generate(self.model, ids, most, sampling=Sampling(temperature=0)) if most else ():
             if id == self.tokenizer_.document_end_id:
                 break
             new.append(id)
             text = self.tokenizer_.decode(new)
             if cuts := [text.index(stop) for stop in stops if stop in text]:
                 return text[: min(cuts)]
-            step = torch.tensor([[id]], device=self.model.device)
         return text

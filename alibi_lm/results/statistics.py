@@ -27,6 +27,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+ANGLES = np.linspace(0, np.pi / 2, 25)
+"""Where the critical value is computed; in between it is interpolated."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -133,38 +136,79 @@ def critical_value(share: np.ndarray, seed_df: np.ndarray, document_df: np.ndarr
         level: two-sided level, in (0, 1).
     """
     share, seed_df, document_df = np.broadcast_arrays(share, seed_df, document_df)
-    # Degrees of freedom are rounded down (to the safe side), so that few tables are needed.
-    pairs = np.stack([seed_df, document_df], -1)
-    pairs = np.where(pairs >= 1, np.floor(pairs), pairs)
     angle = np.arcsin(np.sqrt(share))
+    below = np.clip(np.searchsorted(ANGLES, angle, side="right") - 1, 0, len(ANGLES) - 2)
+    # Degrees of freedom are rounded down (to the safe side), so that few quantiles are needed.
+    cases = np.stack([below, *(np.where(df >= 1, np.floor(df), df) for df in (seed_df, document_df))], -1)
     value = np.empty(share.shape)
-    for pair in np.unique(pairs.reshape(-1, 2), axis=0):
-        chosen = (pairs == pair).all(-1)
-        angles, quantiles = _behrens_fisher(float(pair[0]), float(pair[1]), (1 + level) / 2)
-        value[chosen] = np.interp(angle[chosen], angles, quantiles)
+    for case in np.unique(cases.reshape(-1, 3), axis=0):
+        k, chosen = int(case[0]), (cases == case).all(-1)
+        ends = [_behrens_fisher(n, float(case[1]), float(case[2]), (1 + level) / 2) for n in (k, k + 1)]
+        value[chosen] = np.interp(angle[chosen], ANGLES[k : k + 2], ends)
     return value
 
 
-@lru_cache(maxsize=512)
-def _behrens_fisher(seed_df: float, document_df: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
-    """Angles (25,) from 0 to pi / 2 and the quantile of sin(angle) T_seed + cos(angle) T_document at each."""
+def _behrens_fisher(number: int, seed_df: float, document_df: float, upper: float) -> float:
+    """The quantile of sin(angle) T_seed + cos(angle) T_document at an angle, given by its number in ANGLES."""
     from scipy import stats
 
-    angles = np.linspace(0, np.pi / 2, 25)
     if seed_df > document_df:
-        swapped = _behrens_fisher(document_df, seed_df, upper)[1]
-        return angles, swapped[::-1]
+        return _behrens_fisher(len(ANGLES) - 1 - number, document_df, seed_df, upper)
+    if number == 0:
+        return float(stats.t.ppf(upper, document_df))
+    block, place = divmod(number - 1, 4)
+    return float(_four_quantiles(1 + 4 * block, seed_df, document_df, upper)[place])
+
+
+@lru_cache(maxsize=1 << 12)
+def _four_quantiles(first: int, seed_df: float, document_df: float, upper: float) -> np.ndarray:
+    """The quantiles at four neighbouring angles, (4,); seed_df <= document_df."""
+    from scipy import special, stats
+
     # Probability of a sum by quadrature over the part with the lighter tail, with the exact cdf of the other.
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    lighter = stats.t.ppf((nodes + 1) / 2, document_df)
-    sine, cosine = np.sin(angles[1:, None]), np.cos(angles[1:, None])
-    low = np.zeros(len(angles) - 1)
-    high = np.full_like(low, 2 * stats.t.ppf(upper, seed_df))
+    lighter, weights = _quadrature(document_df)
+    angles = ANGLES[first : first + 4, None]
+    sine, cosine = np.sin(angles), np.cos(angles)
+    low, high = np.zeros(4), np.full(4, 2 * stats.t.ppf(upper, seed_df))
     for _ in range(45):
         middle = (low + high) / 2
-        below = stats.t.cdf((middle[:, None] - cosine * lighter) / sine, seed_df) @ weights / 2
+        below = special.stdtr(seed_df, (middle[:, None] - cosine * lighter) / sine) @ weights / 2
         low, high = np.where(below < upper, middle, low), np.where(below < upper, high, middle)
-    return angles, np.concatenate([[stats.t.ppf(upper, document_df)], (low + high) / 2])
+    return (low + high) / 2
+
+
+@lru_cache(maxsize=512)
+def _quadrature(df: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values (200,) of a t variable and their weights (200,), which add up to 2."""
+    from scipy import stats
+
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    return stats.t.ppf((nodes + 1) / 2, df), weights
+
+
+def half_width(
+    of_seeds: np.ndarray | float,
+    of_rest: np.ndarray | float,
+    seeds: int,
+    rest_df: np.ndarray | float,
+    level: float,
+) -> np.ndarray:
+    """Half width of the interval of a mean or a difference, from the parts of its squared error; any shape.
+
+    Args:
+        of_seeds: the seeds' part; 0 with one seed.
+        of_rest: the part of documents, or of items (`share_variance`); for a difference of shares the sum of both.
+        seeds: 1 or more; of a difference the smaller number on either side.
+        rest_df: degrees of freedom of that part.
+        level: in (0, 1).
+    """
+    from scipy import stats
+
+    variance = np.asarray(of_seeds + of_rest)
+    if seeds < 2:
+        return stats.t.ppf((1 + level) / 2, rest_df) * np.sqrt(variance)
+    share = np.divide(of_seeds, variance, out=np.ones_like(variance), where=variance > 0)
+    return critical_value(share, np.asarray(seeds - 1.0), np.asarray(rest_df), level) * np.sqrt(variance)
 
 
 def mean_nats_interval(nats: np.ndarray, tokens: np.ndarray, level: float = 0.95) -> Interval:
@@ -261,11 +305,8 @@ def seeds_to_settle(
 
     def enough(seeds: int) -> bool:
         variance = seed_variance / seeds + document_variance
-        if variance == 0:
-            return gap > 0
-        share = np.asarray(seed_variance / seeds / variance)
-        critical = float(critical_value(share, np.asarray(seeds - 1.0), np.asarray(document_df), level))
-        return bool(gap >= (critical + power) * np.sqrt(variance))
+        half = half_width(seed_variance / seeds, document_variance, seeds, document_df, level)
+        return bool(gap > 0 and gap >= half + power * np.sqrt(variance))
 
     high = 2
     while not enough(high):
@@ -308,7 +349,7 @@ def accuracy_interval(shares: Sequence[float], items: int) -> tuple[float, float
     if len(shares) == 1:
         return wilson_interval(mean, items)
     of_seeds = float(np.var(shares, ddof=1)) / len(shares)
-    half = share_half_width(of_seeds, share_variance(mean, items), len(shares), items)
+    half = float(half_width(of_seeds, share_variance(mean, items), len(shares), items - 1.0, 0.95))
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -318,44 +359,21 @@ def share_variance(share: float, items: int) -> float:
     return share * (1 - share) / (items + 4)
 
 
-def share_half_width(of_seeds: float, of_items: float, seeds: int, items: int, level: float = 0.95) -> float:
-    """Half width of the interval of a mean share, or of a difference of two, from the parts of its squared error.
-
-    Args:
-        of_seeds: variance of the seeds' mean; 0 with one seed.
-        of_items: from `share_variance`; for a difference the sum of both.
-        seeds: 1 or more.
-        items: number of items per seed, 2 or more.
-        level: in (0, 1).
-    """
-    part, degrees = np.asarray(of_seeds / (of_seeds + of_items)), np.asarray(max(1.0, seeds - 1.0))
-    critical = float(critical_value(part, degrees, np.asarray(items - 1.0), level))
-    return critical * float(np.sqrt(of_seeds + of_items))
-
-
 def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, note: str) -> Interval:
     """The interval of parts of shape (); `seeds` is the smaller number on either side."""
-    from scipy import stats
-
     assert 0 < level < 1 and comparisons >= 1
+    one = seeds < 2  # the interval is then of this training run alone
+    of_seeds, of_documents = (0.0, parts.documents_seen) if one else (parts.seed, parts.document)
     each = 1 - (1 - level) / comparisons
-    if seeds < 2:
-        document = parts.documents_seen
-        variance = document
-        critical = float(stats.t.ppf((1 + each) / 2, parts.document_df))
-    else:
-        document = parts.document
-        variance = parts.seed + document
-        share = parts.seed / variance if variance > 0 else np.ones(())
-        critical = float(critical_value(share, np.asarray(seeds - 1.0), parts.document_df, each))
-    half, estimate = critical * float(np.sqrt(variance)), float(parts.estimate)
+    half = float(half_width(of_seeds, of_documents, seeds, parts.document_df, each))
+    estimate = float(parts.estimate)
     return Interval(
         estimate,
         estimate - half,
         estimate + half,
         note.removeprefix("; "),
         seed_variance=float(parts.seed) * seeds,
-        document_variance=float(document),
+        document_variance=float(of_documents),
         document_df=float(parts.document_df),
     )
 

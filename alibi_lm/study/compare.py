@@ -21,10 +21,10 @@ from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
 from alibi_lm.results.statistics import (
     Interval,
+    half_width,
     mean_nats_interval,
     paired_difference,
     seeds_to_settle,
-    share_half_width,
     share_variance,
 )
 from alibi_lm.study.paper_claims import Relation
@@ -355,7 +355,7 @@ def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str =
         of_seeds = sum(float(y.var(ddof=1)) / len(y) for y in groups) if count > 1 else 0.0
         of_items = sum(share_variance(float(y.mean()), side.items) for y, side in zip(x, sides, strict=True))
         items = min(side.items for side in sides)
-        half = share_half_width(of_seeds, of_items, count, items, level)
+        half = float(half_width(of_seeds, of_items, count, items - 1.0, level))
         over = f"{count} seeds{', paired' if paired and right else ''}" if count > 1 else one
         spread = of_seeds * count, of_items, math.inf
         least = 0.0 if right is None else -1.0  # a share; a difference of two

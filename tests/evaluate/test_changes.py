@@ -20,6 +20,22 @@ def settings(run: str, **more):
     return ChangesConfig(f"outputs/{run}", experiment="smoke", device="cpu", threads=1, lengths=[16], **more)
 
 
+@pytest.fixture
+def tried(monkeypatch):
+    """Let only these changes, and these temperatures, be tried beside the crop."""
+
+    def choose(*names, temperature=()):
+        scales = [{"query_scale": {"name": "constant", "factor": factor}} for factor in temperature]
+
+        def chosen(run, length):
+            own = candidates(run, length)
+            return {name: own[name] for name in names} | ({"temperature": scales} if scales else {})
+
+        monkeypatch.setattr(changes, "candidates", chosen)
+
+    return choose
+
+
 def evaluated(run: str, split: str, **changes) -> float:
     """The same by the evaluator's own command."""
     config = EvaluateConfig(
@@ -28,19 +44,22 @@ def evaluated(run: str, split: str, **changes) -> float:
     return next(row.nats for row in evaluate(config) if row.run is not None)
 
 
-def test_the_value_with_the_lowest_validation_loss_is_scored_on_the_test_split(place):
+def test_the_value_with_the_lowest_validation_loss_is_scored_on_the_test_split(place, tried):
     run = "other/runs/rotary_L8_s1"
-    rows = {row.extra["change"]: row for row in change_and_evaluate(settings(run))}
-    config, names = load_config(run), {"crop to L", "unchanged", "log n", "SSMax", "temperature"}
+    config, names = load_config(run), {"unchanged", "log n", "SSMax", "temperature"}
     names |= {"position interpolation", "NTK", "dynamic NTK", "NTK by parts", "YaRN"}
-    assert set(rows) == names and {row.split for row in rows.values()} == {"test"}
+    assert set(candidates(config, 16)) == names
+    tried("unchanged", "YaRN", "temperature")
+    rows = {row.extra["change"]: row for row in change_and_evaluate(settings(run))}
+    assert set(rows) == {"unchanged", "YaRN", "temperature", "crop to L"}
+    assert {row.split for row in rows.values()} == {"test"}
     for name in ("YaRN", "temperature"):
-        tried = candidates(config, 16)[name]
-        losses = [evaluated(run, "validation", **value) for value in tried]
-        best = tried[int(np.argmin(losses))]
+        values = candidates(config, 16)[name]
+        losses = [evaluated(run, "validation", **value) for value in values]
+        best = values[int(np.argmin(losses))]
         assert rows[name].changes == {f"{group}.{k}": v for group, own in best.items() for k, v in own.items()}
         assert rows[name].nats == evaluated(run, "test", **best)
-        assert rows[name].extra["values_tried"] == len(tried) and rows[name].extra["tuned_on"] == "validation"
+        assert rows[name].extra["values_tried"] == len(values) and rows[name].extra["tuned_on"] == "validation"
     assert rows["unchanged"].nats == evaluated(run, "test") and rows["unchanged"].changes == {}
     assert "ALiBi interpolation: changes of another scheme" in rows["unchanged"].extra["untried"]
 
@@ -49,9 +68,10 @@ def load_config(run: str):
     return plan(EvaluateConfig(runs=f"outputs/{run}", lengths=[16]))[0][0].config
 
 
-def test_the_crop_gives_each_target_the_last_tokens_of_its_window(place):
+def test_the_crop_gives_each_target_the_last_tokens_of_its_window(place, tried):
+    tried()
     run = "smoke/runs/alibi_L8_s1"
-    row = next(row for row in change_and_evaluate(settings(run)) if row.extra["change"] == "crop to L")
+    (row,) = change_and_evaluate(settings(run))
     evaluation = EvaluateConfig(runs=f"outputs/{run}", split="test", lengths=[16], device="cpu", threads=1)
     text = open_run(evaluation, plan(evaluation)[0][0], torch.device("cpu")).passes.text
     model, total = load_run(f"outputs/{run}"), 0.0
@@ -76,8 +96,8 @@ def test_what_cannot_run_at_a_length_says_why_and_the_crop_runs_all_the_same(pla
     assert "[1] position=learned has 8 positions" in table
 
 
-def test_seeds_share_a_table_and_the_signs_are_those_of_the_paired_intervals(place, monkeypatch):
-    monkeypatch.setattr(changes, "candidates", lambda run, length: {changes.UNCHANGED: [{}]})
+def test_seeds_share_a_table_and_the_signs_are_those_of_the_paired_intervals(place, tried):
+    tried("unchanged")
     change_and_draw(settings("smoke/runs/alibi_L8_s*"))
     rows = read_rows("outputs/smoke/test_time/results.jsonl")
     table = (place / "test_time" / "table.md").read_text()
@@ -99,7 +119,8 @@ def test_what_means_nothing_is_refused(place, run, changes, message):
         list(change_and_evaluate(ChangesConfig(f"outputs/{run}", device="cpu", **changes)))
 
 
-def test_another_text_is_encoded_by_the_tokenizer_of_the_run(place, write_text, tmp_path):
+def test_another_text_is_encoded_by_the_tokenizer_of_the_run(place, write_text, tmp_path, tried):
+    tried("unchanged")
     folder = write_text(tmp_path / "other_text")
     (folder / "wiki.train.tokens").unlink()  # from which a new tokenizer would be built
     run, data = "smoke/runs/alibi_L8_s1", EvaluateData(name="wikitext103", path=str(folder))
@@ -107,19 +128,8 @@ def test_another_text_is_encoded_by_the_tokenizer_of_the_run(place, write_text, 
     assert row.nats == evaluated(run, "test", data=data)
 
 
-@pytest.fixture
-def temperatures(monkeypatch):
-    """Let the temperature be tuned over these factors, and nothing else."""
-
-    def choose(*factors):
-        scales = [{"query_scale": {"name": "constant", "factor": factor}} for factor in factors]
-        monkeypatch.setattr(changes, "candidates", lambda run, length: {"temperature": scales})
-
-    return choose
-
-
-def test_another_checkpoint_has_a_table_of_its_own(place, temperatures):
-    temperatures(0.5, 2.0)
+def test_another_checkpoint_has_a_table_of_its_own(place, tried):
+    tried(temperature=(0.5, 2.0))
     for checkpoint in ("best", "step:4"):
         change_and_draw(settings("smoke/runs/alibi_L8_s1", checkpoint=checkpoint))
     rows, text = read_rows("outputs/smoke/test_time/results.jsonl"), (place / "test_time" / "table.md").read_text()
@@ -127,9 +137,9 @@ def test_another_checkpoint_has_a_table_of_its_own(place, temperatures):
     assert "(alibi_L8, seed 1)\n" in text and "(alibi_L8, seed 1, step:4)\n" in text
 
 
-def test_a_value_that_was_chosen_earlier_is_no_second_seed(place, temperatures):
+def test_a_value_that_was_chosen_earlier_is_no_second_seed(place, tried):
     for factors in ((0.5, 0.25), (2.0, 4.0)):
-        temperatures(*factors)
+        tried(temperature=factors)
         change_and_draw(settings("smoke/runs/alibi_L8_s1"))
     (row,) = [r for r in read_rows("outputs/smoke/test_time/results.jsonl") if r.extra["change"] == "temperature"]
     factor = row.changes["query_scale.factor"]

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from toy_models import Toy
 
 from alibi_lm.distributed import World
 from alibi_lm.evaluate import views
@@ -13,7 +14,6 @@ from alibi_lm.evaluate.passes import Passes
 from alibi_lm.evaluate.rows import describe, measure
 from alibi_lm.evaluate.score import score
 from alibi_lm.evaluate.store import TokenStore
-from alibi_lm.model.interface import Scores
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows
 from alibi_lm.study.figures import draw
@@ -23,47 +23,39 @@ from alibi_lm.tasks.text import TextTask
 V = 8
 
 
-class Bigram:
-    """How often each token follows each other one, as a table; nothing of torch but the interface's tensors."""
+class Bigram(Toy):
+    """How often each token follows each other one, as a table."""
 
-    vocab_size, train_length, max_length, precision, device = V, 16, 64, "float32", torch.device("cpu")
+    vocab_size, train_length, max_length = V, 16, 64
 
-    def __init__(self, tokens, label="bigram_L16_s1"):
+    def __init__(self, tokens):
+        super().__init__(label="bigram_L16_s1", identity="bigram")
         pairs = np.ones((V, V))
         np.add.at(pairs, (tokens[:-1], tokens[1:]), 1)
         self.table = torch.from_numpy(np.log(pairs / pairs.sum(axis=1, keepdims=True)))
-        self.label = self.identity = label
-        self.served = []
-
-    def serve(self, length):
-        self.served.append(length)
 
     def refuses(self, capability):
         return f"a table of pairs has no {capability}"
 
-    def logits(self, input_ids):
-        return self.table[input_ids]
-
-    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-        rows, targets = self.logits(input_ids)[:, score_from:], target_ids[:, score_from:]
-        nats = -rows.gather(2, targets[..., None])[..., 0]
-        return Scores(nats, rows.argmax(-1) == targets if hits else None)
+    def nats(self, inputs, targets, positions, window):
+        return -self.table[inputs].gather(2, targets[..., None])[..., 0]
 
 
-class Cheat(Bigram):
+class Cheat(Toy):
     """Knows the answer."""
 
-    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-        targets = target_ids[:, score_from:]
-        return Scores(torch.zeros(targets.shape), torch.ones_like(targets, dtype=torch.bool))
+    def right(self, inputs, targets):
+        return torch.ones_like(targets, dtype=torch.bool)
 
 
-class Constant(Bigram):
+class Constant(Toy):
     """Always says 0."""
 
-    def score(self, input_ids, target_ids, *, score_from=0, positions=None, window=None, hits=False):
-        targets = target_ids[:, score_from:]
-        return Scores(torch.full(targets.shape, math.log(2)), targets == 0)
+    def nats(self, inputs, targets, positions, window):
+        return torch.full(targets.shape, math.log(2))
+
+    def right(self, inputs, targets):
+        return targets == 0
 
 
 class RepeatBits(Task):
@@ -139,12 +131,12 @@ def test_a_table_of_pairs_is_scored_swept_viewed_and_drawn(text, tmp_path):
 
 @pytest.mark.parametrize(("kind", "accuracy"), [(Cheat, 1.0), (Constant, None)])
 @pytest.mark.parametrize("count", [1, 2])
-def test_an_accuracy_is_the_share_of_items_that_are_right_in_every_target(text, tmp_path, kind, accuracy, count):
+def test_an_accuracy_is_the_share_of_items_that_are_right_in_every_target(tmp_path, kind, accuracy, count):
     task = RepeatBits(count)
     if accuracy is None:  # by chance: the items whose answer happens to be zeros
         accuracy = np.mean([not task.item(index, 12)[:count].any() for index in range(task.items)])
         assert abs(accuracy - 0.5**count) < 0.1
-    passes = Passes(kind(text.tokens, kind.__name__), task, TokenStore(tmp_path / "tokens"), tokens_per_forward=50)
+    passes = Passes(kind(identity=kind.__name__), task, TokenStore(tmp_path / "tokens"), tokens_per_forward=50)
     (row,) = measure(passes, 12, tmp_path, position="toy")
     assert (row.task, row.metric, row.mode, row.n) == ("repeat_bits", "accuracy", "items", 200)
     assert row.value == accuracy and row.tokens == 200 * count and row.perplexity is None
@@ -156,10 +148,10 @@ def test_an_accuracy_is_the_share_of_items_that_are_right_in_every_target(text, 
     assert len(read_rows(tmp_path / "results.jsonl")) == 2
 
 
-def test_a_task_may_have_both_metrics(text, tmp_path):
+def test_a_task_may_have_both_metrics(tmp_path):
     task = RepeatBits()
     task.metrics = ("perplexity", "accuracy")
-    passes = Passes(Constant(text.tokens), task)
+    passes = Passes(Constant(), task)
     perplexity, accuracy = measure(passes, 12, tmp_path, position="toy")
     assert perplexity.value == pytest.approx(2) and perplexity.n == 200 and 0.4 < accuracy.value < 0.6
     assert [json.loads(line)["metric"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [

@@ -39,13 +39,6 @@ def test_scores_equal_one_pass_per_target(tiny_model, tokens, position, length, 
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
-def test_batch_size_does_not_matter(tiny_model, tokens):
-    model = tiny_model("rotary", "sdpa")
-    results = [score_tokens(model, tokens, 7, 32, tokens_per_forward=n) for n in (1, 64, 10_000)]
-    for other in results[1:]:
-        np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-5)
-
-
 def test_a_model_of_known_probabilities_gives_their_entropy(tiny_model):
     """Logits fixed at log p: on a stream that holds each token p N times, perplexity is exp(entropy of p)."""
     model = tiny_model("none", "sdpa", vocab_size=3).double()

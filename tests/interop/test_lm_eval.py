@@ -132,6 +132,15 @@ def test_generation_is_greedy_and_stops(run, tasks):
         assert sample["resps"][0][0] == tokenizer.decode(new).split("\n")[0]
 
 
+def test_generation_has_the_precision_that_was_asked_for(run):
+    from alibi_lm.interop.lm_eval import RunLM
+
+    adapter, seen = RunLM(str(run), device="cpu", precision="bfloat16"), []
+    adapter.model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    adapter._generate([0, 5], [], 2)
+    assert seen == [True, True]
+
+
 def test_what_it_refuses(run, tmp_path):
     from alibi_lm.interop.lm_eval import RunLM
 

@@ -6,6 +6,7 @@ from scipy import stats
 
 from alibi_lm.results.statistics import (
     critical_value,
+    half_width,
     mean_nats_interval,
     paired_difference,
     per_document_sums,
@@ -264,7 +265,11 @@ def test_the_seeds_that_settle_do_so_in_four_of_five_simulated_studies(noise, ga
     for seeds in (found, max(2, found // 2)):
         tokens = coverage.draw_tokens(rng, 1000)
         parts = variance_parts(coverage.draw_errors(rng, tokens, seeds, noise, 0.1), tokens)
-        bound = parts.estimate + gap * of_mean**0.5 - coverage.half_width(parts, seeds, 0.95)
+        bound = (
+            parts.estimate
+            + gap * of_mean**0.5
+            - half_width(parts.seed, parts.document, seeds, parts.document_df, 0.95)
+        )
         settled[seeds] = float((bound > 0).mean())
     assert 0.72 < settled[found] < 0.95, settled
     assert found == 2 or settled[max(2, found // 2)] < 0.72, settled
@@ -299,7 +304,8 @@ def test_the_simulated_interval_is_the_library_interval(seeds, comparisons):
     rng = np.random.default_rng(8)
     tokens = coverage.draw_tokens(rng, 3)
     nats = coverage.draw_errors(rng, tokens, seeds, 1.0, 0.5)
-    half = coverage.half_width(variance_parts(nats, tokens), seeds, 1 - 0.05 / comparisons)
+    parts = variance_parts(nats, tokens)
+    half = half_width(parts.seed, parts.document, seeds, parts.document_df, 1 - 0.05 / comparisons)
     for scores, counts, expected in zip(nats, tokens, half, strict=True):
         base = np.arange(seeds)[:, None] * counts
         interval = difference(scores + base, base, counts, comparisons=comparisons)
