@@ -40,6 +40,8 @@ class RunRecord:
     """Settings that change its last bits."""
     readable: bool = True
     """Whether config.yaml fits this version, so that it is known what depends on its settings."""
+    unusual: int = 0
+    """Number of settings of its scheme that are not the scheme's defaults."""
     environment: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     finished: dict[str, Any] = field(default_factory=dict)
@@ -100,14 +102,16 @@ def read_record(folder: Path, name: str) -> RunRecord:
     """
     values = [_read(folder / file) for file in RUN_FILES]
     config = flatten(values[0])
-    settings, rounding, readable = {}, {}, not config
+    settings, rounding, readable, unusual = {}, {}, not config, 0
     if config:
         from alibi_lm.config import load_config
 
         with contextlib.suppress(ValueError):  # written by another version
             own = load_config(folder)
             settings, rounding, readable = _counting(own), counting(own, "rounding"), True
-    return RunRecord(name, folder, config, settings, rounding, readable, *values[1:])
+            usual = vars(type(own.position)())
+            unusual = sum(value != usual[setting] for setting, value in vars(own.position).items())
+    return RunRecord(name, folder, config, settings, rounding, readable, unusual, *values[1:])
 
 
 def _counting(config: TrainConfig) -> dict[str, Any]:
@@ -126,7 +130,8 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
 
     Runs are seeds of one recipe if they agree in scheme, training length, training text and every setting that
     results depend on, except the seed. Empty words mean the experiment's own settings: those of the runs whose
-    name has no suffix, else the most frequent ones. A run without a config.yaml is left out.
+    name has no suffix, else the most frequent ones; of equally many, those nearest to the scheme's defaults. A run
+    without a config.yaml is left out.
 
     Args:
         rows: rows of one experiment.
@@ -154,7 +159,10 @@ def recipes(rows: Sequence[ResultRow], records: Mapping[str, RunRecord]) -> dict
         kinds: dict[str, list[str]] = {}
         for run, known in facts.items():
             kinds.setdefault(repr(sorted(known.items())), []).append(run)
-        own = min(kinds.values(), key=lambda k: (not any(by_name(first[r]) == "" for r in k), -len(k), k[0]))
+        own = min(
+            kinds.values(),
+            key=lambda k: (not any(by_name(first[r]) == "" for r in k), -len(k), records[k[0]].unusual, k[0]),
+        )
         base = {key: value for key, value in facts[own[0]].items() if not key.startswith(COMBINED)}
         keys = sorted({key for known in facts.values() for key in known})
         varying = [key for key in keys if len({repr(known.get(key)) for known in [base, *facts.values()]}) > 1]

@@ -191,6 +191,15 @@ def test_seeds_of_one_recipe_share_its_words_and_others_differ_in_words(tmp_path
     assert found["alibi_L64_s1_bbbbbbbb"] == "clip_norm 0, activation=relu, lr 0.002"
 
 
+def test_of_equally_many_runs_those_with_the_schemes_defaults_are_meant(tmp_path):
+    made = {"alibi_L64_s1_a1f069d5": {"position__learned_slopes": True}, "alibi_L64_s1_bbbbbbbb": {}}
+    for name, changes in made.items():
+        write_run(tmp_path / "runs", name, real_config("alibi", **changes))
+    rows = [row(run=name) for name in made]
+    words = recipes(rows, find_records(rows, tmp_path / "extrapolation"))
+    assert words == {"alibi_L64_s1_a1f069d5": "learned_slopes", "alibi_L64_s1_bbbbbbbb": ""}
+
+
 def test_what_combines_with_a_scheme_is_told_also_where_all_runs_have_it(tmp_path):
     for name in ("alibi_L64_s1", "alibi_L64_s2", "t5_L64_s1"):
         write_run(tmp_path / "runs", name, real_config(name.split("_")[0], query_scale={"name": "log_n"}))
