@@ -149,37 +149,27 @@ def test_the_reference_covers_what_it_should(reference: Callable[[str], Path]) -
     assert store.get("best").step == min(losses, key=losses.__getitem__) and store.get("last").step == 11
 
 
-@pytest.mark.parametrize(("position", "seed"), [("alibi", 0), ("t5", 1)])
-def test_three_kills_in_a_row(
+FAST = {("alibi", 3), ("t5", 3)}
+KILLS = [
+    pytest.param(position, kills, marks=[] if (position, kills) in FAST else [pytest.mark.slow])
+    for position in sorted(POSITIONS)
+    for kills in range(1, 6)
+]
+
+
+@pytest.mark.parametrize(("position", "kills"), KILLS)
+def test_random_kills_in_a_row(
     tmp_path: Path,
     run: Callable[..., int],
     corpus: list[str],
     reference: Callable[[str], Path],
     position: str,
-    seed: int,
+    kills: int,
 ) -> None:
     overrides = [*SETTINGS, *corpus, f"position={position}"]
     total = len(calls_of(reference(position)))
-    chance = random.Random(seed)
-    kill_and_finish(run, overrides, tmp_path / "run", [chance.randrange(total) for _ in range(3)])
-    assert_same_run(tmp_path / "run", reference(position))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("position", sorted(POSITIONS))
-@pytest.mark.parametrize("seed", range(5))
-def test_random_kills_with_every_scheme(
-    tmp_path: Path,
-    run: Callable[..., int],
-    corpus: list[str],
-    reference: Callable[[str], Path],
-    position: str,
-    seed: int,
-) -> None:
-    overrides = [*SETTINGS, *corpus, f"position={position}"]
-    total = len(calls_of(reference(position)))
-    chance = random.Random(f"{position} {seed}")
-    kill_and_finish(run, overrides, tmp_path / "run", [chance.randrange(total) for _ in range(1 + seed)])
+    chance = random.Random(f"{position} {kills}")
+    kill_and_finish(run, overrides, tmp_path / "run", [chance.randrange(total) for _ in range(kills)])
     assert_same_run(tmp_path / "run", reference(position))
 
 
