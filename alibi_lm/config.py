@@ -300,22 +300,32 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
     """
     unknown = sorted(map(str, set(settings) - {f.name for f in dataclasses.fields(TrainConfig)}))
     require(not unknown, f"unknown settings {unknown}. Was it written by another version?")
+    entries = []
+    for group in ("model", "data", "evaluation", *GROUPS):
+        chosen = settings.get(group, None if group in GROUPS else {})
+        if chosen is None and _schema()[group] is not None:
+            continue  # a group added since then, with its default
+        require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
+        if registry := GROUPS.get(group):
+            name = str(chosen.get("name"))  # type: ignore[union-attr]
+            require_one_of(f"{group}.name", name, registry)
+            entries.append((group, registry[name]))
     try:
-        root = OmegaConf.structured(TrainConfig)
-        for group in ("model", "data", "evaluation", *GROUPS):
-            chosen = settings.get(group, None if group in GROUPS else {})
-            if chosen is None and root[group] is not None:
-                continue  # a group added since then, with its default
-            require(isinstance(chosen, dict), f"{group} = {chosen!r}. It must hold settings.")
-            if registry := GROUPS.get(group):
-                name = str(chosen.get("name"))  # type: ignore[union-attr]
-                require_one_of(f"{group}.name", name, registry)
-                root[group] = OmegaConf.structured(registry[name])
-        config: TrainConfig = OmegaConf.to_object(OmegaConf.merge(root, settings))  # type: ignore[assignment]
+        merged = OmegaConf.merge(_schema(*entries), settings)
+        config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
         raise ValueError(f"its settings do not fit: {error}") from error
     check_values(config)
     return config
+
+
+@functools.lru_cache(maxsize=64)
+def _schema(*entries: tuple[str, type]) -> Any:
+    """The types of all settings, with these classes as entries of their groups. Cached: not to be changed."""
+    schema = OmegaConf.structured(TrainConfig)
+    for group, settings_class in entries:
+        schema[group] = OmegaConf.structured(settings_class)
+    return schema
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -329,8 +339,8 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def from_yaml(text: str) -> TrainConfig:
-    """The config in the text of a config.yaml; cached, because it is read again at each look at a run folder.
+def saved_settings(text: str) -> dict[str, Any]:
+    """The settings in the text of a config.yaml, as they stand there; cached, and so not to be changed.
 
     Raises:
         ValueError: what is wrong with it, as the end of a sentence that begins with the file's name.
@@ -342,8 +352,19 @@ def from_yaml(text: str) -> TrainConfig:
     require(isinstance(settings, dict) and bool(settings), "holds no settings.")
     # A saved config is resolved; resolving it again would let a foreign file read the user's environment.
     require("${" not in str(settings), "holds an interpolation, ${...}. Write the value itself there.")
+    return settings  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=64)
+def from_yaml(text: str) -> TrainConfig:
+    """The config in the text of a config.yaml; cached, because it is read again at each look at a run folder.
+
+    Raises:
+        ValueError: what is wrong with it, as the end of a sentence that begins with the file's name.
+    """
+    settings = saved_settings(text)
     try:
-        return from_dict(settings)  # type: ignore[arg-type]
+        return from_dict(settings)
     except ValueError as error:
         raise ValueError(f"cannot be used: {error}") from error
 

@@ -22,11 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from alibi_lm import runtime
 from alibi_lm.checkpoint import BEST_FILE, Checkpoint
-from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
+from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, saved_settings, to_yaml
 from alibi_lm.files import read_json, read_json_if_whole, short_digest, write_json, write_text
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, identifying, require
@@ -123,7 +121,7 @@ def folder_identity(folder: Path) -> str:
     config = load_config(folder)
     path = folder / CORPUS_FILE
     manifest = read_json(path) if path.is_file() else {}
-    return run_identity(config, manifest, _names(yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))))
+    return run_identity(config, manifest, _names(saved_settings((folder / CONFIG_FILE).read_text("utf-8"))))
 
 
 def _names(settings: Any, prefix: str = "") -> set[str]:

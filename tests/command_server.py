@@ -6,6 +6,7 @@ with the exit status. What a command prints goes to the files `<output>.out` and
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -51,8 +52,10 @@ def main() -> None:
         "tokenizers",
         "matplotlib.pyplot",
         "hydra.main",
+        "scipy.stats",
     ):
         importlib.import_module(name)
+    gc.freeze()  # no collection in a forked process looks at what is shared, which would copy it
 
     for line in sys.stdin:
         child = os.fork()

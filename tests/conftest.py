@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,9 +31,23 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 WORDS = "the cat sat on a mat while dogs ran past old trees in deep green woods near home today".split()
 
 
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the half million objects of the imported modules, which stay until the end."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    seed(0)
+
+
+def seed(number: int) -> None:
+    """Like torch.manual_seed, which takes longer than a test without a GPU: it notes the call stack thrice."""
+    if torch.cuda.is_available():
+        torch.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
 
 
 @pytest.fixture
@@ -51,12 +67,27 @@ def tiny_model(tiny_config: ModelConfig):
         vocab_size: int = 50,
         **settings: object,
     ) -> TransformerLM:
-        torch.manual_seed(1)
+        seed(1)
         scheme = POSITIONS[position](**settings)
         model = TransformerLM(tiny_config, scheme, attention, vocab_size, train_length, context_length)
         return model.eval()
 
     return build
+
+
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What the package logs during the test, from INFO on; pytest's own fixture for it slows every test down."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("alibi_lm")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def _write_text(folder: Path) -> Path:

@@ -1,8 +1,6 @@
 """Imports go down the floors of the house, heavy packages are imported late, and files stay readable."""
 
 import ast
-import copy
-import functools
 import re
 import subprocess
 import sys
@@ -107,7 +105,7 @@ def test_only_an_experiment_starts_the_scripts():
     for path in PACKAGE:
         if room_of(path) in ("experiment", "cli"):
             continue
-        code = _without_docstrings(path)
+        code = TREES[path]
         calls = {
             n.func.attr for n in ast.walk(code) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
         }
@@ -125,21 +123,16 @@ def test_only_its_registry_knows_a_scheme():
     for path in FILES:
         if room_of(path) in allowed:
             continue
-        for text in _strings(_without_docstrings(path)):
+        for text in _strings(TREES[path]):
             assert not named.search(text), f"{path.name} names a scheme: {text!r}"
 
 
-@functools.cache
-def _without_docstrings(path: Path) -> ast.Module:
-    tree = copy.deepcopy(TREES[path])
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]  # type: ignore[attr-defined]
-    return tree
-
-
 def _strings(tree: ast.AST) -> list[str]:
-    return [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    """All strings of a file but docstrings."""
+    nodes = list(ast.walk(tree))
+    docstrings = {id(n.value) for n in nodes if isinstance(n, ast.Expr)}
+    constants = [n for n in nodes if isinstance(n, ast.Constant) and id(n) not in docstrings]
+    return [n.value for n in constants if isinstance(n.value, str)]
 
 
 @pytest.mark.parametrize(

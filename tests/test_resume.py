@@ -8,7 +8,6 @@ or ask to stop.
 import copy
 import functools
 import json
-import logging
 import os
 import pickle
 import random
@@ -209,7 +208,6 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
     run: Callable[..., int],
     corpus: list[str],
     reference: Callable[[str], Path],
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     overrides = [*SETTINGS, *corpus, "position=alibi"]
     folder = tmp_path / "run"
@@ -219,8 +217,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
     newest = store.steps()[-1]
     file = folder / "checkpoints" / f"step-{newest:08d}" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with caplog.at_level(logging.WARNING, logger="alibi_lm"):
-        older = store.find("last")
+    older = store.find("last")
     assert older is not None and older.step < newest == 9
     assert run(overrides, folder) == 0
     assert_same_run(folder, reference("alibi"))

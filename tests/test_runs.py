@@ -1,5 +1,6 @@
 """Run folders: names, whole-or-absent files, marks, and a lock that dies with its process."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -115,10 +116,11 @@ def test_status_creates_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_torn_mark_counts_as_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_torn_mark_counts_as_none(tmp_path: Path, logged: list[logging.LogRecord]) -> None:
     (tmp_path / "finished.json").write_text('{"steps": 1')
     assert finished(tmp_path) is None
-    assert "finished.json is not a JSON file" in caplog.text
+    (record,) = logged
+    assert "finished.json is not a JSON file" in record.getMessage()
     assert status(tmp_path) == "partial"
 
 
