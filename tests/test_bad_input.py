@@ -175,6 +175,7 @@ SETTINGS = [(one, "") for one in NAMED] + [
     ("seed=one", "seed"), ("steps=1e9", "steps"), ("compile=maybe", "compile"), ("overwrite=perhaps", "overwrite"),
     ("model.adaptive_cutoffs=[10];model.tied=false", "model.tied"),
     ("position=rotary;position.scaling=magic", "magic"),
+    ("position=learned;position.random_offset=true", "position.rows=<longest test length>"),
     ("tracking=wandb;tracking.project='a/b'", "tracking.project"),
     # An entry of a group is chosen by its name, not renamed.
     ("position.name=rotary", "Use position=rotary"), ("attention.name=eager", "Use attention=eager"),

@@ -40,6 +40,11 @@ class LearnedConfig:
         require(
             self.rows is None or self.rows >= 1, f"position.rows = {self.rows}. Use a whole number >= 1, or null."
         )
+        require(
+            not self.random_offset or self.rows is not None,
+            "position.random_offset = True, but position.rows = null makes the table as long as a training sequence, "
+            "which leaves no offset to draw. Set position.rows=<longest test length>.",
+        )
 
     def build(self, shape: PositionShape) -> Learned:
         return Learned(self, shape)
