@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -36,7 +36,7 @@ class World:
     world_size: int = 1
     """How many processes train together."""
     local_rank: int = 0
-    """Number of this process on its machine, which is the index of its GPU."""
+    """Index of this process's GPU among those that it sees."""
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +55,8 @@ def start(device: str = "auto") -> World:
         This process's place; `World()` outside `torchrun` and for a single process.
 
     Raises:
-        ValueError: the environment variables are incomplete or make no sense.
+        ValueError: the environment variables are incomplete or make no sense, or there are fewer GPUs than
+            processes.
     """
     global _store, _groups_joined
     if "WORLD_SIZE" not in os.environ:
@@ -66,12 +67,15 @@ def start(device: str = "auto") -> World:
         f"RANK = {world.rank} with WORLD_SIZE = {world.world_size}: ranks go from 0 to WORLD_SIZE - 1. "
         "Start the processes with torchrun.",
     )
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    if on_gpus:
+        world = replace(world, local_rank=_own_gpu(world.local_rank))
     if world.world_size == 1 or dist.is_initialized():
         return world
     backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
+    if on_gpus:
         backend = "cpu:gloo,cuda:nccl"  # counters and objects travel on the CPU, gradients on the GPUs
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(world.local_rank)
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size))
     # Each group has its own name space: a multirun joins a new one for each run, and would otherwise read the
@@ -80,6 +84,17 @@ def start(device: str = "auto") -> World:
     store = dist.PrefixStore(f"alibi_lm/{_groups_joined}", _store)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size)
     return world
+
+
+def _own_gpu(local_rank: int) -> int:
+    """Index of this process's GPU: its number on the machine, or 0 if a launcher shows it one GPU alone."""
+    devices = torch.cuda.device_count()
+    require(
+        devices == 1 or 0 <= local_rank < devices,
+        f"LOCAL_RANK = {local_rank}, but torch finds {devices} CUDA devices here. "
+        f"Start {devices} processes (torchrun --nproc-per-node={devices}), or use device=cpu.",
+    )
+    return 0 if devices == 1 else local_rank
 
 
 def _environment(name: str) -> int:

@@ -117,6 +117,20 @@ def test_senseless_environments(
     assert "torchrun" in str(caught.value)
 
 
+def test_each_process_has_a_gpu_of_its_own(no_torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert distributed.start().local_rank == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # srun --gpus-per-task=1 shows each process its own
+    assert distributed.start().local_rank == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.start("cpu").local_rank == 3
+    with pytest.raises(ValueError, match=r"LOCAL_RANK = 3, but torch finds 2 CUDA devices.*nproc-per-node=2"):
+        distributed.start()
+
+
 def test_two_processes(tmp_path: Path, command: Callable[..., Any]) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)

@@ -42,8 +42,8 @@ class LearnedConfig:
         )
         require(
             not self.random_offset or self.rows is not None,
-            "position.random_offset = True, but position.rows = null makes the table as long as a training sequence, "
-            "which leaves no offset to draw. Set position.rows=<longest test length>.",
+            "position.random_offset = True, but position.rows = null: a table no longer than a training sequence "
+            "has no offset to draw. Set position.rows=<longest test length>.",
         )
 
     def build(self, shape: PositionShape) -> Learned:
