@@ -32,7 +32,7 @@ WORDS = "the cat sat on a mat while dogs ran past old trees in deep green woods 
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the half million objects of the imported modules, which stay until the end."""
+    """Spare the garbage collector the 800,000 objects of the imported modules, which stay until the end."""
     gc.collect()
     gc.freeze()
 
