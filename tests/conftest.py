@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # No test may reach the network, whatever the user's environment says.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,12 +20,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
-from alibi_lm.model.transformer import ModelConfig, TransformerLM
-from alibi_lm.positions import POSITIONS
-
-torch.set_flush_denormal(True)
+if (
+    TYPE_CHECKING
+):  # torch is imported below, where it is used: the process that only hands tests out needs none of it
+    from alibi_lm.model.transformer import ModelConfig, TransformerLM
 
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,7 +32,10 @@ WORDS = "the cat sat on a mat while dogs ran past old trees in deep green woods 
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the 800,000 objects of the imported modules, which stay until the end."""
+    """Compute as the commands do, and spare the garbage collector the 800,000 objects of the imported modules."""
+    import torch
+
+    torch.set_flush_denormal(True)
     gc.collect()
     gc.freeze()
 
@@ -44,6 +47,8 @@ def _seed() -> None:
 
 def seed(number: int) -> None:
     """Like torch.manual_seed, which takes longer than a test without a GPU: it notes the call stack thrice."""
+    import torch
+
     if torch.cuda.is_available():
         torch.manual_seed(number)
     else:
@@ -52,12 +57,16 @@ def seed(number: int) -> None:
 
 @pytest.fixture
 def tiny_config() -> ModelConfig:
+    from alibi_lm.model.transformer import ModelConfig
+
     return ModelConfig(num_layers=2, model_dim=24, num_heads=3, ffn_dim=48)
 
 
 @pytest.fixture
 def tiny_model(tiny_config: ModelConfig):
     """Build a tiny model: tiny_model("alibi", attention="eager", train_length=128, **position settings)."""
+    from alibi_lm.model.transformer import TransformerLM
+    from alibi_lm.positions import POSITIONS
 
     def build(
         position: str,
