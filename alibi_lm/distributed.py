@@ -55,8 +55,8 @@ def start(device: str = "auto") -> World:
         This process's place; `World()` outside `torchrun` and for a single process.
 
     Raises:
-        ValueError: the environment variables are incomplete or make no sense, or there are fewer GPUs than
-            processes.
+        ValueError: the environment variables are incomplete or make no sense, or LOCAL_RANK is beyond the
+            GPUs that this process sees.
     """
     global _store, _groups_joined
     if "WORLD_SIZE" not in os.environ:
