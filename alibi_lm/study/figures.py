@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 CLOSE_UP_FROM = 2.0
 """A close-up may be drawn if the highest perplexity in a panel is at least this times the lowest."""
+MOST_NUMBERS = 15
+"""A heat map with more depths than these has no numbers in its cells: they would overlap."""
 KEYS = "keys_held"
 """Where a row of a stream says how many keys a head held at its end, on average."""
 COMPANY = 1.5
@@ -351,12 +353,13 @@ def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, floa
     values = [[shares[n].get(depth, float("nan")) for n in lengths] for depth in depths]
     axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
-    axis.set_yticks(range(0, len(depths), 2), depths[::2])
+    step = -(-len(depths) // 6)
+    axis.set_yticks(range(0, len(depths), step), depths[::step])
     for x, length in enumerate(lengths):
         if length > curve.train_length:  # a needle at depth d stands (1 - d) n before the end
             border = (1 - curve.train_length / length) * (len(depths) - 1)
             axis.plot([x - 0.5, x + 0.5], [border - 0.25] * 2, color="white", linewidth=1.2)
-    for y, row in enumerate(values):
+    for y, row in enumerate(values if len(values) <= MOST_NUMBERS else []):
         for x, value in enumerate(row):
             color = "white" if value < 0.6 else "black"
             axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=color)
@@ -374,7 +377,8 @@ def _depth_panels(rows: Sequence[ResultRow], found: Sequence[View], words: Mappi
             for n in curve.lengths:
                 own = [r.extra["by_part"] for r in parts if r.inference_length == n and r.run in curve.losses[n]]
                 if own:
-                    shares[n] = {depth: sum(one[depth] for one in own) / len(own) for depth in own[0]}
+                    common = [depth for depth in own[0] if all(depth in one for one in own)]
+                    shares[n] = {depth: sum(one[depth] for one in own) / len(own) for depth in common}
             if shares:
                 cells.append(functools.partial(depth_panel, curve=curve, shares=shares))
     return cells

@@ -33,8 +33,6 @@ KEY, IS, ASK = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2
 """Ids of the needle's other tokens, after the ten symbols; ids count from the end of the text's vocabulary."""
 FRAME = 2 * (4 + VALUES)
 """Tokens of needle and question with its answer."""
-DEPTHS = 11
-"""Places of the needle, from the beginning (0) to the end of the text (1)."""
 NEEDLES = 3
 """First number in the seed of each training needle."""
 
@@ -46,6 +44,11 @@ class NeedleConfig(TaskConfig):
     name: str = "needle"
     share: float = 0.05
     """Share of the training sequences that hold a needle, in (0, 1]."""
+    training_depths: int | None = None
+    """Number of evenly spaced depths at which needles stand in training; null: anywhere. With few depths a model
+    can learn their distances by heart instead of looking for the needle."""
+    depths: int = setting(11, counts="no")
+    """Number of evenly spaced depths in tests, from the beginning (0) to the end of the text (1)."""
     draws: int = setting(20, counts="no")
     """Items per test at each depth and length."""
 
@@ -53,6 +56,8 @@ class NeedleConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, f"task.share = {self.share}. Use a number above 0, up to 1.")
+        require_at_least("task.training_depths", self.training_depths, 2)
+        require_at_least("task.depths", self.depths, 2)
         require_at_least("task.draws", self.draws, 1)
 
 
@@ -81,7 +86,7 @@ def with_needle(text: np.ndarray, first: int, depth: float, draw: np.random.Gene
 
 
 class NeedleBatches(TrainingBatches):
-    """Training batches of a text in which a share of the sequences holds a needle, each at a uniform depth.
+    """Training batches of a text in which a share of the sequences holds a needle, at all depths alike.
 
     Which ones, and what they hold, is a function of (seed, number of the sequence).
 
@@ -96,13 +101,15 @@ class NeedleBatches(TrainingBatches):
     ) -> None:
         super().__init__(tokens, start_id, length, rows, seed)
         self.share, self.first = task.share, first
+        self.steps = length - FRAME if task.training_depths is None else task.training_depths - 1
+        """Depths are multiples of 1 / steps."""
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         inputs, targets = (tensor.numpy().copy() for tensor in super().batch(step, rows))
         for row, number in enumerate(range(step * self.rows, (step + 1) * self.rows)[rows]):
             draw = np.random.default_rng([NEEDLES, self.seed, number])
             if draw.random() < self.share:
-                depth = draw.integers(DEPTHS) / (DEPTHS - 1)
+                depth = draw.integers(self.steps + 1) / self.steps
                 targets[row] = with_needle(targets[row], self.first, depth, draw)
                 inputs[row, 1:] = targets[row, :-1]
         return torch.from_numpy(inputs), torch.from_numpy(targets)
@@ -110,7 +117,7 @@ class NeedleBatches(TrainingBatches):
 
 @dataclass(eq=False)
 class NeedleTask(Items):
-    """Needles at eleven depths of a text that was not trained on."""
+    """Needles at evenly spaced depths of a text that was not trained on."""
 
     task: NeedleConfig
     tokens: np.ndarray
@@ -128,7 +135,8 @@ class NeedleTask(Items):
 
     @property
     def identity(self) -> str:
-        return f"needles {self.task.draws} {DEPTHS} in {self.corpus} after {self.start_id}, from {self.first}"
+        items = f"{self.task.draws} {self.task.depths}"
+        return f"needles {items} in {self.corpus} after {self.start_id}, from {self.first}"
 
     def refuses(self, length: int) -> str:
         if length > len(self.tokens):
@@ -137,10 +145,10 @@ class NeedleTask(Items):
 
     def draw(self, length: int) -> list[Item]:
         found = []
-        for number in range(DEPTHS * self.task.draws):
+        for number in range(self.task.depths * self.task.draws):
             draw = np.random.default_rng([HELD_OUT[self.split], length, number])
             start = int(draw.integers(len(self.tokens) - length + 1))
-            depth = number // self.task.draws / (DEPTHS - 1)
+            depth = number // self.task.draws / (self.task.depths - 1)
             targets = with_needle(self.tokens[start : start + length], self.first, depth, draw)
             counted = np.arange(length) >= length - VALUES
             found.append(Item(np.array([self.start_id, *targets[:-1]]), targets, counted))
@@ -148,8 +156,11 @@ class NeedleTask(Items):
 
     def parts(self, length: int) -> dict[str, np.ndarray]:
         """Items by depth."""
-        numbers = np.arange(DEPTHS * self.task.draws).reshape(DEPTHS, -1)
-        return {f"{depth / (DEPTHS - 1):.1f}": members for depth, members in enumerate(numbers)}
+        numbers, last = np.arange(self.task.depths * self.task.draws), self.task.depths - 1
+        return {
+            str(round(number / last, 3)): members
+            for number, members in enumerate(numbers.reshape(self.task.depths, -1))
+        }
 
 
 class PasskeyTask(Items):

@@ -43,8 +43,11 @@ def test_a_needle_stands_at_its_depth_and_the_question_asks_for_it(depth):
     assert list(rest) == list(TEXT[:24]), "the text goes on after the needle"
 
 
-def test_a_share_of_the_training_sequences_holds_one_and_the_others_are_as_they_were():
-    task = NeedleConfig(share=0.3)
+@pytest.mark.parametrize(
+    ("training_depths", "places"), [(None, set(range(15))), (11, {0, 1, 3, 4, 6, 7, 8, 10, 11, 13, 14})]
+)
+def test_a_share_of_the_training_sequences_holds_one_and_the_others_are_as_they_were(training_depths, places):
+    task = NeedleConfig(share=0.3, training_depths=training_depths)
     plain = TrainingBatches(TEXT, 7, 30, 6, seed=2)
     batches = NeedleBatches(task, TEXT, 7, 30, 6, seed=2, first=FIRST)
     held, depths = 0, set()
@@ -59,7 +62,23 @@ def test_a_share_of_the_training_sequences_holds_one_and_the_others_are_as_they_
         part = batches.batch(step, slice(2, 5))
         assert torch.equal(part[1], targets[2:5]) and torch.equal(part[0], inputs[2:5])
     assert abs(held / 360 - 0.3) < 3 * math.sqrt(0.21 / 360)
-    assert depths == {round(k / 10 * 14) for k in range(11)} and batches.targets(0) == 180
+    assert depths == places and batches.targets(0) == 180
+
+
+def test_training_needles_stand_at_all_places_alike():
+    batches = NeedleBatches(NeedleConfig(share=1), np.arange(20_000), 7, 30, 500, seed=2, first=30_000)
+    targets = torch.cat([batches.batch(step)[1] for step in range(6)])
+    places = torch.bincount((targets == 30_010).nonzero()[:, 1], minlength=15)
+    assert len(places) == 15 and places.sum() == 3000
+    assert float(((places - 200) ** 2 / 200).sum()) < 36.1, "chi squared with 14 degrees of freedom, p = 0.001"
+
+
+def test_a_test_can_have_a_needle_at_every_place():
+    task = NeedleTask(NeedleConfig(depths=49, draws=2), TEXT, 7, FIRST, "test", "abc")
+    stand = [read(item.target_ids)[0] for item in task.draw(64)]
+    assert stand == [place for place in range(49) for _ in range(2)]
+    parts = task.parts(64)
+    assert len(parts) == 49 and list(parts)[:2] == ["0.0", "0.021"] and list(parts["0.021"]) == [2, 3]
 
 
 class Retriever(Toy):
@@ -120,6 +139,8 @@ def test_a_language_model_with_needles_is_scored_on_text_and_on_needles(tmp_path
         train(compose([*tiny, "position=alibi", "train_length=16"]), tmp_path / "short")
     with pytest.raises(ValueError, match=r"task\.share = 0"):
         NeedleConfig(share=0)
+    with pytest.raises(ValueError, match=r"task\.training_depths = 1\. Use a whole number >= 2"):
+        NeedleConfig(training_depths=1)
 
 
 def test_a_passkey_is_told_twice_and_asked_for():
