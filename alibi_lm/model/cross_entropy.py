@@ -74,6 +74,17 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, table, targets, words, rows or chunk_rows(len(table)), keep)
 
 
+def scores(hidden: Tensor, table: Tensor) -> Tensor:
+    """The scores of `linear_cross_entropy`, all at once and with gradients: (..., D), (V, D) -> (..., V).
+
+    Factors of half precision are rounded, their products and sums are not.
+    """
+    hidden, table = _in_autocast_dtype(hidden, table)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(exact), table.to(exact))
+
+
 def first_choices(hidden: Tensor, table: Tensor) -> Tensor:
     """The word with the largest score in each row, chunk by chunk: (N, D), (V, D) -> (N,) int64. No gradient."""
     hidden, table = _in_autocast_dtype(hidden, table)

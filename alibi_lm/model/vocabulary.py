@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alibi_lm.model.cross_entropy import chunk_rows, first_choices, linear_cross_entropy
-from alibi_lm.positions.base import at_least_float32
+from alibi_lm.model.cross_entropy import chunk_rows, first_choices, linear_cross_entropy, scores
 
 
 class Vocabulary(nn.Module):
@@ -65,7 +64,7 @@ class Vocabulary(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits: (..., D) -> (..., V), float32 or better."""
-        return at_least_float32(F.linear(hidden, self.output_table))
+        return scores(hidden, self.output_table)
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Minus the natural logarithm of each target's probability, chunk by chunk.
@@ -178,11 +177,11 @@ class AdaptiveVocabulary(nn.Module):
         """Logits of the distribution, here its natural logarithms: (..., D) -> (..., V)."""
         hidden = self.dropout(hidden)
         head_size = self.bands[0][1]
-        head = at_least_float32(F.linear(hidden, self._head_table())).log_softmax(dim=-1)
+        head = scores(hidden, self._head_table()).log_softmax(dim=-1)
         parts = [head[..., :head_size]]
         for tail in range(1, len(self.bands)):
-            scores = at_least_float32(F.linear(self._projected(hidden, tail), self.embeddings[tail]))
-            parts.append(head[..., head_size + tail - 1, None] + scores.log_softmax(dim=-1))
+            within = scores(self._projected(hidden, tail), self.embeddings[tail]).log_softmax(dim=-1)
+            parts.append(head[..., head_size + tail - 1, None] + within)
         return torch.cat(parts, dim=-1)
 
     def _head_table(self) -> Tensor:

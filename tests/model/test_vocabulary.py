@@ -147,20 +147,25 @@ def test_dropout_acts_on_input_and_on_tail_projections():
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_half_precision_scores_are_summed_in_float32(autocast: bool):
+@pytest.mark.parametrize("cutoffs", [[], [100, 200]])
+def test_half_precision_scores_are_summed_in_float32(autocast: bool, cutoffs: list[int]):
     torch.manual_seed(4)
-    vocabulary = AdaptiveVocabulary(300, 16, [100, 200], 4.0, 0.0)
+    vocabulary = AdaptiveVocabulary(300, 16, cutoffs, 4.0, 0.0) if cutoffs else Vocabulary(300, 16, tied=True)
     vocabulary.initialise()
     hidden, targets = torch.randn(60, 16), torch.randint(300, (60,))
     exact = vocabulary.nats(hidden, targets)
     if not autocast:
         vocabulary, hidden = vocabulary.bfloat16(), hidden.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        nats = vocabulary.nats(hidden, targets)
-        log_probs = vocabulary.logits(hidden)
-    assert nats.dtype == log_probs.dtype == torch.float32
-    assert (nats - exact).abs().max() < 0.05  # bfloat16 scores are off by up to 2^-8 of their size
-    assert (log_probs.double().exp().sum(-1) - 1).abs().max() < 1e-5  # the sum over words is not
+        nats, best = vocabulary.nats(hidden, targets), vocabulary.first_choices(hidden)
+        logits = vocabulary.logits(hidden.requires_grad_())
+        (gradient,) = torch.autograd.grad(logits.sum(), hidden)
+    assert nats.dtype == logits.dtype == torch.float32 and gradient.abs().sum() > 0
+    assert (nats - exact).abs().max() < 0.05  # bfloat16 factors are off by up to 2^-8 of their size
+    # All ways to the same distribution take the same products, unrounded: what is scored is what is generated.
+    log_probs = logits.log_softmax(-1)
+    assert (log_probs.gather(1, targets[:, None])[:, 0] + nats).abs().max() < 1e-5
+    assert torch.equal(logits.argmax(-1), best)
 
 
 @pytest.mark.parametrize("tied", [True, False])
