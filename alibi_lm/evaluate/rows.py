@@ -56,7 +56,7 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
         fields["tokens_per_second"] = fields["tokens"] / scored.seconds
     if isinstance(task, Items) and task.by_target:  # answers in one item go together: intervals count items
         extra["items"] = len(task.items(length))
-    rows = []
+    trained, rows = fields.get("train_length"), []
     for metric in task.metrics:
         if metric == "perplexity":
             rows.append(perplexity_row(float(scored.nats.sum(dtype=np.float64)), fields | {"extra": extra}))
@@ -65,8 +65,26 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
         right = np.logical_and.reduceat(scored.hits, groups)
         shares = {name: float(right[members].mean()) for name, members in task.parts(length).items()}
         own = extra | ({"by_part": shares} if shares else {})
+        if isinstance(task, Items) and trained and length > trained:
+            own |= _by_reach(task, length, trained, right)
         rows.append(ResultRow(**fields, extra=own, metric=metric, value=float(right.mean()), n=len(right)))
     return keep(output, rows, scored.nats, groups)
+
+
+def _by_reach(task: Items, length: int, trained: int, right: np.ndarray) -> dict[str, Any]:
+    """How much of a result needs more than the last L tokens; empty if the task does not know.
+
+    `in_reach`: accuracy of a perfect reader of those tokens alone; `beyond`: the model's accuracy on the other
+    answers, and `items_beyond`: how many items have such answers.
+    """
+    inside = task.in_reach(length, trained)
+    if inside is None:
+        return {}
+    found: dict[str, Any] = {"in_reach": float(inside.mean())}
+    if not inside.all():
+        items = np.repeat(np.arange(len(task.items(length))), [len(inside) // len(task.items(length))])
+        found |= {"beyond": float(right[~inside].mean()), "items_beyond": len(np.unique(items[~inside]))}
+    return found
 
 
 def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, **common: Any) -> list[ResultRow]:

@@ -69,6 +69,12 @@ class Curve:
     metric: str = "perplexity"
     items: dict[int, int] = field(default_factory=dict)
     """inference_length -> number of tokens, or of items of a task (not their questions), that values average."""
+    in_reach: dict[int, float] = field(default_factory=dict)
+    """inference_length beyond L -> accuracy of a perfect reader of only the last L tokens, where known."""
+    beyond: dict[int, dict[str, float]] = field(default_factory=dict)
+    """inference_length -> run -> accuracy on the answers that such a reader does not give."""
+    items_beyond: dict[int, int] = field(default_factory=dict)
+    """inference_length -> number of items that have such answers."""
     streamed: dict[int, dict[str, float]] = field(default_factory=dict)
     """Like `losses`, for the whole split as one window; shown with the view of nonoverlapping windows."""
 
@@ -148,6 +154,11 @@ def curves(rows: Iterable[ResultRow], view: View, recipes: Mapping[str, str] | N
         else:
             curve.losses.setdefault(row.inference_length, {})[row.run] = value
             curve.items[row.inference_length] = items_of(row)
+            if "in_reach" in row.extra:
+                curve.in_reach[row.inference_length] = row.extra["in_reach"]
+            if "beyond" in row.extra:
+                curve.beyond.setdefault(row.inference_length, {})[row.run] = row.extra["beyond"]
+                curve.items_beyond[row.inference_length] = row.extra["items_beyond"]
     # One point per run, for any cache: what a cache may lose is too little to see.
     for row in rows if view.mode == "nonoverlapping" else []:
         length, loss, cache = row.inference_length, row.loss, row.changes.get("cache")

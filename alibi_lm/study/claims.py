@@ -217,7 +217,7 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
     view = View(side.split, mode, side.stride, side.task, side.metric)
     rows = [
         row
-        for row in (evidence.rows if not side.far else filter(None, map(_far, evidence.rows)))
+        for row in (evidence.rows if not side.beyond else filter(None, map(_beyond, evidence.rows)))
         if row.run is not None
         and row.position == side.position
         and math.isclose(row.train_length or 0, train)
@@ -242,16 +242,12 @@ def _runs(side: Side, length: int, evidence: Evidence) -> tuple[list[ResultRow],
     return rows, ""
 
 
-def _far(row: ResultRow) -> ResultRow | None:
-    """The row of only those needles that are further than the training length from the question, if there are any.
-
-    A needle at depth d in n tokens is (1 - d) n tokens before the end.
-    """
-    shares, length = row.extra.get("by_part"), row.inference_length or 0
-    if not shares or row.train_length is None or row.n is None:
+def _beyond(row: ResultRow) -> ResultRow | None:
+    """The row of only those answers that the last L tokens do not give, if there are any."""
+    if (share := row.extra.get("beyond")) is None:
         return None
-    far = [share for depth, share in shares.items() if (1 - float(depth)) * length > row.train_length]
-    return replace(row, value=math.fsum(far) / len(far), n=row.n * len(far) // len(shares)) if far else None
+    items = row.extra["items_beyond"]
+    return replace(row, value=share, n=items, extra=row.extra | ({"items": items} if "items" in row.extra else {}))
 
 
 def _of_view(claim: Claim, evidence: Evidence, view: str) -> tuple[list[Found], str]:
@@ -331,12 +327,13 @@ def _judge_equal_time(claim: Claim, evidence: Evidence) -> Judged:
     """
     left, right = claim.left, claim.right
     assert left is not None and right is not None
-    speeds = _speeds(evidence.bench, "train_tokens_per_second").values()
+    rate = "train_tokens_per_second"
+    speeds = _speeds(evidence.bench, rate).values()
     trained = {row.train_length for row in evidence.rows if row.train_length is not None}
     instances, reasons = [], []
     for length in sorted(n for n in trained if n * left.train in trained):
         sides = (left.position, n := round(length * left.train)), (right.position, length)
-        faster = next((of[sides[0]] / of[sides[1]] for of in speeds if set(sides) <= set(of)), None)
+        faster = next((of[sides[0]][rate] / of[sides[1]][rate] for of in speeds if set(sides) <= set(of)), None)
         if faster is None:
             reasons.append(f"L={length}: no benchmark of {left.position} at {n} and {right.position} at {length}")
             continue
@@ -355,28 +352,37 @@ def _judge_equal_time(claim: Claim, evidence: Evidence) -> Judged:
     return Judged(claim, overall([i.verdict for i in instances]), instances, "" if instances else _some(reasons))
 
 
-def _speeds(bench: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[Any, ...], dict[tuple[Any, Any], float]]:
-    """Values of our own code: device, dtype, backend and whether compiled -> scheme and length -> value."""
-    found: dict[tuple[Any, ...], dict[tuple[Any, Any], float]] = {}
+def _speeds(
+    bench: Sequence[Mapping[str, Any]], name: str
+) -> dict[tuple[Any, ...], dict[tuple[Any, Any], Mapping[str, Any]]]:
+    """Our own code's rows with this value: device, dtype, backend, compiled -> scheme and length -> row."""
+    found: dict[tuple[Any, ...], dict[tuple[Any, Any], Mapping[str, Any]]] = {}
     for row in bench:
         value = row.get(name)
         if row.get("implementation", "ours") == "ours" and isinstance(value, int | float) and value > 0:
             way = tuple(row.get(k) for k in ("device", "dtype", "backend", "compiled"))
-            found.setdefault(way, {})[row.get("position"), row.get("length")] = float(value)
+            found.setdefault(way, {})[row.get("position"), row.get("length")] = row
     return found
 
 
 def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
-    """Speeds at equal length, device, dtype and backend; ratios are medians, so there is no interval."""
+    """Speeds at equal length, device, dtype and backend: medians over pairs of steps with the same third model.
+
+    The quartiles of both sides bound the ratio: with eight pairs or more that is wider than a 95% interval.
+    """
     assert claim.left is not None and claim.right is not None and claim.measure is not None
     instances = []
     for way, speeds in _speeds(bench, claim.measure).items():
         for length in dict.fromkeys(length for _, length in speeds):
             left, right = (speeds.get((side.position, length)) for side in (claim.left, claim.right))
             if left and right:
-                value = math.log(left / right)
-                verdict = judge(Measured(value, value, value, 1, ""), claim.relation, claim.bound, 1)
+                value = math.log(left[claim.measure] / right[claim.measure])
+                (low, high), (least, most) = (r.get(f"{claim.measure}_quartiles", (0, 0)) for r in (left, right))
+                known = min(low, least) > 0
+                measured = Measured(value, math.log(low / most), math.log(high / least), 1, "") if known else None
+                verdict = judge(measured, claim.relation, claim.bound, 1) if measured else "NOT SETTLED"
                 words = f"length {length}, {way[2]}, {way[0]}"
-                instances.append(Instance(words, verdict, f"{math.exp(value):.3f}"))
+                spread = f" [{low / most:.3f}, {high / least:.3f}]" if known else ""
+                instances.append(Instance(words, verdict, f"{math.exp(value):.3f}{spread}"))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

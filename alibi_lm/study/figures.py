@@ -174,7 +174,7 @@ def curve_figure(
     if any(line.apart for panel in panels for line in panel.lines):
         remarks.append("Star: the whole split as one window, each token with all before it.")
     if view.metric == "accuracy":
-        remarks.append(of_accuracies(panels))
+        remarks += of_accuracies(panels)
     shown = {name for panel in panels for name in panel.levels}
     remarks += [
         f"Out of range: {name} baseline, {value:.4g}." for name, value in base.items() if name not in shown
@@ -222,7 +222,10 @@ def curve_panels(
         x_label = "length in the task's own measure, log axis"
         # Tasks are asked at few lengths, which need not be powers of two apart.
         ticks = len(every) <= 9
-        return [panel(trained, limits=(-0.03, 1.03), levels=dict(base), x_label=x_label, tick_points=ticks), None]
+        readers = [{c.train_length: 1.0} | c.in_reach for c in drawn if c.in_reach]
+        behind = [Line("", "", [float(n) for n in known], list(known.values())) for known in readers[:1]]
+        panel = functools.partial(panel, x_label=x_label, tick_points=ticks, behind=behind)
+        return [panel(trained, limits=(-0.03, 1.03), levels=dict(base)), None]
     log_y = _range(drawn) > CLOSE_UP_FROM and metric == "perplexity"
     whole = panel(trained + (", whole range" if close else ""), log_y=log_y)
     whole = replace(whole, levels={name: value for name, value in base.items() if fits(whole, value)})
@@ -325,11 +328,11 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
             panel = curve_panels(own, length, baselines(rows, view))[0]
             assert panel is not None
             panels.append(replace(panel, title=f"{view.task.replace('_', ' ')}, {panel.title}"))
-        title, origin, remarks = "Accuracy by length, all tasks", _counts(rows, found), [of_accuracies(panels)]
+        title, origin, remarks = "Accuracy by length, all tasks", _counts(rows, found), of_accuracies(panels)
         drawn += save_both(build(title, grid(panels, 2), origin, remarks, [], (3.6, 2.9)), folder, "tasks")
     if depths := _depth_panels(rows, found, words):
         origin = "items that are right in per cent, mean over seeds; " + _counts(rows, found)
-        remark = "Above the white line needles stand further from the question than the training length."
+        remark = "Above the white line the answer needs more than the last L tokens."
         cells = grid(depths, min(len(depths), 4))
         drawn += save_both(
             build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0)), folder, "depths"
@@ -337,11 +340,13 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
     return drawn
 
 
-def of_accuracies(panels: Sequence[Panel]) -> str:
-    """What is drawn around the means, in words."""
+def of_accuracies(panels: Sequence[Panel]) -> list[str]:
+    """What is drawn beside the means, in words."""
+    words = "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
     if all(panel.crowded for panel in panels):
-        return "Dots: single seeds; 95% intervals over seeds and items are in table.md. All seeds count."
-    return "Whiskers: 95% intervals over seeds and items; dots: single seeds. All seeds count."
+        words = "Dots: single seeds; 95% intervals over seeds and items are in table.md. All seeds count."
+    grey = ["Grey: a perfect reader of only the last L tokens."] if any(panel.behind for panel in panels) else []
+    return [words, *grey]
 
 
 def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, float]]) -> None:
@@ -356,9 +361,9 @@ def depth_panel(axis: Axes, curve: Curve, shares: Mapping[int, Mapping[str, floa
     step = -(-len(depths) // 6)
     axis.set_yticks(range(0, len(depths), step), depths[::step])
     for x, length in enumerate(lengths):
-        if length > curve.train_length:  # a needle at depth d stands (1 - d) n before the end
-            border = (1 - curve.train_length / length) * (len(depths) - 1)
-            axis.plot([x - 0.5, x + 0.5], [border - 0.25] * 2, color="white", linewidth=1.2)
+        if length in curve.in_reach:
+            border = (1 - curve.in_reach[length]) * len(depths) - 0.5
+            axis.plot([x - 0.5, x + 0.5], [border] * 2, color="white", linewidth=1.2)
     for y, row in enumerate(values if len(values) <= MOST_NUMBERS else []):
         for x, value in enumerate(row):
             color = "white" if value < 0.6 else "black"

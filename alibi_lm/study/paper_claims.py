@@ -42,8 +42,8 @@ class Side:
     task: str = "text"
     """Task; for others than text, its accuracy is compared."""
     split: str = "validation"
-    far: bool = False
-    """For needles: only those further than L from the question."""
+    beyond: bool = False
+    """For a task: only the answers that the last L tokens do not give."""
     view: str = ""
     """A view of scripts/analyse.py that has the `number`; empty: result rows."""
     number: str = ""

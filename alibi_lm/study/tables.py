@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from alibi_lm.results.curves import Curve, View, baselines, curves, text_names, view_of, views
@@ -27,6 +28,8 @@ def results_page(evidence: Evidence) -> list[Block]:
         metric = "" if view.metric == "perplexity" else f": {view.metric}"
         page.append(f"## {view.title[0].upper()}{view.title[1:]}{metric}")
         page += [view_table(rows, view, words), provenance(rows, view)]
+        if beyond := beyond_table(rows, view, words):
+            page.append(beyond)
     if stages := stages_of(rows, evidence.records, words):
         page += ["## Extrapolation by stage of training", stage_table(stages)]
     if evidence.unfair:
@@ -79,12 +82,32 @@ def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] |
         body.append(head + [_cell(curve, n, reasons) for n in lengths])
     for name, value in sorted(baselines(rows, view).items()):
         body.append([f"{name} baseline", "", "", *(f"{value:.2f}" for _ in lengths)])
+    known = next((curve.in_reach for curve in found if curve.in_reach), {})
+    if known and len({curve.train_length for curve in found}) == 1:
+        cells = [f"{known[n]:.3f}" if n in known else "" for n in lengths]
+        body.append([f"a perfect reader of the last {found[0].train_length}", "", "", *cells])
     notes = numbered(reasons)
     if view.metric == "perplexity":
         notes.append("In brackets: ratio to the value at the training length (bold).")
     if view.metric == "accuracy":
         notes.append("Mean over all seeds; in brackets its 95% interval, over seeds and items.")
     return Table(["scheme", "trained at", "runs", *map(str, lengths)], body, 3, notes)
+
+
+def beyond_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str]) -> Table | None:
+    """Accuracies on the answers that the last L tokens do not give; None if no row knows which these are."""
+    found = [curve for curve in curves(rows, view, words) if curve.beyond]
+    lengths = sorted({n for curve in found for n in curve.beyond})
+    body = []
+    for curve in found:
+        cells = []
+        for n in lengths:
+            shares = list(curve.beyond.get(n, {}).values())
+            low, high = accuracy_interval(shares, curve.items_beyond[n]) if shares else (0.0, 0.0)
+            cells.append(f"{math.fsum(shares) / len(shares):.3f} ({low:.2f}-{high:.2f})" if shares else "-")
+        body.append([label(curve.position, curve.variant), str(curve.train_length), _seeds(curve), *cells])
+    notes = ["Only answers that a perfect reader of the last L tokens does not give, so that it has 0 here."]
+    return Table(["beyond the last L", "trained at", "runs", *map(str, lengths)], body, 3, notes) if body else None
 
 
 def provenance(rows: Iterable[ResultRow], view: View) -> str:

@@ -13,6 +13,7 @@ the shortest.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,11 +25,13 @@ from alibi_lm.tasks.items import Item, Synthetic, answered
 
 BOS, SEP, EOS, FIRST = 0, 1, 2, 3
 """Ids of the layout's tokens, and of the first symbol."""
+PLUS = 2
+"""The sign + among the symbols of an addition."""
 
 
 @dataclass
 class BoardTask(Synthetic):
-    """What the eight share: a subclass says what is asked (`ask`) and how long the answer may be (`answer`)."""
+    """What the eight share. A subclass says what is asked, what is right, and how long an answer may be."""
 
     alphabet: ClassVar[int] = 2
     """Symbols of input and answer together."""
@@ -41,9 +44,13 @@ class BoardTask(Synthetic):
         """Largest number of symbols in an answer."""
         return 1
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Input and answer as symbols counted from 0: (length,) and (answer,) integers."""
-        raise NotImplementedError
+    @abstractmethod
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
+        """An input as symbols counted from 0: (length,) integers."""
+
+    @abstractmethod
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        """The answer to an input, or the best one that the end of an input allows: (n,) -> (answer,) integers."""
 
     def width(self, length: int) -> int:
         return length + self.answer(length) + 2  # <eos> is a target only
@@ -53,8 +60,14 @@ class BoardTask(Synthetic):
         return range(max(first, self.least), length + 1)
 
     def item(self, draw: np.random.Generator, length: int) -> Item:
-        symbols, answer = self.ask(draw, length)
+        symbols = self.question(draw, length)
+        answer = self.solve(symbols)
         return answered(np.array([BOS, *(symbols + FIRST), SEP]), np.array([*(answer + FIRST), EOS]))
+
+    def in_reach(self, item: Item, reach: int) -> np.ndarray:
+        symbols = item.input_ids[1 : len(item.input_ids) - int(item.counted.sum())] - FIRST
+        answer = item.target_ids[item.counted][:-1] - FIRST
+        return np.array([np.array_equal(self.solve(symbols[-reach:]), answer)])
 
 
 def bits(draw: np.random.Generator, length: int, tie: bool = False) -> np.ndarray:
@@ -70,11 +83,16 @@ class BinMajority(BoardTask):
     """Which of two symbols occurs more often? The number of ones is uniform, without ties."""
 
     name: str = "bin_majority"
-    chance: ClassVar[float] = 0.5
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = bits(draw, length)
-        return found, np.array([int(2 * found.sum() > length)])
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
+        return bits(draw, length)
+
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        return np.array([int(2 * symbols.sum() > len(symbols))])
+
+    @property
+    def chance(self) -> float:
+        return 0.5
 
 
 @dataclass
@@ -83,14 +101,20 @@ class Majority(BoardTask):
 
     name: str = "majority"
     alphabet: ClassVar[int] = 26
-    chance: ClassVar[float] = 1 / 26
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
         while True:
             found = draw.integers(self.alphabet, size=length)
             counts = np.bincount(found, minlength=self.alphabet)
             if (counts == counts.max()).sum() == 1:
-                return found, np.array([counts.argmax()])
+                return found
+
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        return np.array([np.bincount(symbols, minlength=self.alphabet).argmax()])
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.alphabet
 
 
 @dataclass
@@ -102,14 +126,20 @@ class InterleavedMajority(BoardTask):
 
     name: str = "interleaved_majority"
     least: ClassVar[int] = 3
-    chance: ClassVar[float] = 0.125
 
     def answer(self, length: int) -> int:
         return 3
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        strings = np.stack([bits(draw, length // 3) for _ in range(3)])
-        return strings.T.ravel(), (2 * strings.sum(axis=1) > length // 3).astype(np.int64)
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
+        return np.stack([bits(draw, length // 3) for _ in range(3)]).T.ravel()
+
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        strings = symbols[len(symbols) % 3 :].reshape(-1, 3)
+        return (2 * strings.sum(axis=0) > len(strings)).astype(np.int64)
+
+    @property
+    def chance(self) -> float:
+        return 0.125
 
 
 @dataclass
@@ -136,9 +166,11 @@ class UniqueCopy(BoardTask):
             return f"{self.name} has {self.symbols} symbols, which cannot make {length} different ones"
         return super().refuses(length)
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = draw.permutation(self.symbols)[:length]
-        return found, found
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
+        return draw.permutation(self.symbols)[:length]
+
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        return symbols
 
 
 @dataclass
@@ -147,9 +179,8 @@ class Sort(UniqueCopy):
 
     name: str = "sort"
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = draw.permutation(self.symbols)[:length]
-        return found, np.sort(found)
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        return np.sort(symbols)
 
 
 @dataclass
@@ -161,9 +192,11 @@ class RepeatCopy(BoardTask):
     def answer(self, length: int) -> int:
         return length
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = draw.integers(2, size=length)
-        return found, found
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
+        return draw.integers(2, size=length)
+
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        return symbols
 
 
 @dataclass
@@ -173,11 +206,16 @@ class Parity(BoardTask):
     name: str = "parity"
     least: ClassVar[int] = 0
     alphabet: ClassVar[int] = 4  # 0, 1, even, odd
-    chance: ClassVar[float] = 0.5
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = bits(draw, length, tie=True)
-        return found, np.array([2 + found.sum() % 2])
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
+        return bits(draw, length, tie=True)
+
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        return np.array([2 + symbols.sum() % 2])
+
+    @property
+    def chance(self) -> float:
+        return 0.5
 
 
 @dataclass
@@ -189,7 +227,7 @@ class Addition(BoardTask):
 
     name: str = "addition"
     least: ClassVar[int] = 4
-    alphabet: ClassVar[int] = 3  # 0, 1, +
+    alphabet: ClassVar[int] = 3  # 0, 1, PLUS
 
     def answer(self, length: int) -> int:
         return length - 2
@@ -197,15 +235,18 @@ class Addition(BoardTask):
     def width(self, length: int) -> int:
         return super().width(length) - 1  # <sep> is the sign = of the length
 
-    def ask(self, draw: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def question(self, draw: np.random.Generator, length: int) -> np.ndarray:
         first = int(draw.integers(1, length - 2))
         numbers = []
         for digits in (first, length - 2 - first):
             number = draw.integers(2, size=digits)
             number[0] = number[0] if digits == 1 else 1
             numbers.append(number)
-        total = sum(int("".join(map(str, number)), 2) for number in numbers)
-        return np.array([*numbers[0], 2, *numbers[1]]), np.array([int(digit) for digit in f"{total:b}"])
+        return np.array([*numbers[0], PLUS, *numbers[1]])
+
+    def solve(self, symbols: np.ndarray) -> np.ndarray:
+        numbers = "".join("+" if symbol == PLUS else str(symbol) for symbol in symbols).split("+")
+        return np.array([int(digit) for digit in f"{sum(int(number or '0', 2) for number in numbers):b}"])
 
 
 BOARD = (BinMajority, Majority, InterleavedMajority, UniqueCopy, RepeatCopy, Sort, Parity, Addition)

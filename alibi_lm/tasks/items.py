@@ -57,8 +57,6 @@ class Synthetic(TaskConfig, ABC):
 
     least: ClassVar[int] = 1
     """Shortest length."""
-    chance: ClassVar[float] = 0.0
-    """Accuracy of the best constant answer."""
     by_target: ClassVar[bool] = False
     """Whether each target of an answer is judged by itself."""
 
@@ -66,6 +64,11 @@ class Synthetic(TaskConfig, ABC):
         for name in ("validation_items", "items"):
             value = getattr(self, name)
             require_at_least(f"task.{name}", value, 1)
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of the best constant answer to long inputs."""
+        return 0.0
 
     @property
     @abstractmethod
@@ -83,6 +86,13 @@ class Synthetic(TaskConfig, ABC):
     @abstractmethod
     def item(self, draw: np.random.Generator, length: int) -> Item:
         """Draw an item of exactly this length."""
+
+    @abstractmethod
+    def in_reach(self, item: Item, reach: int) -> np.ndarray:
+        """Which answers are right that use only the end of the input, `reach` long in the unit of lengths.
+
+        (1,) bool, or one for each target of the answer if they are judged by themselves.
+        """
 
     def refuses(self, length: int) -> str:
         """Why there are no items of this length; empty if there are."""
@@ -145,6 +155,14 @@ class Items(Task):
     def draw(self, length: int) -> list[Item]:
         """All items at a length."""
 
+    def in_reach(self, length: int, reach: int) -> np.ndarray | None:
+        """Which answers a perfect reader of only the last `reach` tokens gives: (G,) bool, like `groups`.
+
+        None if that is not known. Such a reader needs no reach to score their mean, so what shows the reach of a
+        model is its accuracy on the other answers.
+        """
+        return None
+
     def items(self, length: int) -> list[Item]:
         """The same; the items of the last length asked for are cached."""
         if self._kept[0] != length:
@@ -199,6 +217,9 @@ class ItemTask(Items):
     def draw(self, length: int) -> list[Item]:
         first, beyond = HELD_OUT[self.split], self.train_length if self.split == "test" else None
         return [self.task.draw([first, length, index], length, beyond) for index in range(self.count)]
+
+    def in_reach(self, length: int, reach: int) -> np.ndarray:
+        return np.concatenate([self.task.in_reach(item, reach) for item in self.items(length)])
 
     def refuses(self, length: int) -> str:
         return self.task.refuses(length)

@@ -154,6 +154,12 @@ class NeedleTask(Items):
             found.append(Item(np.array([self.start_id, *targets[:-1]]), targets, counted))
         return found
 
+    def in_reach(self, length: int, reach: int) -> np.ndarray:
+        # When the first value is asked for, the needle's first token must be within reach.
+        asked = length - VALUES
+        starts = [int(np.flatnonzero(item.input_ids == self.first + KEY)[0]) for item in self.items(length)]
+        return asked - np.array(starts) < reach
+
     def parts(self, length: int) -> dict[str, np.ndarray]:
         """Items by depth."""
         numbers, last = np.arange(self.task.depths * self.task.draws), self.task.depths - 1
@@ -170,7 +176,7 @@ class PasskeyTask(Items):
 
     Args:
         tokenizer: the model's.
-        split: name of the split in rows; the items are the same for both splits.
+        split: `validation` or `test`, which have other items.
     """
 
     name = "passkey"
@@ -190,7 +196,7 @@ class PasskeyTask(Items):
 
     @property
     def identity(self) -> str:
-        return f"passkey {self.COUNT} of {self.tokenizer.hash}"
+        return f"passkey {self.COUNT} {self.split} of {self.tokenizer.hash}"
 
     def refuses(self, length: int) -> str:
         if self.unknown:

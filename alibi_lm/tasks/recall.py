@@ -64,6 +64,18 @@ class MQAR(OverTokens):
             f"Use at least {2 * self.pairs + 2}, or fewer pairs.",
         )
 
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocabulary - self.vocabulary // 2)
+
+    def in_reach(self, item: Item, reach: int) -> np.ndarray:
+        found = []
+        for place in np.flatnonzero(item.counted):
+            # A key occurs first in its pair; its value follows.
+            pair = int(np.flatnonzero(item.input_ids == item.input_ids[place])[0])
+            found.append(place - pair < reach)
+        return np.array(found)
+
     def refuses(self, length: int) -> str:
         least = 4 * self.pairs  # the pairs, and a slot of two tokens for each query
         return f"{self.name} with {self.pairs} pairs needs {least} tokens or more" if length < least else ""
@@ -128,6 +140,14 @@ class Induction(OverTokens):
             self.vocabulary >= 3,
             f"task.vocabulary = {self.vocabulary}. Use at least 3: the special one and two answers.",
         )
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocabulary - 1)
+
+    def in_reach(self, item: Item, reach: int) -> np.ndarray:
+        first, last = np.flatnonzero(item.input_ids == 0)
+        return np.array([last - first < reach])
 
     def item(self, draw: np.random.Generator, length: int) -> Item:
         tokens = draw.integers(1, self.vocabulary, size=length)

@@ -156,6 +156,7 @@ def test_bounds_are_strict_about_the_interval_and_one_seed_must_clear_a_margin()
 def test_speed_is_compared_at_equal_length():
     def bench(position, length, ratio, **changes):
         base = dict(implementation="ours", device="cpu", dtype="float32", backend="sdpa", batch=1)
+        base |= dict(train_ratio_quartiles=[ratio - 0.001, ratio + 0.001])
         return base | dict(position=position, length=length, train_ratio=ratio) | changes
 
     claim = ALL["alibi_trains_as_fast"]
@@ -165,6 +166,11 @@ def test_speed_is_compared_at_equal_length():
     for ratio, verdict in ((0.995, "HOLDS"), (0.9, "FAILS"), (1.1, "HOLDS")):
         equal = [bench("alibi", 1024, ratio), bench("sinusoidal", 1024, 1.0)]
         assert judge_claim(claim, evidence([], bench=equal)).verdict == verdict
+    wide = [bench("alibi", 64, 0.98, train_ratio_quartiles=[0.96, 1.0]), bench("sinusoidal", 64, 1.0)]
+    found = judge_claim(claim, evidence([], bench=wide))
+    assert found.verdict == "NOT SETTLED" and "0.980 [0.959, 1.001]" in found.line
+    unknown = [bench("alibi", 64, 0.9, train_ratio_quartiles=[0, 0]), bench("sinusoidal", 64, 1.0)]
+    assert judge_claim(claim, evidence([], bench=unknown)).verdict == "NOT SETTLED"
     peers = [bench("alibi", 64, 1.0, implementation="peer"), bench("sinusoidal", 64, 1.0)]
     assert judge_claim(claim, evidence([], bench=peers)).verdict == "NOT RUN"
 
@@ -438,6 +444,15 @@ def needle_rows(position, by_length, seeds=(1, 2, 3), **changes):
         for length, shares in by_length.items():
             mean = sum(shares) / 3
             parts = {"by_part": dict(zip(("0.0", "0.5", "1.0"), shares, strict=True))}
+            if length > 64:
+                out = [
+                    share for depth, share in zip((0, 0.5, 1), shares, strict=True) if (1 - depth) * length > 64
+                ]
+                parts |= {
+                    "in_reach": 1 - len(out) / 3,
+                    "beyond": sum(out) / len(out),
+                    "items_beyond": 100 * len(out),
+                }
             made = accuracy(position, length, mean, items=300, seed=seed, extra=parts, **changes)
             rows.append(replace(made, task="needle"))
     return rows

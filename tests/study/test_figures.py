@@ -214,6 +214,17 @@ def test_accuracy_is_drawn_on_its_own_scale_with_wilson_intervals():
     assert "Accuracy of copy by inference length" in texts(figure)
     cells = "1.000 (0.98-1.00) | 0.900 (0.85-0.93) | 0.500 (0.43-0.57)"
     assert f"| ALiBi | 64 | seed 1 | {cells} |" in markdown([view_table(rows, view)])
+    reach = {"in_reach": 0.6, "beyond": 0.25, "items_beyond": 80}
+    known = [accuracy("alibi", 64, 1.0), accuracy("alibi", 128, 0.7, extra=reach)]
+    known += [
+        accuracy("alibi", 64, 1.0, seed=2),
+        accuracy("alibi", 128, 0.9, seed=2, extra=reach | {"beyond": 0.75}),
+    ]
+    grey = curve_panels(curves(known, view), 64, {})[0].behind
+    assert [(line.x, line.y) for line in grey] == [([64.0, 128.0], [1.0, 0.6])] and not panel.behind
+    text = markdown(results_page(Evidence(known)))
+    assert "| a perfect reader of the last 64 |  |  |  | 0.600 |" in text
+    assert "| ALiBi | 64 | seeds 1, 2 | 0.500 (" in text and "beyond the last L" in text
     several = [accuracy("alibi", 64, v, seed=s) for s, v in ((1, 0.8), (2, 0.9))]
     panel, _ = curve_panels(curves(several, view), 64, {})
     assert panel.lines[0].low < [0.3] and panel.lines[0].high == [1.0]  # two seeds say little of a third
@@ -263,7 +274,9 @@ def test_dots_stay_at_their_line_and_too_many_lines_have_no_whiskers():
         whiskers = len(axis.collections)
         assert whiskers == (count if count <= MOST_WHISKERS else 0)
         assert max(x[0] for x in curves) / min(x[0] for x in curves) < 2**0.3
-    assert "table.md" in of_accuracies([panel(MOST_WHISKERS + 1)]) and "Whiskers" in of_accuracies([panel(3)])
+    assert (
+        "table.md" in of_accuracies([panel(MOST_WHISKERS + 1)])[0] and "Whiskers" in of_accuracies([panel(3)])[0]
+    )
 
 
 def test_every_curve_has_its_own_panel_by_position():

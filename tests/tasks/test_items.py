@@ -132,6 +132,76 @@ def test_induction_asks_for_what_followed_the_sign():
     check_induction(Induction())
 
 
+def read_from_the_end(name, symbols, reach):
+    """What someone says who sees only the last symbols; None for nothing that can be right."""
+    seen = symbols[-reach:]
+    if len(seen) == len(symbols):
+        return right_answer(name, symbols)
+    if name == "interleaved_majority":
+        # A window may begin with any of the three strings: each symbol keeps its own.
+        three = [
+            [s for at, s in enumerate(symbols) if at % 3 == k and at >= len(symbols) - reach] for k in range(3)
+        ]
+        size = min(len(one) for one in three)
+        return [int(2 * sum(one[-size:]) > size) for one in three]
+    if name == "bin_majority":
+        return [int(2 * sum(seen) > len(seen))]
+    if name == "majority":
+        counts = Counter(seen)
+        return [min(counts, key=lambda letter: (-counts[letter], letter))]
+    return {"parity": [2 + sum(seen) % 2]}.get(name)
+
+
+@pytest.mark.parametrize("kind", [k for k in BOARD if k.name != "addition"], ids=lambda k: k().name)
+def test_what_the_board_gives_to_a_reader_of_the_end(kind):
+    task, reach, length = ItemTask(kind(items=300), 10), 10, 30
+    expected = []
+    for item in task.items(length):
+        whole = [*item.input_ids, item.target_ids[-1]]
+        border = whole.index(SEP)
+        symbols, answer = ([int(t) - FIRST for t in part] for part in (whole[1:border], whole[border + 1 : -1]))
+        expected.append(read_from_the_end(kind.name, symbols, reach) == answer)
+    found = task.in_reach(length, reach)
+    assert found.tolist() == expected
+    assert found.any() == ("majority" in kind.name or kind.name == "parity") and not found.all()
+    assert task.in_reach(10, 10).all()
+
+
+def test_what_recall_gives_to_a_reader_of_the_end():
+    for kind, reach in ((MQAR, 40), (MQARExtrapolate, 40), (Induction, 40)):
+        task = ItemTask(kind(items=200, **({} if kind is Induction else {"vocabulary": 64})), 40)
+        expected = []
+        for item in task.items(120):
+            for at in np.flatnonzero(item.counted):
+                seen = list(item.input_ids[: at + 1])
+                first = seen.index(seen[at])  # of the key, or of the sign
+                expected.append(seen[at] in seen[-reach:][:-1] and first >= len(seen) - reach)
+        assert task.in_reach(120, reach).tolist() == expected and 0.1 < np.mean(expected) < 0.9
+
+
+class Nearsighted(Toy):
+    """Answers what a perfect reader of the last `reach` inputs can."""
+
+    def right(self, inputs, targets):
+        found = torch.zeros_like(targets, dtype=torch.bool)
+        for row, tokens in enumerate(inputs.tolist()):
+            for at, token in enumerate(tokens):
+                found[row, at] = tokens.index(token) > at - self.reach
+        return found
+
+
+def test_accuracy_beyond_the_last_tokens_is_told_apart():
+    task = ItemTask(MQARExtrapolate(vocabulary=64, items=200), 40)
+    (near,) = measure(Passes(Nearsighted(reach=40), task), 120, position="toy", train_length=40)
+    assert near.value == pytest.approx(near.extra["in_reach"]) and near.extra["beyond"] == 0
+    (further,) = measure(Passes(Nearsighted(reach=80), task), 120, position="toy", train_length=40)
+    inside, wider = task.in_reach(120, 40), task.in_reach(120, 80)
+    assert further.extra["beyond"] == pytest.approx(wider[~inside].mean()) and 0 < further.extra["beyond"] < 1
+    assert further.extra["items_beyond"] == (~inside).reshape(200, 8).any(axis=1).sum() < 200
+    (trained,) = measure(Passes(Nearsighted(reach=40), task), 40, position="toy", train_length=40)
+    assert "in_reach" not in trained.extra
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_item_is_a_function_of_its_seed_and_number(name):
     task = TASKS[name]()
@@ -177,7 +247,10 @@ def test_a_model_that_knows_the_future_has_everything_right(name):
     assert blind.value == 0
 
 
-CONSTANTS = [("bin_majority", FIRST), ("majority", FIRST + 3), ("parity", FIRST + 2)]
+CONSTANTS = [
+    ("bin_majority", FIRST), ("majority", FIRST + 3), ("parity", FIRST + 2), ("induction", EOS),
+    ("mqar", 5000), ("mqar_extrapolate", 5000),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "says"), CONSTANTS)

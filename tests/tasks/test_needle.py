@@ -73,6 +73,13 @@ def test_training_needles_stand_at_all_places_alike():
     assert float(((places - 200) ** 2 / 200).sum()) < 36.1, "chi squared with 14 degrees of freedom, p = 0.001"
 
 
+def test_a_needle_is_beyond_reach_if_its_first_token_is_when_the_answer_begins():
+    task = NeedleTask(NeedleConfig(depths=7, draws=2), TEXT, 7, FIRST, "test", "abc")
+    for length, reach in ((64, 64), (100, 64), (100, 30)):
+        seen = [list(item.input_ids[: length - 3][-reach:]) for item in task.items(length)]
+        assert task.in_reach(length, reach).tolist() == [FIRST + 10 in tokens for tokens in seen]
+
+
 def test_a_test_can_have_a_needle_at_every_place():
     task = NeedleTask(NeedleConfig(depths=49, draws=2), TEXT, 7, FIRST, "test", "abc")
     stand = [read(item.target_ids)[0] for item in task.draw(64)]
@@ -97,7 +104,11 @@ def test_retrieval_is_told_by_depth(tmp_path: Path):
     task = NeedleTask(NeedleConfig(draws=3), TEXT, 7, FIRST, "validation", "abc")
     for reach, shares in ((1000, [1.0] * 11), (60, [0.0] * 5 + [1.0] * 6)):
         (row,) = measure(
-            Passes(Retriever(reach=reach), task, tokens_per_forward=500), 100, tmp_path, position="toy"
+            Passes(Retriever(reach=reach), task, tokens_per_forward=500),
+            100,
+            tmp_path,
+            position="toy",
+            train_length=50,
         )
         assert row.n == 33 and list(row.extra["by_part"].values()) == shares
         assert row.value == pytest.approx(np.mean(shares))
@@ -156,6 +167,9 @@ def test_a_passkey_is_told_twice_and_asked_for():
         assert text[: text.rindex("The pass key is")].endswith("What is the pass key? ")
         depths.add(text.index("The pass key is") // 100)
     assert len(task.items(900)) == 20 and len(depths) > 2
+    other = PasskeyTask(tokenizer, "test")
+    assert other.identity != task.identity and other.corpus != task.corpus, "stored results are not mixed up"
+    assert not np.array_equal(other.items(900)[0].input_ids, task.items(900)[0].input_ids)
     assert "needs" in task.refuses(50)
     assert PasskeyTask(word_tokenizer(["green"]), "test").refuses(900) == (
         "the tokenizer has no words for the passkey task"
