@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from alibi_lm.files import write_text
-from alibi_lm.results.statistics import half_width, variance_parts
+from alibi_lm.results.statistics import VarianceParts, accuracy_interval, half_width, variance_parts
 from alibi_lm.settings import require
 
 DOCUMENTS = 60
@@ -18,6 +19,7 @@ MEAN_LENGTH = 3600
 LENGTH_SPREAD = 0.71  # standard deviation of log length: 60 documents then weigh as much as 36 equal ones
 SEED_NOISE = (0.1, 0.3, 1.0, 3.0, 6.0, 10.0)
 INTERACTION = (0.1, 1.0, 5.0)
+LEARNED = (0.1, 0.2, 0.35, 0.5, 0.65, 0.9)
 FAMILY = 6
 
 
@@ -62,6 +64,11 @@ def draw_errors(
     return (document + seed + interaction * crossed) * tokens[:, None, :]
 
 
+def covered(parts: VarianceParts, seeds: int, level: float = 0.95) -> np.ndarray:
+    """Which intervals contain the true mean, 0."""
+    return np.abs(parts.estimate) <= half_width(parts.seed, parts.document, seeds, parts.document_df, level)
+
+
 def interval_coverage(
     replicates: int, seeds: int, noise: float, interaction: float, documents: str = "normal", runs: str = "normal"
 ) -> float:
@@ -69,9 +76,7 @@ def interval_coverage(
     rng = np.random.default_rng([seeds, int(10 * noise), int(10 * interaction)])
     tokens = draw_tokens(rng, replicates)
     parts = variance_parts(draw_errors(rng, tokens, seeds, noise, interaction, documents, runs), tokens)
-    return float(
-        (np.abs(parts.estimate) <= half_width(parts.seed, parts.document, seeds, parts.document_df, 0.95)).mean()
-    )
+    return float(covered(parts, seeds).mean())
 
 
 def unpaired_coverage(replicates: int, seeds: tuple[int, int], noise: float) -> float:
@@ -82,11 +87,7 @@ def unpaired_coverage(replicates: int, seeds: tuple[int, int], noise: float) -> 
     a, b = (variance_parts(side, tokens) for side in sides)
     both = variance_parts((sides[0].mean(1) - sides[1].mean(1))[:, None], tokens)
     parts = both._replace(seed=a.seed + b.seed, interaction=a.interaction + b.interaction)
-    return float(
-        (
-            np.abs(parts.estimate) <= half_width(parts.seed, parts.document, min(seeds), parts.document_df, 0.95)
-        ).mean()
-    )
+    return float(covered(parts, min(seeds)).mean())
 
 
 def family_false_positives(
@@ -102,11 +103,26 @@ def family_false_positives(
         for _ in range(FAMILY):
             own = draw_errors(rng, tokens, seeds, noise, interaction, documents)
             parts = variance_parts(np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own, tokens)
-            found |= np.abs(parts.estimate) > half_width(
-                parts.seed, parts.document, seeds, parts.document_df, 1 - 0.05 / FAMILY
-            )
+            found |= ~covered(parts, seeds, 1 - 0.05 / FAMILY)
         wrong += int(found.sum())
     return wrong / replicates
+
+
+def all_or_nothing_coverage(seeds: int, share: float, items: int = 2000) -> float:
+    """Coverage of the accuracy's interval if each seed learns a task completely or not at all; exact.
+
+    Args:
+        seeds: number of runs.
+        share: probability that a run learns the task, so the true mean accuracy.
+        items: test items, all right or all wrong.
+    """
+    total = 0.0
+    for learned in range(seeds + 1):
+        low, high = accuracy_interval([1.0] * learned + [0.0] * (seeds - learned), items)
+        total += (
+            math.comb(seeds, learned) * share**learned * (1 - share) ** (seeds - learned) * (low <= share <= high)
+        )
+    return total
 
 
 def tables(replicates: int) -> Iterator[str]:
@@ -135,6 +151,10 @@ def tables(replicates: int) -> Iterator[str]:
     yield from head("seeds of A and B", SEED_NOISE)
     for pair in ((2, 5), (3, 3), (3, 5)):
         yield row(f"{pair[0]} and {pair[1]}", [unpaired_coverage(replicates, pair, n) for n in SEED_NOISE])
+    yield "\nCoverage of the 95% interval of an accuracy, by the share of seeds that learn the task:\n"
+    yield from head("seeds", LEARNED)
+    for seeds in (3, 5, 10):
+        yield row(str(seeds), [all_or_nothing_coverage(seeds, share) for share in LEARNED])
     few = replicates // 4
     yield f"\nVerdicts on equal schemes at {FAMILY} lengths: families with any wrong verdict, in percent"
     yield f"({few:,} families a cell):\n"

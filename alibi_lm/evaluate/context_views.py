@@ -6,7 +6,7 @@ Each gives points as described in `views.py`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -170,12 +170,16 @@ class Looks(AttentionBackend):
     """Attention by its definition that records where each head looks, in slices of queries.
 
     Only queries in the second half of the sequence are recorded: all of these have many keys to choose from.
+
+    Args:
+        length: tokens of a sequence.
+        alone: with queries of zero, so that only a bias decides where a head looks.
     """
 
     name = "looks"
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, alone: bool) -> None:
+        self.length, self.alone = length, alone
         self.layers: list[dict[str, Tensor]] = []
         """Sums over the queries, (H,) or (H, length) float64 each."""
         self.layer = 0
@@ -186,6 +190,7 @@ class Looks(AttentionBackend):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
             outs = []
+            q = torch.zeros_like(q) if self.alone else q
             for start in range(0, len(q_pos), SLICE):
                 end = min(start + SLICE, len(q_pos))
                 rows, keys = q_pos[start:end], k_pos[:end]
@@ -232,7 +237,8 @@ def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]
         `farthest`; all over queries in the second half of the windows. `sink_rate` is the share of heads, of all
         seeds, that give the first token more than 0.3. `numbers` has means over the heads of each run: the same
         four, the weight of keys `near` (distances below L / 8) and `beyond` (L or more), and `falling`, the share
-        of steps from one range of distances to the next at which the mean weight of a key falls.
+        of steps from one range of distances to the next at which the mean weight of a key falls. `bias_alone` has
+        the same means for queries of zero: what the bias does without what was trained.
     """
     trained = group.train_length
 
@@ -241,17 +247,10 @@ def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]
         starts = starts[:windows] * length
         edges = curve_edges(length, trained) - 1  # distances from 0
         found = [_look(passes, starts, length, edges) for passes in group.passes]
-        numbers: dict[str, dict[str, float]] = {}
-        for name, heads in zip(group.labels, found, strict=True):
-            weights, binned = heads.pop("each"), np.array(heads["weights"])
-            means = {key: heads[key].mean() for key in ("distance", "entropy", "first")} | {
-                "sink_rate": (heads["first"] > SINK).mean(),
-                "near": weights[:, : max(1, trained // 8)].sum(axis=1).mean(),
-                "beyond": weights[:, trained:].sum(axis=1).mean(),
-                "falling": (np.diff(binned, axis=1) < 0).mean() if binned.shape[1] > 1 else 0.0,
-            }
-            for key, value in means.items():
-                numbers.setdefault(key, {})[name] = float(value)
+        alone = [_means(_look(passes, starts[:1], length, edges, alone=True), trained) for passes in group.passes]
+        means = [_means(heads, trained) for heads in found]
+        for heads in found:
+            del heads["each"]
         columns = {key: values.tolist() for key, values in found[0].items()}
         return {
             "windows": len(starts),
@@ -259,13 +258,29 @@ def attention(group: Group, lengths: Sequence[int], windows: int) -> list[Point]
             "farthest": (edges[1:] - 1).tolist(),
             "heads": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
             "sink_rate": float(np.mean([heads["first"] > SINK for heads in found])),
-            "numbers": numbers,
+            "numbers": {
+                key: dict(zip(group.labels, (own[key] for own in means), strict=True)) for key in means[0]
+            },
+            "bias_alone": {key: float(np.mean([own[key] for own in alone])) for key in alone[0]},
         }
 
     return group.points("length", sorted(lengths), measured, empty=("nats",))
 
 
-def _look(passes: Passes, starts: np.ndarray, length: int, edges: np.ndarray) -> dict[str, np.ndarray]:
+def _means(heads: Mapping[str, np.ndarray], trained: int) -> dict[str, float]:
+    """Means over the heads of one model: `numbers` of `attention`."""
+    weights, binned = heads["each"], heads["weights"]
+    return {key: float(heads[key].mean()) for key in ("distance", "entropy", "first")} | {
+        "sink_rate": float((heads["first"] > SINK).mean()),
+        "near": float(weights[:, : max(1, trained // 8)].sum(axis=1).mean()),
+        "beyond": float(weights[:, trained:].sum(axis=1).mean()),
+        "falling": float((np.diff(binned, axis=1) < 0).mean()) if binned.shape[1] > 1 else 0.0,
+    }
+
+
+def _look(
+    passes: Passes, starts: np.ndarray, length: int, edges: np.ndarray, alone: bool = False
+) -> dict[str, np.ndarray]:
     """What `Looks` records on some windows: means over queries, one row per layer and head.
 
     `each` has the mean weights by distance, (rows, length); `weights` those of a key in each bin of distances.
@@ -277,7 +292,7 @@ def _look(passes: Passes, starts: np.ndarray, length: int, edges: np.ndarray) ->
     )
     assert isinstance(model, TransformerLM)
     model.serve(length)
-    looks, backend = Looks(length), model.backend
+    looks, backend = Looks(length, alone), model.backend
     model.backend = cast(Any, looks)  # for these passes only
     try:
         rows = max(1, passes.tokens_per_forward // length)

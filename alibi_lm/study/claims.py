@@ -277,9 +277,19 @@ def _of_view(claim: Claim, evidence: Evidence, view: str) -> tuple[list[Found], 
                     replace(one, values={k: math.log(v) for k, v in one.values.items()}) for one in (value, own)
                 ]
                 value = replace(logs[0].minus(logs[1]), metric="ratio", why="")
-            words = _WORDS.get(view, "at {n}").format(n=n, L=series.train_length)
+            words = _WORDS.get(view, "at {n}").format(n=n, L=series.train_length) + _alone(claim, series, n, view)
             found.append((f"L={series.train_length}, {words}", value, None))
     return found, _some(reasons) or ("" if found else f"needs analyse.py view={view} of such runs")
+
+
+def _alone(claim: Claim, series: Series, n: int, view: str) -> str:
+    """What the bias alone gives, in words; empty where that was not measured."""
+    assert claim.left is not None
+    known = {int(p[VIEWS[view].at]): (p.get("bias_alone") or {}).get(claim.left.number) for p in series.points}
+    value, own = known.get(n), known.get(series.train_length)
+    if value is None or (claim.right is not None and not own):
+        return ""
+    return f" (bias alone: {value / own if claim.right is not None and own else value:.3f})"
 
 
 _WORDS = {

@@ -95,8 +95,8 @@ def view_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str] |
 
 
 def beyond_table(rows: Sequence[ResultRow], view: View, words: Mapping[str, str]) -> Table | None:
-    """Accuracies on the answers that the last L tokens do not give; None if no row knows which these are."""
-    found = [curve for curve in curves(rows, view, words) if curve.beyond]
+    """Accuracies on the answers that the last L tokens do not give; None if that is not known, or all answers."""
+    found = [curve for curve in curves(rows, view, words) if curve.beyond and any(curve.in_reach.values())]
     lengths = sorted({n for curve in found for n in curve.beyond})
     body = []
     for curve in found:

@@ -11,6 +11,7 @@ from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.model.training_positions import RandomisedConfig
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.positions import POSITIONS
+from alibi_lm.positions.alibi import alibi_slopes
 from alibi_lm.tasks.text import TextTask
 
 
@@ -124,6 +125,18 @@ def test_where_heads_look_is_what_the_weights_say(tiny_model, monkeypatch, posit
     falls = np.diff([head["weights"] for head in point["heads"]], axis=1) < 0
     assert numbers["falling"] == pytest.approx(falls.mean()) and numbers["sink_rate"] == point["sink_rate"]
     assert [point["nearest"][0], point["farthest"][-1]] == [0, 23]
+    alone = point["bias_alone"]
+    if position != "alibi":  # every key has the same weight
+        assert alone["distance"] == pytest.approx(np.mean(np.arange(12, 24)) / 2)
+        assert alone["near"] == pytest.approx(np.mean(1 / np.arange(13.0, 25)))
+    else:
+        slopes = np.array(alibi_slopes(weights.shape[1]))[:, None]
+        means = []
+        for t in range(12, 24):
+            own = np.exp(-slopes * np.arange(t + 1))
+            means.append((own / own.sum(1, keepdims=True) * np.arange(t + 1)).sum(1))
+        assert alone["distance"] == pytest.approx(np.mean(means), rel=1e-5) and alone["falling"] == 1
+        assert alone["distance"] != pytest.approx(numbers["distance"], rel=1e-3)
 
 
 def test_drawn_positions_leave_distances_in_tokens(tiny_model, tiny_config):
