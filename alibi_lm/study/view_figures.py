@@ -324,13 +324,23 @@ def _attention(found: Analysis) -> Table:
 
     def row(point: Mapping[str, Any]) -> list[str]:
         values = [[head[key] for head in point["heads"]] for key in ("distance", "entropy", "first")]
-        return [*(f"{min(v):.3g}, {median(v):.3g}, {max(v):.3g}" for v in values), f"{point['sink_rate']:.2f}"]
+        numbers, alone = point.get("numbers") or {}, point.get("bias_alone") or {}
+        means = []
+        for key in ("distance", "near", "beyond"):
+            own = list((numbers.get(key) or {}).values())
+            bias = f" ({alone[key]:.3g})" if key in alone else ""
+            means.append(f"{sum(own) / len(own):.3g}{bias}" if own else "-")
+        spread = [f"{min(v):.3g}, {median(v):.3g}, {max(v):.3g}" for v in values]
+        return [*means, *spread, f"{point['sink_rate']:.2f}"]
 
     note = (
-        "Minimum, median and maximum over the heads of the first seed. Sink rate: share of heads, over all seeds, "
-        "that give the first token more than 0.3 of their weight. Queries of the second half of each window."
+        "First the means over heads and seeds; in brackets what the bias alone does, with queries of zero. near: "
+        "weight of the last L/8 keys, beyond: of keys at a distance of L or more. Then minimum, median and "
+        "maximum over the heads of the first seed. Sink rate: share of heads, over all seeds, that give the first "
+        "token more than 0.3 of their weight. Queries of the second half of each window."
     )
-    table = _by_point(found, ["mean distance", "entropy in nats", "weight of first token", "sink rate"], row)
+    of_heads = ["distance of heads", "entropy in nats", "weight of first token", "sink rate"]
+    table = _by_point(found, ["mean distance", "near", "beyond", *of_heads], row)
     return replace(table, notes=[note, *table.notes])
 
 

@@ -31,7 +31,7 @@ from alibi_lm.study.records import find_records
 from alibi_lm.study.stages import stages_of
 from alibi_lm.study.style import LOOKS, look
 from alibi_lm.study.tables import results_page, view_table
-from alibi_lm.study.view_figures import analysis_figure, line_panels, position_panels
+from alibi_lm.study.view_figures import analysis_figure, analysis_page, line_panels, position_panels
 
 PLAIN = View("validation", "nonoverlapping")
 
@@ -318,6 +318,12 @@ def test_attention_is_drawn_as_heat_maps_and_as_curves():
     drawn = [(line.get_linestyle(), line.get_ydata()[0]) for line in both.lines if len(line.get_ydata()) == 2]
     assert drawn[:8] == [("--", 0.5)] * 4 + [("-", 0.25)] * 4 and both.get_yscale() == "log"
     assert "no room" in [text.get_text() for text in refused.texts]
+    for head in near["heads"]:
+        head |= {"distance": 3.0, "entropy": 1.0, "first": 0.1}
+    near |= {"sink_rate": 0, "numbers": {"distance": {"r": 3.0, "s": 4.0}, "near": {"r": 0.5}}}
+    near |= {"bias_alone": {"distance": 3.25, "near": 0.75}}
+    text = markdown(analysis_page(analysis("attention", replace(members[0], points=[near]), members[1])))
+    assert "| ALiBi | 64 | 64 | 3.5 (3.25) | 0.5 (0.75) | - | 3, 3, 3 | 1, 1, 1 |" in text
 
 
 def test_a_text_of_one_document_has_no_intervals_and_says_why():
