@@ -332,7 +332,7 @@ def draw_tasks(folder: Path, rows: Sequence[ResultRow], words: Mapping[str, str]
         drawn += save_both(build(title, grid(panels, 2), origin, remarks, [], (3.6, 2.9)), folder, "tasks")
     if depths := _depth_panels(rows, found, words):
         origin = "items that are right in per cent, mean over seeds; " + _counts(rows, found)
-        remark = "Above the white line the answer needs more than the last L tokens."
+        remark = "Dark: none, yellow: all. Above the white line the answer needs more than the last L tokens."
         cells = grid(depths, min(len(depths), 4))
         drawn += save_both(
             build("Accuracy by depth and length", cells, origin, [remark], [], (2.4, 2.0)), folder, "depths"
