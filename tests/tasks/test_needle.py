@@ -127,7 +127,7 @@ def test_a_language_model_with_needles_is_scored_on_text_and_on_needles(tmp_path
     write_text(tmp_path / "text")
     tiny = [
         "experiment=needle", "data=wikitext2", "tokenizer=word", f"data.path={tmp_path / 'text'}", "device=cpu",
-        "train_length=24", "steps=4", "tokens_per_step=96", "validate_every=4", "task.draws=2",
+        "train_length=24", "steps=4", "tokens_per_step=96", "validate_every=4", "task.draws=2", "task.depths=11",
         "model.model_dim=16", "model.ffn_dim=16", "evaluation.lengths=[24,48]", "threads=1", "task.share=0.5",
         f"data.cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
