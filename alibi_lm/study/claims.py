@@ -61,6 +61,8 @@ class Judged:
 
 Found = tuple[str, Sample | Measured, Sample | None]
 """One case of a claim: its words, and what both sides measured (or the finished interval)."""
+FEWEST_PAIRS = 7
+"""Pairs of steps from which the spread of a speed says something; the benchmark settles nothing with fewer."""
 
 
 def judge_claims(evidence: Evidence) -> dict[str, list[Judged]]:
@@ -378,7 +380,8 @@ def _speeds(
 def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
     """Speeds at equal length, device, dtype and backend: medians over pairs of steps with the same third model.
 
-    The quartiles of both sides bound the ratio: with eight pairs or more that is wider than a 95% interval.
+    The quartiles of both sides bound the ratio, with seven pairs or more about as widely as a 95% interval would.
+    With fewer nothing is settled.
     """
     assert claim.left is not None and claim.right is not None and claim.measure is not None
     instances = []
@@ -386,13 +389,15 @@ def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
         for length in dict.fromkeys(length for _, length in speeds):
             left, right = (speeds.get((side.position, length)) for side in (claim.left, claim.right))
             if left and right:
-                value = math.log(left[claim.measure] / right[claim.measure])
-                (low, high), (least, most) = (r.get(f"{claim.measure}_quartiles", (0, 0)) for r in (left, right))
-                known = min(low, least) > 0
-                measured = Measured(value, math.log(low / most), math.log(high / least), 1, "") if known else None
-                verdict = judge(measured, claim.relation, claim.bound, 1) if measured else "NOT SETTLED"
+                low, high = -math.inf, math.inf
+                of_left, of_right = (row.get(f"{claim.measure}_quartiles") for row in (left, right))
+                known = of_left and of_right and min(row.get("pairs", 0) for row in (left, right)) >= FEWEST_PAIRS
+                if known:
+                    low, high = math.log(of_left[0] / of_right[1]), math.log(of_left[1] / of_right[0])
+                measured = Measured(math.log(left[claim.measure] / right[claim.measure]), low, high, 1, "")
+                verdict = judge(measured, claim.relation, claim.bound, 1)
                 words = f"length {length}, {way[2]}, {way[0]}"
-                spread = f" [{low / most:.3f}, {high / least:.3f}]" if known else ""
-                instances.append(Instance(words, verdict, f"{math.exp(value):.3f}{spread}"))
+                numbers = measured.ratio if known else f"{math.exp(measured.estimate):.3f}, spread unknown"
+                instances.append(Instance(words, verdict, numbers))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

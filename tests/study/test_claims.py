@@ -155,7 +155,7 @@ def test_bounds_are_strict_about_the_interval_and_one_seed_must_clear_a_margin()
 
 def test_speed_is_compared_at_equal_length():
     def bench(position, length, ratio, **changes):
-        base = dict(implementation="ours", device="cpu", dtype="float32", backend="sdpa", batch=1)
+        base = dict(implementation="ours", device="cpu", dtype="float32", backend="sdpa", pairs=7)
         base |= dict(train_ratio_quartiles=[ratio - 0.001, ratio + 0.001])
         return base | dict(position=position, length=length, train_ratio=ratio) | changes
 
@@ -169,8 +169,12 @@ def test_speed_is_compared_at_equal_length():
     wide = [bench("alibi", 64, 0.98, train_ratio_quartiles=[0.96, 1.0]), bench("sinusoidal", 64, 1.0)]
     found = judge_claim(claim, evidence([], bench=wide))
     assert found.verdict == "NOT SETTLED" and "0.980 [0.959, 1.001]" in found.line
-    unknown = [bench("alibi", 64, 0.9, train_ratio_quartiles=[0, 0]), bench("sinusoidal", 64, 1.0)]
-    assert judge_claim(claim, evidence([], bench=unknown)).verdict == "NOT SETTLED"
+    # The low end of one side goes with the high end of the other: 0.9905 / 1.001 is below the bound.
+    close = [bench("alibi", 64, 1.0, train_ratio_quartiles=[0.9905, 1.01]), bench("sinusoidal", 64, 1.0)]
+    assert judge_claim(claim, evidence([], bench=close)).verdict == "NOT SETTLED"
+    for lacking in (dict(train_ratio_quartiles=None), dict(pairs=6)):
+        unknown = [bench("alibi", 64, 0.9, **lacking), bench("sinusoidal", 64, 1.0)]
+        assert judge_claim(claim, evidence([], bench=unknown)).verdict == "NOT SETTLED"
     peers = [bench("alibi", 64, 1.0, implementation="peer"), bench("sinusoidal", 64, 1.0)]
     assert judge_claim(claim, evidence([], bench=peers)).verdict == "NOT RUN"
 
@@ -607,6 +611,12 @@ def test_numbers_of_heads_are_judged_over_seeds(name, verdict, values):
     if name == SAME and verdict == "HOLDS":
         ratio = np.exp(np.mean(np.log([8.1 / 8, 9.1 / 9, 7.1 / 7])))
         assert found.instances[0].numbers.startswith(f"{ratio:.3f} [") and "3 seeds" in found.line
+    assert "bias alone" not in found.line
+    alone = [p | {"bias_alone": {k: 5.0 * p["length"] for k in p["numbers"]}} for p in points]
+    told = judge_claim(ALL[name], analysed(seen("attention", alone)))
+    assert told.verdict == verdict and ("NOT RUN" == verdict or " (bias alone: " in told.line)
+    if name == SAME:
+        assert "(bias alone: 2.000)" in told.line, "over that at L, as the claim is"
     old = [{k: v for k, v in point.items() if k != "numbers"} for point in points]
     assert judge_claim(ALL[name], analysed(seen("attention", old))).verdict == "NOT RUN"
     single = seen(
