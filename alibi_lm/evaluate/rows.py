@@ -82,8 +82,8 @@ def _by_reach(task: Items, length: int, trained: int, right: np.ndarray) -> dict
         return {}
     found: dict[str, Any] = {"in_reach": float(inside.mean())}
     if not inside.all():
-        items = np.repeat(np.arange(len(task.items(length))), [len(inside) // len(task.items(length))])
-        found |= {"beyond": float(right[~inside].mean()), "items_beyond": len(np.unique(items[~inside]))}
+        outside = ~inside.reshape(len(task.items(length)), -1)  # each item has equally many answers
+        found |= {"beyond": float(right[~inside].mean()), "items_beyond": int(outside.any(axis=1).sum())}
     return found
 
 

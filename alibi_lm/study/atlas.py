@@ -177,12 +177,12 @@ def _context(fixed: Series | None) -> int | None:
 
 
 def _exact(fixed: Series | None) -> str:
-    points = {p["context"]: p.get("difference") or {} for p in fixed.points} if fixed else {}
-    change = points.get(FAR * fixed.train_length, {}) if fixed else {}
-    if change.get("from") != (fixed.train_length if fixed else None) or change.get("low") is None:
-        return "-"
-    value, low, high = (math.exp(change[name]) for name in ("nats", "low", "high"))
-    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+    for point in fixed.points if fixed else ():
+        change = point.get("difference")
+        if fixed and point["context"] == FAR * fixed.train_length and change and change["low"] is not None:
+            value, low, high = (math.exp(change[name]) for name in ("nats", "low", "high"))
+            return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+    return "-"
 
 
 # --- pictures ------------------------------------------------------------------------------------

@@ -326,6 +326,12 @@ def test_95_percent_intervals_cover_93_to_98(seeds, noise):
         assert documents == "skewed" or share >= 0.95 - 3 * 0.0022, interaction
 
 
+def test_three_equal_seeds_hide_that_a_fourth_may_learn():
+    """With one seed of two learning, 0 and 3 of 3 (one time in eight each) give intervals without the truth."""
+    assert coverage.all_or_nothing_coverage(3, 0.5) == pytest.approx(0.75)
+    assert coverage.all_or_nothing_coverage(3, 0.1) == pytest.approx(3 * 0.1 * 0.81 + 3 * 0.01 * 0.9)
+
+
 @pytest.mark.slow
 def test_differences_of_unpaired_seeds_cover_at_least_95():
     for seeds, noise in itertools.product(((3, 3), (3, 5)), (0.1, 1.0, 10.0)):

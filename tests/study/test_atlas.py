@@ -3,14 +3,16 @@
 import html
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from study_rows import TOKENS, curve, run_script
+from study_rows import TOKENS, analysis, curve, run_script
 
 from alibi_lm.files import write_json
 from alibi_lm.results.documents import DocumentSums, upsert_documents
 from alibi_lm.results.rows import write_rows
+from alibi_lm.study.analysis import Series
 from alibi_lm.study.atlas import entries_of, read_cards, write_atlas
 from alibi_lm.study.evidence import read_evidence
 
@@ -54,7 +56,12 @@ def folder(tmp_path):
 
 
 def test_standings_rivals_and_costs(folder):
-    entries = {e.curve.position: e for e in entries_of(read_evidence(folder), read_cards(folder / "cards.json"))}
+    change = {"from": 64, "nats": math.log(1.25), "low": math.log(1.125), "high": math.log(1.5)}
+    points = [{"context": 64, "nats": 3.0}, {"context": 128, "nats": 3.0, "difference": change | {"nats": 9.0}}]
+    points += [{"context": 512, "nats": 3.2, "difference": change}]
+    fixed = Series("rotary", 64, [f"rotary_L64_s{seed}" for seed in (1, 2, 3)], points, "c0ffee", TOKENS, 10)
+    evidence = replace(read_evidence(folder), analyses={"fixed": analysis("fixed", fixed)})
+    entries = {e.curve.position: e for e in entries_of(evidence, read_cards(folder / "cards.json"))}
     standings = {name: entry.standing for name, entry in entries.items()}
     assert standings == {
         "alibi": "extrapolates", "<b>mine": "extrapolates", "t5": "not settled", "none": "does not",
@@ -66,6 +73,8 @@ def test_standings_rivals_and_costs(folder):
     assert entries["learned"].answers["alibi", 8][0] == "NOT RUN"
     measured = entries["rotary"].answers["alibi", 8][1]
     assert measured.estimate == pytest.approx(math.log(30 / 19), abs=1e-3) and measured.seeds == 3
+    assert entries["rotary"].exact == "1.250 [1.12, 1.50]" and entries["alibi"].exact == "-"
+    assert measured.comparisons == 3, "corrected for the three lengths"
     assert entries["t5"].times["train"] == 2 and entries["alibi"].times["train"] == 1
 
 
@@ -87,6 +96,7 @@ def test_the_page_needs_nothing_else_and_says_all_in_both_forms(folder):
     assert "; extrapolates: 2; not settled: 1; does not: 2; ends at L: 1" in text
     assert '<td class="word verdict holds">extrapolates</td>' in page
     assert "3 to no limit by head" in page
+    assert "training on an unknown number of tokens" in text and "exact context" in text
 
 
 def test_what_it_cannot_be_made_of_is_told(folder):

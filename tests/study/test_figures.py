@@ -18,6 +18,7 @@ from alibi_lm.study.figures import (
     close_up,
     curve_figure,
     curve_panels,
+    depth_panel,
     draw,
     memory_figure,
     missing,
@@ -229,6 +230,18 @@ def test_accuracy_is_drawn_on_its_own_scale_with_wilson_intervals():
     panel, _ = curve_panels(curves(several, view), 64, {})
     assert panel.lines[0].low < [0.3] and panel.lines[0].high == [1.0]  # two seeds say little of a third
     assert panel.lines[0].dots == [(64, 0.8), (64, 0.9)]
+
+
+def test_a_map_of_depths_marks_what_the_last_tokens_give():
+    shares = {n: {f"{k / 4}": 0.5 for k in range(5)} for n in (64, 128)}
+    axis = Figure().subplots()
+    depth_panel(axis, Curve("alibi", 64, "", {64: {"a": 0.5}, 128: {"a": 0.5}}, in_reach={128: 0.4}), shares)
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] == [([0.5, 1.5], [2.5, 2.5])]
+    assert len(axis.texts) == 10, "two of five depths are below the line at 128"
+    many = {64: {f"{k / 48:.3f}": 0.5 for k in range(49)}}
+    axis = Figure().subplots()
+    depth_panel(axis, Curve("alibi", 64, "", {64: {"a": 0.5}}), many)
+    assert not axis.texts and not axis.lines and len(axis.get_yticks()) <= 6
 
 
 # ---- analyses

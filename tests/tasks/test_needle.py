@@ -74,7 +74,9 @@ def test_training_needles_stand_at_all_places_alike():
 
 
 def test_a_needle_is_beyond_reach_if_its_first_token_is_when_the_answer_begins():
-    task = NeedleTask(NeedleConfig(depths=7, draws=2), TEXT, 7, FIRST, "test", "abc")
+    task = NeedleTask(
+        NeedleConfig(depths=85, draws=1), TEXT, 7, FIRST, "test", "abc"
+    )  # at 100 tokens: every place
     for length, reach in ((64, 64), (100, 64), (100, 30)):
         seen = [list(item.input_ids[: length - 3][-reach:]) for item in task.items(length)]
         assert task.in_reach(length, reach).tolist() == [FIRST + 10 in tokens for tokens in seen]
