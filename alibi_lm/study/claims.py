@@ -390,10 +390,11 @@ def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
             left, right = (speeds.get((side.position, length)) for side in (claim.left, claim.right))
             if left and right:
                 low, high = -math.inf, math.inf
-                of_left, of_right = (row.get(f"{claim.measure}_quartiles") for row in (left, right))
-                known = of_left and of_right and min(row.get("pairs", 0) for row in (left, right)) >= FEWEST_PAIRS
+                spreads: list[Any] = [row.get(f"{claim.measure}_quartiles") for row in (left, right)]
+                known = all(spreads) and min(row.get("pairs", 0) for row in (left, right)) >= FEWEST_PAIRS
                 if known:
-                    low, high = math.log(of_left[0] / of_right[1]), math.log(of_left[1] / of_right[0])
+                    (slow, fast), (least, most) = spreads
+                    low, high = math.log(slow / most), math.log(fast / least)
                 measured = Measured(math.log(left[claim.measure] / right[claim.measure]), low, high, 1, "")
                 verdict = judge(measured, claim.relation, claim.bound, 1)
                 words = f"length {length}, {way[2]}, {way[0]}"
