@@ -55,8 +55,8 @@ def start(device: str = "auto") -> World:
         This process's place; `World()` outside `torchrun` and for a single process.
 
     Raises:
-        ValueError: the environment variables are incomplete or make no sense, or LOCAL_RANK is beyond the
-            GPUs that this process sees.
+        ValueError: the environment variables are incomplete or make no sense, LOCAL_RANK is beyond the
+            GPUs that this process sees, or two processes would share a GPU.
     """
     global _store, _groups_joined
     if "WORLD_SIZE" not in os.environ:
@@ -83,6 +83,9 @@ def start(device: str = "auto") -> World:
     _groups_joined += 1
     store = dist.PrefixStore(f"alibi_lm/{_groups_joined}", _store)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size)
+    if on_gpus:
+        gpu = str(torch.cuda.get_device_properties(world.local_rank).uuid)
+        require_own_gpus(gather_objects(gpu, world))
     return world
 
 
@@ -95,6 +98,22 @@ def _own_gpu(local_rank: int) -> int:
         f"Start {devices} processes (torchrun --nproc-per-node={devices}), or use device=cpu.",
     )
     return 0 if devices == 1 else local_rank
+
+
+def require_own_gpus(gpus: list[str]) -> None:
+    """Refuse a GPU shared by two processes; NCCL would do so later, in words of its own.
+
+    Args:
+        gpus: identifier of each process's GPU, in rank order. A process that sees a single GPU cannot
+            tell by itself whether another one has been given the same.
+    """
+    for rank, gpu in enumerate(gpus):
+        first = gpus.index(gpu)
+        require(
+            first == rank,
+            f"processes {first} and {rank} have the same GPU ({gpu}), but each needs its own. Start one process "
+            "per GPU (torchrun --nproc-per-node=gpu), or use device=cpu.",
+        )
 
 
 def _environment(name: str) -> int:

@@ -123,8 +123,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         ValueError: bad settings, a folder that holds another run, unusable data, a loss that is NaN or infinite.
         Interrupted: SIGTERM or SIGINT; the state is saved.
     """
-    world = distributed.start(config.device)
     try:
+        world = distributed.start(config.device)
         device = runtime.start(config.device, world.local_rank, config.threads)
         if not world.is_main:
             done = distributed.gather_objects(None, world)[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,23 @@ def test_each_process_has_a_gpu_of_its_own(no_torchrun: None, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.start("cpu").local_rank == 3
     with pytest.raises(ValueError, match=r"LOCAL_RANK = 3, but torch finds 2 CUDA devices.*nproc-per-node=2"):
+        distributed.start()
+
+
+def test_two_processes_do_not_share_a_gpu(no_torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="GPU-a"))
+    monkeypatch.setattr(distributed, "_store", torch.distributed.HashStore())
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    other = "GPU-b"
+    monkeypatch.setattr(distributed, "gather_objects", lambda value, world: [other, value])
+    assert distributed.start() == World(1, 2, 0)
+    other = "GPU-a"
+    with pytest.raises(ValueError, match=r"processes 0 and 1 have the same GPU \(GPU-a\).*nproc-per-node=gpu"):
         distributed.start()
 
 
