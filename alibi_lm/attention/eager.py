@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,8 +50,10 @@ def attention_weights(
         bias: `scheme.bias` of these positions.
         hidden: (T, S) bool, true where a query must not see a key.
     """
-    own_form = scheme.scores(q, k, x, q_pos, k_pos)
-    scores = at_least_float32(q @ k.mT * q.shape[-1] ** -0.5 if own_form is None else own_form)
+    scores = scheme.scores(q, k, x, q_pos, k_pos)
+    if scores is None:
+        with torch.autocast(q.device.type, enabled=False):  # fused kernels do not round scores either
+            scores = at_least_float32(q) @ at_least_float32(k).mT * q.shape[-1] ** -0.5
     for added in (bias, scheme.content_bias(q, k, x, q_pos, k_pos)):
         if added is not None:
             scores = scores + added

@@ -38,8 +38,6 @@ class FlexAttention(AttentionBackend):
 
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] | None = None
-        self._causal: tuple[tuple[Any, ...], Any] = ((), None)
-        """Shape and mode, and blocks, of the last causal mask, cached because it depends on lengths only."""
 
     def refuses_scheme(self, scheme: PositionScheme) -> str:
         if reason := more_than_a_bias(scheme):
@@ -51,6 +49,8 @@ class FlexAttention(AttentionBackend):
     def refuses(self, scheme: PositionScheme, request: Request) -> str:
         if request.dropout:
             return f"model.attention_dropout = {request.dropout}, and FlexAttention drops no attention weights"
+        if not request.k_pos.is_cpu and scheme.shape.head_dim < 16:
+            return f"its kernel needs 16 dimensions per head, and the model has {scheme.shape.head_dim}"
         if request.k_pos.is_cpu and torch.is_grad_enabled():
             return "on a CPU FlexAttention has no backward pass, so nothing can be trained"
         return ""
@@ -59,14 +59,14 @@ class FlexAttention(AttentionBackend):
         from torch.nn.attention.flex_attention import flex_attention
 
         score_mod = scheme.score_mod(request.q_pos, request.k_pos, request.span)
-        causal = self._block_mask(request)
         line = None
         if request.whole and not request.gaps and request.window is None and not scheme.defines("bias"):
             line = scheme.distance_bias(torch.arange(len(request.k_pos), device=request.k_pos.device))
         tail = None if line is None else tail_sums(line.detach())
+        given = self._blocks(request) if tail is None else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
-            block_mask = causal if tail is None else near_blocks(q, k, tail)
+            block_mask = given if tail is None else near_blocks(q, k, tail)
             if torch.compiler.is_compiling():
                 # Part of the model's own graph, which a filter of warnings would break in every layer.
                 return flex_attention(q, k, v, score_mod, block_mask)
@@ -88,12 +88,14 @@ class FlexAttention(AttentionBackend):
             self._compiled = torch.compile(flex_attention)
         return self._compiled
 
-    def _block_mask(self, request: Request) -> Any:
-        """Which blocks of keys each block of queries sees."""
+    def _blocks(self, request: Request) -> Any:
+        """Which blocks of keys each block of queries sees; only a window or a cache needs all pairs for it."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         q_pos, k_pos = request.q_pos, request.k_pos
         num_queries, num_keys, device = len(q_pos), len(k_pos), str(q_pos.device)
+        if request.whole and request.window is None:
+            return causal_blocks(q_pos.new_zeros(1, -(-num_keys // BLOCK)), num_keys)
         offset, limit = num_keys - num_queries, request.window or 0
 
         def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -105,12 +107,7 @@ class FlexAttention(AttentionBackend):
 
         if request.window is not None:
             return create_block_mask(windowed, None, None, num_queries, num_keys, device)
-        # A mask of inference mode cannot be kept for a backward pass; a compiler knows nothing of that mode.
-        inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        shape = (num_queries, num_keys, device, inference)
-        if self._causal[0] != shape:
-            self._causal = shape, create_block_mask(causal, None, None, num_queries, num_keys, device)
-        return self._causal[1]
+        return create_block_mask(causal, None, None, num_queries, num_keys, device)
 
 
 def tail_sums(line: Tensor) -> Tensor:
@@ -140,8 +137,6 @@ def near_blocks(q: Tensor, k: Tensor, tail: Tensor) -> BlockMask:
     Returns:
         A mask for `flex_attention`, causal, the same for each sequence of the batch.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     tokens, dim = q.shape[2:]
     blocks = -(-tokens // BLOCK)
     with torch.no_grad():
@@ -153,13 +148,26 @@ def near_blocks(q: Tensor, k: Tensor, tail: Tensor) -> BlockMask:
         reach = torch.searchsorted(-tail.contiguous(), (excess - math.log(LOST)).contiguous())
         block = torch.arange(blocks, device=q.device)
         first = (block * BLOCK - reach.clamp_min(1) + 1).clamp_min(0) // BLOCK  # (H, blocks)
-        whole = (first[..., None] + block).clamp_max(blocks - 1)  # (H, blocks, blocks), of which i - first count
-        return BlockMask.from_kv_blocks(
-            torch.ones_like(first)[None].int(),
-            block[:, None].expand(*first.shape, blocks)[None].int().contiguous(),
-            (block - first)[None].int(),
-            whole[None].int(),
-            BLOCK_SIZE=BLOCK,
-            mask_mod=lambda b, h, q, k: k <= q,
-            seq_lengths=(tokens, tokens),
-        )
+        return causal_blocks(first, tokens)
+
+
+def causal_blocks(first: Tensor, tokens: int) -> BlockMask:
+    """A causal mask that begins, for each head and block of queries, at a block of keys.
+
+    Args:
+        first: (H or 1, ceil(T / BLOCK)) int64, number of the first block of keys.
+        tokens: T.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    block = torch.arange(first.shape[1], device=first.device)
+    whole = (first[..., None] + block).clamp_max(len(block) - 1)  # (H, blocks, blocks), of which i - first count
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(first)[None].int(),
+        block[:, None].expand(*first.shape, len(block))[None].int().contiguous(),
+        (block - first)[None].int(),
+        whole[None].int(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, q, k: k <= q,
+        seq_lengths=(tokens, tokens),
+    )

@@ -122,6 +122,12 @@ def key_bias_columns(key_bias: Tensor, head_dim: int, dtype: torch.dtype) -> tup
     return F.pad(torch.ones_like(k_columns), padding), F.pad(k_columns, padding)
 
 
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """Attention with an additive mask, whose dtype autocast would change."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
 class DenseMask:
     """Attention with an additive mask: for the whole pass if that is small, else for slices of queries.
 
@@ -142,12 +148,15 @@ class DenseMask:
         gaps. Its gradient costs far less than that of a table of pairs."""
         if not request.gaps and scheme.defines("distance_bias") and not scheme.defines("bias"):
             self.line = scheme.distance_bias(torch.arange(request.span + 1, device=self.k_pos.device))
+            if self.line is not None and self.dtype.itemsize < 4:
+                # Softmax ignores a constant; near keys, which weigh most, then have the smallest numbers to round.
+                self.line = self.line - self.line[:, :1]
         fits = self._rows_per_slice(1) >= len(self.q_pos)
         self.kept = self._mask(slice(None), slice(None)) if fits and not self.by_content else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> Tensor:
         if self.kept is not None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.kept, dropout_p=self.dropout)
+            return _masked(q, k, v, self.kept, self.dropout)
         slices = self._slices(self._rows_per_slice(len(q) if self.by_content else 1))
         # If no mask is kept for a backward pass, the largest comes first: a process that keeps freed memory can
         # then reuse it for all others.
@@ -160,10 +169,7 @@ class DenseMask:
                 inputs = None if x is None else x[:, columns]
                 bias = self.scheme.content_bias(queries, keys, inputs, self.q_pos[rows], self.k_pos[columns])
                 mask = mask if bias is None else (mask + bias).to(mask.dtype)
-            values = v[:, :, columns]
-            parts.append(
-                F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=self.dropout)
-            )
+            parts.append(_masked(queries, keys, v[:, :, columns], mask, self.dropout))
         if largest_first:
             parts.reverse()
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

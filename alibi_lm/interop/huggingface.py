@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alibi_lm.config import from_dict, load_config
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import write_json
-from alibi_lm.load import build_model, load_run
+from alibi_lm.load import build_model, load_run, run_tokenizer
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.settings import require
 
@@ -45,6 +45,7 @@ class RunConfig(PretrainedConfig):
         settings: the settings in the run's config.yaml, nested.
         vocab_size: size of its tokenizer's vocabulary.
         attention: name of the attention backend.
+        strength: how much of the position scheme takes part, 1 or 0 (`positions_until`).
     """
 
     model_type = "alibi_lm"
@@ -54,10 +55,12 @@ class RunConfig(PretrainedConfig):
         settings: dict[str, Any] | None = None,
         vocab_size: int = 0,
         attention: str = "auto",
+        strength: float = 1.0,
         **others: Any,
     ) -> None:
         model = (settings or {}).get("model", {})
-        self.settings, self.vocab_size, self.attention = settings, vocab_size, attention
+        self.settings, self.vocab_size = settings, vocab_size
+        self.attention, self.strength = attention, strength
         self.max_position_embeddings = (settings or {}).get("train_length")
         self.num_hidden_layers, self.hidden_size = model.get("num_layers"), model.get("model_dim")
         self.num_attention_heads = model.get("num_heads")
@@ -74,7 +77,7 @@ class RunCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far."""
-        return self.inner.next_position
+        return self.inner.tokens_seen
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows of the surviving beams."""
@@ -91,6 +94,7 @@ class RunForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         require(config.settings is not None, "config.settings is missing: this is not an exported run.")
         self.run = build_model(from_dict(config.settings or {}), config.vocab_size, config.attention)
+        self.run.set_strength(config.strength)
         self.post_init()
 
     @classmethod
@@ -100,7 +104,7 @@ class RunForCausalLM(PreTrainedModel, GenerationMixin):
         run = (loaded[0] if isinstance(loaded, tuple) else loaded).run
         # transformers builds a model without values and fills in those of the file. A scheme's tables are computed
         # with the scheme, which is built again for another length.
-        run.serve(run.train_length + 1)
+        run.serve(max(1, run.train_length - 1))
         run.serve(run.train_length)
         return loaded
 
@@ -205,8 +209,9 @@ def export_huggingface(config: ExportConfig) -> Path:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     model = load_run(folder, checkpoint=config.checkpoint)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    exported = RunForCausalLM(RunConfig(_plain(load_config(folder)), model.vocab_size)).eval()
+    tokenizer = run_tokenizer(folder)
+    config_of_run = RunConfig(_plain(load_config(folder)), model.vocab_size, strength=model.strength)
+    exported = RunForCausalLM(config_of_run).eval()
     exported.run.load_state_dict(model.state_dict())
     try:
         exported.save_pretrained(output)
@@ -217,9 +222,11 @@ def export_huggingface(config: ExportConfig) -> Path:
     again = AutoModelForCausalLM.from_pretrained(output)
     ids = torch.arange(min(model.train_length, 64))[None] % model.vocab_size
     with torch.inference_mode():
-        require(
-            torch.equal(again(ids).logits, model(ids)),
-            f"{output} does not load as the same model. Please report this, with the run's config.yaml.",
+        same = torch.equal(again(ids).logits, model(ids))
+    if not same:
+        shutil.rmtree(output, ignore_errors=True)
+        raise ValueError(
+            f"{folder}, exported, does not load as the same model. Please report this, with the run's config.yaml."
         )
     return output
 

@@ -21,8 +21,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from alibi_lm import runtime
-from alibi_lm.data.tokenizers import Tokenizer
-from alibi_lm.load import load_run
+from alibi_lm.load import load_run, run_tokenizer
 from alibi_lm.model.generate import Sampling, generate
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import require
@@ -61,7 +60,7 @@ class RunLM(TemplateLM):
         self.model: TransformerLM = load_run(
             run, int(max_length) if max_length else None, checkpoint, device=where, precision=precision
         )
-        self.tokenizer_ = Tokenizer.load(Path(run) / "tokenizer.json")
+        self.tokenizer_ = run_tokenizer(Path(run))
         self.max_length = int(max_length or self.model.train_length)
         limit = self.model.max_length
         require(

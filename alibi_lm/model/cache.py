@@ -67,7 +67,7 @@ class KeyValueCache:
         """Positions of all keys of a pass: those seen before and the new ones."""
         new = self.tokens_seen + len(positions)
         if new > len(self._positions) or self._positions.device != positions.device:
-            grown = positions.new_empty(max(self.capacity, 2 * self.tokens_seen, new))
+            grown = empty_like(positions, [max(self.capacity, 2 * self.tokens_seen, new)])
             grown[: self.tokens_seen] = self._positions[: self.tokens_seen]
             self._positions = grown
         self._positions[self.tokens_seen : new] = positions

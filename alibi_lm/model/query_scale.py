@@ -181,11 +181,10 @@ QUERY_SCALES: dict[str, type] = {
 """Entries of the config group `query_scale`."""
 
 
-def visible_keys(seen: int, q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
+def visible_keys(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     """How many keys each query sees.
 
     Args:
-        seen: tokens before the first query.
         q_pos: (T,) int64, the last T entries of k_pos.
         k_pos: (S,) int64, ascending.
         window: keys at distances below it are seen; None: all keys at or before the query.
@@ -193,8 +192,5 @@ def visible_keys(seen: int, q_pos: Tensor, k_pos: Tensor, window: int | None) ->
     Returns:
         (T,) int64, >= 1.
     """
-    visible = torch.arange(seen + 1, seen + len(q_pos) + 1, device=q_pos.device)
-    if window is None:
-        return visible
-    last = torch.arange(len(k_pos) - len(q_pos) + 1, len(k_pos) + 1, device=q_pos.device)
-    return torch.minimum(visible, last - torch.searchsorted(k_pos, q_pos - window, right=True))
+    visible = torch.arange(len(k_pos) - len(q_pos) + 1, len(k_pos) + 1, device=q_pos.device)
+    return visible if window is None else visible - torch.searchsorted(k_pos, q_pos - window, right=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alibi_lm.attention.base import more_than_a_bias
 from alibi_lm.model.bound import LARGEST_WINDOW, LOST_SHARE, Bias, BiasTail, excess_from_weights
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.transformer import TransformerLM
@@ -78,7 +79,7 @@ def more_than_distance(scheme: PositionScheme) -> str:
     """Why a scheme needs the keys that a window drops; empty if it does not."""
     if scheme.defines("bias", "content_bias", "content_key_bias"):
         return "its bias is more than a function of the distance"
-    return "it is more than a score bias" if scheme.defines("scores", "value_bias") else ""
+    return more_than_a_bias(scheme)
 
 
 def cannot_roll(model: TransformerLM) -> str:

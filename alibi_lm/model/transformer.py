@@ -257,12 +257,12 @@ class TransformerLM(nn.Module):
             request = Request(positions, k_pos, last - first, window, dtype, dropout)
         if cache is not None:
             cache.begin(first, last, length, window)
-        return Part(rows, positions, self._prepare(schemes, positions, request, seen), cache)
+        return Part(rows, positions, self._prepare(schemes, positions, request), cache)
 
     def _prepare(
-        self, schemes: list[PositionScheme], positions: Tensor, request: Request | None, seen: int
+        self, schemes: list[PositionScheme], positions: Tensor, request: Request | None
     ) -> list[LayerPositions]:
-        """What each layer needs in a pass; `seen` tokens came before.
+        """What each layer needs in a pass.
 
         Without a request a cache attends by itself; it serves no query scale.
         """
@@ -271,7 +271,7 @@ class TransformerLM(nn.Module):
         attends: list[Attend | None] = [None]
         factors: list[Tensor | None] = [None]
         if request is not None:
-            visible = visible_keys(seen, request.q_pos, request.k_pos, request.window)
+            visible = visible_keys(request.q_pos, request.k_pos, request.window)
             dtype = torch.promote_types(request.dtype, torch.float32)
             scales, biases = [factor.to(dtype) for factor in self.query_scale.factors(visible)], schemes
             if scales and scales_bias(self.query_scale.config, schemes[0]):

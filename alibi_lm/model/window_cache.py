@@ -145,6 +145,9 @@ class WindowCache(KeyValueCache):
         self.lost_share = None if tails is None else 0.0
         self._stores: dict[int, _Layer] = {}
 
+    def take_rows(self, rows: Tensor) -> None:
+        raise NotImplementedError("a window of keys cannot be reordered: use cache=full for beam search")
+
     def begin(self, first: int, last: int, tokens: int, window: int | None) -> None:
         require(window is None, f"window = {window} with a cache that has its own windows. Leave it out.")
         require(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alibi_lm.positions.base import PositionScheme, PositionShape, at_least_float32, per_head
+from alibi_lm.positions.base import PositionScheme, PositionShape, exact, per_head
 from alibi_lm.settings import require, setting
 
 
@@ -169,8 +169,9 @@ class HalfPrecisionAlibi(PositionScheme):
             "slopes", torch.tensor(alibi_slopes(shape.num_heads), dtype=torch.float32, device="cpu")
         )
 
+    @exact
     def content_bias(self, q: Tensor, k: Tensor, x: Tensor | None, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """The difference that rounding and bias make to the exact score."""
-        scores = at_least_float32(q @ k.mT * q.shape[-1] ** -0.5)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
         bias = (self.slopes[:, None, None] * (k_pos - k_pos[0]).float()).half()
         return (scores.half() + bias).to(scores.dtype) - scores

@@ -61,7 +61,7 @@ class FoxConfig:
     def __post_init__(self) -> None:
         require_one_of("position.gates", self.gates, GATES)
         require(
-            0 < self.shortest <= (self.longest or math.inf),
+            0 < self.shortest <= (math.inf if self.longest is None else self.longest),
             f"position.shortest = {self.shortest}, longest = {self.longest}. Use 0 < shortest <= longest.",
         )
 
@@ -77,6 +77,10 @@ class Fox(PositionScheme):
     def __init__(self, config: FoxConfig, shape: PositionShape) -> None:
         super().__init__(shape)
         self.config = config
+
+    def defines(self, *hooks: str) -> bool:
+        # With the usual scale queries are left alone: a score bias and nothing else.
+        return super().defines(*(h for h in hooks if h != "transform_qk" or not self.config.scaled))
 
     def transform_qk(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return (q, k) if self.config.scaled else (q * q.shape[-1] ** 0.5, k)

@@ -74,6 +74,7 @@ class ShawWithValues(Shaw):
         self.table_v = nn.Parameter(torch.empty(config.clip + 1, shape.head_dim))
         self.initialise()
 
+    @exact
     def value_bias(self, weights: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """The weights of all keys that share a vector are added up first."""
         distance = distances(q_pos, k_pos).clamp_max(self.clip).expand_as(weights)

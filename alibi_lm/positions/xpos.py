@@ -9,8 +9,8 @@ microsoft/torchscale (commit 4d1e0e8), torchscale/component/xpos_relative_positi
 
 The product of a pair then has the factor zeta^((i - j) / scale_base), and the centre cancels. The centre keeps the
 powers within the range of floats: it is half the longest sequence to be served (`context_length`), so that cached
-keys never change; the authors' code takes half of the current sequence. Sequences of more than about 65,000 tokens
-(128 times scale_base) are refused: no centre keeps their powers within that range.
+keys never change; the authors' code takes half of the current sequence. Sequences of more than about 32,000 tokens
+(64 times scale_base) are refused: no centre keeps their powers within that range.
 
 Past the trained length: defined, at angles never seen in training, with products that decay further. Differs from
 the paper: the paper also evaluates with blockwise attention, a window of half the trained length; this is the
@@ -29,8 +29,9 @@ from alibi_lm.positions.base import PositionScheme, PositionShape, wave_frequenc
 from alibi_lm.positions.rotary import rotate_pairs
 from alibi_lm.settings import require
 
-LARGEST_POWER = 80.0
-"""Natural logarithm of the largest factor of a query or key; float32 ends at 88."""
+LARGEST_POWER = 40.0
+"""Natural logarithm of the largest factor of a query or key. The product of two must be within float32, which
+ends at e^88, also for hidden keys: a mask of -inf cannot hide an infinite score."""
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alibi_lm.attention.decode import Lines
+from alibi_lm.attention.decode import HeldKeys, Lines, decode
 from alibi_lm.attention.native import attend_to_cache, why_not
 
 from .kernels import weights
@@ -36,3 +36,19 @@ def test_keys_of_any_layout_are_read_where_they_lie():
     q = torch.randn(2, 3, 1, 16)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attend_to_cache(q, k, v, None, 40), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 50])
+def test_a_far_key_of_great_weight_is_not_left_out(queries):
+    """Its score outweighs its distance, so the bound must see its norm: with few queries and with many."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (queries, 400, 400))
+    line = -torch.tensor([[0.5], [0.25]]) * torch.arange(400)
+    k[:, :, 3] = 400 * q[:, :, -1]
+    held = HeldKeys(2, k.stride(2))
+    held.place([0, 1], k, v)
+    held.keys[:] = held.windows[:] = 400
+    norms = k[:, :, : 400 - queries].norm(dim=-1).amax(-1)
+    expected = weights(q, k, line)
+    assert (expected[0, :, -1, 3] > 0.5).all()
+    found = decode(q, held, Lines.alone(line), norms=norms)
+    torch.testing.assert_close(found.double(), expected @ v.double(), rtol=1e-4, atol=2e-5)

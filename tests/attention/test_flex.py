@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch.nn.attention import flex_attention
 
+from alibi_lm.attention import Backends
 from alibi_lm.attention.flex import BLOCK, LOST, near_blocks, tail_sums
 from alibi_lm.positions import POSITIONS, PositionScheme, PositionShape
 
-from .kernels import attend, draw, scheme_of, weights
+from .kernels import attend, draw, request, scheme_of, weights
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,7 @@ from .kernels import attend, draw, scheme_of, weights
         ("alibi", 130, 130, 8, None, 1),
         ("none", 130, 130, 5, 5, 1),  # queries and keys wider than values, as PoPE's
         ("t5", 40, 19, 8, None, 1),  # as in decoding
+        ("alibi", 130, 130, 8, 17, 1),  # no block may be skipped by distance alone
         ("fire", 130, 130, 8, 50, 4),  # more than a function of the distance
     ],
 )
@@ -54,13 +57,11 @@ def test_dropout_is_refused():
         attend("flex", scheme_of("none", 3), q, q, q, dropout=0.1)
 
 
-def test_the_causal_mask_is_made_once_for_each_length(tiny_model, monkeypatch):
-    model, made, create = tiny_model("alibi", "flex"), [], flex_attention.create_block_mask
-    monkeypatch.setattr(flex_attention, "create_block_mask", lambda *a: made.append(a[3]) or create(*a))
-    with torch.no_grad():
-        for length in (9, 9):
-            model(torch.randint(0, 50, (1, length)))
-    assert made == [9]
+@pytest.mark.parametrize("name", ["none", "alibi", "t5"])
+def test_a_whole_pass_makes_nothing_of_the_size_of_all_pairs(name):
+    with torch.no_grad(), LargestTensor() as seen:
+        Backends("flex", name).prepare(scheme_of(name, 3), request(2000))
+    assert seen.elements < 2000 * 2000 // 10
 
 
 def test_a_mask_of_inference_mode_is_not_trained_with(tiny_model, monkeypatch):
@@ -74,7 +75,7 @@ def test_a_mask_of_inference_mode_is_not_trained_with(tiny_model, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alibi", "t5"])
+@pytest.mark.parametrize("name", ["none", "alibi", "t5"])
 def test_a_compiled_model_stays_one_graph(tiny_model, name):
     import torch._dynamo
 

@@ -262,8 +262,9 @@ def test_gaps_matter_where_a_distance_does():
 
 @pytest.mark.parametrize("name", ["none", "alibi", "t5"])
 @pytest.mark.parametrize("window", [None, 30])
-def test_positions_with_gaps_do_not_take_the_distance_of_their_indices(name, window):
-    scheme, (q, k, v, _), positions = scheme_of(name, 3), draw(1, 3, 100, 8), torch.arange(100) * 10
+@pytest.mark.parametrize("positions", [torch.arange(100) * 10, torch.arange(100) + (torch.arange(100) > 60)])
+def test_positions_with_gaps_do_not_take_the_distance_of_their_indices(name, window, positions):
+    scheme, (q, k, v, _) = scheme_of(name, 3), draw(1, 3, 100, 8)
     eager, native_or_sdpa, sdpa = (
         kernels.attend(backend, scheme, q, k, v, positions, window) for backend in ("eager", "native", "sdpa")
     )

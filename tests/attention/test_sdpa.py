@@ -11,6 +11,7 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 
+from alibi_lm.attention.eager import EagerAttention
 from alibi_lm.attention.sdpa import SdpaAttention, key_bias_columns
 from alibi_lm.model.transformer import ModelConfig, TransformerLM
 from alibi_lm.positions import POSITIONS
@@ -47,6 +48,20 @@ def test_windows_equal_to_eager(name):
         assert_within(run(ROUTES[route], scheme, 90, dtype, window=17), expected, max(BUDGET[dtype], 1e-5))
 
 
+@pytest.mark.parametrize("name", ["sandwich", "t5"])
+def test_autocast_rounds_no_mask(name):
+    """Sandwich's bias is 4 at distance 0, where bfloat16 numbers are 1/32 apart: autocast rounds masks so."""
+    scheme = scheme_of(name, 3)
+    q, k, v, _ = (x.bfloat16() for x in draw(2, 3, 200, 8))
+    with torch.no_grad():
+        expected = attend("eager", scheme, q.double(), k.double(), v.double())
+        for backend in (ROUTES["short"], ROUTES["slices"], EagerAttention()):
+            plain = attend(backend, scheme, q, k, v)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert torch.equal(attend(backend, scheme, q, k, v), plain)
+            torch.testing.assert_close(plain.double(), expected, rtol=0, atol=0.03)
+
+
 def test_columns_in_bfloat16_carry_the_whole_bias():
     """Positions to 8,191 take 13 bits: one bfloat16 column would round them by up to 32."""
     key_bias = scheme_of("alibi", 6).key_bias(torch.arange(8192))
@@ -57,14 +72,14 @@ def test_columns_in_bfloat16_carry_the_whole_bias():
     torch.testing.assert_close(product, key_bias.double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("route", ["short", "columns"])
+@pytest.mark.parametrize("backend", [ROUTES["short"], ROUTES["columns"], EagerAttention()])
 @pytest.mark.parametrize("name", ["alibi", "t5"])
-def test_dropout_of_attention_weights(route, name):
+def test_dropout_of_attention_weights(backend, name):
     """The mean over many draws is the output without dropout; one draw is not."""
     scheme, (q, k, v, _) = scheme_of(name, 2), draw(2, 2, 70, 8)
     with torch.no_grad():
         plain = attend("eager", scheme, q, k, v)
-        draws = torch.stack([attend(ROUTES[route], scheme, q, k, v, dropout=0.2) for _ in range(100)])
+        draws = torch.stack([attend(backend, scheme, q, k, v, dropout=0.2) for _ in range(100)])
     assert (draws[0] - plain).abs().max() > 0.05
     assert (draws.mean(0) - plain).abs().mean() < 0.03
 

@@ -20,7 +20,12 @@ RUNS = {
     "plain": ["position=alibi", "tokenizer=bytes"],
     "adaptive": ["position=rotary", "tokenizer=word", "model.adaptive_cutoffs=[8,12]", "model.adaptive_factor=2"],
     "learned": ["position=learned", "tokenizer=word"],
+    "drawn": ["training_positions=randomised", "training_positions.num_positions=40", "tokenizer=word"],
+    "no_longer": ["training_positions=randomised", "training_positions.num_positions=16", "tokenizer=word"],
+    "dropped": ["position=rotary", "positions_until=1", "tokenizer=word"],
 }
+ENDLESS = ("plain", "adaptive", "dropped")
+"""Those that need not be told beforehand how long a sequence they will read."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def test_generation_is_ours_token_by_token(name, exported):
 
     run, folder = exported[name]
     ours, theirs = load_run(run, 16), AutoModelForCausalLM.from_pretrained(folder)
-    prompt, count = torch.randint(4, ours.vocab_size, (2, 5)), 11 if name == "learned" else 30
+    prompt, count = torch.randint(4, ours.vocab_size, (2, 5)), 30 if name in ENDLESS else 11
     options = {
         "max_new_tokens": count,
         "min_new_tokens": count,
@@ -110,7 +115,11 @@ def test_and_back_with_the_same_rows(name, exported, place, tmp_path, monkeypatc
     for ours, theirs in zip(evaluate(config), evaluate(back), strict=True):
         for field in ("position", "inference_length", "train_length", "tokens", "words", "bytes"):
             assert getattr(theirs, field) == getattr(ours, field)
-        assert (ours.nats is None) == (theirs.nats is None) == (name == "learned" and ours.inference_length == 40)
+        assert (
+            (ours.nats is None)
+            == (theirs.nats is None)
+            == (name in ("learned", "no_longer") and ours.inference_length == 40)
+        )
         if ours.nats is not None:
             for field in ("nats", "perplexity", "word_perplexity"):
                 assert getattr(theirs, field) == pytest.approx(getattr(ours, field), rel=1e-7)

@@ -244,3 +244,25 @@ def test_a_step_with_a_full_cache_copies_no_old_keys(tiny_model):
         model(ids(1, 1), cache=cache)
         places.add(cache.layers[0][0].data_ptr())
     assert len(places) <= 9  # doublings
+
+
+def test_a_cache_of_inference_mode_can_go_on_outside_it(tiny_model):
+    model, tokens, cache = tiny_model("alibi", "eager"), ids(1, 12), KeyValueCache()
+    with torch.inference_mode():
+        model(tokens[:, :5], cache=cache)
+    with torch.no_grad():
+        rest = [model(tokens[:, t : t + 1], cache=cache) for t in range(5, 12)]
+        torch.testing.assert_close(torch.cat(rest, dim=1), model(tokens)[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_window_are_not_reordered_without_a_word(tiny_model):
+    with pytest.raises(NotImplementedError, match="use cache=full"):
+        open_cache(tiny_model("alibi"), "proved").take_rows(torch.tensor([0]))
+
+
+def test_fixed_gates_are_proved_as_alibi_is(tiny_model):
+    """FoX with gates that no input changes only biases scores, so a bound holds for it too."""
+    model, tokens = tiny_model("fox", "eager", gates="fixed"), ids(1, 80)
+    with torch.no_grad():
+        found = streamed(model, tokens, open_cache(model, "proved"), [30, 1, 49])
+        torch.testing.assert_close(found, model(tokens), rtol=1e-4, atol=1e-4)

@@ -27,12 +27,14 @@ BUDGET = {"float32": 1e-3, "bfloat16": 5e-2}
 LENGTH = 300
 
 
-def pair(name: str, attention: str = "sdpa", cutoffs: tuple[int, ...] = ()) -> tuple[TransformerLM, TransformerLM]:
+def pair(name: str, attention: str = "auto", cutoffs: tuple[int, ...] = ()) -> tuple[TransformerLM, TransformerLM]:
     """One model twice: float64 on the CPU, float32 on the GPU."""
     torch.manual_seed(1)
     sizes = ModelConfig(num_layers=2, model_dim=128, num_heads=2, ffn_dim=256, adaptive_cutoffs=list(cutoffs))
     model = TransformerLM(sizes, POSITIONS[name](), attention, 1003, LENGTH)
     with torch.no_grad():
+        for table in getattr(model.vocabulary, "embeddings", []):
+            table[1].normal_()  # a vector of zeros has no direction: GRAPE-AP's norm would magnify its rounding
         for scheme in model.schemes:
             for parameter in scheme.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -72,8 +74,10 @@ def test_losses_and_gradients(name, cutoffs, precision):
     error = sum((mine[p] - theirs[p]).square().sum() for p in theirs).sqrt()
     assert error < BUDGET[precision] * sum(g.square().sum() for g in theirs.values()).sqrt()
     if precision == "float32":
+        largest = max(g.abs().max() for g in theirs.values())
         for parameter, expected in theirs.items():
-            assert_close(mine[parameter], expected, 1e-2, parameter)
+            if expected.abs().max() > 1e-6 * largest:  # softmax ignores a number per head, such as FIRE's b2
+                assert_close(mine[parameter], expected, 1e-2, parameter)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

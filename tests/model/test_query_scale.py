@@ -1,6 +1,7 @@
 """Query scales against formulas, with every position scheme and backend, in caches, and as settings of a run."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,8 @@ def test_factors_are_the_formulas():
         for factor in found:
             torch.testing.assert_close(factor, expected.expand_as(factor), rtol=0, atol=1e-12)
     assert QUERY_SCALES["none"]().build(SHAPE).factors(visible) == []
+    longer = QUERY_SCALES["log_n"]().build(replace(SHAPE, context_length=64)).factors(torch.tensor([64]))
+    assert float(longer[0]) == pytest.approx(1.5), "the logarithm is that of the training length"
     unclipped = QUERY_SCALES["log_n"](clipped=False, length=4).build(SHAPE).factors(visible)[0][0]
     assert float(unclipped[1]) == pytest.approx(0.5) and float(unclipped[0]) == 0
 
@@ -55,8 +58,8 @@ def test_factors_are_the_formulas():
 def test_visible_keys_are_counted(window):
     k_pos = torch.tensor([0, 1, 2, 5, 6, 7, 20, 21])
     counts = [sum(1 for k in k_pos if 0 <= q - k < (window or 1000)) for q in k_pos]
-    assert visible_keys(0, k_pos, k_pos, window).tolist() == counts
-    assert visible_keys(5, k_pos[5:], k_pos, window).tolist() == counts[5:]
+    assert visible_keys(k_pos, k_pos, window).tolist() == counts
+    assert visible_keys(k_pos[5:], k_pos, window).tolist() == counts[5:]
 
 
 @pytest.mark.parametrize("position", sorted(POSITIONS.keys() - {"pope"}))

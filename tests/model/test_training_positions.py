@@ -12,9 +12,10 @@ from alibi_lm.checkpoint import CheckpointStore
 from alibi_lm.experiment import compose, run_folder
 from alibi_lm.files import read_json
 from alibi_lm.load import build_model
+from alibi_lm.model.changed_bias import only_a_bias
 from alibi_lm.model.training_positions import PlainConfig, RandomisedConfig
 from alibi_lm.model.transformer import KeyValueCache, TransformerLM
-from alibi_lm.positions import POSITIONS
+from alibi_lm.positions import POSITIONS, PositionShape
 from alibi_lm.tracking import read_metrics
 from alibi_lm.train import train
 
@@ -100,6 +101,37 @@ def test_a_fading_bias_is_that_of_smaller_slopes(tiny_model, attention):
     assert fading.schemes[0].log_slopes.grad.abs().max() > 0
     with pytest.raises(ValueError, match="positions_fade with position=rotary: only a score bias fades"):
         tiny_model("rotary").set_strength(0.25)
+
+
+BIASES = [n for n in sorted(POSITIONS) if only_a_bias(POSITIONS[n]().build(PositionShape(24, 8, 3, 2, 64, 64)))]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("position", BIASES)
+@torch.no_grad()
+def test_a_faded_scheme_adds_that_much_of_its_bias(tiny_model, position, attention):
+    model, tokens = tiny_model(position, attention), ids(1, 300)
+    for parameter in model.positions.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.3)
+    model.set_strength(0.5)
+    faded = model(tokens)
+    model.set_strength(1.0)
+    for scheme in model.schemes:
+        for hook in ("bias", "distance_bias", "key_bias", "content_bias", "content_key_bias"):
+            if scheme.defines(hook):
+                setattr(scheme, hook, half_of(getattr(scheme, hook)))
+    torch.testing.assert_close(faded, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def half_of(hook):
+    return lambda *args: None if (bias := hook(*args)) is None else bias * 0.5
+
+
+@pytest.mark.parametrize("position", ["shaw", "path", "rotary", "pope"])
+def test_what_is_more_than_a_bias_does_not_fade(tiny_model, position):
+    settings = {"values": True} if position == "shaw" else {}
+    with pytest.raises(ValueError, match="only a score bias fades"):
+        tiny_model(position, "eager", **settings).set_strength(0.5)
 
 
 def test_the_strength_follows_the_steps():

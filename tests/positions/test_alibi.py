@@ -171,6 +171,10 @@ def test_half_precision_rounds_scores_as_the_authors_code_does():
     torch.testing.assert_close(early, exact, rtol=0.02, atol=1e-4)
 
 
+def test_slopes_end_at_the_last_exponent():
+    assert alibi_slopes(6, 4.0) == pytest.approx([2**-1, 2**-2, 2**-3, 2**-4, 2**-0.5, 2**-1.5])
+
+
 @pytest.mark.parametrize("other", [{"learned_slopes": True}, {"scaling": "linear"}, {"last_exponent": 7.0}])
 def test_half_precision_is_for_the_papers_slopes_only(other):
     with pytest.raises(ValueError, match="half_precision = true is the authors' own form"):
