@@ -28,7 +28,7 @@ from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.optim import OPTIMIZERS, SCHEDULES
 from alibi_lm.positions import POSITIONS
 from alibi_lm.runtime import DEVICES, PRECISIONS
-from alibi_lm.settings import check_values, require, require_at_least, require_one_of, setting
+from alibi_lm.settings import before, check_values, require, require_at_least, require_one_of, setting
 from alibi_lm.tasks import TASKS
 from alibi_lm.tasks.base import TaskConfig
 from alibi_lm.tracking import TRACKING
@@ -227,11 +227,8 @@ def register(root: str = "train", config: type = TrainConfig) -> None:
         if fields.get(group) in (Any, "Any"):
             for name, node in registry.items():
                 store.store(group=group, name=name, node=node)
-    if root in ("evaluate", "analyse"):
-        for name in NAMES:
-            store.store(group="data", name=name, node={"name": name})
-    else:
-        store.repo.pop("data", None)
+    for name in NAMES:
+        store.store(group="data", name=name, node={"name": name})
 
 
 def spelled(overrides: Sequence[str], config: type) -> list[str]:
@@ -293,7 +290,7 @@ def _check_groups(config: Any) -> None:
 
 
 def from_dict(settings: dict[str, Any]) -> TrainConfig:
-    """The TrainConfig of the settings in a config.yaml; settings added since then have their defaults.
+    """The TrainConfig of the settings in a config.yaml; settings added since then do what was done before.
 
     Raises:
         ValueError: unknown keys, wrong types or an unknown scheme, naming the key.
@@ -325,6 +322,9 @@ def _schema(*entries: tuple[str, type]) -> Any:
     schema = OmegaConf.structured(TrainConfig)
     for group, settings_class in entries:
         schema[group] = OmegaConf.structured(settings_class)
+        for item in dataclasses.fields(settings_class):
+            if item.metadata.get("later"):  # its default may be newer than the run
+                schema[group][item.name] = before(item)
     return schema
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from alibi_lm import runtime
 from alibi_lm.checkpoint import BEST_FILE, Checkpoint
-from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, saved_settings, to_yaml
+from alibi_lm.config import CONFIG_FILE, TrainConfig, from_yaml, load_config, to_yaml
 from alibi_lm.files import read_json, read_json_if_whole, short_digest, write_json, write_text
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, identifying, require
@@ -90,18 +90,14 @@ def differing_settings(config: TrainConfig, baseline: TrainConfig) -> dict[str, 
     return {name: ours.get(name) for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)}
 
 
-def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any], names: set[str] | None = None) -> str:
+def run_identity(config: TrainConfig, corpus_manifest: Mapping[str, Any]) -> str:
     """A hash, 12 hex digits, of the settings and the text of a run; it does not depend on where they are stored.
 
     Args:
         config: the run's.
         corpus_manifest: that of its corpus, as in corpus.json; empty if unknown.
-        names: settings to include, by dotted name; None: all. A run that was saved by an earlier version is
-            identified by the settings that existed then.
     """
-    settings = identifying(config)
-    known = {name: value for name, value in settings.items() if names is None or name in names}
-    return short_hash({"settings": known, **_corpus_digests(corpus_manifest)}, digits=12)
+    return short_hash({"settings": identifying(config), **_corpus_digests(corpus_manifest)}, digits=12)
 
 
 def _corpus_digests(manifest: Mapping[str, Any]) -> dict[str, str | None]:
@@ -118,16 +114,8 @@ def folder_identity(folder: Path) -> str:
     Raises:
         ValueError: not a run folder, or one of the files is damaged.
     """
-    config = load_config(folder)
     path = folder / CORPUS_FILE
-    manifest = read_json(path) if path.is_file() else {}
-    return run_identity(config, manifest, _names(saved_settings((folder / CONFIG_FILE).read_text("utf-8"))))
-
-
-def _names(settings: Any, prefix: str = "") -> set[str]:
-    if not isinstance(settings, dict):
-        return {prefix.rstrip(".")}
-    return {name for key, value in settings.items() for name in _names(value, f"{prefix}{key}.")}
+    return run_identity(load_config(folder), read_json(path) if path.is_file() else {})
 
 
 def require_own_files(folder: Path, checkpoint: Checkpoint | None) -> None:

@@ -31,15 +31,25 @@ def setting(
     counts: Counts,
     default_factory: Any = dataclasses.MISSING,
     later: bool = False,
+    before: Any = dataclasses.MISSING,
 ) -> Any:
     """A dataclass field that says whether results depend on it.
 
     The fields of a nested config count like the field that holds it, unless they say otherwise. `later` marks a
-    setting that was added after runs had been trained without it: its default leaves their identity unchanged.
+    setting that was added after runs had been trained without it. They did what it does at its default or, if the
+    default is something new, at `before`: that value is read for them, and leaves a run's identity unchanged.
     """
     assert counts in get_args(Counts)
-    metadata = {"counts": counts, "later": later}
+    metadata = {"counts": counts, "later": later or before is not dataclasses.MISSING, "before": before}
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+def before(field: dataclasses.Field[Any]) -> Any:
+    """The value of a later setting that runs had without it."""
+    if field.metadata["before"] is not dataclasses.MISSING:
+        return field.metadata["before"]
+    factory: Any = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 COMBINED = ("query_scale.", "training_positions.", "positions_until")
@@ -52,7 +62,7 @@ def counting(config: Any, *kinds: Counts) -> dict[str, Any]:
 
 
 def identifying(config: Any) -> dict[str, Any]:
-    """The settings that identify a run or a part of its config: all that count, without defaults added later."""
+    """The settings that identify a run or a part of its config: all that count, unless `later` and as before."""
     found = _walk(config, "", "run", later_defaults=False)
     return {name: value for name, value, kind in found if kind in ("run", "rounding")}
 
@@ -64,10 +74,8 @@ def _walk(
         kind = field.metadata.get("counts", inherited)
         assert kind is not None, f"{type(config).__name__}.{field.name} does not say what it counts as"
         value = getattr(config, field.name)
-        if field.metadata.get("later") and not later_defaults:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if value == default:
-                continue
+        if field.metadata.get("later") and not later_defaults and value == before(field):
+            continue
         if dataclasses.is_dataclass(value):
             yield from _walk(value, f"{prefix}{field.name}.", kind, later_defaults)
         else:

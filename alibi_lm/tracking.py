@@ -120,8 +120,7 @@ def open_tracker(
     run_name: str,
     group: str,
     settings: Mapping[str, Any],
-    resume_step: int,
-    kept_rows: int | None = None,
+    kept_rows: int = 0,
 ) -> Tracker:
     """The tracker of a run, to be used with `with`.
 
@@ -131,17 +130,16 @@ def open_tracker(
         run_name: displayed name.
         group: group of the run if the config names none; the experiment.
         settings: the run's, shown beside it.
-        resume_step: step of the checkpoint that training continues from; rows after it are dropped. 0
-            for a new run: all rows are dropped.
-        kept_rows: how many rows to keep, if not all up to `resume_step`.
+        kept_rows: how many rows of metrics.jsonl to keep: those that it had at the checkpoint that training
+            continues from. The rest is dropped, for a new run all of them.
 
     Raises:
         ValueError: metrics.jsonl is damaged before its last line, or wandb is not installed or cannot start.
     """
     if isinstance(config, JsonlConfig) or config.mode == "disabled":
-        return _JsonlTracker(run_folder, resume_step, kept_rows)
+        return _JsonlTracker(run_folder, kept_rows)
     shown = {"name": run_name, "group": config.group or group, "config": dict(settings)}
-    return _WandbTracker(config, shown, run_folder, resume_step, kept_rows)
+    return _WandbTracker(config, shown, run_folder, kept_rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -170,13 +168,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class _JsonlTracker(Tracker):
-    def __init__(self, run_folder: Path, resume_step: int, kept_rows: int | None):
+    def __init__(self, run_folder: Path, kept_rows: int):
         self.path = run_folder / METRICS_FILE
-        kept = []
-        if resume_step > 0 and self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step][:kept_rows]
+        kept = read_metrics(self.path)[:kept_rows] if kept_rows and self.path.exists() else []
         write_text(self.path, "".join(map(_line, kept)))
-        self.rows = len(kept)
+        self.rows, self.step = len(kept), kept[-1]["step"] if kept else 0
         self._file = open(self.path, "ab")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -186,7 +182,7 @@ class _JsonlTracker(Tracker):
             os.fsync(self._file.fileno())
         except OSError as error:  # the system names no file where a write failed
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.rows += 1
+        self.rows, self.step = self.rows + 1, step
 
     def close(self, failed: bool) -> None:
         with contextlib.suppress(OSError):  # rows that could be written are on the disk already
@@ -206,8 +202,7 @@ class _WandbTracker(_JsonlTracker):
         config: WandbConfig,
         shown: Mapping[str, Any],
         run_folder: Path,
-        resume_step: int,
-        kept_rows: int | None,
+        kept_rows: int,
     ):
         try:
             import wandb
@@ -215,8 +210,8 @@ class _WandbTracker(_JsonlTracker):
             raise ValueError(
                 f"tracking = wandb needs the package wandb ({error}). Install it, or use tracking=jsonl."
             ) from error
-        super().__init__(run_folder, resume_step, kept_rows)
-        self._wandb, self._step = wandb, resume_step
+        super().__init__(run_folder, kept_rows)
+        self._wandb = wandb
         folder = run_folder.resolve()
         self._data_before = _exchange(WANDB_DATA, str(folder / "wandb" / "data"))
         try:
@@ -245,7 +240,6 @@ class _WandbTracker(_JsonlTracker):
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         super().log(step, metrics)
-        self._step = step
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
     def table(
@@ -258,7 +252,7 @@ class _WandbTracker(_JsonlTracker):
         table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
         x, y, series = line_plot
         plot = self._wandb.plot.line(table, x=x, y=y, stroke=series, title=name)
-        self._run.log({name: table, f"{name}_plot": plot}, step=self._step)
+        self._run.log({name: table, f"{name}_plot": plot}, step=self.step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))

@@ -226,10 +226,10 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     with StopSignals(world) as signals:
         tracker = Tracker()
         if world.is_main:
+            settings = to_dict(config) | facts
             tracker = open_tracker(
-                config.tracking, folder, folder.name, config.experiment, to_dict(config) | facts, progress.step,
-                progress.metrics_rows,
-            )  # fmt: skip
+                config.tracking, folder, folder.name, config.experiment, settings, progress.metrics_rows
+            )
         with tracker:
             _loop(run, store, progress, tracker, signals)
         result = {

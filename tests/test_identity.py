@@ -11,11 +11,11 @@ import torch
 
 from alibi_lm import load_run
 from alibi_lm.checkpoint import record_hash
-from alibi_lm.config import TrainConfig
+from alibi_lm.config import TrainConfig, from_yaml, to_yaml
 from alibi_lm.experiment import compose
 from alibi_lm.files import read_json
 from alibi_lm.runs import folder_identity, run_identity
-from alibi_lm.settings import counting
+from alibi_lm.settings import counting, identifying
 from alibi_lm.train import train
 
 TINY = [
@@ -150,25 +150,25 @@ def test_identity_is_of_what_counts(place: Path) -> None:
     assert run_identity(first, read_json(place / "other" / "corpus.json")) != same
 
 
-def test_a_setting_that_came_later_does_not_change_what_a_saved_run_is(place: Path, tmp_path: Path) -> None:
-    """An earlier version knew no clip_norm: its runs were known by the other settings, and still are."""
-    run = shutil.copytree(place / "alibi", tmp_path / "alibi")
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("clip_norm: 1.0\n", ""))
-    now, manifest = config(place, "position=alibi"), read_json(run / "corpus.json")
-    known = set(counting(now, "run", "rounding")) - {"clip_norm"}
-    assert folder_identity(run) == run_identity(now, manifest, known) != run_identity(now, manifest)
+@pytest.mark.parametrize(
+    "finished", sorted(Path("docs/results").glob("*/runs/*s1*/finished.json")), ids=lambda p: p.parent.name
+)
+def test_published_runs_are_still_known_by_what_they_were(finished: Path) -> None:
+    """A setting that was added without `later` or `before` changes the identity of runs that lack it."""
+    assert folder_identity(finished.parent) == read_json(finished).get("run", folder_identity(finished.parent))
 
 
-def test_the_default_of_a_later_setting_changes_no_identity(place: Path) -> None:
-    """What a run was known by before there were query scales: a hash of the settings of that time."""
+def test_a_run_of_before_a_setting_is_read_as_what_it_did(place: Path, tmp_path: Path) -> None:
     manifest, now = read_json(place / "alibi" / "corpus.json"), config(place, "position=alibi")
     later = {"query_scale.name", "position.scaling", "position.factor"}
-    assert later <= set(counting(now, "run", "rounding"))
-    before = set(counting(now, "run", "rounding")) - later
-    assert run_identity(now, manifest) == run_identity(now, manifest, before)
+    assert later <= set(counting(now, "run")) and not later & set(identifying(now))
     for changed in ("query_scale=log_n", "query_scale=ssmax", "position.scaling=linear"):
         assert run_identity(config(place, "position=alibi", changed), manifest) != run_identity(now, manifest)
+    old, new = config(place, "task=needle", "task.training_depths=11"), config(place, "task=needle")
+    text = to_yaml(old)
+    assert from_yaml(text.replace("  training_depths: 11\n", "")) == old != new
+    assert run_identity(old, manifest) != run_identity(new, manifest)
+    assert "task.training_depths" not in identifying(old)
 
 
 def test_a_trained_query_scale_is_loaded_and_changed_with_its_weights(place: Path, tmp_path: Path) -> None:

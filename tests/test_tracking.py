@@ -24,13 +24,13 @@ from alibi_lm.tracking import (
 )
 
 
-def open_jsonl(folder: Path, resume_step: int = 0) -> Tracker:
-    return open_tracker(JsonlConfig(), folder, "run", "experiment", {}, resume_step)
+def open_jsonl(folder: Path, kept_rows: int = 0) -> Tracker:
+    return open_tracker(JsonlConfig(), folder, "run", "experiment", {}, kept_rows)
 
 
-def open_wandb(folder: Path, resume_step: int = 0, **settings: Any) -> Tracker:
+def open_wandb(folder: Path, kept_rows: int = 0, **settings: Any) -> Tracker:
     config = WandbConfig(**{"tags": ["quick", "cpu"], **settings})
-    return open_tracker(config, folder, folder.name, "quick", {"model": {"dim": 64}, "seed": 3}, resume_step)
+    return open_tracker(config, folder, folder.name, "quick", {"model": {"dim": 64}, "seed": 3}, kept_rows)
 
 
 # --- metrics.jsonl -------------------------------------------------------------------------------
@@ -67,18 +67,17 @@ def test_resume_drops_exactly_what_comes_again(tmp_path: Path, torn: str) -> Non
     with open_jsonl(tmp_path) as tracker:
         for step in (5, 10, 15, 20, 25, 30):
             tracker.log(step, {"train/loss": step / 7})
-        tracker.log(20, {"validation/loss": 1.0})
     whole = path.read_text()
     path.write_text(whole + torn)
-    with open_jsonl(tmp_path, resume_step=20) as tracker:
-        assert [row["step"] for row in read_metrics(path)] == [5, 10, 15, 20, 20]
+    with open_jsonl(tmp_path, 4) as tracker:
+        assert [row["step"] for row in read_metrics(path)] == [5, 10, 15, 20]
         tracker.log(25, {"train/loss": 25 / 7})
         tracker.log(30, {"train/loss": 30 / 7})
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
 
 
 @pytest.mark.parametrize(
-    ("content", "resume_step", "kept"),
+    ("content", "kept_rows", "kept"),
     [
         ('{"step": 1, "a": 1}\n{"step": 2, "a": 2}', 2, [1, 2]),  # no line end at the end
         ('{"step": 0, "a": 1}\nrubbish of a run without a checkpoint\n', 0, []),
@@ -86,12 +85,12 @@ def test_resume_drops_exactly_what_comes_again(tmp_path: Path, torn: str) -> Non
     ],
 )
 def test_a_run_starts_with_the_rows_of_its_checkpoint(
-    tmp_path: Path, content: str | None, resume_step: int, kept: list[int]
+    tmp_path: Path, content: str | None, kept_rows: int, kept: list[int]
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     if content is not None:
         path.write_text(content)
-    with open_jsonl(tmp_path, resume_step) as tracker:
+    with open_jsonl(tmp_path, kept_rows) as tracker:
         assert [row["step"] for row in read_metrics(path)] == kept and tracker.rows == len(kept)
         tracker.log(6, {"a": 1})
     assert [row["step"] for row in read_metrics(path)] == [*kept, 6]
@@ -102,7 +101,7 @@ def test_resume_in_the_middle_of_a_step(tmp_path: Path) -> None:
     with open_jsonl(tmp_path) as tracker:
         tracker.log(5, {"train/loss": 1.0})
         tracker.log(5, {"validation/loss": 2.0})
-    with open_tracker(JsonlConfig(), tmp_path, "run", "experiment", {}, 5, kept_rows=1) as tracker:
+    with open_jsonl(tmp_path, 1) as tracker:
         tracker.log(5, {"validation/loss": 2.0})
         assert tracker.rows == 2
     assert [list(row) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
@@ -125,7 +124,7 @@ def test_damage_in_the_middle_is_an_error_and_changes_nothing(tmp_path: Path, li
     content = '{"step": 1}\n' + line + '\n{"step": 3}\n'
     path.write_text(content)
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a row .*overwrite=true"):
-        open_jsonl(tmp_path, resume_step=3)
+        open_jsonl(tmp_path, 3)
     assert path.read_text() == content
 
 
@@ -133,10 +132,10 @@ def test_damage_in_the_middle_is_an_error_and_changes_nothing(tmp_path: Path, li
 @given(
     rows=st.lists(st.tuples(st.integers(1, 99), st.none() | st.text(max_size=5) | st.integers()), max_size=5),
     cut=st.integers(0, 40),
-    resume_step=st.integers(1, 99),
+    kept_rows=st.integers(1, 6),
 )
 def test_any_cut_keeps_every_whole_row(
-    tmp_path: Path, rows: list[tuple[int, Any]], cut: int, resume_step: int
+    tmp_path: Path, rows: list[tuple[int, Any]], cut: int, kept_rows: int
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "a": value}) + "\n" for step, value in rows]
@@ -147,9 +146,9 @@ def test_any_cut_keeps_every_whole_row(
     if tail + "\n" in lines:
         whole.append(json.loads(tail))
     path.write_text(kept)
-    with open_jsonl(tmp_path, resume_step):
+    with open_jsonl(tmp_path, kept_rows):
         pass
-    assert read_metrics(path) == [row for row in whole if row["step"] <= resume_step]
+    assert read_metrics(path) == whole[:kept_rows]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -284,7 +283,7 @@ def test_resumed_offline_run_keeps_its_id(tmp_path: Path) -> None:
         tracker.log(10, {"train/loss": 3.0})
         tracker.log(20, {"train/loss": 2.0})
     first_id = (tmp_path / "wandb_run_id").read_text().strip()
-    with open_wandb(tmp_path, resume_step=10, group="other") as tracker:
+    with open_wandb(tmp_path, kept_rows=1, group="other") as tracker:
         tracker.log(20, {"train/loss": 2.0})
     # Two runs in the same second would share wandb's folder name, so both counts are right.
     found = records(tmp_path)
@@ -322,7 +321,7 @@ def test_run_is_closed_when_training_fails(tmp_path: Path) -> None:
     (record,) = records(tmp_path)
     assert record.exit_code == 1
     assert record.history[7]["train/loss"] == 1.0
-    with open_jsonl(tmp_path, 7):  # the file was closed, too
+    with open_jsonl(tmp_path, 1):  # the file was closed, too
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 

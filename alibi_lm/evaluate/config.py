@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alibi_lm.attention import ATTENTION
 from alibi_lm.config import MODES, SPLITS, EvaluationConfig, TrainConfig
 from alibi_lm.data.config import DataConfig
+from alibi_lm.evaluate import context_views, views
+from alibi_lm.evaluate.safe_length import safe_length
+from alibi_lm.evaluate.self_longppl import self_longppl
+from alibi_lm.evaluate.windows import windows
 from alibi_lm.model.streaming import POLICIES
 from alibi_lm.results.curves import CACHE_SETTINGS
 from alibi_lm.runs import experiment_folder
@@ -20,22 +24,32 @@ from alibi_lm.settings import require, require_at_least, require_one_of
 
 STREAM = "stream"
 """The mode that reads the whole split as one window."""
-VIEWS: dict[str, tuple[str, ...]] = {
-    "perplexity": ("lengths", "stride"),
-    "position": ("lengths",),
-    "last": ("lengths", "last"),
-    "documents": ("lengths",),
-    "fixed": ("contexts", "every"),
-    "decomposition": ("lengths", "stride"),
-    "offset": ("offsets", "width", "every"),
-    "windows": (),
-    "safe_length": ("lengths",),
-    "effective_context": ("contexts", "every"),
-    "repeat": ("distances", "width", "every"),
-    "attention": ("lengths", "windows"),
-    "self_longppl": ("lengths", "short", "key_gain", "key_loss"),
+
+
+class View(NamedTuple):
+    """A view of scripts/analyse.py."""
+
+    measure: Callable[..., Any]
+    """Makes its points from a group, inference lengths, and its other settings by name."""
+    settings: tuple[str, ...] = ()
+    """The settings that it understands; without `lengths` these are only what defaults are taken from."""
+
+
+VIEWS: dict[str, View] = {
+    "perplexity": View(views.perplexity, ("lengths", "stride")),
+    "position": View(views.position, ("lengths",)),
+    "last": View(views.last, ("lengths", "last")),
+    "documents": View(views.documents, ("lengths",)),
+    "fixed": View(views.fixed, ("contexts", "every")),
+    "decomposition": View(views.decomposition, ("lengths", "stride")),
+    "offset": View(views.offset, ("offsets", "width", "every")),
+    "windows": View(windows),
+    "safe_length": View(safe_length, ("lengths",)),
+    "effective_context": View(context_views.effective_context, ("contexts", "every")),
+    "repeat": View(context_views.repeat, ("distances", "width", "every")),
+    "attention": View(context_views.attention, ("lengths", "windows")),
+    "self_longppl": View(self_longppl, ("lengths", "short", "key_gain", "key_loss")),
 }
-"""The views and the settings that each understands."""
 CURVE = ("lengths", "mode", "stride", "task", "tracking", *CACHE_SETTINGS)
 """The settings that `view=curve` understands; those of the cache belong to mode=stream."""
 OF_MODELS = ("model_config", "train_length", "trust_remote_code")
@@ -204,8 +218,8 @@ class EvaluateConfig:
             self.model is None or (self.runs is None and not self.position and not self.query_scale),
             "model = ... with runs, position or query_scale: those are of our own runs. Give one or the other.",
         )
-        known = {"curve": CURVE, **VIEWS}
-        own = set().union(*VIEWS.values()) if self.view == "all" else set(known[self.view])
+        known = {"curve": CURVE} | {name: view.settings for name, view in VIEWS.items()}
+        own = {name for view in (VIEWS if self.view == "all" else [self.view]) for name in known[view]}
         defaults = {field.name: field.default for field in dataclasses.fields(self)} | {
             "model_config": {},
             "tracking": "jsonl",

@@ -43,6 +43,11 @@ class Policy:
     window: int | None = None
     sinks: int | None = None
 
+    @classmethod
+    def of(cls, config: Any) -> Policy:
+        """The policy that a command's settings of these names describe; no sinks are the same as none given."""
+        return cls(config.cache or "full", config.lost_share, config.window, config.sinks or None)
+
     def open(self, model: TransformerLM) -> KeyValueCache:
         """An empty cache; ValueError if the policy does not fit the model."""
         sinks = self.sinks or 0
@@ -129,7 +134,7 @@ def long_stream(config: LongStreamConfig) -> Iterator[dict[str, Any]]:
     corpus = prepare(load_config(folder).data, run_tokenizer(folder), splits=(config.split,))
     stream = corpus.split(config.split).tokens
     require(len(stream) > 0, f"split = {config.split} holds no tokens. Use another one.")
-    cache = Policy(config.cache, config.lost_share, config.window, config.sinks).open(model)
+    cache = Policy.of(config).open(model)
     before = corpus.start_id
     for start in range(0, config.tokens, config.every):
         end = min(start + config.every, config.tokens)

@@ -13,14 +13,12 @@ from typing import Any
 
 from alibi_lm import runtime
 from alibi_lm.distributed import World
-from alibi_lm.evaluate import context_views, views
+from alibi_lm.evaluate import views
 from alibi_lm.evaluate.config import STREAM, VIEWS, EvaluateConfig
 from alibi_lm.evaluate.plan import EXPECTED, OpenRun, PlannedRun, open_run, plan, raise_failures
 from alibi_lm.evaluate.rows import baseline, changes_of, common_fields, curve_name, keep, measure, measure_stream
-from alibi_lm.evaluate.safe_length import safe_length
-from alibi_lm.evaluate.self_longppl import finish, self_longppl
+from alibi_lm.evaluate.self_longppl import finish
 from alibi_lm.evaluate.stream import Policy
-from alibi_lm.evaluate.windows import windows
 from alibi_lm.files import write_text
 from alibi_lm.results.rows import ResultRow, read_rows, refuse_another_run, upsert_rows, write_csv
 from alibi_lm.runs import short_hash
@@ -33,15 +31,6 @@ CURVE_COLUMNS = (
     "task", "value", "tokens_per_second", "peak_memory_bytes",
 )  # fmt: skip
 """Columns of the tables in Weights & Biases: the name of a row's curve, and fields; `value` goes by its metric."""
-MEASURES: dict[str, Any] = {
-    view.__name__: view
-    for view in (
-        views.perplexity, views.position, views.last, views.documents, views.fixed, views.decomposition,
-        views.offset, windows, safe_length, context_views.effective_context, context_views.repeat,
-        context_views.attention, self_longppl,
-    )
-}  # fmt: skip
-"""What makes the points of each view, from a group, inference lengths, and the view's own settings by name."""
 
 
 def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[ResultRow]:
@@ -74,9 +63,8 @@ def evaluate(config: EvaluateConfig, world: World | None = None) -> Iterator[Res
                 if row := baseline(config, opened):
                     yield from keep(output, [row])
             if config.mode == STREAM:
-                policy = Policy(config.cache or "full", config.lost_share, config.window, config.sinks)
                 common = common_fields(config, opened, opened.passes.text)
-                yield from measure_stream(opened.passes, policy, output, **common)
+                yield from measure_stream(opened.passes, Policy.of(config), output, **common)
                 continue
             for passes in opened.asked:
                 common = common_fields(config, opened, passes.task)
@@ -102,7 +90,7 @@ def log_curve(config: EvaluateConfig) -> None:
     ]
     settings = {"experiment": config.experiment, "runs": sorted({str(row.run) for row in rows})}
     name = f"{config.experiment} extrapolation"
-    with open_tracker(config.tracking, config.output, name, config.experiment, settings, 0) as tracker:
+    with open_tracker(config.tracking, config.output, name, config.experiment, settings) as tracker:
         for metric, title in (("perplexity", "extrapolation"), ("accuracy", "accuracy")):
             own = [row for row in rows if row.metric == metric]
             columns = [metric if column == "value" else column for column in CURVE_COLUMNS]
@@ -202,8 +190,8 @@ def _series(config: EvaluateConfig, view: str, opened: list[OpenRun], group: vie
     lengths = opened[0].plan.settings.lengths
     if view == "documents" and config.lengths is None:
         lengths = sorted({group.train_length, max(lengths)})
-    own = {name: getattr(config, name) for name in VIEWS[view] if name != "lengths"}
-    points = MEASURES[view](group, lengths, **own)
+    own = {name: getattr(config, name) for name in VIEWS[view].settings if name != "lengths"}
+    points = VIEWS[view].measure(group, lengths, **own)
     found: dict[str, Any] = {
         "position": group.position,
         "train_length": group.train_length,

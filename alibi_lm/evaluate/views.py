@@ -90,8 +90,8 @@ class Group:
         if start is None:
             return points
         for point, (sums, tokens) in valued:
-            changed = sums - start[0] if paired else change_sums(sums, tokens, *start)
-            change = self.point(changed, start[1])
+            changed, weights = (sums - start[0], tokens) if paired else change_sums(sums, tokens, *start)
+            change = self.point(changed, weights)
             if np.count_nonzero(tokens) < 2:  # one document does not show how documents differ
                 change |= {"low": None, "high": None}
             point["difference"] = {"from": base} | {key: change[key] for key in ("nats", "low", "high")}
@@ -367,9 +367,9 @@ def position_curve(
     for index, k in enumerate(points):
         if np.count_nonzero(tokens[:, k]) < 2:
             continue  # one document does not show how documents differ
-        changes = change_sums(sums[:, :, k], tokens[:, k], *base)
-        difference = changes.sum(axis=1).mean() / base[1].sum()
-        ends[:, index] = np.array(interval_ends(changes, base[1])) - difference
+        changes, weights = change_sums(sums[:, :, k], tokens[:, k], *base)
+        difference = changes.sum(axis=1).mean() / weights.sum()
+        ends[:, index] = np.array(interval_ends(changes, weights)) - difference
     return {
         "first": edges[points],
         "last": edges[points + 1] - 1,
@@ -381,11 +381,12 @@ def position_curve(
 
 def change_sums(
     sums: np.ndarray, tokens: np.ndarray, base_sums: np.ndarray, base_tokens: np.ndarray
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Sums whose mean and interval are those of a difference between two means of the same documents.
 
-    The means may be over different targets, so that a document may have different numbers of them; with the same
-    targets the result is `sums - base_sums`. The difference of two ratios is linearised around both.
+    The means may be over different targets, so that a document may have different numbers of them, also none in
+    one of the means; with the same targets the result is `sums - base_sums`. The difference of two ratios is
+    linearised around both.
 
     Args:
         sums: (seeds, documents), nats.
@@ -394,13 +395,14 @@ def change_sums(
         base_tokens: (documents,).
 
     Returns:
-        (seeds, documents) float64, to be used with `base_tokens`. A document without a target in the base has
-        none here.
+        (seeds, documents) float64, and the numbers of targets to be used with them, (documents,) float64: the mean
+        of both numbers, so that no document that contributes to the difference is left out.
     """
     total, base_total = tokens.sum(), base_tokens.sum()
     mean, base_mean = sums.sum(axis=1, keepdims=True) / total, base_sums.sum(axis=1, keepdims=True) / base_total
     errors = (sums - mean * tokens) / total - (base_sums - base_mean * base_tokens) / base_total
-    return np.where(base_tokens > 0, base_total * errors + (mean - base_mean) * base_tokens, 0.0)
+    weights = (tokens + base_tokens) / 2
+    return weights.sum() * errors + (mean - base_mean) * weights, weights
 
 
 def interval_ends(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:

@@ -42,7 +42,8 @@ class Interval:
     note: str
     """What was left out; empty otherwise."""
     seed_variance: float
-    """Variance between seeds (of their differences, if seeds are paired), in nats squared; 0 with one seed."""
+    """Variance between seeds, in nats squared: of their differences if paired, else the sum of that of both sides.
+    Divided by the number of seeds it is the seeds' part of the squared error; 0 with one seed."""
     document_variance: float
     """The documents' part of the squared error, which more seeds do not reduce."""
     document_df: float
@@ -225,7 +226,7 @@ def mean_nats_interval(nats: np.ndarray, tokens: np.ndarray, level: float = 0.95
     """
     scores, counts, note = _checked(nats, tokens, "nats")
     parts = variance_parts(scores, counts)
-    return _interval(parts, len(scores), level, 1, note)
+    return _interval(parts, len(scores), float(parts.seed) * len(scores), level, 1, note)
 
 
 def paired_difference(
@@ -265,13 +266,14 @@ def paired_difference(
         if left := len(a) + len(b) - 2 * len(common):
             note += f"; {left} runs left out: their seed is not in both"
         parts = variance_parts(np.stack([rows_a[seed] - rows_b[seed] for seed in common]), counts)
-        return _interval(parts, len(common), level, comparisons, note)
+        return _interval(parts, len(common), float(parts.seed) * len(common), level, comparisons, note)
     note += "; seeds not paired: fewer than two in common"
     part_a, part_b = variance_parts(a, counts), variance_parts(b, counts)
     # Documents: the mean over the seeds of each side, then the difference, so that common effects cancel.
     both = variance_parts((a.mean(0) - b.mean(0))[None], counts)
     parts = both._replace(seed=part_a.seed + part_b.seed, interaction=part_a.interaction + part_b.interaction)
-    return _interval(parts, min(len(a), len(b)), level, comparisons, note)
+    spread = float(part_a.seed) * len(a) + float(part_b.seed) * len(b)
+    return _interval(parts, min(len(a), len(b)), spread, level, comparisons, note)
 
 
 def seeds_to_settle(
@@ -359,7 +361,9 @@ def share_variance(share: float, items: int) -> float:
     return share * (1 - share) / (items + 4)
 
 
-def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, note: str) -> Interval:
+def _interval(
+    parts: VarianceParts, seeds: int, seed_variance: float, level: float, comparisons: int, note: str
+) -> Interval:
     """The interval of parts of shape (); `seeds` is the smaller number on either side."""
     assert 0 < level < 1 and comparisons >= 1
     one = seeds < 2  # the interval is then of this training run alone
@@ -372,7 +376,7 @@ def _interval(parts: VarianceParts, seeds: int, level: float, comparisons: int, 
         estimate - half,
         estimate + half,
         note.removeprefix("; "),
-        seed_variance=float(parts.seed) * seeds,
+        seed_variance=seed_variance,
         document_variance=float(of_documents),
         document_df=float(parts.document_df),
     )

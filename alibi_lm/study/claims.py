@@ -99,6 +99,7 @@ def judge_claim(claim: Claim, evidence: Evidence) -> Judged:
         return Judged(claim, verdict, [], missing)
     # A claim about certain lengths, or about all, is not confirmed if some of them were left out.
     note = f"not run: {missing}" if missing and claim.train_lengths else ""
+    note = note or _lost(claim, evidence)
     if len({one.what.partition(",")[0] for one in instances}) < claim.min_lengths:
         note = f"{claim.min_lengths} training lengths needed"
     return Judged(claim, "NOT SETTLED" if note and verdict == "HOLDS" else verdict, instances, note)
@@ -114,6 +115,20 @@ def _find(claim: Claim, evidence: Evidence) -> tuple[list[Found], str]:
         found, others = _of_view(claim, evidence, "fixed")
         missing = others or missing
     return found, missing
+
+
+def _lost(claim: Claim, evidence: Evidence) -> str:
+    """A length beyond L without a value, such as an infinite loss, where a claim is about every such length."""
+    for side in (claim.left, claim.right):
+        if side is None or side.which != "every beyond" or side.view:
+            continue
+        for length in sorted({round(row.train_length / side.train) for row in evidence.rows if row.train_length}):
+            rows, _ = _runs(side, length, evidence)
+            meant = set(side.lengths(length, [row.inference_length or 0 for row in rows]))
+            for row in rows:
+                if row.inference_length in meant - set(_at(side, length, rows)):
+                    return f"not measured: L={length}, at {row.inference_length}: {row.reason}"
+    return ""
 
 
 def _instance(claim: Claim, found: Found, comparisons: int) -> Instance:

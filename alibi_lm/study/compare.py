@@ -351,13 +351,14 @@ def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str =
     center, count = float(x[0].mean() - sum(y.mean() for y in x[1:])), min(map(len, x))
     one = f"seed {common[0]} alone" if common else "one seed"
     level = 1 - (1 - LEVEL) / comparisons
+    variance = sum(float(y.var(ddof=1)) for y in groups) if count > 1 else 0.0
     if left.metric == "accuracy":
         of_seeds = sum(float(y.var(ddof=1)) / len(y) for y in groups) if count > 1 else 0.0
         of_items = sum(share_variance(float(y.mean()), side.items) for y, side in zip(x, sides, strict=True))
         items = min(side.items for side in sides)
         half = float(half_width(of_seeds, of_items, count, items - 1.0, level))
         over = f"{count} seeds{', paired' if paired and right else ''}" if count > 1 else one
-        spread = of_seeds * count, of_items, math.inf
+        spread = variance, of_items, math.inf
         least = 0.0 if right is None else -1.0  # a share; a difference of two
         ends = max(least, center - half), min(1.0, center + half)
         return Measured(center, *ends, count, f"{over} and {items} items", *spread, comparisons, left.metric)
@@ -365,7 +366,6 @@ def _over_seeds(left: Sample, right: Sample | None, comparisons: int, why: str =
         words = f"{one}; {why}" if why else one
         return Measured(center, None, None, 1, words, comparisons=comparisons, metric=left.metric)
     over = f"{count} seeds, paired" if paired else f"{len(x[0])} and {len(x[1])} seeds"
-    variance = sum(float(y.var(ddof=1)) for y in groups)
     low, high = center, center
     if variance > 1e-24:  # else no spread at all
         test = stats.ttest_1samp(groups[0], 0) if paired else stats.ttest_ind(*x, equal_var=False)

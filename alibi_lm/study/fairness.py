@@ -92,7 +92,7 @@ def _of_rows(rows: Sequence[ResultRow]) -> Iterator[Facts]:
     # Points are compared at one length in one view; each length and view may have been measured at another time.
     points: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
-        if row.nats is not None:
+        if row.value is not None:
             points.setdefault(row.key[1:7], []).append(row)
     mixed = [row for point in points.values() if len({row.commit for row in point}) > 1 for row in point]
     yield "commit of the evaluation", [(str(r.run), shortened(r.commit)) for r in mixed], True

@@ -128,21 +128,23 @@ def memory_figure(rows: Sequence[ResultRow], words: Mapping[str, str]) -> Figure
     """
     view = next((view for view in views(rows) if view.mode == "stream"), None)
     own = [row for row in rows if row.run and view_of(row) == view and row.loss is not None and KEYS in row.extra]
-    models: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    models: dict[tuple[str, int, str], dict[str, list[tuple[float, float]]]] = {}
     for row in own:
         cache = ", ".join(f"{k}={v}" for k, v in row.changes.items() if k in CACHE_SETTINGS) or "cache=full"
         tested = {k: v for k, v in row.changes.items() if k not in CACHE_SETTINGS}
-        model = row.position, variant_of(replace(row, changes=tested), words)
+        model = row.position, row.train_length or 0, variant_of(replace(row, changes=tested), words)
         models.setdefault(model, {}).setdefault(cache, []).append((row.extra[KEYS], row.loss or 0.0))
     if view is None or len(models) < 2 or all(row.extra[KEYS] >= row.tokens for row in own):
         return None
     lines: list[Line] = []
     keys_held: dict[str, float] = {}
-    for (position, variant), by_cache in models.items():
+    several = len({length for _, length, _ in models}) > 1
+    for (position, length, variant), by_cache in models.items():
         means = {cache: np.mean(runs, axis=0) for cache, runs in by_cache.items()}
         keys_held |= {cache: keys for cache, (keys, _) in means.items()}
         x, y = zip(*sorted((float(keys), math.exp(loss)) for keys, loss in means.values()), strict=True)
-        lines.append(Line(position, label(position), list(x), list(y), variant, stray=bool(variant)))
+        name = label(position, length=length if several else None)
+        lines.append(Line(position, name, list(x), list(y), variant, stray=bool(variant)))
     order = ", ".join(sorted(keys_held, key=lambda cache: keys_held[cache]))
     panel = Panel(lines, x_label="keys held per head, log axis")
     origin = f"{view.title}; {provenance(rows, view)}"

@@ -44,7 +44,7 @@ class NeedleConfig(TaskConfig):
     name: str = "needle"
     share: float = 0.05
     """Share of the training sequences that hold a needle, in (0, 1]."""
-    training_depths: int | None = None
+    training_depths: int | None = setting(None, counts="run", before=11)
     """Number of evenly spaced depths at which needles stand in training; null: anywhere. With few depths a model
     can learn their distances by heart instead of looking for the needle."""
     depths: int = setting(11, counts="no")
@@ -181,6 +181,8 @@ class PasskeyTask(Items):
 
     name = "passkey"
     COUNT = 20
+    NUMBERS = range(10_007, 50_001, 101)
+    """Numbers of five digits, of which the longest in tokens is taken for the longest of all."""
     BEFORE = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n"
     FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
     FACT = "The pass key is {number}. Remember it. {number} is the pass key.\n"
@@ -189,7 +191,10 @@ class PasskeyTask(Items):
     def __init__(self, tokenizer: TextTokenizer, split: str) -> None:
         self.tokenizer, self.split = tokenizer, split
         self.corpus = short_digest(self.identity)
-        texts = [self.BEFORE, self.FILLER, self.FACT.format(number=50_000), self.QUESTION, " 50000"]
+        # The room is that of the longest number: 50000 may be one token where 37281 is five.
+        told = tokenizer.encode_batch([f" {number}" for number in self.NUMBERS])
+        number = max(zip(map(len, told), self.NUMBERS, strict=True))[1]
+        texts = [self.BEFORE, self.FILLER, self.FACT.format(number=number), self.QUESTION, f" {number}"]
         encoded = tokenizer.encode_batch(texts)
         self.sizes = [len(ids) for ids in encoded]
         self.unknown = any(tokenizer.unknown_id in ids for ids in encoded if tokenizer.unknown_id is not None)

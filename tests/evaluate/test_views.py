@@ -8,7 +8,7 @@ import pytest
 from alibi_lm.data.windows import positions_in_window
 from alibi_lm.evaluate import views
 from alibi_lm.evaluate.passes import Passes
-from alibi_lm.evaluate.views import change_sums, curve_edges, interval_ends, position_curve
+from alibi_lm.evaluate.views import change_sums, curve_edges, position_curve
 from alibi_lm.results.statistics import mean_nats_interval
 from alibi_lm.tasks.text import TextTask
 
@@ -88,11 +88,27 @@ def test_a_change_is_the_difference_of_two_means_and_paired_where_the_targets_ar
     draw = np.random.default_rng(0)
     tokens, other_tokens = draw.integers(50, 500, (2, 20))
     base, other = draw.normal(3, 1, (2, 3, 20)) * tokens
-    found = change_sums(other, tokens, base, tokens)
-    np.testing.assert_allclose(found.sum(axis=1), (other - base).sum(axis=1))
-    assert interval_ends(found, tokens) == pytest.approx(interval_ends(other - base, tokens))
-    found = change_sums(other, other_tokens, base, tokens).sum(axis=1) / tokens.sum()
-    np.testing.assert_allclose(found, other.sum(axis=1) / other_tokens.sum() - base.sum(axis=1) / tokens.sum())
+    found, weights = change_sums(other, tokens, base, tokens)
+    np.testing.assert_allclose(found, other - base)
+    assert weights.tolist() == tokens.tolist()
+    for lacking in (0, 8):  # documents without a target in one of the means
+        other_tokens[:lacking] = tokens[lacking : 2 * lacking] = 0
+        base, other = draw.normal(3, 1, (2, 3, 20)) * [[tokens], [other_tokens]]
+        found, weights = change_sums(other, other_tokens, base, tokens)
+        expected = other.sum(axis=1) / other_tokens.sum() - base.sum(axis=1) / tokens.sum()
+        np.testing.assert_allclose(found.sum(axis=1) / weights.sum(), expected)
+
+
+def test_the_band_covers_also_where_few_documents_have_targets_up_to_the_trained_length():
+    """Documents of a tenth of a window: most that lie beyond L have no target up to it."""
+    starts, positions, inside = np.arange(0, 20_000, 50), positions_in_window(20_000, 512), []
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        nats = 3 + np.repeat(draw.normal(size=400), 50)
+        curve = position_curve(nats, starts, positions, 512, 64)
+        flat, beyond = nats[positions <= 64].mean(), curve["first"] > 64
+        inside.append(((curve["low"] < flat) & (flat < curve["high"]))[beyond].mean())
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.mark.parametrize("count", [1, 5])
