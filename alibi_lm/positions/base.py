@@ -30,6 +30,8 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from alibi_lm.settings import require
+
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -112,7 +114,15 @@ class PositionScheme(nn.Module):
         Args:
             name: attribute name.
             value: CPU tensor, any floating dtype.
+
+        Raises:
+            ValueError: it is elsewhere. A model may be built on the device `meta`, where nothing has a value.
         """
+        require(
+            value.is_cpu,
+            f"{type(self).__name__}.{name} was made on device {value.device}. Constants keep their values where a "
+            'model is built without memory: make them with device="cpu".',
+        )
         self._exact[name] = value
         self.register_buffer(name, value, persistent=False)
 

@@ -355,3 +355,15 @@ def test_config_name_is_its_registry_key(name):
     config = POSITIONS[name]()
     assert config.name == name
     assert config.build(SHAPE).max_position in (None, 64)
+
+
+def test_a_constant_without_a_value_is_refused_with_the_remedy():
+    class Forgetful(PositionScheme):
+        def __init__(self, shape):
+            super().__init__(shape)
+            self.register_exact("rates", torch.ones(shape.num_heads))
+
+    shape = PositionShape(24, 8, 3, 2, 64, 64)
+    Forgetful(shape)
+    with torch.device("meta"), pytest.raises(ValueError, match=r'Forgetful\.rates was made on device meta.*"cpu"'):
+        Forgetful(shape)
