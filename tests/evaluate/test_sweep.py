@@ -19,6 +19,8 @@ from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.plan import FailedRuns
 from alibi_lm.evaluate.rows import curve_name, describe
 from alibi_lm.evaluate.sweep import analyse, evaluate, log_curve
+from alibi_lm.experiment import analyse_and_draw, evaluate_and_draw
+from alibi_lm.files import require_writable
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows, write_rows
@@ -279,6 +281,36 @@ def test_a_text_of_one_document_says_why_there_are_no_intervals(place, tmp_path)
     assert row.extra["documents"] == 1 and "one document" in row.extra["note"]
     (file,) = analyse(settings(runs=runs, view="position", data=data))
     assert "one document" in json.loads(file.read_text())["series"][0]["note"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("draw", [evaluate_and_draw, analyse_and_draw])
+def test_an_output_folder_that_cannot_be_written_is_refused_before_the_work(
+    place, tmp_path, scored, monkeypatch, exists, draw
+):
+    """The system is made to refuse, because root may write everywhere."""
+    folder = tmp_path / "closed"
+    if exists:
+        folder.mkdir()
+
+    def refuse(dir):
+        assert dir == (folder if exists else tmp_path)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("alibi_lm.files.tempfile.TemporaryFile", refuse)
+    view = "curve" if draw is evaluate_and_draw else "position"
+    with pytest.raises(ValueError, match=r"output_dir = .*closed cannot be written \(Permission denied\)\. Give"):
+        draw(settings(lengths=[4], output_dir=str(folder), view=view))
+    assert scored == [] and folder.exists() == exists and not (exists and list(folder.iterdir()))
+
+
+def test_nothing_stays_of_the_question_whether_a_folder_can_be_written(tmp_path):
+    require_writable(tmp_path)
+    require_writable(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir = .*file/folder cannot be written"):
+        require_writable(tmp_path / "file" / "folder")
 
 
 # --- one bad run among others --------------------------------------------------------------------
