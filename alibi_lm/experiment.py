@@ -21,6 +21,7 @@ import torch
 from alibi_lm.config import TrainConfig, load_config, register, spelled, to_config
 from alibi_lm.evaluate.changes import ChangesConfig
 from alibi_lm.evaluate.config import EvaluateConfig
+from alibi_lm.files import require_writable
 from alibi_lm.runs import Status, differing_settings, experiment_folder, failed, run_name, short_hash, status
 from alibi_lm.runtime import allowed_cores
 from alibi_lm.settings import describe_error, parse, require
@@ -152,7 +153,11 @@ def prepare_corpus(config: TrainConfig) -> None:
 
 
 def evaluate_and_draw(config: EvaluateConfig) -> None:
-    """Evaluate, write results.jsonl row by row, then draw figure and table, even if some runs failed."""
+    """Evaluate, write results.jsonl row by row, then draw figure and table, even if some runs failed.
+
+    Raises:
+        ValueError: the output folder cannot be written, or see `evaluate`.
+    """
     from alibi_lm import distributed
     from alibi_lm.evaluate.plan import FailedRuns
     from alibi_lm.evaluate.rows import describe
@@ -164,6 +169,8 @@ def evaluate_and_draw(config: EvaluateConfig) -> None:
     world = distributed.start(config.device)
     failure = None
     try:
+        if world.is_main:
+            require_writable(config.output)
         try:
             for row in evaluate(config, world):
                 if world.is_main:
@@ -187,6 +194,7 @@ def analyse_and_draw(config: EvaluateConfig) -> None:
 
     if config.model is not None:
         import alibi_lm.interop.huggingface  # noqa: F401
+    require_writable(config.output)
     for path in analyse(config):
         drawn = draw_analysis(path)
         print(drawn[-1].read_text(encoding="utf-8"), path, *drawn, sep="\n", flush=True)
@@ -201,6 +209,7 @@ def change_and_draw(config: ChangesConfig) -> None:
     from alibi_lm.results.rows import read_rows
     from alibi_lm.study.change_table import change_tables
 
+    require_writable(config.output)
     for row in change_and_evaluate(config):
         print(describe(row), flush=True)
     text = change_tables(read_rows(config.output / "results.jsonl"), read_documents(config.output))

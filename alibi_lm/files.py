@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,26 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
+
+
+def require_writable(folder: Path) -> None:
+    """Find out before the work whether files can be written into an output folder; nothing stays behind.
+
+    The folder need not exist: then the nearest folder above it counts.
+
+    Raises:
+        ValueError: they cannot; the message has the folder and the reason.
+    """
+    place = folder
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir = {folder} cannot be written ({error.strerror or error}). Give another folder."
+        ) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

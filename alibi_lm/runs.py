@@ -29,12 +29,22 @@ from alibi_lm.files import read_json, read_json_if_whole, short_digest, write_js
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.settings import counting, identifying, require
 from alibi_lm.tasks.training import TrainingData
-from alibi_lm.tracking import METRICS_FILE, read_metrics
+from alibi_lm.tracking import METRICS_FILE, WANDB_ID_FILE, read_metrics
 
 Status = Literal["finished", "running", "failed", "partial", "missing"]
 
 CORPUS_FILE, CHECKPOINTS, LOCK_FILE = "corpus.json", "checkpoints", ".lock"
 FINISHED_FILE, FAILED_FILE = "finished.json", "failed.json"
+ENVIRONMENT_FILE, TOKENIZER_FILE = "environment.json", "tokenizer.json"
+RUN_FILES = (
+    FINISHED_FILE, FAILED_FILE, CHECKPOINTS, "import.json", METRICS_FILE, "wandb", WANDB_ID_FILE, TOKENIZER_FILE,
+    CORPUS_FILE, ENVIRONMENT_FILE, CONFIG_FILE,
+)  # fmt: skip
+"""All that a run writes into its folder, in the order of deletion: what is left by a kill is still a run folder,
+and not a finished one."""
+_PASSING = re.compile(r"\..*|.*\.(log|out|err)|multirun\.yaml")
+"""Names that stand in a run folder without being the run's: hidden ones (`.lock`, Hydra's `.hydra`, `.submitit`),
+and logs of a scheduler or a shell, which make them before a run starts. They are never deleted."""
 LOCK_WAIT_SECONDS = 1.0
 """A status query holds the lock for an instant; a run that starts in that instant waits it out."""
 PUT_BACK = "Put the run's own file back, or train it again with overwrite=true."
@@ -259,24 +269,82 @@ def write_records(config: TrainConfig, folder: Path, corpus: TrainingData, model
     if not (folder / CONFIG_FILE).exists():
         write_text(folder / CONFIG_FILE, to_yaml(config))
     environment = runtime.environment(model.device) | {"attention": model.backend.name}
-    write_json(folder / "environment.json", environment)
+    write_json(folder / ENVIRONMENT_FILE, environment)
     write_json(folder / CORPUS_FILE, dict(corpus.manifest))
     if corpus.tokenizer is not None:
-        corpus.tokenizer.save(folder / "tokenizer.json")
+        corpus.tokenizer.save(folder / TOKENIZER_FILE)
 
 
-def delete_run(folder: Path) -> None:
-    """Delete what a run folder holds; refuse a folder that is not a run folder."""
+def _is_of_run(name: str, files: tuple[str, ...] = RUN_FILES) -> bool:
+    """Whether a run writes an entry of this name, or the temporary file that a kill leaves of it."""
+    return re.sub(r"\.\d+\.tmp$", "", name) in files
+
+
+def _foreign(folder: Path, files: tuple[str, ...], cache: Path | None) -> list[str]:
+    """Names in a folder that are neither in `files` nor passing ones, nor lead to the folder of prepared texts."""
+    names = [entry.name for entry in folder.iterdir()]
+    names = [name for name in names if not _is_of_run(name, files) and not _PASSING.fullmatch(name)]
+    return sorted(n for n in names if cache is None or not cache.resolve().is_relative_to((folder / n).resolve()))
+
+
+def require_place(folder: Path, cache: Path | None = None) -> None:
+    """Refuse to begin a run in a folder that holds files but no run; nothing is written.
+
+    What a run leaves that is killed before it has written config.yaml is no obstacle.
+
+    Args:
+        folder: the run folder, which need not exist.
+        cache: folder of prepared texts, which may lie in the run folder.
+
+    Raises:
+        ValueError: there are such files; the message names them.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir() or path.is_file():
+        return
+    try:
+        foreign = _foreign(folder, (CONFIG_FILE, FAILED_FILE), cache) + [CONFIG_FILE] * path.exists()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir = {folder} cannot be read ({error.strerror or error}). Give another folder."
+        ) from error
+    require(
+        not foreign,
+        f"output_dir = {folder} holds files but no run: {_listed(foreign)}, and no file {CONFIG_FILE}. "
+        "Give a new or empty folder.",
+    )
+
+
+def delete_run(folder: Path, cache: Path | None = None) -> None:
+    """Delete what a run has written into its folder, config.yaml last.
+
+    Args:
+        folder: the run folder, which need not exist.
+        cache: folder of prepared texts; it is left where it lies in the run folder.
+
+    Raises:
+        ValueError: not a run folder, or it holds anything that no run writes, or it is in use; nothing was
+            deleted.
+    """
     if not folder.exists():
         return
-    require(
-        (folder / CONFIG_FILE).is_file() or not any(p for p in folder.iterdir() if p.name != LOCK_FILE),
-        f"overwrite = true, but {folder} is not a run folder (it has no {CONFIG_FILE}). Nothing was deleted.",
-    )
+    require_place(folder, cache)
     with run_lock(folder):
-        for entry in folder.iterdir():
-            if entry.name != LOCK_FILE:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        foreign = _foreign(folder, RUN_FILES, cache)
+        require(
+            not foreign,
+            f"overwrite = true, but {folder} holds more than a run: {_listed(foreign)}. Nothing was deleted. "
+            "Move what does not belong to the run elsewhere, or give another output_dir.",
+        )
+        own = [name for name in (entry.name for entry in folder.iterdir()) if _is_of_run(name)]
+        for name in sorted(own, key=lambda name: RUN_FILES.index(name) if name in RUN_FILES else -1):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 # --- marks and lock ------------------------------------------------------------------------------

@@ -171,6 +171,15 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return _process_status("VmHWM")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, of the machine or of a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch raises a plain RuntimeError on a CPU, and where a library of the GPU cannot get memory.
+    signs = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def _process_status(name: str) -> int | None:
     try:
         found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)

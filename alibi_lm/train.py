@@ -120,7 +120,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         The payload of finished.json: steps, tokens_seen, final and best validation loss.
 
     Raises:
-        ValueError: bad settings, a folder that holds another run, unusable data, a loss that is NaN or infinite.
+        ValueError: bad settings, a folder that holds another run or other files, unusable data, a loss that is NaN
+            or infinite.
         Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     try:
@@ -129,11 +130,13 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         if not world.is_main:
             done = distributed.gather_objects(None, world)[0]
             return _train(config, folder, world, device) if done is None else done
+        cache = Path(config.data.cache_dir)
+        runs.require_place(folder, cache)
         runs.require_readable(config)
         if config.overwrite or finished(folder) is None:
             require_trainable(config, device)
         if config.overwrite:
-            runs.delete_run(folder)
+            runs.delete_run(folder, cache)
         with run_lock(folder):
             done = finished(folder)
             # Before any mark is touched: this may be another run.

@@ -195,7 +195,7 @@ SETTINGS = [(one, "") for one in NAMED] + [
     ("model.adaptive_cutoffs=[8];model.adaptive_factor=64;output_dir=new", "adaptive_factor"),
     ("model.model_dim=1000000000;output_dir=new", "memory"),
     ("train_length=9", "train_length"),  # the folder holds a run with another
-    ("output_dir=text;overwrite=true", "overwrite"),
+    ("output_dir=text", "holds files but no run"), ("output_dir=text;overwrite=true", "holds files but no run"),
     ("data.cache_dir=text/wiki.test.tokens;output_dir=new", "data.cache_dir = "),
     ("data.path=text/wiki.test.tokens;output_dir=new", "is a file"),
 ]  # fmt: skip

@@ -13,17 +13,21 @@ import alibi_lm.runs
 from alibi_lm.experiment import compose
 from alibi_lm.files import read_json, write_json, write_text
 from alibi_lm.runs import (
+    RUN_FILES,
     clear_failed,
+    delete_run,
     failed,
     finished,
     is_locked,
     mark_failed,
     mark_finished,
+    require_place,
     run_lock,
     run_name,
     short_hash,
     status,
 )
+from alibi_lm.train import train
 
 HOLDER = """
 import pathlib, sys, time
@@ -171,3 +175,89 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(ValueError, match="cannot be written"), run_lock(tmp_path / "locked"):
             pytest.fail("entered")
+
+
+# --- what is the run's, and what is not ----------------------------------------------------------
+
+
+def tiny(folder: Path, *overrides: str) -> None:
+    settings = [
+        "experiment=smoke", "task=sort", "train_length=16", "steps=1", "tokens_per_step=16", "model.model_dim=16",
+        "model.ffn_dim=16", "tracking=jsonl", "device=cpu", "threads=1", *overrides,
+    ]  # fmt: skip
+    train(compose(settings), folder)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_a_folder_with_files_but_no_run_is_refused_before_anything_is_written(
+    tmp_path: Path, overwrite: str
+) -> None:
+    inner = tmp_path / "other_run"
+    inner.mkdir()
+    (inner / "finished.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    before = {path for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=r"holds files but no run: checkpoints, other_run.* new or empty folder"):
+        tiny(tmp_path, f"overwrite={overwrite}")
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_overwrite_deletes_what_a_run_writes_and_refuses_what_else_lies_there(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny(run)
+    written = files(run)
+    assert {path.name for path in run.iterdir()} - {".lock"} <= set(RUN_FILES)
+    (run / "other_run").mkdir()
+    (run / "other_run" / "finished.json").write_text("{}")
+    (run / "thesis.tex").write_text("precious")
+    before = files(run)
+    with pytest.raises(ValueError, match=r"more than a run: other_run, thesis.tex. Nothing was deleted"):
+        tiny(run, "overwrite=true", "seed=2")
+    assert files(run) == before and (run / "thesis.tex").read_text() == "precious"
+
+    (run / "other_run" / "finished.json").unlink()
+    (run / "other_run").rmdir()
+    (run / "thesis.tex").unlink()
+    kept = {".hydra/config.yaml", "slurm-1.out", "train.log", "multirun.yaml"}
+    (run / ".hydra").mkdir()
+    for name in kept:
+        (run / name).write_text("")
+    tiny(run, "overwrite=true", "seed=2")
+    assert files(run) == written | kept | {".hydra"} and "seed: 2\n" in (run / "config.yaml").read_text()
+
+
+def test_a_start_that_was_killed_before_its_config_was_written_can_be_repeated(tmp_path: Path) -> None:
+    for overwrite in ("false", "true"):
+        run = tmp_path / overwrite
+        run.mkdir()
+        for name in (".lock", "failed.json.12.tmp", "config.yaml.12.tmp", "train.log"):
+            (run / name).write_text("")
+        mark_failed(run, "no such text")
+        tiny(run, f"overwrite={overwrite}")
+        assert status(run) == "finished" and (run / "train.log").exists()
+
+
+def test_texts_that_are_prepared_in_the_run_folder_are_no_obstacle_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "data").mkdir(parents=True)
+    require_place(tmp_path, tmp_path / "texts" / "data")
+    with pytest.raises(ValueError, match="holds files but no run: texts"):
+        require_place(tmp_path, tmp_path / "text")
+    (tmp_path / "config.yaml").write_text("")
+    delete_run(tmp_path, tmp_path / "texts" / "data")
+    assert files(tmp_path) == {"texts", "texts/data"}
+
+
+def test_a_deletion_that_is_killed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    tiny(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(alibi_lm.runs.shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            delete_run(run)
+    assert status(run) == "partial" and (run / "config.yaml").is_file()
+    tiny(run, "overwrite=true")
+    assert status(run) == "finished"

@@ -7,10 +7,12 @@ evaluations and analyses never compute the same pass twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from alibi_lm import runtime
 from alibi_lm.data.windows import positions_in_window
@@ -20,6 +22,30 @@ from alibi_lm.evaluate.store import Scoring, Stored, TokenStore
 from alibi_lm.model.interface import LanguageModel
 from alibi_lm.tasks.base import Batch, Task
 from alibi_lm.tasks.text import TextTask
+
+
+class OutOfMemory(ValueError):
+    """A pass needs more memory than there is; the message says at which length, and what the system said."""
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Turn an error about memory into one that says what did not fit.
+
+    Raises:
+        OutOfMemory: there was not enough memory for what is done inside.
+    """
+    message = ""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not runtime.out_of_memory(error):
+            raise
+        said = str(error).strip() or "no details"
+        message = f"out of memory {what}: {said.splitlines()[0]}"
+    if message:  # outside of the except clause: the first error would keep the tensors of the pass alive
+        torch.cuda.empty_cache()
+        raise OutOfMemory(message)
 
 
 @dataclass
@@ -63,6 +89,18 @@ class Passes:
         for capability, wanted in (("window", window), ("positions", positions)):
             if wanted and (reason := self.model.refuses(capability)):
                 return reason
+        return ""
+
+    def unserved(self, length: int) -> str:
+        """Why the position scheme is not defined at this length; empty if it is, and then it is ready.
+
+        A scheme whose settings depend on the length may refuse one, as xpos does.
+        """
+        try:
+            self.model.serve(length)
+        except ValueError as error:
+            self.model.serve(self.model.train_length)  # so that the next call does not take it for ready
+            return str(error)
         return ""
 
     def result(self, length: int, window: int | None = None, task: Task | None = None) -> Stored:
@@ -158,7 +196,11 @@ class Passes:
         hits: bool = False,
         world: World | None = None,
     ) -> Stored:
-        """The stored result, or a new one; `world` is given if the batches are this process's share."""
+        """The stored result, or a new one; `world` is given if the batches are this process's share.
+
+        Raises:
+            OutOfMemory: there is not enough memory for the pass.
+        """
         model = self.model
         identity = {"model": model.identity, "targets": self.task.identity}
         store = self.store if model.identity else None
@@ -169,9 +211,10 @@ class Passes:
             return found
         started = time.perf_counter()
         runtime.reset_peak_memory(model.device)
-        model.serve(self.task.width(scoring.length))
         label = f"{model.label}: {scoring.mode} @ {scoring.length}"
-        scored = score(model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
+        with enough_memory(f"at {scoring.length} tokens"):
+            model.serve(self.task.width(scoring.length))
+            scored = score(model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
         seconds, memory = time.perf_counter() - started, runtime.peak_memory_bytes(model.device)
         result = Stored(scored.nats.astype(np.float32), scored.hits, seconds, memory, runtime.code_version()[0])
         # Results that are not finite are not kept: their cause may be gone by the next call.

@@ -22,7 +22,7 @@ from alibi_lm.data.hub_tokenizer import HubTokenizer
 from alibi_lm.data.prepare import prepare
 from alibi_lm.distributed import World
 from alibi_lm.evaluate.config import EvaluateConfig
-from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.passes import OutOfMemory, Passes, enough_memory
 from alibi_lm.evaluate.score import mean_nats
 from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
@@ -189,8 +189,21 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
     """Load a run's model, once for all lengths, and open its text, or the items of its task.
 
     Raises:
-        ValueError: see `load_run`; the text is missing, or a prepared stream belongs to another tokenizer.
+        ValueError: see `load_run`; the text is missing, a prepared stream belongs to another tokenizer, or the
+            model does not fit into the memory.
     """
+    with enough_memory("when its model was loaded"):
+        opened = _open(config, run, device, world)
+    if run.found is None and opened.corpus is not None:
+        try:
+            _check_validation(config, opened)
+        except OutOfMemory:  # the row of this length will say so
+            if world is not None and world.world_size > 1:  # the other processes wait in the same pass
+                raise
+    return opened
+
+
+def _open(config: EvaluateConfig, run: PlannedRun, device: torch.device, world: World | None) -> OpenRun:
     corpus: Corpus | None = None
     model: LanguageModel
     if run.found is not None:
@@ -220,10 +233,7 @@ def open_run(config: EvaluateConfig, run: PlannedRun, device: torch.device, worl
     store, first = TokenStore(config.tokens), next(iter(tasks.values()))
     passes = Passes(model, first, store, run.settings.tokens_per_forward, world, scheme)
     way = {"checkpoint": config.checkpoint, "attention": attention, "precision": str(model.precision)}
-    opened = OpenRun(run, corpus, passes, way, [dataclasses.replace(passes, task=tasks[name]) for name in asked])
-    if run.found is None and corpus is not None:
-        _check_validation(config, opened)
-    return opened
+    return OpenRun(run, corpus, passes, way, [dataclasses.replace(passes, task=tasks[name]) for name in asked])
 
 
 def _tasks(config: EvaluateConfig, run: PlannedRun, corpus: Corpus | None) -> tuple[dict[str, Task], list[str]]:

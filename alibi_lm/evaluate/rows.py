@@ -15,7 +15,7 @@ from tqdm import tqdm
 from alibi_lm import runtime
 from alibi_lm.data.prepare import prepare
 from alibi_lm.evaluate.config import STREAM, EvaluateConfig
-from alibi_lm.evaluate.passes import Passes
+from alibi_lm.evaluate.passes import OutOfMemory, Passes, enough_memory
 from alibi_lm.evaluate.plan import OpenRun
 from alibi_lm.evaluate.stream import Policy, stream_nats
 from alibi_lm.evaluate.views import ONE_DOCUMENT
@@ -37,20 +37,33 @@ OF_TASK = ("mode", "stride", "split", "corpus", "words", "bytes")
 def measure(passes: Passes, length: int, output: Path | None = None, **common: Any) -> list[ResultRow]:
     """Measure one model at one inference length: a row for each metric of the task.
 
-    If the model cannot run or the task has nothing to measure, the rows say why.
+    If the model cannot run, the memory is too small for it or the task has nothing to measure, the rows say why.
 
     Args:
         passes: the model's passes over the task.
         length: inference length.
         output: folder of `results.jsonl` and `documents.jsonl`, to which the rows are added; None: nowhere.
         common: further fields of the rows; `position` at least.
+
+    Raises:
+        OutOfMemory: with several processes, which wait for each other in a pass.
     """
     task = passes.task
     fields = _fields(passes, common) | {"task": task.name, "inference_length": length}
     fields["tokens"] = task.num_targets(length)
-    if reason := task.refuses(length) or passes.refuses(task.width(length)):
+    width, scored = task.width(length), None
+    reason = task.refuses(length) or passes.refuses(width)
+    try:
+        with enough_memory(f"at {length} tokens"):
+            reason = reason or passes.unserved(width)
+            scored = None if reason else passes.result(length)
+    except OutOfMemory as error:
+        if passes.world is not None and passes.world.world_size > 1:
+            raise
+        reason = str(error)
+    if scored is None:
         return keep(output, [ResultRow(**fields, metric=metric, reason=reason) for metric in task.metrics])
-    scored, groups, extra = passes.result(length), task.groups(length), dict(fields.pop("extra", {}))
+    groups, extra = task.groups(length), dict(fields.pop("extra", {}))
     fields |= {"commit": scored.commit, "peak_memory_bytes": scored.peak_memory_bytes}
     if scored.seconds:
         fields["tokens_per_second"] = fields["tokens"] / scored.seconds
@@ -112,15 +125,22 @@ def measure_stream(passes: Passes, policy: Policy, output: Path | None = None, *
         return keep(output, [ResultRow(**fields, reason="it has no key/value cache that is known here")])
     if reason := passes.refuses(length):
         return keep(output, [ResultRow(**fields, reason=reason)])
-    model.serve(length)
-    cache, parts = policy.open(model), []
+    parts: list[np.ndarray] = []
     begun = time.perf_counter()
     runtime.reset_peak_memory(model.device)
     quiet = not sys.stderr.isatty()
-    with tqdm(total=length, unit="tok", unit_scale=True, desc=f"{model.label}: stream", disable=quiet) as bar:
-        for part in stream_nats(model, text.tokens, text.start_id, cache):
-            parts.append(part)
-            bar.update(len(part))
+    try:
+        with enough_memory(f"at {length} tokens"):
+            model.serve(length)
+            cache = policy.open(model)
+            with tqdm(
+                total=length, unit="tok", unit_scale=True, desc=f"{model.label}: stream", disable=quiet
+            ) as bar:
+                for part in stream_nats(model, text.tokens, text.start_id, cache):
+                    parts.append(part)
+                    bar.update(len(part))
+    except OutOfMemory as error:
+        return keep(output, [ResultRow(**fields, reason=str(error))])
     nats = np.concatenate(parts)
     fields |= {"peak_memory_bytes": runtime.peak_memory_bytes(model.device)}
     fields["tokens_per_second"] = length / (time.perf_counter() - begun)

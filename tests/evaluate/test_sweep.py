@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import study_rows
+import torch
 
 import alibi_lm.evaluate.passes as passes_module
 import alibi_lm.evaluate.sweep as sweep_module
@@ -18,6 +19,9 @@ from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.plan import FailedRuns
 from alibi_lm.evaluate.rows import curve_name, describe
 from alibi_lm.evaluate.sweep import analyse, evaluate, log_curve
+from alibi_lm.experiment import analyse_and_draw, evaluate_and_draw
+from alibi_lm.files import require_writable
+from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows, write_rows
 from alibi_lm.tracking import Tracker, WandbConfig
@@ -194,6 +198,81 @@ def test_a_length_that_the_text_does_not_have_is_no_measured_point(place, scored
     assert set(read_documents(place / "extrapolation")) == {short.key}
 
 
+MEMORY = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+    MemoryError(),
+]
+
+
+def failing(monkeypatch, length, error):
+    """Passes at a length raise an error."""
+
+    def raising(*arguments, original=passes_module.score, **more):
+        if more["progress"].endswith(f"@ {length}"):
+            raise error
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(passes_module, "score", raising)
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("length", [8, 16])  # 8: also the length of the check against the training's validation
+def test_a_length_that_does_not_fit_into_the_memory_stops_no_other(place, monkeypatch, error, length):
+    failing(monkeypatch, length, error)
+    rows = [row for row in rows_of(lengths=[4, length, 24]) if row.position == "alibi"]
+    assert [(row.inference_length, row.nats is None) for row in rows] == [
+        (4, False),
+        (length, True),
+        (24, False),
+    ] * 2
+    said = str(error).strip() or "no details"
+    assert {row.reason for row in rows if row.nats is None} == {f"out of memory at {length} tokens: {said}"}
+    assert {row.key for row in rows} <= {row.key for row in read_rows(place / "extrapolation" / "results.jsonl")}
+    monkeypatch.undo()
+    monkeypatch.chdir(place.parent.parent)
+    assert all(row.nats for row in rows_of(lengths=[4, length, 24]) if row.position == "alibi")
+
+
+def test_other_errors_of_a_pass_and_memory_with_several_processes_end_the_work(place, monkeypatch):
+    failing(monkeypatch, 16, RuntimeError("a bug of ours"))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        rows_of(lengths=[16])
+    monkeypatch.setattr(passes_module, "gather_objects", lambda value, world: [value])
+    failing(monkeypatch, 16, MEMORY[0])
+    with pytest.raises(passes_module.OutOfMemory, match="out of memory at 16 tokens"):
+        list(evaluate(settings(lengths=[16]), World(rank=0, world_size=2)))
+
+
+def test_a_model_that_does_not_fit_into_the_memory_is_that_runs_failure(place, monkeypatch):
+    def loading(folder, original=plan.load_run, **more):
+        if folder.name == "alibi_L8_s1":
+            raise MEMORY[1]
+        return original(folder, **more)
+
+    monkeypatch.setattr(plan, "load_run", loading)
+    with pytest.raises(FailedRuns, match="alibi_L8_s1: out of memory when its model was loaded: CUDA out of"):
+        rows_of(lengths=[4])
+
+
+@pytest.mark.parametrize("lengths", [[16, 4], [16, 24, 4]])
+def test_a_length_that_the_scheme_refuses_stops_no_other(place, monkeypatch, lengths):
+    """As xpos refuses sequences for which its factors leave the range of floats."""
+
+    def build(model, original=TransformerLM._build_schemes):
+        if model.shape.context_length in (16, 24):
+            raise ValueError(f"position=xpos and a sequence of {model.shape.context_length} tokens")
+        return original(model)
+
+    monkeypatch.setattr(TransformerLM, "_build_schemes", build)
+    for _ in range(2):
+        rows = rows_of(runs=str(place / "runs" / "alibi_L8_s1"), lengths=lengths)
+        assert [row.inference_length for row in rows] == lengths and rows[-1].nats
+        for row in rows[:-1]:
+            assert row.nats is None
+            assert row.reason == f"position=xpos and a sequence of {row.inference_length} tokens"
+
+
 def test_a_text_of_one_document_says_why_there_are_no_intervals(place, tmp_path):
     (tmp_path / "wiki.valid.tokens").write_text("\n".join(f" w{k % 7} w{k % 5} w3 " for k in range(20)) + "\n")
     data = EvaluateData(path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
@@ -202,6 +281,36 @@ def test_a_text_of_one_document_says_why_there_are_no_intervals(place, tmp_path)
     assert row.extra["documents"] == 1 and "one document" in row.extra["note"]
     (file,) = analyse(settings(runs=runs, view="position", data=data))
     assert "one document" in json.loads(file.read_text())["series"][0]["note"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("draw", [evaluate_and_draw, analyse_and_draw])
+def test_an_output_folder_that_cannot_be_written_is_refused_before_the_work(
+    place, tmp_path, scored, monkeypatch, exists, draw
+):
+    """The system is made to refuse, because root may write everywhere."""
+    folder = tmp_path / "closed"
+    if exists:
+        folder.mkdir()
+
+    def refuse(dir):
+        assert dir == (folder if exists else tmp_path)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("alibi_lm.files.tempfile.TemporaryFile", refuse)
+    view = "curve" if draw is evaluate_and_draw else "position"
+    with pytest.raises(ValueError, match=r"output_dir = .*closed cannot be written \(Permission denied\)\. Give"):
+        draw(settings(lengths=[4], output_dir=str(folder), view=view))
+    assert scored == [] and folder.exists() == exists and not (exists and list(folder.iterdir()))
+
+
+def test_nothing_stays_of_the_question_whether_a_folder_can_be_written(tmp_path):
+    require_writable(tmp_path)
+    require_writable(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir = .*file/folder cannot be written"):
+        require_writable(tmp_path / "file" / "folder")
 
 
 # --- one bad run among others --------------------------------------------------------------------
