@@ -28,6 +28,10 @@ class OutOfMemory(ValueError):
     """A pass needs more memory than there is; the message says at which length, and what the system said."""
 
 
+class NotServed(ValueError):
+    """The position scheme refuses a length, as xpos does where its powers overflow; the message is its own."""
+
+
 @contextmanager
 def enough_memory(what: str) -> Iterator[None]:
     """Turn an error about memory into one that says what did not fit.
@@ -89,18 +93,6 @@ class Passes:
         for capability, wanted in (("window", window), ("positions", positions)):
             if wanted and (reason := self.model.refuses(capability)):
                 return reason
-        return ""
-
-    def unserved(self, length: int) -> str:
-        """Why the position scheme is not defined at this length; empty if it is, and then it is ready.
-
-        A scheme whose settings depend on the length may refuse one, as xpos does.
-        """
-        try:
-            self.model.serve(length)
-        except ValueError as error:
-            self.model.serve(self.model.train_length)  # so that the next call does not take it for ready
-            return str(error)
         return ""
 
     def result(self, length: int, window: int | None = None, task: Task | None = None) -> Stored:
@@ -199,6 +191,7 @@ class Passes:
         """The stored result, or a new one; `world` is given if the batches are this process's share.
 
         Raises:
+            NotServed: the position scheme is not defined at this length.
             OutOfMemory: there is not enough memory for the pass.
         """
         model = self.model
@@ -213,7 +206,10 @@ class Passes:
         runtime.reset_peak_memory(model.device)
         label = f"{model.label}: {scoring.mode} @ {scoring.length}"
         with enough_memory(f"at {scoring.length} tokens"):
-            model.serve(self.task.width(scoring.length))
+            try:
+                model.serve(self.task.width(scoring.length))
+            except ValueError as error:
+                raise NotServed(str(error)) from None
             scored = score(model, batches(), num_targets, hits=hits, window=window, world=world, progress=label)
         seconds, memory = time.perf_counter() - started, runtime.peak_memory_bytes(model.device)
         result = Stored(scored.nats.astype(np.float32), scored.hits, seconds, memory, runtime.code_version()[0])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from alibi_lm import runtime
 from alibi_lm.data.prepare import prepare
 from alibi_lm.evaluate.config import STREAM, EvaluateConfig
-from alibi_lm.evaluate.passes import OutOfMemory, Passes, enough_memory
+from alibi_lm.evaluate.passes import NotServed, OutOfMemory, Passes, enough_memory
 from alibi_lm.evaluate.plan import OpenRun
 from alibi_lm.evaluate.stream import Policy, stream_nats
 from alibi_lm.evaluate.views import ONE_DOCUMENT
@@ -51,12 +51,11 @@ def measure(passes: Passes, length: int, output: Path | None = None, **common: A
     task = passes.task
     fields = _fields(passes, common) | {"task": task.name, "inference_length": length}
     fields["tokens"] = task.num_targets(length)
-    width, scored = task.width(length), None
-    reason = task.refuses(length) or passes.refuses(width)
+    scored, reason = None, task.refuses(length) or passes.refuses(task.width(length))
     try:
-        with enough_memory(f"at {length} tokens"):
-            reason = reason or passes.unserved(width)
-            scored = None if reason else passes.result(length)
+        scored = None if reason else passes.result(length)
+    except NotServed as error:
+        reason = str(error)
     except OutOfMemory as error:
         if passes.world is not None and passes.world.world_size > 1:
             raise

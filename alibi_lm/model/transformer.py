@@ -380,8 +380,12 @@ class TransformerLM(nn.Module):
         )
         if length == self.shape.context_length:
             return
-        self.shape = replace(self.shape, context_length=length)
-        rebuilt = self._build_schemes()
+        before, self.shape = self.shape, replace(self.shape, context_length=length)
+        try:
+            rebuilt = self._build_schemes()
+        except ValueError:
+            self.shape = before  # so that the next call does not take the model for ready
+            raise
         # The parameters stay the same tensors, because an optimizer may hold them.
         rebuilt.load_state_dict(self.positions.state_dict(keep_vars=True), assign=True)
         self.positions = rebuilt.to(self.device).train(self.training)
