@@ -42,3 +42,12 @@ def test_sequences_whose_factors_no_float_holds_are_refused():
     assert torch.isfinite(q).all() and torch.isfinite(k).all()
     with pytest.raises(ValueError, match=r"sequence of 217646 tokens: .* beyond 3\d{4} tokens"):
         XposConfig().build(replace(shape, context_length=217_646))
+
+
+def test_a_model_that_refuses_a_length_stays_as_it_was(tiny_model):
+    model, tokens = tiny_model("xpos"), torch.arange(8)[None]
+    before = model(tokens)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a sequence of 100000 tokens"):
+            model.serve(100_000)
+    assert torch.equal(model(tokens), before)
