@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from golden_models import golden_models
 
 from alibi_lm import load_run
 from alibi_lm.data.tokenizers import Tokenizer
@@ -15,31 +15,31 @@ from alibi_lm.evaluate.score import score_tokens
 
 
 def rows() -> list[Any]:
-    """One parameter a row; those of a few seconds are not marked slow."""
-    folder = os.environ.get("ALIBI_LM_GOLDEN_DIR")
-    path = Path(folder or "") / "alibi4" / "eval.json"
-    if not folder or not path.is_file():
-        return [pytest.param(None, id="without-golden-data")]
+    """One parameter a row of each model; those of a few seconds are not marked slow."""
     parameters = []
-    for row in json.loads(path.read_text())["results"]:
-        windows = math.ceil(row["tokens_counted"] / row["stride"])
-        marks = [pytest.mark.slow] if windows * row["L"] > 30_000 else []
-        name = f"L{row['L']}-s{row['stride']}-{row['tokens_counted']}"
-        parameters.append(pytest.param(row, id=name, marks=marks))
-    return parameters
+    for model in golden_models():
+        path = model / "eval.json"
+        for row in json.loads(path.read_text())["results"] if path.is_file() else []:
+            windows = math.ceil(row["tokens_counted"] / row["stride"])
+            marks = [pytest.mark.slow] if windows * row["L"] > 30_000 else []
+            name = f"{model.name}-L{row['L']}-s{row['stride']}-{row['tokens_counted']}"
+            parameters.append(pytest.param(model, row, id=name, marks=marks))
+    return parameters or [pytest.param(None, None, id="without-golden-data")]
 
 
 @pytest.fixture(scope="module")
-def stream(golden_run: Path, text_dir: Path) -> np.ndarray:
-    tokenizer = Tokenizer.load(golden_run / "tokenizer.json")
+def stream(golden_run: Path, golden_dir: Path, text_dir: Path) -> np.ndarray:
+    """The validation split: its words and ends of lines."""
     text = (text_dir / "wiki.valid.tokens").read_text(encoding="utf-8")
-    tokens = tokenizer.encode(text)
-    assert len(tokens) == 217_646
-    assert int((tokens == 3).sum()) == 21_288
+    tokens = Tokenizer.load(golden_run / "tokenizer.json").encode(text)
+    words = text.split()
+    assert len(tokens) == len(words) + len(text.splitlines())
+    known = {line.rsplit(" ", 1)[0] for line in (golden_dir / "dict.txt").read_text(encoding="utf-8").splitlines()}
+    assert int((tokens == 3).sum()) == sum(word not in known for word in words)
     return tokens
 
 
-@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize(("golden_model", "row"), rows(), indirect=["golden_model"])
 def test_bits_per_token(golden_run: Path, stream: np.ndarray, row: dict[str, Any]) -> None:
     tokens = stream[: row["tokens_counted"]]
     stride = row["stride"] if row["context_window"] else None

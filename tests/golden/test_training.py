@@ -1,6 +1,7 @@
 """Gradients and optimizer steps of the authors' trainer, from their weights, with dropout off."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.optim import FairseqCosineConfig, NAGConfig, build_optimizer
 
-SCHEDULE = FairseqCosineConfig(warmup_steps=4, period_steps=8, t_mult=2.0, shrink=0.75)
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
 
 
@@ -60,24 +60,55 @@ def test_gradients_of_the_first_batch(golden_run: Path, train_golden: dict[str, 
     assert padding == pytest.approx(train_golden["grad_pad_row_band0_l2"], rel=RELATIVE)
 
 
-def test_sixteen_steps(golden_run: Path, train_golden: dict[str, Any], text_dir: Path) -> None:
-    """The test split plays the training text; batch k is its blocks 4k .. 4k+3 of 64 tokens."""
+def recipe(train_golden: dict[str, Any]) -> dict[str, float]:
+    """Settings of the authors' optimizer, from the words of the file."""
+    number = r"([\d.e+-]+)"
+    pattern = (
+        rf"clip-norm {number}, nag momentum {number}, cosine lr: lr {number} warmup {number} from {number} "
+        rf"period {number} t_mult {number} shrink {number} min_lr {number}"
+    )
+    names = ("clip", "momentum", "lr", "warmup", "first_lr", "period", "t_mult", "shrink", "min_lr")
+    found = re.search(pattern, train_golden["what"])
+    assert found, f"no settings of the optimizer in {train_golden['what']!r}"
+    return dict(zip(names, map(float, found.groups()), strict=True))
+
+
+def training_text(text_dir: Path, tokenizer: Tokenizer, start: list[int]) -> torch.Tensor:
+    """The tokens of the split that played the training text: the one with this start."""
+    for split in ("test", "valid"):
+        stream = tokenizer.encode((text_dir / f"wiki.{split}.tokens").read_text(encoding="utf-8")).astype("int64")
+        if stream[: len(start)].tolist() == start:
+            return torch.from_numpy(stream)
+    raise AssertionError(f"no split in {text_dir} starts with the targets of batch 0")
+
+
+def test_steps(golden_run: Path, train_golden: dict[str, Any], text_dir: Path) -> None:
+    """Batch k has the rows that follow those of batch k - 1 in the training text."""
     tokenizer = Tokenizer.load(golden_run / "tokenizer.json")
-    text = (text_dir / "wiki.test.tokens").read_text(encoding="utf-8")
-    stream = tokenizer.encode(text).astype("int64")
-    assert len(stream) == 245_569
-    model = load_run(golden_run)  # evaluation mode: no dropout
-    optimizer = build_optimizer(NAGConfig(lr=1.0, momentum=0.99), model)
-    inputs, targets = torch.from_numpy(stream).roll(1), torch.from_numpy(stream)
+    first = torch.tensor(train_golden["batch0"]["target_ids"])
+    targets = training_text(text_dir, tokenizer, first.flatten().tolist())
+    inputs = targets.roll(1)
     inputs[0] = tokenizer.start_id
-    for index, expected in enumerate(train_golden["steps"]):
-        span = slice(256 * index, 256 * (index + 1))
+    settings, steps = recipe(train_golden), train_golden["steps"]
+    schedule = FairseqCosineConfig(
+        warmup_steps=int(settings["warmup"]),
+        warmup_init_lr=settings["first_lr"],
+        period_steps=int(settings["period"]),
+        t_mult=settings["t_mult"],
+        shrink=settings["shrink"],
+        min_lr=settings["min_lr"],
+    )
+    model = load_run(golden_run)  # evaluation mode: no dropout
+    optimizer = build_optimizer(NAGConfig(lr=settings["lr"], momentum=settings["momentum"]), model)
+    width = model.blocks[0].attention.out.weight.shape[0]
+    for index, expected in enumerate(steps):
+        span = slice(first.numel() * index, first.numel() * (index + 1))
         optimizer.zero_grad()
-        nats = model.nats(inputs[span].view(4, 64), targets[span].view(4, 64))
+        nats = model.nats(inputs[span].view_as(first), targets[span].view_as(first))
         (nats.sum() / nats.numel()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
         (group,) = optimizer.param_groups
-        group["lr"] = SCHEDULE.lr(index, 16, 1.0)
+        group["lr"] = schedule.lr(index, len(steps), settings["lr"])
         optimizer.step()
 
         parameters = torch.cat([p.detach().double().flatten() for p in model.parameters()])
@@ -87,11 +118,11 @@ def test_sixteen_steps(golden_run: Path, train_golden: dict[str, Any], text_dir:
             "grad_norm_before_clip": norm.item(),
             "param_l2_after": parameters.norm().item(),
             "param_sum_after": parameters.sum().item(),
-            "q_proj_layer0_l2_after": model.blocks[0].attention.qkv.weight[:64].double().norm().item(),
+            "q_proj_layer0_l2_after": model.blocks[0].attention.qkv.weight[:width].double().norm().item(),
             "emb_band1_l2_after": model.vocabulary.embeddings[1].double().norm().item(),
         }
         for name, value in measured.items():
             assert value == pytest.approx(expected[name], rel=RELATIVE), (index, name)
-        if expected["class_proj_after"] is not None:
-            ours = model.vocabulary.clusters[0, :8].tolist()
-            assert ours == pytest.approx(expected["class_proj_after"], rel=RELATIVE, abs=ABSOLUTE)
+        if (theirs := expected["class_proj_after"]) is not None:
+            ours = model.vocabulary.clusters[0, : len(theirs)].tolist()
+            assert ours == pytest.approx(theirs, rel=RELATIVE, abs=ABSOLUTE)
