@@ -79,6 +79,11 @@ class EvaluateData:
     max_tokens: int | None = None
     """data=text, data=hub: read at most about this many tokens, counted as 4 bytes each."""
 
+    @property
+    def another(self) -> bool:
+        """Whether the text is named here, whichever the run's own was."""
+        return any(value is not None for name, value in dataclasses.asdict(self).items() if name != "cache_dir")
+
     def apply(self, own: DataConfig | None) -> DataConfig:
         """The text to evaluate on.
 

@@ -1,5 +1,6 @@
 """Evaluation and analysis of trained runs: what they share, and what one bad run does to the others."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,7 +25,9 @@ from alibi_lm.files import require_writable
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.results.documents import read_documents
 from alibi_lm.results.rows import read_rows, write_rows
+from alibi_lm.runs import load_config
 from alibi_lm.tracking import Tracker, WandbConfig
+from alibi_lm.train import train
 
 
 @pytest.fixture
@@ -171,21 +174,44 @@ def test_rows_have_what_they_depend_on_and_their_sums_per_document(place):
 
 
 def test_one_baseline_for_each_text(place, tmp_path, trained_runs):
-    other = tmp_path / "other"
-    shutil.copytree(place / "runs" / "alibi_L8_s2", other / "alibi_L8_s2")
     text = tmp_path / "text"
     text.mkdir()
     for split in ("train", "valid", "test"):
         lines = (trained_runs / f"wiki.{split}.tokens").read_text().split("\n")
         (text / f"wiki.{split}.tokens").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
-    config = other / "alibi_L8_s2" / "config.yaml"
-    config.write_text(config.read_text().replace(f"path: {trained_runs}\n", f"path: {text}\n"))
     output = str(tmp_path / "results")
     rows_of(runs=str(place / "runs" / "alibi_L8_s1"), lengths=[8], output_dir=output)
-    rows_of(runs=str(other / "alibi_L8_s2"), lengths=[4], output_dir=output)
+    config = load_config(place / "runs" / "alibi_L8_s2")
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(text))), tmp_path / "other")
+    rows_of(runs=str(tmp_path / "other"), lengths=[4], output_dir=output)
     rows = read_rows(tmp_path / "results" / "results.jsonl")
     baselines = {row.corpus: row.perplexity for row in rows if row.run is None}
     assert set(baselines) == {row.corpus for row in rows if row.run} and len(set(baselines.values())) == 2
+
+
+def test_a_relative_path_that_means_another_text_elsewhere(place, tmp_path, trained_runs, monkeypatch):
+    folders = [tmp_path / "where_it_was_trained", tmp_path / "elsewhere"]
+    for folder in folders:
+        (folder / "text").mkdir(parents=True)
+        for split in ("train", "valid", "test"):
+            shutil.copy(trained_runs / f"wiki.{split}.tokens", folder / "text")
+    shorter = folders[1] / "text" / "wiki.valid.tokens"
+    shorter.write_text("".join(shorter.read_text().splitlines(keepends=True)[:12]))
+    run = tmp_path / "alibi_L8_s1"
+    shutil.copytree(place / "runs" / "alibi_L8_s1", run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(f"path: {trained_runs}\n", "path: text\n"))
+    of_run = {"runs": str(run), "lengths": [8], "output_dir": str(tmp_path / "results")}
+    monkeypatch.chdir(folders[0])
+    (own,) = rows_of(**of_run)
+
+    monkeypatch.chdir(folders[1])
+    with pytest.raises(ValueError, match=r"data\.path = text in .*config\.yaml leads from here to another valid"):
+        rows_of(**of_run)
+    (other,) = rows_of(**of_run, data=EvaluateData(path="text"))
+    assert other.tokens < own.tokens
+    (again,) = rows_of(**of_run, data=EvaluateData(path=str(folders[0] / "text")))
+    assert again.nats == own.nats
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "sliding", "stride": 4}])
