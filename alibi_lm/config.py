@@ -232,10 +232,32 @@ def register(root: str = "train", config: type = TrainConfig) -> None:
 
 
 def spelled(overrides: Sequence[str], config: type) -> list[str]:
-    """Overrides in a form for Hydra, which cannot have `model=hf:...` and `+model.<key>=...` under one name."""
+    """Overrides in a form for Hydra.
+
+    Its grammar has no letters beyond ASCII, and none of `~ # & = (` in a plain value: values with these, such as
+    the path of a run folder, are quoted here. It also cannot have `model=hf:...` and `+model.<key>=...` under one
+    name.
+    """
+    overrides = [_quoted(override) for override in overrides]
     if "model_config" not in {field.name for field in dataclasses.fields(config)}:
-        return list(overrides)
+        return overrides
     return [re.sub(r"^(\+*)model\.", r"\1model_config.", override) for override in overrides]
+
+
+def _quoted(override: str) -> str:
+    """`name=value` with the value in quotes if it is plain text that Hydra cannot read otherwise."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    name, equals, value = override.partition("=")
+    if not equals or name.startswith("-") or value[:1] in ("", "[", "{", "'", '"'):
+        return override
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        escaped = value.replace("'", r"\'")
+        return f"{name}='{escaped}'"
+    return override
 
 
 def to_config(cfg: DictConfig) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import itertools
 import json
@@ -11,7 +12,10 @@ import textwrap
 import traceback
 import types
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 Counts = Literal["run", "rounding", "label", "no"]
 """What a setting changes: the trained model or its result (`run`), only its last bits (`rounding`), only the run's
@@ -244,7 +248,7 @@ def describe_error(error: Exception) -> str:
     machine lacks something count as the user's.
     """
     from hydra.errors import HydraException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
     from yaml import YAMLError
 
     mistakes = (ValueError, OSError, RuntimeError, NotImplementedError, HydraException, OmegaConfBaseException)
@@ -254,6 +258,8 @@ def describe_error(error: Exception) -> str:
         message = f"{' '.join(str(error).split())}. Indent YAML files with spaces, not tabs."
     elif isinstance(error, MemoryError):
         message = "this machine does not have enough memory"
+    elif isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
+        message = _unknown_setting(error.__cause__) or str(error)
     elif isinstance(error, mistakes):
         # Below the first line omegaconf names its own types, which do not help a user.
         cause = str(error.__cause__).partition("\n    full_key:")[0]
@@ -262,6 +268,19 @@ def describe_error(error: Exception) -> str:
     else:
         return "".join(traceback.format_exception(error))
     return f"error: {message}"
+
+
+def _unknown_setting(error: ConfigAttributeError | ConfigKeyError) -> str | None:
+    """Hydra's own words advise `+name=value`, which only adds what nothing reads."""
+    if not dataclasses.is_dataclass(error.object_type):
+        return None
+    known = sorted(field.name for field in dataclasses.fields(error.object_type))
+    near = difflib.get_close_matches(str(error.key), known, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return (
+        f"{error.full_key or error.key}: {error.object_type.__name__} has no such setting.{hint} "
+        f"Allowed: {', '.join(known)}."
+    )
 
 
 def _quoting(override: str, message: str) -> str:
@@ -274,7 +293,7 @@ def _quoting(override: str, message: str) -> str:
     quoted = value.replace('"', '\\"')
     what = message.splitlines()[0].split(":")[0]
     return (
-        f"{override!r} is not understood ({what}). In a value, ~ = , : [ ] {{ }} ( ) and letters beyond ASCII "
+        f"{override!r} is not understood ({what}). In a value, commas, brackets, braces and quotes "
         "have a special meaning for Hydra. Put the value in quotes for Hydra, and all of it for the shell:\n"
         f"  '{name}=\"{quoted}\"'"
     )

@@ -532,13 +532,17 @@ COMMANDS: list[tuple[str, list[str], list[str]]] = [
     ("train.py", ["seed"], ["seed", "name=value"]),
     ("train.py", ["--nonsense"], ["--nonsense"]),
     ("train.py", ["position=rope"], ["rope", "alibi", "rotary"]),
-    # Where Hydra's grammar bites, the message shows the quoting.
-    ("train.py", ["data.path=/a=b"], ["""'data.path="/a=b"'"""]),
-    ("train.py", ["data.path=/B\u00fccher"], ["""'data.path="/B\u00fccher"'"""]),
-    ("train.py", ["output_dir=\uff5e/x"], ["""'output_dir="\uff5e/x"'"""]),
+    ("train.py", ["stesp=5"], ["stesp: TrainConfig has no such setting. Did you mean steps?"]),
+    ("train.py", ["position.slopes=2"], ["position.slopes: AlibiConfig has no such setting", "learned_slopes"]),
+    # What Hydra's grammar does not have in a plain value is taken as it is.
+    ("train.py", ["experiment=smoke", "data=text", "data.path=/a=b"], ["data.path = /a=b"]),
+    ("train.py", ["experiment=smoke", "data=text", "data.path=/B\u00fccher #1"], ["data.path = /B\u00fccher #1"]),
     ("train.py", ["position\uff1drotary"], ["name=value"]),  # a full-width sign
-    ("evaluate.py", ["runs=~/x"], ["""'runs="~/x"'"""]),
-    ("evaluate.py", ["runs=exp[12]/runs/*"], ["""'runs="exp[12]/runs/*"'"""]),
+    ("evaluate.py", ["runs=~/x"], ["runs = ~/x matches no folder"]),
+    ("evaluate.py", ["runs=exp[12]/it's/*"], ["runs = exp[12]/it's/* matches no folder"]),
+    # Where it bites, the message shows the quoting.
+    ("evaluate.py", ["runs=[12]/runs/*"], ["""'runs="[12]/runs/*"'"""]),
+    ("evaluate.py", ["runs=run", "lengths=[8"], ["'lengths=[8' is not understood"]),
     ("evaluate.py", ["runs=run", "lengths=[8,x]"], ["lengths"]),
     ("evaluate.py", ["runs=", "lengths=[8]"], ["runs is empty"]),
     ("evaluate.py", ["runs=run", "lengths=[8]", "+position.name=t5"], ["position.name = t5"]),
