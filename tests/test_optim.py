@@ -15,6 +15,7 @@ from alibi_lm.optim import (
     CosineConfig,
     FairseqCosineConfig,
     FairseqNAG,
+    LinearConfig,
     NAGConfig,
     build_optimizer,
 )
@@ -198,3 +199,10 @@ def test_borders_of_periods_that_a_logarithm_would_miss() -> None:
 def test_a_peak_below_the_end_of_the_cosine_is_refused() -> None:
     with pytest.raises(ValueError, match=r"schedule\.min_lr = 0\.0001 is above optimizer\.lr = 1e-05"):
         FairseqCosineConfig().lr(0, 10, 1e-5)
+
+
+def test_linear_rises_to_the_peak_and_falls_to_zero() -> None:
+    rates = [LinearConfig(warmup_steps=4).lr(step, 10, 2.0) for step in range(11)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, *(2 * left / 6 for left in range(6, -1, -1))])
+    assert [LinearConfig().lr(step, 2, 3.0) for step in range(3)] == [3.0, 1.5, 0.0]
+    assert LinearConfig(warmup_steps=5).lr(5, 5, 1.0) == 0.0

@@ -1,5 +1,6 @@
 """Peak memory is that of what was measured, not of what ran before; freed memory is used again."""
 
+import itertools
 import os
 import platform
 import subprocess
@@ -117,3 +118,10 @@ def test_gpus_do_without_the_attention_of_cudnn(monkeypatch: pytest.MonkeyPatch)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_each_seed_step_and_process_draws_its_own_numbers() -> None:
+    cases = list(itertools.product((0, 1, 2, 2**31), range(40), range(8)))
+    seeds = {runtime.step_seed(*case) for case in cases}
+    assert len(seeds) == len(cases) and all(0 <= seed < 2**63 for seed in seeds)
+    assert runtime.step_seed(3, 5) == runtime.step_seed(3, 5, 0)

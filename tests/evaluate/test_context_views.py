@@ -64,9 +64,9 @@ def test_the_effective_context_is_the_least_that_is_as_good_as_the_best(text):
             return (1 + 1 / torch.arange(1, inputs.shape[1] + 1)).expand(targets.shape)
 
     group = views.Group("toy", 16, [Passes(Counts(), text)])
-    points = context_views.effective_context(group, [64], [1, 8, 16, 32, 40, 64], 7)
+    points = context_views.effective_context(group, [64], [1, 8, 16, 24, 32, 40, 64], 7)
     assert points[0]["numbers"] == {"effective": {"copier_L16_s1": 32}, "receptive_field": {"copier_L16_s1": None}}
-    assert {point["effective"] for point in points} == {32}, "1 + 1/32 is within 1% of 1 + 1/40, 1 + 1/16 is not"
+    assert {point["effective"] for point in points} == {32}, "1 + 1/32 is within 1% of 1 + 1/40, 1 + 1/24 is not"
     assert points[-1]["nats"] is None
 
 
@@ -137,6 +137,28 @@ def test_where_heads_look_is_what_the_weights_say(tiny_model, monkeypatch, posit
             means.append((own / own.sum(1, keepdims=True) * np.arange(t + 1)).sum(1))
         assert alone["distance"] == pytest.approx(np.mean(means), rel=1e-5) and alone["falling"] == 1
         assert alone["distance"] != pytest.approx(numbers["distance"], rel=1e-3)
+
+
+def test_sinks_are_counted_over_the_heads_of_all_seeds(tiny_model, monkeypatch):
+    text = TextTask(np.random.default_rng(1).integers(1, 50, 24), 0)
+    models = []
+    for number in range(2):
+        models.append(tiny_model("none", attention="sdpa", train_length=8))
+        models[-1].label = f"none_L8_s{number}"
+        torch.manual_seed(number)
+        for parameter in models[-1].parameters():
+            parameter.data += torch.randn_like(parameter) * 0.3
+
+    def point(*chosen):
+        return context_views.attention(views.Group("none", 8, [Passes(m, text) for m in chosen]), [24], 1)[0]
+
+    firsts = [[head["first"] for head in point(model)["heads"]] for model in models]
+    monkeypatch.setattr(context_views, "SINK", np.sort(firsts[0])[-2:].mean())
+    rates = [np.mean(np.array(own) > context_views.SINK) for own in firsts]
+    assert rates[0] > 0 and rates[0] != rates[1]
+    both = point(*models)
+    assert both["sink_rate"] == pytest.approx(np.mean(rates))
+    assert list(both["numbers"]["sink_rate"].values()) == pytest.approx(rates)
 
 
 def test_drawn_positions_leave_distances_in_tokens(tiny_model, tiny_config):

@@ -40,6 +40,10 @@ def test_key_tokens_are_those_of_any_judge_and_the_same_for_all():
     assert not gathered[0].keys.any(), "what it sees in 8 tokens it sees in 4"
     assert models[0].served == [4, 8, 16, 24, 4], "one short pass beside those of the lengths"
 
+    assert not self_longppl(groups[1], [8], None, 2.0, 0.4).keys.any(), "it pays 0.5 nats for them itself"
+    assert not self_longppl(groups[1], [8], None, 4.6, 2.0).keys.any(), "they are 4.5 nats cheaper"
+    assert self_longppl(groups[1], [8], None, 4.4, 0.6).keys.any()
+
     tokens, wanted = text.tokens.tolist(), set()
     for t in range(240):  # the input before a target is the token before it, also across the border of a window
         for reach in (7, 8):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -528,3 +529,14 @@ def test_perplexity_and_accuracy_each_have_a_table_in_wandb(tmp_path, monkeypatc
     assert (text["curve"], text["perplexity"]) == ("alibi_L64_s1", pytest.approx(20))
     assert (task["curve"], task["task"], task["accuracy"]) == ("alibi_L64_s1 copy", "copy", 0.25)
     assert Recorder.values["accuracy/alibi_L64_s1 copy@64"] == 0.25
+
+
+def test_the_baseline_knows_how_often_each_token_is_in_the_training_text(place):
+    run = place / "runs" / "alibi_L8_s1"
+    corpus = plan.prepare(load_config(run).data, plan.run_tokenizer(run), splits=("train", "validation"))
+    counts = Counter(corpus.split("train").tokens.tolist())
+    size, total = corpus.vocab_size, corpus.split("train").tokens.size
+    tokens = corpus.split("validation").tokens.tolist()
+    nats = math.fsum(-math.log((counts[token] + 1) / (total + size)) for token in tokens)
+    (row,) = (row for row in evaluate(settings(lengths=[8])) if row.run is None)
+    assert row.nats == pytest.approx(nats, rel=1e-12) and row.tokens == len(tokens)

@@ -160,3 +160,22 @@ def test_what_it_refuses(exported, tmp_path):
         export_huggingface(ExportConfig(str(run), str(folder)))
     with pytest.raises(ValueError, match="not a run folder"):
         export_huggingface(ExportConfig(str(tmp_path), str(tmp_path / "new")))
+
+
+def test_beams_take_their_rows_of_the_cache_along(exported, monkeypatch):
+    """With drawn weights beams change places at every step."""
+    from transformers import AutoModelForCausalLM
+
+    from alibi_lm.interop.huggingface import RunCache
+
+    model = AutoModelForCausalLM.from_pretrained(exported["plain"][1])
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter)
+    prompt = torch.randint(4, model.config.vocab_size, (2, 5))
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"eos_token_id": None}
+    expected = model.generate(prompt, use_cache=False, **options)
+    assert torch.equal(model.generate(prompt, **options), expected)
+    monkeypatch.setattr(RunCache, "reorder_cache", lambda self, beam_idx: None)
+    assert not torch.equal(model.generate(prompt, **options), expected)

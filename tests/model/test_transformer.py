@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from alibi_lm.model.compiled import CompiledNats
+from alibi_lm.model.layers import ModelConfig
 from alibi_lm.model.transformer import KeyValueCache, TransformerLM
 from alibi_lm.positions import POSITIONS
 
@@ -177,3 +178,57 @@ def test_precision_is_that_of_the_scores(tiny_model):
     rounded = model.score(inputs, inputs).nats
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.3
+
+
+def test_dropout_acts_on_embeddings_on_branches_and_inside_the_ffn(tiny_model):
+    """With everything dropped at one place, what is left tells where that was."""
+    model, inputs = tiny_model("sinusoidal").train(), ids(2, 7)
+    block, places = model.layers[0], torch.arange(7)
+    vectors = model.vocabulary.embed(inputs) * model.config.model_dim**0.5
+    with torch.no_grad():
+        x = model.schemes[0].add_to_embeddings(vectors, places)
+        for layer in model.layers:
+            layer.dropout.p = 1.0  # neither attention nor feed-forward adds anything
+        torch.testing.assert_close(model.hidden(inputs), model.final_norm(x))
+        model.dropout.p = 1.0
+        torch.testing.assert_close(model.hidden(inputs), model.final_norm(torch.zeros_like(x)))
+        block.ffn.dropout.p = 1.0
+        torch.testing.assert_close(block.ffn(x), block.ffn.down.bias.expand_as(x))
+        model.eval()
+        assert not torch.allclose(model.hidden(inputs), model.final_norm(x))
+
+
+def uniform(bound):
+    return lambda x: x.abs().max() <= bound and x.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def normal(std):
+    return lambda x: x.abs().max() > 2.5 * std and x.std().item() == pytest.approx(std, rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["scaled", "fairseq"])
+def test_initial_weights_are_those_of_the_table(form):
+    dim, ffn, layers = 64, 128, 3
+    config = ModelConfig(num_layers=layers, model_dim=dim, num_heads=4, ffn_dim=ffn, initialisation=form)
+    block = TransformerLM(config, POSITIONS["none"](), "eager", 50, 16).layers[1]
+    zero, one = (lambda x: not x.any()), (lambda x: bool((x == 1).all()))
+    expected = {
+        "scaled": {
+            "attention.qkv": (normal(dim**-0.5), zero),
+            "attention.out": (normal((2 * layers * dim) ** -0.5), zero),
+            "ffn.up": (normal(dim**-0.5), zero),
+            "ffn.down": (normal((2 * layers * ffn) ** -0.5), zero),
+        },
+        "fairseq": {
+            # Xavier: sqrt(6 / (inputs + outputs)) of a (dim, dim) matrix, times the gain
+            "attention.qkv": (uniform((3 / dim) ** 0.5 / 2**0.5), uniform(dim**-0.5)),
+            "attention.out": (uniform((3 / dim) ** 0.5), zero),
+            "ffn.up": (uniform(dim**-0.5), uniform(dim**-0.5)),
+            "ffn.down": (uniform(ffn**-0.5), uniform(ffn**-0.5)),
+        },
+    }[form]
+    for name, (weight, bias) in expected.items():
+        layer = block.get_submodule(name)
+        assert weight(layer.weight) and bias(layer.bias), name
+    for norm in (block.attention_norm, block.ffn_norm):
+        assert one(norm.weight) and zero(norm.bias)

@@ -87,6 +87,11 @@ def test_a_test_can_have_a_needle_at_every_place():
     stand = [read(item.target_ids)[0] for item in task.draw(64)]
     assert stand == [place for place in range(49) for _ in range(2)]
     parts = task.parts(64)
+    drawn = [
+        read(item.target_ids)
+        for item in NeedleTask(NeedleConfig(depths=2, draws=8), TEXT, 7, FIRST, "test", "a").draw(64)
+    ]
+    assert len({tuple(rest) for *_, rest in drawn}) > 12 and len({told for *_, told, _ in drawn}) == 16
     assert len(parts) == 49 and list(parts)[:2] == ["0.0", "0.021"] and list(parts["0.021"]) == [2, 3]
 
 
