@@ -21,11 +21,10 @@ from alibi_lm.evaluate.store import Scoring
 from alibi_lm.evaluate.views import Group, Point, curve_edges, fixed
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.positions.base import PositionScheme
+from alibi_lm.results import curves
 from alibi_lm.settings import require
 from alibi_lm.tasks.base import Batch
 
-NEAR = 0.01
-"""A loss within this share of the best one counts as equally good."""
 SINK = 0.3
 """A head is a sink if its queries give the first token more than this (Gu et al. 2024, arXiv 2410.10781)."""
 FIELD = 0.99
@@ -54,20 +53,18 @@ def effective_context(
     if not known:
         return [point | {"effective": None} for point in points]
 
-    def least(losses: list[float]) -> int:
-        return next(
-            p["context"] for p, loss in zip(known, losses, strict=True) if loss <= min(losses) * (1 + NEAR)
-        )
-
     context = known[-1]["context"]
     targets = np.linspace(context - 1, group.num_tokens - 1, min(FIELD_TARGETS, group.num_tokens - context + 1))
     numbers = {
-        "effective": {name: least([point["by_run"][name] for point in known]) for name in group.labels},
+        "effective": {
+            name: curves.effective_context({p["context"]: p["by_run"][name] for p in known})
+            for name in group.labels
+        },
         "receptive_field": {
             p.model.label: receptive_field(p, context, targets.astype(np.int64)) for p in group.passes
         },
     }
-    effective = least([point["nats"] for point in known])
+    effective = curves.effective_context({point["context"]: point["nats"] for point in known})
     return [point | {"effective": effective, "numbers": numbers} for point in points]
 
 

@@ -18,6 +18,8 @@ CACHE_SETTINGS = ("cache", "lost_share", "window", "sinks")
 """The changes in a row that say which cache a split was streamed through."""
 CHECKPOINT = "checkpoint"
 """Name of a change in rows; its value `step:<number>` is a checkpoint from before the end of training."""
+NEAR_BEST = 0.01
+"""A loss in nats that is above the lowest one by at most this share counts as equally good."""
 _HASH = re.compile(r"[0-9a-f]{6,}")
 _RUN_NAME = re.compile(r"(?P<position>.+)_L(?P<length>\d+)_s(?P<seed>\d+)(?:_(?P<suffix>.+))?")
 
@@ -268,3 +270,15 @@ def by_name(row: ResultRow) -> str:
     if match is None or (match["position"], match["length"], match["seed"]) != own:
         return name
     return match["suffix"] or ""
+
+
+def effective_context(losses: Mapping[int, float]) -> int:
+    """The shortest context whose loss is as good as the best one's, up to `NEAR_BEST`.
+
+    Source: Khandelwal et al. (2018), arXiv 1805.04623.
+
+    Args:
+        losses: tokens of context -> mean nats; not empty.
+    """
+    enough = min(losses.values()) * (1 + NEAR_BEST)
+    return min(context for context, loss in losses.items() if loss <= enough)

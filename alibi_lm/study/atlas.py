@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_lm.files import read_json, write_text
-from alibi_lm.results.curves import VALIDATION, Curve, curves, point_of, view_of
+from alibi_lm.results.curves import NEAR_BEST, VALIDATION, Curve, curves, effective_context, point_of, view_of
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.settings import require
 from alibi_lm.study.analysis import VIEWS, Series
@@ -36,8 +36,6 @@ STANDINGS = {"HOLDS": "extrapolates", "NOT SETTLED": "not settled", "FAILS": "do
 """Verdict on "at 8 L it is at most 1% worse than at L" -> its words on the page, in the page's order."""
 COLORS = 64
 """Of each picture: they are many, in the page and beside it."""
-NEAR_BEST = 0.01
-"""A context is long enough if its perplexity is at most this share above the best one's."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Entry:
     """`train`, `evaluate`: processor time per token (training pass; forward pass at 8 L) relative to the scheme
     without positions."""
     context: int | None
-    """Shortest context whose perplexity is within 1% of the best."""
+    """Shortest context whose loss is within 1% of the best."""
     exact: str
     """Perplexity of targets with exactly 8 L tokens of context over that with exactly L, with its 95% interval."""
     parts: Series | None
@@ -173,7 +171,7 @@ def _series(evidence: Evidence, view: str, curve: Curve) -> Series | None:
 
 def _context(fixed: Series | None) -> int | None:
     known = {p["context"]: p["nats"] for p in fixed.points if p["nats"] is not None} if fixed else {}
-    return min((c for c, v in known.items() if v <= min(known.values()) + NEAR_BEST), default=None)
+    return effective_context(known) if known else None
 
 
 def _exact(fixed: Series | None) -> str:
@@ -302,9 +300,9 @@ def _card(entry: Entry, path: Path) -> Iterator[Block]:
         "training time": f"{number(entry.times['train'])} of that without positions",
         "evaluation time": f"{number(entry.times['evaluate'])} of that without positions",
         "receptive field of the bias": _field(card.get("receptive_field"), entry.curve.train_length),
-        "receptive field as measured": "-"
+        "effective context": "-"
         if entry.context is None
-        else f"{entry.context} tokens of context are within {NEAR_BEST:.0%} of the best",
+        else f"{entry.context} tokens (the shortest whose loss is within {NEAR_BEST:.0%} of the best)",
     }
     yield Table(["what", "this scheme"], [list(pair) for pair in facts.items()], 2)
     body = [

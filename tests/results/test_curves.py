@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from study_rows import accuracy, curve, row, unigram
 
-from alibi_lm.results.curves import View, baselines, curves, text_names, views
+from alibi_lm.results.curves import View, baselines, curves, effective_context, text_names, views
 
 PLAIN = View("validation", "nonoverlapping")
 
@@ -112,3 +112,8 @@ def test_a_baseline_is_no_curve_and_belongs_to_its_split():
     assert baselines(rows, PLAIN) == {"unigram": pytest.approx(500.0)}
     assert baselines(rows, View("test", "nonoverlapping")) == {}
     assert math.isclose(baselines(rows, View("validation", "sliding", 4))["unigram"], 500.0)
+
+
+def test_the_effective_context_is_the_shortest_that_is_as_good_as_the_best():
+    assert effective_context({64: 3.0, 8: 3.031, 16: 3.029, 128: 3.02}) == 16
+    assert effective_context({4: 2.0}) == 4 and effective_context({4: 1.0, 2: 1.0, 8: 1.02}) == 2
