@@ -176,6 +176,18 @@ SETTINGS = [(one, "") for one in NAMED] + [
     ("model.adaptive_cutoffs=[10];model.tied=false", "model.tied"),
     ("position=rotary;position.scaling=magic", "magic"),
     ("position=learned;position.random_offset=true", "position.rows=<longest test length>"),
+    # Settings that the other settings leave without effect.
+    ("position=rotary;position.factor=2", "position.factor = 2.0 with position.scaling = none"),
+    ("position=alibi;position.factor=2", "position.factor = 2.0 with position.scaling = none"),
+    ("position=rotary;position.scaling=ntk;position.ramp=turns", "ramp = turns with position.scaling = ntk"),
+    ("position=fox;position.longest=9", "position.longest = 9.0 with position.gates = input"),
+    ("position=fox;position.gates=fixed;position.start_bias=5", "start_bias = 5.0 with position.gates = fixed"),
+    ("position=rotary;position.frequency_share=0.01;output_dir=new", "keeps none of"),
+    (
+        "position=learned;position.rows=30;position.random_offset=true;training_positions=randomised;"
+        "training_positions.num_positions=30;output_dir=new",
+        "training_positions = randomised with position = learned",
+    ),
     ("tracking=wandb;tracking.project='a/b'", "tracking.project"),
     # An entry of a group is chosen by its name, not renamed.
     ("position.name=rotary", "Use position=rotary"), ("attention.name=eager", "Use attention=eager"),

@@ -96,6 +96,11 @@ class TransformerLM(nn.Module):
         # With one seed all schemes get the same other weights: a scheme's own are drawn separately, or last.
         with torch.random.fork_rng(devices=[]):
             first = self.position.build(shape)
+            require(
+                total is None or first.training_positions(torch.Generator(), 1) is None,
+                f"training_positions = {self.drawn.name} with position = {self.position.name}, which draws "
+                "positions itself. Use training_positions=plain, or position.random_offset=false.",
+            )
             copies = self.config.num_layers if first.per_layer else 1
             return nn.ModuleList([first, *(self.position.build(shape) for _ in range(copies - 1))])
 

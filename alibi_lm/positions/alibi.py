@@ -64,6 +64,11 @@ class AlibiConfig:
             self.factor is None or self.factor > 0,
             f"position.factor = {self.factor}. Use a number above 0, or null for context / train length.",
         )
+        require(
+            self.factor is None or self.scaling != "none",
+            f"position.factor = {self.factor} with position.scaling = none, which has no factor. Leave it out, or "
+            "use position.scaling=linear.",
+        )
 
     def build(self, shape: PositionShape) -> PositionScheme:
         return HalfPrecisionAlibi(shape) if self.half_precision else Alibi(self, shape)

@@ -64,6 +64,14 @@ class FoxConfig:
             0 < self.shortest <= (math.inf if self.longest is None else self.longest),
             f"position.shortest = {self.shortest}, longest = {self.longest}. Use 0 < shortest <= longest.",
         )
+        own, others = ("start_bias",), ("shortest", "longest")
+        for name in others if self.gates == "input" else own:
+            default = type(self).__dataclass_fields__[name].default
+            require(
+                getattr(self, name) == default,
+                f"position.{name} = {getattr(self, name)} with position.gates = {self.gates}, which has no use "
+                f"for it. Leave it out; {' and '.join(own if self.gates == 'input' else others)} can be chosen.",
+            )
 
     def build(self, shape: PositionShape) -> Fox:
         return (GatedByInput if self.gates == "input" else GatedAlike)(self, shape)

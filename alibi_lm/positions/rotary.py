@@ -47,6 +47,7 @@ from alibi_lm.settings import require, require_one_of, setting
 
 SCALINGS = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn", "part_ntk", "llama3")
 RAMPS = ("index", "exact", "turns")
+RAMPED = ("by_parts", "yarn", "part_ntk")
 
 
 @dataclass
@@ -76,6 +77,16 @@ class RotaryConfig:
         require(
             self.factor is None or self.factor >= 1,
             f"position.factor = {self.factor}. Use a number >= 1, or null for context / train length.",
+        )
+        require(
+            self.factor is None or self.scaling != "none",
+            f"position.factor = {self.factor} with position.scaling = none, which has no factor. Leave it out, or "
+            f"choose a scaling: {', '.join(SCALINGS[1:])}.",
+        )
+        require(
+            self.ramp == "index" or self.scaling in RAMPED,
+            f"position.ramp = {self.ramp} with position.scaling = {self.scaling}, which has no ramp to choose. "
+            f"Leave it out, or use a scaling that has: {', '.join(RAMPED)}.",
         )
 
     def build(self, shape: PositionShape) -> Rotary:
@@ -157,7 +168,13 @@ class Rotary(PositionScheme):
         inv_freq, self.amplitude = frequencies(
             config.scaling, self.width, config.theta, factor, shape.train_length, config.ramp
         )
-        inv_freq[int(config.frequency_share * self.width // 2) :] = 0
+        kept = int(config.frequency_share * self.width // 2)
+        require(
+            kept > 0,
+            f"position.frequency_share = {config.frequency_share} keeps none of {self.width // 2} frequencies. "
+            "Use a larger share, or position=none.",
+        )
+        inv_freq[kept:] = 0
         self.register_exact("inv_freq", inv_freq)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, ...]:
