@@ -39,6 +39,10 @@ class FlexAttention(AttentionBackend):
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] | None = None
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # What is kept between passes stays in this process: a compiled kernel cannot be pickled.
+        return type(self), ()
+
     def refuses_scheme(self, scheme: PositionScheme) -> str:
         if reason := more_than_a_bias(scheme):
             return reason

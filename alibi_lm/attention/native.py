@@ -58,6 +58,10 @@ class NativeAttention(AttentionBackend):
     def __init__(self) -> None:
         self.lines: WeakKeyDictionary[PositionScheme, tuple[int, list[Tensor], Lines]] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # What is kept between passes stays in this process: a model can be pickled.
+        return type(self), ()
+
     def prepare(self, scheme: PositionScheme, request: Request) -> Attend:
         tokens = len(request.k_pos)
         if not request.whole:

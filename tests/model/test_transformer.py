@@ -1,8 +1,12 @@
 """The model's doors: scores, losses, caches, positions and lengths; what is wrong is refused before any work."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
+from alibi_lm.attention import ATTENTION
 from alibi_lm.model.compiled import CompiledNats
 from alibi_lm.model.layers import ModelConfig
 from alibi_lm.model.transformer import KeyValueCache, TransformerLM
@@ -232,3 +236,12 @@ def test_initial_weights_are_those_of_the_table(form):
         assert weight(layer.weight) and bias(layer.bias), name
     for norm in (block.attention_norm, block.ffn_norm):
         assert one(norm.weight) and zero(norm.bias)
+
+
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_a_used_model_can_be_copied_and_pickled(tiny_model, attention):
+    model, inputs = tiny_model("alibi", attention=attention), ids(2, 7)
+    with torch.no_grad():
+        expected = model(inputs)
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(again(inputs), expected) and type(again.backend) is type(model.backend)
