@@ -39,7 +39,7 @@ from alibi_lm.tasks.training import Batches, TrainingData, of_task, of_text
 from alibi_lm.tracking import Tracker, open_tracker
 
 SELF_CHECK_TOLERANCE = 1e-3
-"""Nats by which the evaluator may differ from the trainer's validation loss (more after bfloat16 training)."""
+"""Nats by which the evaluator may differ from the trainer's validation loss, in the same precision."""
 
 
 class Interrupted(Exception):
@@ -260,7 +260,7 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     run.say(
         f"{folder.name}: finished {progress.step} steps in {time.perf_counter() - began:,.0f} s; validation "
         f"loss {progress.validation_loss:.4f} nats per token. Run folder: {folder}\n"
-        f"Next: python scripts/evaluate.py experiment={config.experiment} {shlex.quote(f'runs={folder}')}"
+        f"To evaluate it: python scripts/evaluate.py experiment={config.experiment} {shlex.quote(f'runs={folder}')}"
     )
     return result
 

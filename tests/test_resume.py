@@ -340,7 +340,7 @@ def test_a_run_without_a_terminal_tells_how_it_goes(
     assert last is not None
     assert lines[11].startswith("run: finished 40 steps in ")
     assert f"validation loss {last['validation_loss']:.4f}" in lines[11] and lines[11].endswith(str(folder))
-    assert lines[12] == f"Next: python scripts/evaluate.py experiment=smoke runs={folder}"
+    assert lines[12] == f"To evaluate it: python scripts/evaluate.py experiment=smoke runs={folder}"
 
 
 def test_a_perplexity_that_is_no_number_is_null(
