@@ -260,7 +260,8 @@ def _train(config: TrainConfig, folder: Path, world: World, device: torch.device
     run.say(
         f"{folder.name}: finished {progress.step} steps in {time.perf_counter() - began:,.0f} s; validation "
         f"loss {progress.validation_loss:.4f} nats per token. Run folder: {folder}\n"
-        f"To evaluate it: python scripts/evaluate.py experiment={config.experiment} {shlex.quote(f'runs={folder}')}"
+        f"To evaluate it: python scripts/evaluate.py experiment={config.experiment} "
+        + shlex.quote(f"runs={folder}")
     )
     return result
 

@@ -14,7 +14,19 @@ import numpy as np
 from alibi_lm.results.curves import CHECKPOINT, View, curves, point_of, view_of, views
 from alibi_lm.results.rows import ResultRow
 from alibi_lm.study.analysis import VIEWS, Series
-from alibi_lm.study.compare import VERDICTS, Measured, Sample, Verdict, judge, measure, overall, power_note, sample
+from alibi_lm.study.compare import (
+    VERDICTS,
+    Measured,
+    Sample,
+    Speed,
+    Verdict,
+    judge,
+    measure,
+    measure_speeds,
+    overall,
+    power_note,
+    sample,
+)  # fmt: skip
 from alibi_lm.study.evidence import Evidence
 from alibi_lm.study.pages import Block, Table
 from alibi_lm.study.paper_claims import NEAR, Claim, Side, paper_claims
@@ -131,13 +143,14 @@ def _lost(claim: Claim, evidence: Evidence) -> str:
     return ""
 
 
-def _instance(claim: Claim, found: Found, comparisons: int) -> Instance:
-    (what, left, right), needed = found, claim.seeds_needed
+def _instance(claim: Claim, found: Found, comparisons: int, needed: int | None = None) -> Instance:
+    what, left, right = found
+    needed = claim.seeds_needed if needed is None else needed
     measured = left if isinstance(left, Measured) else measure(left, right, comparisons)
     verdict = judge(measured, claim.relation, claim.bound, needed)
     numbers = f"{measured.ratio} ({measured.over})" if measured.over else measured.ratio
     if measured.seeds < needed:
-        numbers += f", {needed} seeds needed"
+        numbers += f", {needed} {measured.counted} needed"
     elif verdict == "NOT SETTLED":
         numbers += f", {power_note(measured, claim.relation, claim.bound)}"
     return Instance(what, verdict, numbers)
@@ -393,27 +406,23 @@ def _speeds(
 
 
 def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
-    """Speeds at equal length, device, dtype and backend: medians over pairs of steps with the same third model.
-
-    The quartiles of both sides bound the ratio, with seven pairs or more about as widely as a 95% interval would.
-    With fewer nothing is settled.
-    """
+    """Speeds at equal length, device, dtype and backend: medians over pairs of steps with the same third model."""
     assert claim.left is not None and claim.right is not None and claim.measure is not None
+    name = claim.measure
+    pairs = [
+        (f"length {length}, {way[2]}, {way[0]}", left, right)
+        for way, speeds in _speeds(bench, name).items()
+        for length in dict.fromkeys(length for _, length in speeds)
+        if (left := speeds.get((claim.left.position, length)))
+        if (right := speeds.get((claim.right.position, length)))
+    ]
+
+    def speed(row: Mapping[str, Any]) -> Speed:
+        return Speed(row[name], row.get(f"{name}_quartiles"), row.get("pairs", 0))
+
     instances = []
-    for way, speeds in _speeds(bench, claim.measure).items():
-        for length in dict.fromkeys(length for _, length in speeds):
-            left, right = (speeds.get((side.position, length)) for side in (claim.left, claim.right))
-            if left and right:
-                low, high = -math.inf, math.inf
-                spreads: list[Any] = [row.get(f"{claim.measure}_quartiles") for row in (left, right)]
-                known = all(spreads) and min(row.get("pairs", 0) for row in (left, right)) >= FEWEST_PAIRS
-                if known:
-                    (slow, fast), (least, most) = spreads
-                    low, high = math.log(slow / most), math.log(fast / least)
-                measured = Measured(math.log(left[claim.measure] / right[claim.measure]), low, high, 1, "")
-                verdict = judge(measured, claim.relation, claim.bound, 1)
-                words = f"length {length}, {way[2]}, {way[0]}"
-                numbers = measured.ratio if known else f"{math.exp(measured.estimate):.3f}, spread unknown"
-                instances.append(Instance(words, verdict, numbers))
+    for what, left, right in pairs:
+        measured = measure_speeds(speed(left), speed(right), len(pairs))
+        instances.append(_instance(claim, (what, measured, None), len(pairs), FEWEST_PAIRS))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

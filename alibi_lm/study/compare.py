@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from alibi_lm.results.statistics import (
     Interval,
     half_width,
     mean_nats_interval,
+    medians_half_width,
     paired_difference,
+    pairs_to_settle,
     seeds_to_settle,
     share_variance,
 )
@@ -46,7 +48,7 @@ class Measured:
     low: float | None
     high: float | None
     seeds: int
-    """Number of seeds on the side that has fewer, or of pairs."""
+    """Number of seeds on the side that has fewer, or of pairs of seeds; of a speed, of pairs of steps."""
     over: str
     """What the interval is over, in words, or why there is none."""
     seed_variance: float = 0.0
@@ -55,6 +57,13 @@ class Measured:
     """As in `alibi_lm.results.statistics.Interval`."""
     comparisons: int = 1
     metric: str = "perplexity"
+    spreads: tuple[float, ...] = ()
+    """Of a ratio of two speeds: the distance of each one's quartiles, as logarithms."""
+
+    @property
+    def counted(self) -> str:
+        """What `seeds` counts."""
+        return "pairs" if self.spreads else "seeds"
 
     @property
     def logs(self) -> bool:
@@ -146,6 +155,33 @@ def measure(left: Sample, right: Sample | None, comparisons: int = 1) -> Measure
     return found if isinstance(found, Measured) else _over_seeds(left, right, comparisons, found)
 
 
+class Speed(NamedTuple):
+    """Speed relative to a third model, over pairs of steps."""
+
+    median: float
+    quartiles: Sequence[float] | None
+    pairs: int
+
+
+def measure_speeds(left: Speed, right: Speed, comparisons: int = 1) -> Measured:
+    """The ratio of two speeds, with the interval that the scatter of the pairs gives.
+
+    Args:
+        left: its speed is above.
+        right: its speed is below the line.
+        comparisons: how many ratios are judged together.
+    """
+    estimate, pairs = math.log(left.median / right.median), min(left.pairs, right.pairs)
+    found = Measured(estimate, None, None, pairs, "", comparisons=comparisons, metric="ratio")
+    if left.quartiles is None or right.quartiles is None or not pairs:
+        return replace(found, seeds=0, over="spread unknown", spreads=(math.inf, math.inf))
+    distances = [math.log(high / low) for low, high in (left.quartiles, right.quartiles)]
+    spreads = [(distances[0], left.pairs), (distances[1], right.pairs)]
+    half = medians_half_width(spreads, 1 - (1 - LEVEL) / comparisons)
+    over = f"{pairs} pairs"
+    return replace(found, low=estimate - half, high=estimate + half, over=over, spreads=tuple(distances))
+
+
 def judge(measured: Measured, relation: Relation, bound: float, min_seeds: int) -> Verdict:
     """The verdict on "left over right (for other metrics left minus right) is `relation` `bound`".
 
@@ -189,6 +225,13 @@ def power_note(measured: Measured, relation: Relation, bound: float) -> str:
     bounds = [-bound, bound] if relation == "within" else [bound]
     gap = min(abs(measured.estimate - b) for b in bounds)
     level = 1 - (1 - LEVEL) / measured.comparisons
+    if measured.spreads:
+        pairs = pairs_to_settle(gap, measured.spreads, level)
+        return (
+            f"about {pairs} pairs would settle it"
+            if pairs
+            else "too close to the bound for more pairs to settle it"
+        )
     for text in (1, 2, 5, 10, 20, 50, 100) if measured.document_variance else (1,):
         of_documents = measured.document_variance / text, level, measured.document_df * text
         seeds = seeds_to_settle(gap, measured.seed_variance, *of_documents)
