@@ -149,6 +149,11 @@ def context_words(point: Mapping[str, Any]) -> str:
     return f"effective {point['effective']}" + (f", field {median(found):g}" if found else "")
 
 
+def analysis_files(folder: Path) -> list[Path]:
+    """The analyses that belong to a folder of results: in `analysis` beside it, or within it once published."""
+    return [path for place in (folder.parent, folder) for path in sorted((place / "analysis").glob("*.json"))]
+
+
 def read_analysis(path: str | Path) -> Analysis:
     """Read `<view>.json`; run folders near it say how curves of one scheme and training length differ.
 

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from alibi_lm.files import write_text
 from alibi_lm.results.curves import View
 from alibi_lm.settings import require
+from alibi_lm.study.analysis import analysis_files
 from alibi_lm.study.atlas import write_atlas
 from alibi_lm.study.claims import claims_page, judge_claims
 from alibi_lm.study.compare import common_lengths, is_better, select, title
@@ -20,6 +21,7 @@ from alibi_lm.study.pages import markdown
 from alibi_lm.study.paper import comparison_page
 from alibi_lm.study.publish import publish
 from alibi_lm.study.report import write_report
+from alibi_lm.study.view_figures import draw_analysis
 
 
 @dataclass
@@ -52,9 +54,12 @@ class FiguresConfig(StudyConfig):
 
 
 def figures(config: FiguresConfig) -> None:
-    """Redraw figures and tables, and print their paths."""
+    """Redraw figures and tables of results and of their analyses, and print their paths."""
     for path in draw(config.results, config.paper, config.strict):
         print(path)
+    for analysis in analysis_files(config.results):
+        for path in draw_analysis(analysis):
+            print(path)
 
 
 def claims(config: StudyConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from alibi_lm.results.curves import Curve, step_of
 from alibi_lm.results.documents import DocumentSums, read_documents
 from alibi_lm.results.rows import ResultRow, RowKey, read_rows
-from alibi_lm.study.analysis import Analysis, read_analysis
+from alibi_lm.study.analysis import Analysis, analysis_files, read_analysis
 from alibi_lm.study.fairness import Difference, differences
 from alibi_lm.study.records import RunRecord, find_records, recipes
 
@@ -85,8 +85,7 @@ def read_evidence(folder: Path) -> Evidence:
     published = folder / "bench.jsonl"
     bench = published if published.is_file() else Path("outputs") / "bench" / "results.jsonl"
     # Published results contain their analyses; those of an experiment are beside its results.
-    places = [parent / "analysis" / f"{v}.json" for parent in (folder.parent, folder) for v in ANALYSES]
-    analyses = {path.stem: read_analysis(path) for path in places if path.is_file()}
+    analyses = {path.stem: read_analysis(path) for path in analysis_files(folder) if path.stem in ANALYSES}
     return replace(results, documents=read_documents(folder), bench=read_bench(bench), analyses=analyses)
 
 

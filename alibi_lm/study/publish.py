@@ -12,6 +12,7 @@ import yaml
 
 from alibi_lm.results.documents import DOCUMENTS_FILE
 from alibi_lm.results.rows import read_rows, write_csv, write_rows
+from alibi_lm.study.analysis import analysis_files
 from alibi_lm.study.figures import draw
 from alibi_lm.study.records import RUN_FILES, find_records
 from alibi_lm.study.view_figures import draw_analysis
@@ -43,7 +44,7 @@ def publish(folder: Path, target: Path, bench: Path | None = None) -> list[Path]
     if target.exists() and any(target.iterdir()) and not (target / "results.jsonl").is_file():
         raise ValueError(f"target = {target} holds something other than published results. Name another folder.")
     sources = {Path(name): folder / name for name in RESULT_FILES}
-    for path in [p for place in (folder.parent, folder) for p in sorted((place / "analysis").glob("*.json"))]:
+    for path in analysis_files(folder):
         sources[Path("analysis") / path.name] = path
     for record in records.values():
         if record.folder is None:

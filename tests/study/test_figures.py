@@ -3,12 +3,13 @@
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from matplotlib.figure import Figure
-from study_rows import accuracy, analysis, curve, real_config, row, run_script, study, unigram, write_run
+from study_rows import TOKENS, accuracy, analysis, curve, real_config, row, run_script, study, unigram, write_run
 
+from alibi_lm.files import write_json
 from alibi_lm.results.curves import Curve, View, by_byte, curves
 from alibi_lm.results.rows import write_rows
 from alibi_lm.study import fairness, plots
@@ -455,8 +456,14 @@ def test_the_script_finds_the_experiment_and_refuses_mistakes_without_a_tracebac
     study(folder)
     (tmp_path / "base").mkdir()
     write_rows(tmp_path / "base" / "results.jsonl", [unigram()])
+    points = [{"context": n, "nats": 3.0} for n in (64, 128)]
+    fixed = Series("alibi", 64, ["alibi_L64_s1"], points, "c0ffee", TOKENS, 10)
+    (tmp_path / "outputs" / "mine" / "analysis").mkdir()
+    write_json(tmp_path / "outputs" / "mine" / "analysis" / "fixed.json", asdict(analysis("fixed", fixed)))
     done = run_script("figures.py", "experiment=mine", "paper=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "outputs/mine/analysis/fixed.md"
+    assert (tmp_path / "outputs" / "mine" / "analysis" / "fixed.png").is_file()
     assert done.stdout.splitlines()[0] == "outputs/mine/extrapolation/extrapolation.png"
     drawn = (folder / "extrapolation.svg").read_bytes()
     draw(folder)
