@@ -131,6 +131,8 @@ def sample(rows: Sequence[ResultRow], documents: Mapping[RowKey, DocumentSums]) 
     found = Sample(values, metric=rows[0].metric, items=min(items_of(row) for row in rows))
     if any(row.key not in documents for row in rows):
         return replace(found, why="no sums per document")
+    if not all(_adds_up(row, documents[row.key]) for row in rows):
+        return replace(found, why="sums per document are of another evaluation: evaluate again")
     if not unique:
         return replace(found, why="seeds are unknown or come twice")
     tokens = documents[rows[0].key].tokens
@@ -139,6 +141,11 @@ def sample(rows: Sequence[ResultRow], documents: Mapping[RowKey, DocumentSums]) 
     if np.count_nonzero(tokens) < 2:
         return replace(found, why="the text is one document, which does not show how documents differ")
     return replace(found, nats=np.stack([documents[row.key].nats for row in rows]), tokens=tokens)
+
+
+def _adds_up(row: ResultRow, sums: DocumentSums) -> bool:
+    """Whether the documents of a row have its loss; a process may have died between writing one and the other."""
+    return row.nats is None or math.isclose(row.nats, float(sums.nats.sum()), rel_tol=1e-6)
 
 
 def measure(left: Sample, right: Sample | None, comparisons: int = 1) -> Measured:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,3 +109,14 @@ def test_a_sign_says_which_is_better(loss, sign):
     cell = next(line.split("|")[2] for line in lines if line.startswith("| unchanged"))
     assert re.search(r"\d", cell)
     assert re.sub(r"[^<>]", "", cell) == sign
+
+
+def test_sums_that_are_not_of_the_rows_evaluation_are_left_out():
+    """A process may die between writing rows and writing their sums."""
+    rows, sums = scored("alibi", {64: 3.0})
+    assert sample(rows, sums).nats is not None
+    key = rows[1].key
+    stale = replace(sums[key], nats=sums[key].nats * 1.001)
+    found = sample(rows, sums | {key: stale})
+    assert found.nats is None and "of another evaluation" in measure(found, None).over
+    assert measure(found, None).estimate == measure(sample(rows, sums), None).estimate
