@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from alibi_lm.results.speeds import PAIRS
 from benchmarks.subjects import CannotRun, Implementation, Kind, Task
-
-PAIRS = 7
-"""Smallest number of pairs that can settle a ratio."""
 
 
 @dataclass

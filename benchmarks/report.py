@@ -10,8 +10,9 @@ from typing import Any
 
 from alibi_lm import runtime
 from alibi_lm.files import write_text
+from alibi_lm.results.speeds import PAIRS
 from alibi_lm.study.pages import Table, markdown
-from benchmarks.measure import PAIRS, Contest, ratio
+from benchmarks.measure import Contest, ratio
 from benchmarks.subjects import OURS, Kind, Setup, flops_per_token, label
 
 PAPER_TABLE_1 = {

@@ -17,10 +17,11 @@ from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
 from alibi_lm.model.transformer import ModelConfig
 from alibi_lm.positions import POSITIONS
+from alibi_lm.results.speeds import PAIRS
 from alibi_lm.runtime import DEVICES, PRECISIONS
 from alibi_lm.settings import require, require_at_least, require_one_of
 from benchmarks import report
-from benchmarks.measure import PAIRS, Contest, measure
+from benchmarks.measure import Contest, measure
 from benchmarks.peers import PeerProcess
 from benchmarks.profile import profile_step, profile_table
 from benchmarks.subjects import Implementation, Setup, Task, matmul_flops_per_second, ours

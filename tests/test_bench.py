@@ -17,9 +17,10 @@ import torch
 
 from alibi_lm.attention import chosen_backend
 from alibi_lm.model.transformer import ModelConfig
+from alibi_lm.results.speeds import PAIRS
 from alibi_lm.settings import parse
 from benchmarks import decoding, report
-from benchmarks.measure import PAIRS, Contest, measure, ratio
+from benchmarks.measure import Contest, measure, ratio
 from benchmarks.peers import PeerProcess, peers
 from benchmarks.run import BenchConfig, bench
 from benchmarks.subjects import CannotRun, Implementation, Setup, Task, flops_per_token, ours, words

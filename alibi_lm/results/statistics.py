@@ -20,7 +20,6 @@ measured coverage; scripts/coverage.py measures it again.
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -313,10 +312,10 @@ def seeds_to_settle(
         half = half_width(seed_variance / seeds, document_variance, seeds, document_df, level)
         return bool(gap > 0 and gap >= half + power * np.sqrt(variance))
 
-    return _least(enough)
+    return fewest(enough)
 
 
-def _least(enough: Callable[[int], bool]) -> int | None:
+def fewest(enough: Callable[[int], bool]) -> int | None:
     """The smallest number from 2 to 10,000 that is enough, if any is; all larger ones are, too."""
     high = 2
     while not enough(min(high, MOST)):
@@ -325,46 +324,6 @@ def _least(enough: Callable[[int], bool]) -> int | None:
         high *= 2
     between = range(max(2, high // 2), min(high, MOST))
     return between.start + bisect.bisect_left(between, True, key=enough)
-
-
-def medians_half_width(spreads: Sequence[tuple[float, int]], level: float = 0.95) -> float:
-    """Half width of the interval of a median, or of a difference of two.
-
-    For normal values the standard error of a median is 0.93 times the distance of the quartiles over the root of
-    the count (McGill, Tukey and Larsen 1978, "Variations of box plots"). That distance varies as well: by its
-    variance for normal values it is worth 0.37 degrees of freedom per value, which Welch's formula joins. For
-    values that are not normal, tests/results/test_statistics.py measures the coverage.
-
-    Args:
-        spreads: distance between the quartiles, and number of values; one or two.
-        level: in (0, 1).
-    """
-    from scipy import stats
-
-    errors = [(0.93 * distance) ** 2 / count for distance, count in spreads]
-    if not any(errors):
-        return 0.0
-    df = sum(errors) ** 2 / sum(e**2 / (0.37 * count) for e, (_, count) in zip(errors, spreads, strict=True))
-    return float(stats.t.ppf((1 + level) / 2, df)) * math.sqrt(sum(errors))
-
-
-def pairs_to_settle(gap: float, distances: Sequence[float], level: float = 0.95) -> int | None:
-    """An estimate of how many values of each would settle a difference of medians; see `seeds_to_settle`.
-
-    Args:
-        gap: distance between the estimate and the bound that it must clear; not negative.
-        distances: between the quartiles, one or two.
-        level: in (0, 1).
-    """
-    from scipy import stats
-
-    power = float(stats.norm.ppf(POWER))
-
-    def enough(count: int) -> bool:
-        error = 0.93 * math.sqrt(sum(distance**2 for distance in distances) / count)
-        return gap > 0 and gap >= medians_half_width([(d, count) for d in distances], level) + power * error
-
-    return _least(enough)
 
 
 def wilson_interval(share: float, trials: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from alibi_lm.results.curves import CHECKPOINT, View, curves, point_of, view_of, views
 from alibi_lm.results.rows import ResultRow
+from alibi_lm.results.speeds import PAIRS
 from alibi_lm.study.analysis import VIEWS, Series
 from alibi_lm.study.compare import (
     VERDICTS,
@@ -73,8 +74,6 @@ class Judged:
 
 Found = tuple[str, Sample | Measured, Sample | None]
 """One case of a claim: its words, and what both sides measured (or the finished interval)."""
-FEWEST_PAIRS = 7
-"""Pairs of steps from which the spread of a speed says something; the benchmark settles nothing with fewer."""
 
 
 def judge_claims(evidence: Evidence) -> dict[str, list[Judged]]:
@@ -423,6 +422,6 @@ def _judge_speed(claim: Claim, bench: Sequence[Mapping[str, Any]]) -> Judged:
     instances = []
     for what, left, right in pairs:
         measured = measure_speeds(speed(left), speed(right), len(pairs))
-        instances.append(_instance(claim, (what, measured, None), len(pairs), FEWEST_PAIRS))
+        instances.append(_instance(claim, (what, measured, None), len(pairs), PAIRS))
     note = "" if instances else "no benchmark of both at the same length; make bench measures them"
     return Judged(claim, overall([i.verdict for i in instances]), instances, note)

@@ -19,13 +19,12 @@ import numpy as np
 from alibi_lm.results.curves import View, curves, items_of, point_of, view_of, views
 from alibi_lm.results.documents import DocumentSums
 from alibi_lm.results.rows import ResultRow, RowKey
+from alibi_lm.results.speeds import medians_half_width, pairs_to_settle
 from alibi_lm.results.statistics import (
     Interval,
     half_width,
     mean_nats_interval,
-    medians_half_width,
     paired_difference,
-    pairs_to_settle,
     seeds_to_settle,
     share_variance,
 )
