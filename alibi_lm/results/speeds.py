@@ -10,8 +10,8 @@ from alibi_lm.results.statistics import POWER, fewest
 PAIRS = 7
 """Smallest number of pairs that can settle a ratio of speeds."""
 ERROR, DEGREES = 0.93, 0.37
-"""Of a median of normal values: its standard error, times the root of the count, in distances of the quartiles; and
-the degrees of freedom of such a distance, per value."""
+"""Of a median of normal values: its standard error times the root of the count, in distances of the quartiles;
+and the degrees of freedom of such a distance, per value."""
 
 
 def medians_half_width(spreads: Sequence[tuple[float, int]], level: float = 0.95) -> float:
