@@ -244,6 +244,7 @@ def spelled(overrides: Sequence[str], config: type) -> list[str]:
     return [re.sub(r"^(\+*)model\.", r"\1model_config.", override) for override in overrides]
 
 
+@functools.lru_cache(maxsize=1 << 10)  # the runs of a study share most of their settings
 def _quoted(override: str) -> str:
     """`name=value` with the value in quotes if it is plain text that Hydra cannot read otherwise."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -27,7 +27,7 @@ from alibi_lm.study.compare import (
     overall,
     power_note,
     sample,
-)  # fmt: skip
+)
 from alibi_lm.study.evidence import Evidence
 from alibi_lm.study.pages import Block, Table
 from alibi_lm.study.paper_claims import NEAR, Claim, Side, paper_claims

@@ -56,13 +56,13 @@ class Measured:
     """As in `alibi_lm.results.statistics.Interval`."""
     comparisons: int = 1
     metric: str = "perplexity"
-    spreads: tuple[float, ...] = ()
-    """Of a ratio of two speeds: the distance of each one's quartiles, as logarithms."""
+    spreads: tuple[float, ...] | None = None
+    """Of a ratio of two speeds: the distance of each one's quartiles, as logarithms; empty if unknown."""
 
     @property
     def counted(self) -> str:
         """What `seeds` counts."""
-        return "pairs" if self.spreads else "seeds"
+        return "seeds" if self.spreads is None else "pairs"
 
     @property
     def logs(self) -> bool:
@@ -113,6 +113,7 @@ class Sample:
         return replace(found, nats=self.nats[mine] - other.nats[theirs])
 
 
+TOO_CLOSE = "too close to the bound for more {} to settle it"
 OTHER_DOCUMENTS = "other documents on the two sides"
 
 
@@ -173,14 +174,14 @@ def measure_speeds(left: Speed, right: Speed, comparisons: int = 1) -> Measured:
     """The ratio of two speeds, with the interval that the scatter of the pairs gives.
 
     Args:
-        left: its speed is above.
-        right: its speed is below the line.
+        left: numerator.
+        right: denominator.
         comparisons: how many ratios are judged together.
     """
     estimate, pairs = math.log(left.median / right.median), min(left.pairs, right.pairs)
     found = Measured(estimate, None, None, pairs, "", comparisons=comparisons, metric="ratio")
     if left.quartiles is None or right.quartiles is None or not pairs:
-        return replace(found, seeds=0, over="spread unknown", spreads=(math.inf, math.inf))
+        return replace(found, seeds=0, over="spread unknown", spreads=())
     distances = [math.log(high / low) for low, high in (left.quartiles, right.quartiles)]
     spreads = [(distances[0], left.pairs), (distances[1], right.pairs)]
     half = medians_half_width(spreads, 1 - (1 - LEVEL) / comparisons)
@@ -231,13 +232,9 @@ def power_note(measured: Measured, relation: Relation, bound: float) -> str:
     bounds = [-bound, bound] if relation == "within" else [bound]
     gap = min(abs(measured.estimate - b) for b in bounds)
     level = 1 - (1 - LEVEL) / measured.comparisons
-    if measured.spreads:
+    if measured.spreads is not None:
         pairs = pairs_to_settle(gap, measured.spreads, level)
-        return (
-            f"about {pairs} pairs would settle it"
-            if pairs
-            else "too close to the bound for more pairs to settle it"
-        )
+        return f"about {pairs} pairs would settle it" if pairs else TOO_CLOSE.format("pairs")
     for text in (1, 2, 5, 10, 20, 50, 100) if measured.document_variance else (1,):
         of_documents = measured.document_variance / text, level, measured.document_df * text
         seeds = seeds_to_settle(gap, measured.seed_variance, *of_documents)
@@ -248,7 +245,7 @@ def power_note(measured: Measured, relation: Relation, bound: float) -> str:
                 f" and {text} times the {'items' if measured.metric == 'accuracy' else 'text'}" if text > 1 else ""
             )
             return f"about {seeds} seeds{more} would settle it"
-    return "too close to the bound for more seeds to settle it"
+    return TOO_CLOSE.format("seeds")
 
 
 def is_better(

@@ -193,7 +193,9 @@ def test_speed_is_compared_at_equal_length():
     assert judge_claim(claim, evidence([], bench=other)).verdict == "NOT SETTLED"
     for lacking in (dict(train_ratio_quartiles=None), dict(pairs=6)):
         unknown = [bench("alibi", 64, 0.9, **lacking), bench("sinusoidal", 64, 1.0)]
-        assert judge_claim(claim, evidence([], bench=unknown)).verdict == "NOT SETTLED"
+        found = judge_claim(claim, evidence([], bench=unknown))
+        assert found.verdict == "NOT SETTLED" and "7 pairs needed" in found.line
+        assert ("spread unknown" in found.line) == ("pairs" not in lacking)
     peers = [bench("alibi", 64, 1.0, implementation="peer"), bench("sinusoidal", 64, 1.0)]
     assert judge_claim(claim, evidence([], bench=peers)).verdict == "NOT RUN"
 
