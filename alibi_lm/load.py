@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from alibi_lm import runtime
 from alibi_lm.attention import ATTENTION
 from alibi_lm.checkpoint import CheckpointStore
-from alibi_lm.config import TrainConfig, load_config
+from alibi_lm.config import CONFIG_FILE, TrainConfig, load_config
+from alibi_lm.data.corpus import Corpus
 from alibi_lm.data.tokenizers import Tokenizer
 from alibi_lm.files import read_json
 from alibi_lm.model.query_scale import QUERY_SCALES
@@ -181,3 +182,25 @@ def _merged(group: str, own: Any, changes: Mapping[str, Any]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(own), changes))
     except OmegaConfBaseException as error:
         raise ValueError(f"{group} = {changes} does not fit {group}={own.name}: {error}") from error
+
+
+def require_own_text(folder: Path, corpus: Corpus, split: str) -> None:
+    """Refuse a text that is not the run's own, as behind a relative data.path in another working folder.
+
+    Args:
+        folder: the run folder.
+        corpus: what its data.path leads to.
+        split: train, validation or test.
+
+    Raises:
+        ValueError: corpus.json has another digest for this split.
+    """
+    record = folder / CORPUS_FILE
+    own = (read_json(record).get("splits", {}).get(split) or {}).get("text_sha256") if record.is_file() else None
+    here = corpus.split(split).text_sha256
+    require(
+        own in (None, here),
+        f"data.path = {load_config(folder).data.path} in {folder / CONFIG_FILE} leads from here to another "
+        f"{split} text (sha256 {here[:12]}) than the run's own ({str(own)[:12]}). Start where it was trained; "
+        "scripts/evaluate.py also scores a text that is named, data.path=<folder>, whatever it holds.",
+    )

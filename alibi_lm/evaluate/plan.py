@@ -26,13 +26,12 @@ from alibi_lm.evaluate.passes import OutOfMemory, Passes, enough_memory
 from alibi_lm.evaluate.score import mean_nats
 from alibi_lm.evaluate.store import TokenStore
 from alibi_lm.files import read_json
-from alibi_lm.load import load_run, run_tokenizer
+from alibi_lm.load import load_run, require_own_text, run_tokenizer
 from alibi_lm.model.hub_folder import PREFIX, HubFolder, open_hub_folder
 from alibi_lm.model.huggingface import HuggingFaceLM, load_huggingface
 from alibi_lm.model.interface import LanguageModel
 from alibi_lm.positions.base import NoneConfig
 from alibi_lm.runs import (
-    CONFIG_FILE,
     CORPUS_FILE,
     experiment_folder,
     finished,
@@ -222,7 +221,7 @@ def _open(config: EvaluateConfig, run: PlannedRun, device: torch.device, world: 
             data = config.data.apply(run.config.data)
             corpus = prepare(data, run_tokenizer(run.folder), splits=(run.settings.split,))
             if not config.data.another:
-                _require_own_text(run, corpus)
+                require_own_text(run.folder, corpus, run.settings.split)
         model = own = load_run(
             run.folder,
             checkpoint=config.checkpoint,
@@ -244,19 +243,6 @@ def _open(config: EvaluateConfig, run: PlannedRun, device: torch.device, world: 
     passes = Passes(model, first, store, run.settings.tokens_per_forward, world, scheme)
     way = {"checkpoint": config.checkpoint, "attention": attention, "precision": str(model.precision)}
     return OpenRun(run, corpus, passes, way, [dataclasses.replace(passes, task=tasks[name]) for name in asked])
-
-
-def _require_own_text(run: PlannedRun, corpus: Corpus) -> None:
-    """Refuse a text that is not the run's own, as behind a relative data.path in another working folder."""
-    record, split = run.folder / CORPUS_FILE, run.settings.split
-    own = (read_json(record).get("splits", {}).get(split) or {}).get("text_sha256") if record.is_file() else None
-    here = corpus.split(split).text_sha256
-    require(
-        own in (None, here),
-        f"data.path = {run.config.data.path} in {run.folder / CONFIG_FILE} leads from here to another {split} "
-        f"text (sha256 {here[:12]}) than the run's own ({str(own)[:12]}). Start where it was trained, or name the "
-        "text that is meant: data.path=<folder> is scored whatever it holds.",
-    )
 
 
 def _tasks(config: EvaluateConfig, run: PlannedRun, corpus: Corpus | None) -> tuple[dict[str, Task], list[str]]:

@@ -20,6 +20,7 @@ from alibi_lm.evaluate.plan import OpenRun
 from alibi_lm.evaluate.stream import Policy, stream_nats
 from alibi_lm.evaluate.views import ONE_DOCUMENT
 from alibi_lm.files import read_json
+from alibi_lm.load import require_own_text
 from alibi_lm.model.hub_folder import dotted
 from alibi_lm.model.transformer import TransformerLM
 from alibi_lm.results.documents import DocumentSums, upsert_documents
@@ -247,6 +248,7 @@ def baseline(config: EvaluateConfig, opened: OpenRun) -> ResultRow | None:
     task, vocab_size = opened.passes.text, opened.corpus.vocab_size
     try:
         own = prepare(opened.plan.config.data, opened.corpus.tokenizer, splits=("train",))
+        require_own_text(opened.plan.folder, own, "train")
     except ValueError:
         return None
     train, counts = own.split("train").tokens, np.zeros(vocab_size, dtype=np.int64)

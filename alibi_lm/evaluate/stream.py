@@ -24,7 +24,7 @@ from alibi_lm.config import load_config
 from alibi_lm.data.prepare import prepare
 from alibi_lm.data.text import SPLITS
 from alibi_lm.files import write_text
-from alibi_lm.load import load_run, run_tokenizer
+from alibi_lm.load import load_run, require_own_text, run_tokenizer
 from alibi_lm.model.cache import KeyValueCache
 from alibi_lm.model.streaming import POLICIES, open_cache
 from alibi_lm.model.transformer import TransformerLM
@@ -132,6 +132,7 @@ def long_stream(config: LongStreamConfig) -> Iterator[dict[str, Any]]:
     model = load_run(folder, device=device)
     model.serve(config.tokens)
     corpus = prepare(load_config(folder).data, run_tokenizer(folder), splits=(config.split,))
+    require_own_text(folder, corpus, config.split)
     stream = corpus.split(config.split).tokens
     require(len(stream) > 0, f"split = {config.split} holds no tokens. Use another one.")
     cache = Policy.of(config).open(model)

@@ -20,6 +20,7 @@ from alibi_lm.evaluate import plan
 from alibi_lm.evaluate.config import VIEWS, EvaluateConfig, EvaluateData
 from alibi_lm.evaluate.plan import FailedRuns
 from alibi_lm.evaluate.rows import curve_name, describe
+from alibi_lm.evaluate.stream import LongStreamConfig, long_stream
 from alibi_lm.evaluate.sweep import analyse, evaluate, log_curve
 from alibi_lm.experiment import analyse_and_draw, evaluate_and_draw
 from alibi_lm.files import require_writable
@@ -209,10 +210,21 @@ def test_a_relative_path_that_means_another_text_elsewhere(place, tmp_path, trai
     monkeypatch.chdir(folders[1])
     with pytest.raises(ValueError, match=r"data\.path = text in .*config\.yaml leads from here to another valid"):
         rows_of(**of_run)
+    with pytest.raises(ValueError, match=r"leads from here to another valid"):
+        next(long_stream(LongStreamConfig(str(run), 8, 8, "validation", cache="full", threads=1)))
     (other,) = rows_of(**of_run, data=EvaluateData(path="text"))
     assert other.tokens < own.tokens
     (again,) = rows_of(**of_run, data=EvaluateData(path=str(folders[0] / "text")))
     assert again.nats == own.nats
+
+    # Nor is the baseline made from another training text: in the third folder only that one differs.
+    shutil.copytree(folders[0] / "text", tmp_path / "third" / "text")
+    training = tmp_path / "third" / "text" / "wiki.train.tokens"
+    training.write_text("".join(training.read_text().splitlines(keepends=True)[:-1]))
+    for folder, baselines in ((folders[0], [None]), (tmp_path / "third", [])):
+        monkeypatch.chdir(folder)
+        of_run["output_dir"] = f"results_{len(baselines)}"
+        assert [row.run for row in evaluate(settings(**of_run))] == [*baselines, own.run]
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "sliding", "stride": 4}])
